@@ -1,0 +1,1 @@
+"""`olora`: the command line."""

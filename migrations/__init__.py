@@ -1,0 +1,1 @@
+"""Alembic: the schema, from the first table on."""

@@ -1,0 +1,58 @@
+"""What can go wrong, in words a user can act on.
+
+OloraError
+├── SpecError          the request asks for something that does not exist or does not fit
+├── DataError          a training or validation file cannot be trained on
+├── ModelError         the base model cannot be loaded or adapted
+├── CheckpointError    a checkpoint is missing, damaged or belongs to another run
+├── TrainingError      the run itself went wrong (a loss that is not finite)
+└── CertificateError   the exported adapter does not give the trained model's logits
+"""
+
+
+class OloraError(Exception):
+    """An expected trouble: `code` for programs, `message` for people, `param` for the place."""
+
+    code = "error"
+
+    def __init__(self, message: str, *, param: str | None = None, code: str | None = None) -> None:
+        super().__init__(message)
+        self.message = message
+        self.param = param
+        self.code = code or type(self).code
+
+
+class SpecError(OloraError):
+    """The request asks for something that does not exist or does not fit."""
+
+    code = "invalid_request"
+
+
+class DataError(OloraError):
+    """A training or validation file cannot be trained on; the message names the line."""
+
+    code = "invalid_training_file"
+
+
+class ModelError(OloraError):
+    """The base model cannot be loaded or adapted."""
+
+    code = "model_not_available"
+
+
+class CheckpointError(OloraError):
+    """A checkpoint is missing, damaged or belongs to another run."""
+
+    code = "invalid_checkpoint"
+
+
+class TrainingError(OloraError):
+    """The run itself went wrong."""
+
+    code = "training_failed"
+
+
+class CertificateError(OloraError):
+    """The exported adapter does not give the trained model's logits."""
+
+    code = "certificate_failed"

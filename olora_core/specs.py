@@ -1,0 +1,373 @@
+"""Everything a caller may ask for, said once and free of torch.
+
+The REST body, the row, the command line, the list of methods and the adapter's manifest are views of the
+models below. `read_spec` turns loose input into a `TrainSpec`; `resolve` turns "auto" into numbers.
+"""
+
+import difflib
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Annotated, Any, ClassVar, Literal, TypeVar
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+
+from .errors import SpecError
+
+Auto = Literal["auto"]
+MAX_SEED = 2**31 - 1
+REFERENCE_WIDTH = 4096
+"""Hidden size at which a method's `base_learning_rate` holds; see `learning_rate_for`."""
+
+
+class Spec(BaseModel):
+    """Refuses unknown names and non-finite numbers; never changes once read."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+
+SpecT = TypeVar("SpecT", bound=Spec)
+
+
+class AdapterSpec(Spec):
+    """What every low-rank method shares."""
+
+    summary: ClassVar[str]
+    paper: ClassVar[str]
+    base_learning_rate: ClassVar[float]
+    width_exponent: ClassVar[float]
+
+    method: str
+    rank: int = Field(ge=1, le=4096, description="r, the width of the trained factors.")
+    alpha: float = Field(gt=0, le=65536, description="The update is scaled by alpha / rank.")
+    dropout: float = Field(default=0.0, ge=0, lt=1, description="Dropout on the adapter's input.")
+    rslora: bool = Field(default=False, description="Scale by alpha / sqrt(rank) instead (arXiv 2312.03732).")
+    target_modules: Auto | str | tuple[str, ...] = Field(
+        default="auto",
+        description='"auto" (all linear layers of the blocks), a list of names, or a regular expression.',
+    )
+    export_rank: int | None = Field(
+        default=None,
+        ge=1,
+        le=4096,
+        description="Truncate the exported pair to this rank; null exports it exactly.",
+    )
+
+    @field_validator("target_modules")
+    @classmethod
+    def _targets_can_match(cls, value: str | tuple[str, ...]) -> str | tuple[str, ...]:
+        if not value:
+            raise ValueError("'auto' or at least one module name")
+        if isinstance(value, str) and value != "auto":
+            try:
+                re.compile(value)
+            except re.error as error:
+                raise ValueError(f"a regular expression ({error})") from None
+        return value
+
+    @property
+    def scale(self) -> float:
+        """s of `delta(x) = s (...)`: alpha / r, or alpha / sqrt(r) with rsLoRA."""
+        return self.alpha / (self.rank**0.5 if self.rslora else self.rank)
+
+
+class OLoRASpec(AdapterSpec):
+    """OLoRA: factors that start from the thin QR of the pretrained weight (arXiv 2406.01775)."""
+
+    summary: ClassVar[str] = "LoRA whose factors start from the QR decomposition of the pretrained weight."
+    paper: ClassVar[str] = "arXiv 2406.01775"
+    base_learning_rate: ClassVar[float] = 1e-4
+    width_exponent: ClassVar[float] = 0.7525
+
+    method: Literal["olora"] = "olora"
+    rank: int = Field(default=32, ge=1, le=4096, description="r, the width of the trained factors.")
+    alpha: float = Field(default=16, gt=0, le=65536, description="The update is scaled by alpha / rank.")
+
+
+class LoRASpec(AdapterSpec):
+    """LoRA: a random and a zero factor beside the frozen weight (arXiv 2106.09685)."""
+
+    summary: ClassVar[str] = "Two thin factors beside every frozen weight, one random, one zero."
+    paper: ClassVar[str] = "arXiv 2106.09685"
+    base_learning_rate: ClassVar[float] = 2e-4
+    width_exponent: ClassVar[float] = 0.8850
+
+    method: Literal["lora"] = "lora"
+    rank: int = Field(default=8, ge=1, le=4096, description="r, the width of the trained factors.")
+    alpha: float = Field(default=16, gt=0, le=65536, description="The update is scaled by alpha / rank.")
+
+
+AnyAdapterSpec = Annotated[OLoRASpec | LoRASpec, Field(discriminator="method")]
+ADAPTER_SPECS: dict[str, type[AdapterSpec]] = {"olora": OLoRASpec, "lora": LoRASpec}
+DEFAULT_METHOD = "olora"
+
+
+class Hyperparameters(Spec):
+    """How to train; OpenAI's three names first, then ours."""
+
+    n_epochs: Auto | Annotated[int, Field(ge=1, le=50)] = Field(
+        default="auto", description="Passes over the data."
+    )
+    batch_size: Auto | Annotated[int, Field(ge=1, le=256)] = Field(
+        default="auto", description="Examples in one optimizer step."
+    )
+    learning_rate_multiplier: Auto | Annotated[float, Field(gt=0, le=1000)] = Field(
+        default="auto", description="Times the method's own rate for a model of this size."
+    )
+    learning_rate: Auto | Annotated[float, Field(gt=0, le=10)] = Field(
+        default="auto", description="Absolute peak rate, instead of the multiplier."
+    )
+    schedule: Literal["linear", "cosine", "constant"] = Field(
+        default="linear", description="How the rate falls after the warm-up."
+    )
+    warmup_ratio: float = Field(default=0.03, ge=0, le=1, description="Share of the steps that warm up.")
+    weight_decay: float = Field(default=0.0, ge=0, le=1, description="AdamW's decoupled weight decay.")
+    max_grad_norm: float = Field(default=1.0, gt=0, description="The gradient's norm is clipped to this.")
+    context_length: Auto | Annotated[int, Field(ge=16, le=1_048_576)] = Field(
+        default="auto", description="Tokens of an example that are kept; auto: the model's own context."
+    )
+    max_steps: int | None = Field(default=None, ge=1, description="Stop after this many optimizer steps.")
+    micro_batch_size: Auto | Annotated[int, Field(ge=1, le=256)] = Field(
+        default="auto", description="Examples in one forward pass; gradients accumulate up to batch_size."
+    )
+    packing: bool = Field(
+        default=False, description="Lay a micro-batch's examples end to end in one row, without padding."
+    )
+    dtype: Literal["auto", "float32", "bfloat16"] = Field(
+        default="auto", description="Compute precision; auto times both on the device at hand."
+    )
+
+
+class TrainSpec(Spec):
+    """One training run, without its files: what the core is asked for."""
+
+    model: str = Field(min_length=1, description="Id of the base model.")
+    type: Literal["supervised"] = "supervised"
+    adapter: AnyAdapterSpec = Field(default_factory=OLoRASpec)
+    hyperparameters: Hyperparameters = Field(default_factory=Hyperparameters)
+    seed: int = Field(default=0, ge=0, le=MAX_SEED)
+
+
+HYPERPARAMETER_ALIASES = {"lr": "learning_rate", "epochs": "n_epochs", "lr_scheduler_type": "schedule"}
+ADAPTER_ALIASES = {
+    "lora_r": "rank",
+    "lora_alpha": "alpha",
+    "lora_dropout": "dropout",
+    "lora_target_modules": "target_modules",
+    "r": "rank",
+}
+
+
+def read_spec(
+    *,
+    model: str,
+    type: str = "supervised",
+    hyperparameters: Mapping[str, Any] | None = None,
+    adapter: Mapping[str, Any] | None = None,
+    seed: int = 0,
+    prefix: str = "hyperparameters",
+) -> TrainSpec:
+    """Reads loose input into a spec.
+
+    `hyperparameters` may also carry the adapter's options (`rank`, `lora_r`, …), as callers of hosted
+    services send them. `prefix` is the caller's name for that object, so that an error's `param` fits.
+
+    Raises SpecError, naming the place, what is allowed and the nearest known name.
+    """
+    if type != "supervised":
+        raise SpecError(f"method.type '{type}' is not available; use 'supervised'.", param="method.type")
+    adapter_values = {ADAPTER_ALIASES.get(k, k): v for k, v in (adapter or {}).items()}
+    places = dict.fromkeys(adapter_values, "adapter")
+    training_values: dict[str, Any] = {}
+    for name, value in (hyperparameters or {}).items():
+        _route_hyperparameter(name, value, training_values, adapter_values, places, prefix)
+    multiplier = training_values.get("learning_rate_multiplier", "auto")
+    if multiplier != "auto" and training_values.get("learning_rate", "auto") != "auto":
+        raise SpecError(
+            "learning_rate and learning_rate_multiplier exclude each other; give one of them.",
+            param=f"{prefix}.learning_rate",
+        )
+    method = adapter_values.setdefault("method", DEFAULT_METHOD)
+    if method not in ADAPTER_SPECS:
+        raise SpecError(
+            f"adapter.method {method!r} is unknown{nearest(str(method), ADAPTER_SPECS)}. "
+            f"Available: {', '.join(ADAPTER_SPECS)}.",
+            param="adapter.method",
+        )
+    return TrainSpec(
+        model=model,
+        adapter=_read(ADAPTER_SPECS[method], adapter_values, lambda name: places.get(name, "adapter")),
+        hyperparameters=_read(Hyperparameters, training_values, lambda name: prefix),
+        seed=_read_seed(seed),
+    )
+
+
+def _route_hyperparameter(
+    name: str,
+    value: Any,
+    training_values: dict[str, Any],
+    adapter_values: dict[str, Any],
+    places: dict[str, str],
+    prefix: str,
+) -> None:
+    """Puts one hyperparameter where it belongs: with the loop's options, or with the adapter's."""
+    if name == "lora":
+        if value is not True:
+            raise SpecError(
+                f"{prefix}.lora: full fine-tuning is not offered, an adapter is always trained; "
+                "leave 'lora' out or set it to true.",
+                param=f"{prefix}.lora",
+            )
+        return
+    target = HYPERPARAMETER_ALIASES.get(name, name)
+    option = ADAPTER_ALIASES.get(name, name)
+    if target in Hyperparameters.model_fields:
+        values, key = training_values, target
+    elif option != "method" and any(option in spec.model_fields for spec in ADAPTER_SPECS.values()):
+        values, key = adapter_values, option
+        places.setdefault(option, prefix)
+    else:
+        raise SpecError(
+            f"{prefix}.{name} is unknown{nearest(name, known_hyperparameters())}.", param=f"{prefix}.{name}"
+        )
+    if key in values and values[key] != value:
+        raise SpecError(
+            f"{prefix}.{name} = {value!r} contradicts {key} = {values[key]!r} given elsewhere; give it once.",
+            param=f"{prefix}.{name}",
+        )
+    values[key] = value
+
+
+def known_hyperparameters() -> list[str]:
+    """Every name that a hyperparameters object may carry, aliases included."""
+    options = {name for spec in ADAPTER_SPECS.values() for name in spec.model_fields if name != "method"}
+    return [
+        *Hyperparameters.model_fields,
+        *HYPERPARAMETER_ALIASES,
+        *ADAPTER_ALIASES,
+        *sorted(options),
+        "lora",
+    ]
+
+
+def _read_seed(seed: Any) -> int:
+    if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed <= MAX_SEED:
+        raise SpecError(f"seed must be an integer from 0 to {MAX_SEED}, not {seed!r}.", param="seed")
+    return seed
+
+
+def _read(model: type[SpecT], values: Mapping[str, Any], place_of: Any) -> SpecT:
+    for name in values:
+        if name not in model.model_fields:
+            param = f"{place_of(name)}.{name}"
+            raise SpecError(f"{param} is unknown{nearest(name, model.model_fields)}.", param=param)
+    try:
+        return model.model_validate(dict(values))
+    except ValidationError as error:
+        raise spec_error(error, place_of) from None
+
+
+def spec_error(error: ValidationError, place_of: Any = lambda name: "") -> SpecError:
+    """The first complaint of pydantic as one sentence, with the number of the others."""
+    problems = error.errors(include_url=False, include_context=False)
+    name = str(problems[0]["loc"][0]) if problems[0]["loc"] else ""
+    mine = [p for p in problems if p["loc"] and str(p["loc"][0]) == name] or problems[:1]
+    # A field that takes "auto" or a number complains once for each; the complaint about the number says more.
+    numeric = [p for p in mine if p["type"] != "literal_error"] or mine
+    says_auto = len(numeric) < len(mine)
+    place = place_of(name)
+    param = f"{place}.{name}" if place else name
+    wish = str(numeric[0]["msg"]).removeprefix("Input should be ").removeprefix("Value error, ")
+    others = len({p["loc"][0] for p in problems if p["loc"]}) - 1
+    message = f"{param} = {mine[0]['input']!r} does not fit: expected {wish}" + (
+        ' or "auto".' if says_auto else "."
+    )
+    if others > 0:
+        message += f" {others} more value{'s' if others > 1 else ''} did not fit either."
+    return SpecError(message, param=param)
+
+
+def nearest(name: str, known: Any) -> str:
+    """` (did you mean 'x'?)`, or nothing when no known name is near."""
+    matches = difflib.get_close_matches(name.lower(), list(known), n=1, cutoff=0.6)
+    return f" (did you mean '{matches[0]}'?)" if matches else ""
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What "auto" depends on: known once the data are tokenised and the model's config is read."""
+
+    examples: int
+    hidden_size: int
+    context_length: int
+    dtype: Literal["float32", "bfloat16"] = "float32"
+
+
+def auto_epochs(examples: int) -> int:
+    """OpenAI's public rule: 3, more for very few examples, fewer for very many."""
+    if 3 * examples < 100:
+        return min(25, 100 // max(1, examples))
+    if 3 * examples > 25_000:
+        return max(1, 25_000 // examples)
+    return 3
+
+
+def auto_batch_size(examples: int) -> int:
+    """0.2 % of the examples, from 4 to 256."""
+    return min(256, max(4, round(0.002 * examples)))
+
+
+def learning_rate_for(adapter: AdapterSpec, hidden_size: int) -> float:
+    """The method's own peak rate for a model of this width.
+
+    `base (4096 / hidden)^e`, through two anchors per method: its card's rate at width 4096, and the optimum
+    measured on the shipped base at width 192 (3e-3 for LoRA, 1e-3 for OLoRA).
+    """
+    return float(
+        f"{adapter.base_learning_rate * (REFERENCE_WIDTH / hidden_size) ** adapter.width_exponent:.2g}"
+    )
+
+
+def resolve(spec: TrainSpec, facts: Facts) -> tuple[TrainSpec, list[str]]:
+    """Turns every "auto" into a number. Returns the spec and one sentence for each decision."""
+    asked, why = spec.hyperparameters, []
+    chosen: dict[str, Any] = {}
+
+    def decide(name: str, value: Any, reason: str) -> None:
+        if getattr(asked, name) == "auto":
+            chosen[name] = value
+            why.append(f"{name} = {value} ({reason})")
+
+    decide("n_epochs", auto_epochs(facts.examples), f"from {facts.examples} examples")
+    decide("batch_size", auto_batch_size(facts.examples), "0.2 % of the examples, from 4 to 256")
+    decide("context_length", facts.context_length, "the model's own context")
+    decide("dtype", facts.dtype, "the faster one on this device")
+    own_rate = learning_rate_for(spec.adapter, facts.hidden_size)
+    if asked.learning_rate == "auto":
+        factor = 1.0 if asked.learning_rate_multiplier == "auto" else asked.learning_rate_multiplier
+        chosen["learning_rate"] = own_rate * factor
+        chosen["learning_rate_multiplier"] = factor
+        why.append(
+            f"learning_rate = {own_rate * factor:g} ({factor:g} times {spec.adapter.method}'s own rate "
+            f"{own_rate:g} for a model {facts.hidden_size} wide)"
+        )
+    else:
+        chosen["learning_rate_multiplier"] = asked.learning_rate / own_rate
+    batch_size = chosen.get("batch_size", asked.batch_size)
+    if asked.micro_batch_size == "auto":
+        chosen["micro_batch_size"] = min(batch_size, 8)
+        why.append(
+            f"micro_batch_size = {chosen['micro_batch_size']} (gradients accumulate up to {batch_size})"
+        )
+    elif asked.micro_batch_size > batch_size:
+        raise SpecError(
+            f"hyperparameters.micro_batch_size = {asked.micro_batch_size} exceeds batch_size = {batch_size}.",
+            param="hyperparameters.micro_batch_size",
+        )
+    if asked.context_length != "auto" and asked.context_length > facts.context_length:
+        raise SpecError(
+            f"hyperparameters.context_length = {asked.context_length} exceeds the model's context of "
+            f"{facts.context_length} tokens.",
+            param="hyperparameters.context_length",
+        )
+    return spec.model_copy(update={"hyperparameters": asked.model_copy(update=chosen)}), why

@@ -1,0 +1,1 @@
+"""What the service remembers: settings, rows, a job's life, stored files, the queue. No torch."""

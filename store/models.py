@@ -1,0 +1,217 @@
+"""The rows. A job's row is the only truth about it.
+
+Times are unix seconds (float) by the database's clock. Every row that a client can page through has an
+increasing `seq`. Ids are opaque to clients; their prefixes follow OpenAI's.
+"""
+
+import secrets
+import string
+from typing import Any
+
+from sqlalchemy import JSON, BigInteger, Float, ForeignKey, Index, Integer, MetaData, String, Text
+from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
+
+from .session import db_now
+
+_ALPHABET = string.ascii_letters + string.digits
+Sequence = BigInteger().with_variant(Integer, "sqlite")
+"""An auto-incremented 64-bit key on both databases."""
+
+
+def new_id(prefix: str, length: int = 24) -> str:
+    """A fresh id such as `ftjob-8hJq…`."""
+    return prefix + "".join(secrets.choice(_ALPHABET) for _ in range(length))
+
+
+class Base(DeclarativeBase):
+    metadata = MetaData(
+        naming_convention={
+            "ix": "ix_%(table_name)s_%(column_0_N_name)s",
+            "uq": "uq_%(table_name)s_%(column_0_N_name)s",
+            "ck": "ck_%(table_name)s_%(constraint_name)s",
+            "fk": "fk_%(table_name)s_%(column_0_N_name)s_%(referred_table_name)s",
+            "pk": "pk_%(table_name)s",
+        }
+    )
+    type_annotation_map = {dict[str, Any]: JSON, list[Any]: JSON, float: Float(53)}  # noqa: RUF012
+
+
+class Project(Base):
+    """The tenant: owns keys, files, jobs and models."""
+
+    __tablename__ = "projects"
+
+    id: Mapped[str] = mapped_column(String(64), primary_key=True)
+    name: Mapped[str] = mapped_column(String(64))
+    created_at: Mapped[float] = mapped_column(default=db_now())
+
+
+class Key(Base):
+    """An API key; only its SHA-256 is kept."""
+
+    __tablename__ = "keys"
+
+    id: Mapped[str] = mapped_column(String(64), primary_key=True)
+    project_id: Mapped[str] = mapped_column(ForeignKey("projects.id"), index=True)
+    name: Mapped[str] = mapped_column(String(64))
+    digest: Mapped[str] = mapped_column(String(64), unique=True)
+    created_at: Mapped[float] = mapped_column(default=db_now())
+    revoked_at: Mapped[float | None]
+
+
+class File(Base):
+    """An uploaded or produced file. `report` is the outcome of the structural validation."""
+
+    __tablename__ = "files"
+
+    seq: Mapped[int] = mapped_column(Sequence, primary_key=True, autoincrement=True)
+    id: Mapped[str] = mapped_column(String(64), unique=True)
+    project_id: Mapped[str] = mapped_column(ForeignKey("projects.id"), index=True)
+    filename: Mapped[str] = mapped_column(String(512))
+    purpose: Mapped[str] = mapped_column(String(32))
+    bytes: Mapped[int] = mapped_column(BigInteger)
+    sha256: Mapped[str] = mapped_column(String(64))
+    storage_key: Mapped[str] = mapped_column(String(512))
+    status: Mapped[str] = mapped_column(String(16))
+    status_details: Mapped[str | None] = mapped_column(Text)
+    report: Mapped[dict[str, Any] | None]
+    created_at: Mapped[float] = mapped_column(default=db_now())
+    expires_at: Mapped[float | None]
+    deleted_at: Mapped[float | None]
+
+
+class Job(Base):
+    """A fine-tuning job; `store/jobs.py` tells its life."""
+
+    __tablename__ = "jobs"
+
+    seq: Mapped[int] = mapped_column(Sequence, primary_key=True, autoincrement=True)
+    id: Mapped[str] = mapped_column(String(64), unique=True)
+    project_id: Mapped[str] = mapped_column(ForeignKey("projects.id"), index=True)
+    status: Mapped[str] = mapped_column(String(24), index=True)
+    model: Mapped[str] = mapped_column(String(256))
+    training_file: Mapped[str] = mapped_column(String(64))
+    validation_file: Mapped[str | None] = mapped_column(String(64))
+    suffix: Mapped[str | None] = mapped_column(String(64))
+    seed: Mapped[int]
+    job_metadata: Mapped[dict[str, Any] | None] = mapped_column("metadata")
+    spec: Mapped[dict[str, Any]]
+    """TrainSpec as asked for."""
+    resolved: Mapped[dict[str, Any] | None]
+    """TrainSpec with every "auto" a number; what the first attempt resolves, later attempts keep."""
+    options: Mapped[dict[str, Any]] = mapped_column(default=dict)
+    """The request's `olora` object."""
+
+    created_at: Mapped[float] = mapped_column(default=db_now())
+    started_at: Mapped[float | None]
+    finished_at: Mapped[float | None]
+    estimated_finish: Mapped[float | None]
+
+    priority: Mapped[int] = mapped_column(default=0)
+    not_before: Mapped[float | None]
+    dispatched_at: Mapped[float | None]
+    dispatches: Mapped[int] = mapped_column(default=0)
+    """Wake-ups sent since the job was last put in the queue; sets the back-off."""
+    attempt: Mapped[int] = mapped_column(default=0)
+    """The fence: rises at every claim, never falls."""
+    failures: Mapped[int] = mapped_column(default=0)
+    """Attempts in a row that ended by a crash or a lost lease without a new checkpoint."""
+    lease_owner: Mapped[str | None] = mapped_column(String(128))
+    lease_until: Mapped[float | None]
+    requested: Mapped[str | None] = mapped_column(String(16))
+    """The owner's wish: "cancel" (or, later, "pause"); null when none."""
+
+    step: Mapped[int] = mapped_column(default=0)
+    total_steps: Mapped[int | None]
+    trained_tokens: Mapped[int | None] = mapped_column(BigInteger)
+
+    error: Mapped[dict[str, Any] | None]
+    """`{code, message, param}`, or null."""
+    fine_tuned_model: Mapped[str | None] = mapped_column(String(512))
+    result_files: Mapped[list[Any]] = mapped_column(default=list)
+    certificate: Mapped[dict[str, Any] | None]
+
+    __table_args__ = (Index(None, "project_id", "seq"), Index(None, "status", "priority", "seq"))
+
+
+class Attempt(Base):
+    """One claim of a job, for those who ask what happened."""
+
+    __tablename__ = "attempts"
+
+    job_id: Mapped[str] = mapped_column(ForeignKey("jobs.id"), primary_key=True)
+    attempt: Mapped[int] = mapped_column(primary_key=True)
+    owner: Mapped[str] = mapped_column(String(128))
+    started_at: Mapped[float] = mapped_column(default=db_now())
+    ended_at: Mapped[float | None]
+    end_reason: Mapped[str | None] = mapped_column(String(64))
+
+
+class Event(Base):
+    """What a job's owner reads."""
+
+    __tablename__ = "events"
+
+    seq: Mapped[int] = mapped_column(Sequence, primary_key=True, autoincrement=True)
+    id: Mapped[str] = mapped_column(String(64), unique=True)
+    job_id: Mapped[str] = mapped_column(ForeignKey("jobs.id"))
+    created_at: Mapped[float] = mapped_column(default=db_now())
+    level: Mapped[str] = mapped_column(String(8))
+    type: Mapped[str] = mapped_column(String(16))
+    message: Mapped[str] = mapped_column(Text)
+    data: Mapped[dict[str, Any] | None]
+
+    __table_args__ = (Index(None, "job_id", "seq"),)
+
+
+class Metric(Base):
+    """One optimizer step of a job, once, however often it was redone after a crash."""
+
+    __tablename__ = "metrics"
+
+    job_id: Mapped[str] = mapped_column(ForeignKey("jobs.id"), primary_key=True)
+    step: Mapped[int] = mapped_column(primary_key=True)
+    values: Mapped[dict[str, Any]]
+
+
+class Checkpoint(Base):
+    """A state of a job to resume from. `storage_key` is a folder in the storage, null once it was pruned."""
+
+    __tablename__ = "checkpoints"
+
+    seq: Mapped[int] = mapped_column(Sequence, primary_key=True, autoincrement=True)
+    id: Mapped[str] = mapped_column(String(64), unique=True)
+    job_id: Mapped[str] = mapped_column(ForeignKey("jobs.id"))
+    attempt: Mapped[int]
+    step: Mapped[int]
+    metrics: Mapped[dict[str, Any]]
+    storage_key: Mapped[str | None] = mapped_column(String(512))
+    created_at: Mapped[float] = mapped_column(default=db_now())
+
+    __table_args__ = (Index(None, "job_id", "seq"),)
+
+
+class Model(Base):
+    """A fine-tuned model: a name for a succeeded job's adapter."""
+
+    __tablename__ = "models"
+
+    seq: Mapped[int] = mapped_column(Sequence, primary_key=True, autoincrement=True)
+    id: Mapped[str] = mapped_column(String(512), unique=True)
+    project_id: Mapped[str] = mapped_column(ForeignKey("projects.id"), index=True)
+    job_id: Mapped[str] = mapped_column(ForeignKey("jobs.id"))
+    created_at: Mapped[float] = mapped_column(default=db_now())
+    deleted_at: Mapped[float | None]
+
+
+class Request(Base):
+    """A creating request, remembered so that a client's retry finds what the first try made."""
+
+    __tablename__ = "requests"
+
+    digest: Mapped[str] = mapped_column(String(64), primary_key=True)
+    """SHA-256 over project, key, route and idempotency key (or content)."""
+    body_digest: Mapped[str] = mapped_column(String(64))
+    created_at: Mapped[float] = mapped_column(default=db_now())
+    object_id: Mapped[str | None] = mapped_column(String(64))
+    """What the request made; null while it is still being answered."""

@@ -1,0 +1,1 @@
+"""Celery: turns a queued job into a certified adapter."""
