@@ -1,0 +1,1 @@
+"""The shipped base model and training files, with the scripts that made them."""
