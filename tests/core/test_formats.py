@@ -1,0 +1,346 @@
+"""Training files: what is accepted, and that every error is found with its line, place and remedy."""
+
+import io
+import json
+import tracemalloc
+from pathlib import Path
+
+import pytest
+
+from olora_core.errors import DataError
+from olora_core.formats import (
+    MAX_LINE_BYTES,
+    Report,
+    check_for_training,
+    detect_format,
+    read_records,
+    validate,
+)
+
+CHAT = {"messages": [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "hello"}]}
+CALL = {"id": "c1", "type": "function", "function": {"name": "sum", "arguments": '{"a": 1}'}}
+
+
+def report_of(*rows: object, end: str = "\n") -> Report:
+    """Validates rows, each a JSON value or a raw line."""
+    lines = [row if isinstance(row, str) else json.dumps(row) for row in rows]
+    return validate(io.BytesIO((end.join(lines) + end).encode()))
+
+
+def only_error(*rows: object) -> tuple[int | None, str | None, str]:
+    report = report_of(*rows)
+    assert report.error_count == 1, report.errors
+    return report.errors[0].line, report.errors[0].path, report.errors[0].code
+
+
+def answer(**message: object) -> dict[str, object]:
+    return {"messages": [{"role": "user", "content": "q"}, {"role": "assistant", **message}]}
+
+
+def test_a_good_chat_file_has_no_findings() -> None:
+    report = report_of(CHAT, CHAT)
+    assert (report.format, report.rows, report.error_count, report.warning_count, report.note_count) == (
+        "chat",
+        2,
+        0,
+        0,
+        0,
+    )
+
+
+def test_tools_weights_names_and_text_parts_are_accepted() -> None:
+    row = {
+        "messages": [
+            {"role": "system", "content": [{"type": "text", "text": "Add."}]},
+            {"role": "user", "content": "1+1", "name": "ann"},
+            {"role": "assistant", "content": None, "tool_calls": [CALL], "weight": 0, "refusal": None},
+            {"role": "tool", "content": "2", "tool_call_id": "c1"},
+            {"role": "assistant", "content": "2", "weight": 1},
+        ],
+        "tools": [{"type": "function", "function": {"name": "sum", "parameters": {}}}],
+        "parallel_tool_calls": False,
+    }
+    report = report_of(row)
+    assert (report.error_count, report.warning_count) == (0, 0), report
+
+
+def test_byte_order_mark_crlf_blank_lines_and_developer_are_notes() -> None:
+    developer = {"messages": [{"role": "developer", "content": "x"}, *CHAT["messages"]]}
+    text = "\ufeff" + json.dumps(CHAT) + "\r\n\r\n" + json.dumps(developer) + "\r\n\n"
+    report = validate(io.BytesIO(text.encode()))
+    assert report.error_count == 0
+    assert report.rows == 2
+    assert {n.code for n in report.notes} == {"byte_order_mark", "crlf", "blank_line", "developer_role"}
+
+
+def test_lines_are_counted_as_in_the_original_file() -> None:
+    assert only_error(CHAT, "", "   ", "nonsense", CHAT)[0] == 4
+
+
+def test_the_last_line_needs_no_line_end() -> None:
+    report = validate([json.dumps(CHAT).encode()])
+    assert (report.rows, report.error_count) == (1, 0)
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 7, 1000])
+def test_chunks_of_any_size_give_the_same_report(size: int) -> None:
+    data = ("\ufeff" + json.dumps(CHAT) + "\r\n" + "[1]\n" + json.dumps({"messages": []}) + "\n").encode()
+    chunks = [data[i : i + size] for i in range(0, len(data), size)]
+    assert validate(chunks) == validate(io.BytesIO(data))
+
+
+@pytest.mark.parametrize("end", ["\n", "\r\n"])
+def test_the_first_message_is_shaped_as_openais(end: str) -> None:
+    report = report_of("[1, 2]", CHAT, end=end)
+    assert report.fatal is not None
+    assert report.fatal.message == (
+        "Expected file to have JSONL format, where every line is a JSON dictionary. "
+        'Line 1 is not a dictionary (HINT: line starts with: "[1, 2]").'
+    )
+    assert "without brackets" in report.fatal.fix
+
+
+@pytest.mark.parametrize(
+    ("data", "says"),
+    [
+        (b"", "empty"),
+        (b"\n\r\n  \n", "empty"),
+        (b"\xef\xbb\xbf", "empty"),
+        (b'{"text": "\xff"}\n', "not UTF-8"),
+        ('{"text": "a"}\n'.encode("utf-16"), "UTF-16"),
+        (b"PK\x03\x04rest", "zip"),
+        (b"\x1f\x8b\x08\x00", "gzip"),
+        (b"PAR1....", "parquet"),
+        (b'{"text": NaN}\n', "NaN"),
+        (b'{"text": -Infinity}\n', "-Infinity"),
+        (b'{"text": 1e999}\n', "1e999"),
+        (b'{"text": "\\ud800"}\n', "surrogate"),
+        (b"[" * 100_000 + b"\n", "nested"),
+        (b'{"text": ' + b"9" * 5000 + b"}\n", "digits"),
+        (b"prompt,completion\na,b\n", "not a dictionary"),
+        (b'{\n  "messages": []\n}\n', "not a dictionary"),
+        (b'"text"\n', "not a dictionary"),
+    ],
+)
+def test_a_file_that_is_not_jsonl_is_fatal(data: bytes, says: str) -> None:
+    report = validate(io.BytesIO(data))
+    assert report.fatal is not None
+    assert says in report.fatal.sentence
+    assert report.fatal.fix
+    assert report.fatal in report.errors
+
+
+def test_a_whole_surrogate_pair_is_a_character() -> None:
+    assert report_of('{"text": "\\ud83d\\ude00"}').error_count == 0
+
+
+def test_a_pretty_printed_file_is_told_so() -> None:
+    report = validate(io.BytesIO(json.dumps(CHAT, indent=2).encode()))
+    assert report.fatal is not None
+    assert "pretty-printed" in report.fatal.fix
+
+
+def test_a_very_long_line_is_named_and_takes_no_memory() -> None:
+    def chunks():
+        yield json.dumps(CHAT).encode() + b'\n{"text": "'
+        for _ in range(100):
+            yield b"x" * 2**20
+        yield b'"}\n' + json.dumps(CHAT).encode()
+
+    tracemalloc.start()
+    report = validate(chunks())
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert report.fatal is not None
+    assert report.fatal.line == 2
+    assert "16 MB" in report.fatal.message
+    assert report.rows == 3
+    assert peak < 3 * MAX_LINE_BYTES
+
+
+def test_every_error_is_counted_and_the_first_fifty_kept() -> None:
+    report = report_of(*[{"messages": []}] * 120)
+    assert report.error_count == 120
+    assert [p.line for p in report.errors] == list(range(1, 51))
+    assert report.fatal is None
+
+
+@pytest.mark.parametrize(
+    ("row", "path", "code"),
+    [
+        ({"messages": "x"}, "$.messages", "missing_messages_list"),
+        ({"messages": []}, "$.messages", "missing_messages_list"),
+        ({"mesages": []}, "$", "missing_messages_list"),
+        ({"foo": 1}, "$", "missing_messages_list"),
+        ({"conversations": []}, "$", "unexpected_file_format"),
+        ({"instruction": "a", "output": "b"}, "$", "unexpected_file_format"),
+        ({"messages": ["x", *CHAT["messages"]]}, "$.messages[0]", "data_type"),
+        ({"messages": [{"content": "x"}, *CHAT["messages"]]}, "$.messages[0].role", "message_missing_key"),
+        (
+            {"messages": [{"role": "asistant", "content": "x"}, *CHAT["messages"]]},
+            "$.messages[0].role",
+            "unrecognized_role",
+        ),
+        (
+            {"messages": [{"role": 3, "content": "x"}, *CHAT["messages"]]},
+            "$.messages[0].role",
+            "unrecognized_role",
+        ),
+        ({"messages": [{"role": "user"}, *CHAT["messages"]]}, "$.messages[0].content", "message_missing_key"),
+        (answer(content=None), "$.messages[1].content", "missing_content"),
+        (answer(content=3), "$.messages[1].content", "data_type"),
+        (answer(content=[{"type": "image_url"}]), "$.messages[1].content[0]", "unsupported_content"),
+        (answer(content="x", contents="y"), "$.messages[1].contents", "message_unrecognized_key"),
+        (answer(content="x", name=1), "$.messages[1].name", "data_type"),
+        (answer(content="x", weight=2), "$.messages[1].weight", "invalid_weight"),
+        (answer(content="x", weight=True), "$.messages[1].weight", "invalid_weight"),
+        (answer(content="x", weight=0), "$.messages", "example_missing_assistant_message"),
+        ({"messages": [{"role": "user", "content": "x"}]}, "$.messages", "example_missing_assistant_message"),
+        (
+            {"messages": [{"role": "user", "content": "x", "weight": 1}, CHAT["messages"][1]]},
+            "$.messages[0].weight",
+            "invalid_weight",
+        ),
+        (
+            {"messages": [*CHAT["messages"], {"role": "tool", "content": "2"}]},
+            "$.messages[2].tool_call_id",
+            "tool_call_mismatch",
+        ),
+        (
+            {"messages": [*CHAT["messages"], {"role": "tool", "content": "2", "tool_call_id": "c9"}]},
+            "$.messages[2].tool_call_id",
+            "tool_call_mismatch",
+        ),
+        (
+            answer(tool_calls=[{**CALL, "function": {"name": "sum", "arguments": "{a"}}]),
+            "$.messages[1].tool_calls[0].function.arguments",
+            "tool_call_mismatch",
+        ),
+        (answer(tool_calls=[{"id": "c1"}]), "$.messages[1].tool_calls[0].function", "tool_call_mismatch"),
+        (
+            answer(tool_calls=[{k: CALL[k] for k in ("type", "function")}]),
+            "$.messages[1].tool_calls[0].id",
+            "tool_call_mismatch",
+        ),
+        ({**CHAT, "tools": [{"name": "sum"}]}, "$.tools[0]", "data_type"),
+        ({"prompt": "a"}, "$.completion", "missing_key"),
+        ({"prompt": "a", "completion": ""}, "$.completion", "missing_content"),
+        ({"prompt": "a", "completion": []}, "$.completion", "data_type"),
+        ({"prompt": 3, "completion": "b"}, "$.prompt", "data_type"),
+        (
+            {"prompt": [{"role": "user", "content": "x"}], "completion": [{"role": "user", "content": "y"}]},
+            None,
+            None,
+        ),
+    ],
+)
+def test_an_error_names_line_path_code_and_remedy(row: object, path: str | None, code: str | None) -> None:
+    report = report_of("", row)
+    if code is None:
+        assert [p.code for p in report.errors] == ["example_missing_assistant_message", "unrecognized_role"]
+        return
+    assert report.error_count == 1, report.errors
+    problem = report.errors[0]
+    assert (problem.line, problem.path, problem.code) == (2, path, code)
+    assert problem.message.startswith("Line 2")
+    assert problem.fix
+
+
+def test_a_wrong_role_is_told_the_nearest() -> None:
+    report = report_of({"messages": [{"role": "asistant", "content": "x"}, *CHAT["messages"]]})
+    assert "did you mean 'assistant'?" in report.errors[0].message
+
+
+def test_several_errors_of_one_line_are_all_reported() -> None:
+    report = report_of({"messages": [{"role": "user"}, {"content": "x"}]})
+    assert [p.code for p in report.errors] == [
+        "message_missing_key",
+        "message_missing_key",
+        "example_missing_assistant_message",
+    ]
+
+
+def test_a_file_keeps_one_format() -> None:
+    assert only_error(CHAT, {"prompt": "a", "completion": "b"}) == (2, "$", "unexpected_file_format")
+
+
+@pytest.mark.parametrize(
+    ("row", "name"),
+    [
+        (CHAT, "chat"),
+        ({"prompt": "a", "completion": "b"}, "completion"),
+        ({"prompt": CHAT["messages"][:1], "completion": CHAT["messages"][1:]}, "completion"),
+        ({"input": CHAT, "preferred_output": [], "non_preferred_output": []}, "preference"),
+        ({"prompt": "a", "chosen": "b", "rejected": "c"}, "preference"),
+        ({"text": "a"}, "text"),
+        ({"other": 1}, None),
+    ],
+)
+def test_the_format_is_detected(row: dict[str, object], name: str | None) -> None:
+    assert detect_format(row) == name
+    assert report_of(row).format == name
+
+
+def test_unknown_keys_of_a_row_are_warnings() -> None:
+    report = report_of({**CHAT, "id": 7})
+    assert report.error_count == 0
+    assert [(p.path, p.code) for p in report.warnings] == [("$.id", "unrecognized_key")]
+
+
+def test_the_report_is_json_and_comes_back() -> None:
+    report = report_of(CHAT, {"messages": []})
+    assert Report.model_validate_json(report.model_dump_json()) == report
+
+
+def test_a_good_file_is_let_through() -> None:
+    report = report_of(*[CHAT] * 10)
+    assert check_for_training(report, role="training", minimum_rows=10) is None
+    assert check_for_training(report, role="validation", minimum_rows=1, training_format="chat") is None
+
+
+def test_too_few_examples_are_refused_in_openais_words() -> None:
+    error = check_for_training(report_of(*[CHAT] * 7), role="training", minimum_rows=10)
+    assert error is not None
+    assert (error.code, error.param) == ("invalid_n_examples", "training_file")
+    assert "Training file has 7 example(s), but must have at least 10 examples" in error.message
+
+
+def test_the_first_error_and_the_number_of_the_others_fail_the_job() -> None:
+    error = check_for_training(report_of(CHAT, *[{"messages": []}] * 3), role="training", minimum_rows=1)
+    assert error is not None
+    assert error.code == "invalid_training_file"
+    assert "Line 2, $.messages" in error.message
+    assert "and 2 more errors" in error.message
+
+
+def test_preference_data_do_not_fit_supervised_training() -> None:
+    error = check_for_training(
+        report_of({"prompt": "a", "chosen": "b", "rejected": "c"}), role="training", minimum_rows=1
+    )
+    assert error is not None
+    assert "preference" in error.message
+
+
+def test_a_validation_file_has_the_training_files_format() -> None:
+    error = check_for_training(
+        report_of({"prompt": "a", "completion": "b"}),
+        role="validation",
+        minimum_rows=1,
+        training_format="chat",
+    )
+    assert error is not None
+    assert error.code == "invalid_validation_file"
+    assert "chat" in error.message
+
+
+def test_records_are_read_with_their_line_numbers(tmp_path: Path) -> None:
+    path = tmp_path / "rows.jsonl"
+    path.write_bytes("\ufeff".encode() + b'{"text": "a"}\r\n\r\n{"text": "b"}')
+    assert list(read_records(path)) == [(1, {"text": "a"}), (3, {"text": "b"})]
+
+
+def test_reading_stops_at_a_line_that_is_no_object(tmp_path: Path) -> None:
+    path = tmp_path / "rows.jsonl"
+    path.write_text('{"text": "a"}\n3\n')
+    with pytest.raises(DataError, match="Line 2 is not a dictionary"):
+        list(read_records(path))
