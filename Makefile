@@ -1,0 +1,64 @@
+# Every command of the project. `make help` lists them.
+
+PYTHON ?= $(shell command -v python3.11 || command -v python3)
+VENV ?= .venv
+BIN := $(VENV)/bin
+export OLORA_HOME ?= $(CURDIR)/.olora
+
+# Where torch comes from, when not from the registry that pip is set to: for example the CPU builds' own index.
+TORCH_INDEX_URL ?=
+TORCH := $(shell grep '^torch==' constraints.txt)
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
+SOURCES := api worker cli store olora_core migrations examples bench tests
+
+.DEFAULT_GOAL := help
+.PHONY: help install quickstart serve test test-fast check fix bench clean
+
+help:  ## List the commands
+	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
+
+# One stamp for what a run needs, one for what the developers need on top: each target installs only what it lacks.
+$(VENV)/.run: pyproject.toml constraints.txt
+	@test -n "$(PYTHON)" || { echo "Python 3.11 or newer is needed: install it, or say make PYTHON=/path/to/python"; exit 1; }
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
+	  || { echo "Python 3.11 or newer is needed, $(PYTHON) is older: say make PYTHON=/path/to/python"; exit 1; }
+	@echo "Installing into $(VENV) (once; torch is the large part) ..."
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	@$(PIP) $(TORCH) $(if $(TORCH_INDEX_URL),--index-url $(TORCH_INDEX_URL))
+	@$(PIP) -e '.[api,worker,postgres,client]'
+	@touch $@
+
+$(VENV)/.dev: $(VENV)/.run
+	@echo "Installing the developers' tools ..."
+	@$(PIP) -e '.[dev]'
+	@touch $@
+
+install: $(VENV)/.run  ## Make .venv with the pinned packages
+
+quickstart: $(VENV)/.run  ## Train an OLoRA adapter on the shipped model through the API, and load it in PEFT
+	@$(BIN)/python -m examples.quickstart
+
+serve: $(VENV)/.run  ## Start the API and a worker, and keep them up (PORT=8001 for another port)
+	@exec $(BIN)/olora serve $(if $(PORT),--port $(PORT))
+
+test: $(VENV)/.dev  ## Run the whole test suite (ARGS='tests/api -k upload' for a part)
+	@env -u OLORA_HOME $(BIN)/python -m pytest $(ARGS)
+
+test-fast: $(VENV)/.dev  ## Run the tests without the slow ones
+	@env -u OLORA_HOME $(BIN)/python -m pytest -m 'not slow' $(ARGS)
+
+check: $(VENV)/.dev  ## Check format, lint, types and who may import whom
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+fix: $(VENV)/.dev  ## Format, and mend what ruff can mend
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+bench: $(VENV)/.dev  ## Measure against named peers; each benchmark prints one table
+	@set -e; for file in bench/[a-z]*.py; do echo "== $$file"; $(BIN)/python -m bench.$$(basename $$file .py); done
+
+clean:  ## Remove .venv and caches; your jobs and files in .olora stay
+	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .import_linter_cache
