@@ -2,8 +2,8 @@
 
     python -m examples.make_docstrings      # from the root of the repository, after examples.make_base
 
-The rows are in OpenAI's chat format. Validation rows come from the held-out modules, of which the training rows
-and the base have seen nothing. The same library text and tokenizer give the same files, byte for byte.
+The rows are in OpenAI's chat format. Validation rows come from the held-out modules, of which the training
+rows and the base have seen nothing. The same library text and tokenizer give the same files, byte for byte.
 """
 
 import ast
