@@ -16,6 +16,8 @@ from .errors import SpecError
 
 Auto = Literal["auto"]
 MAX_SEED = 2**31 - 1
+MAX_EXPORT_RANK = 512
+"""The widest pair that servers accept (vLLM's largest `--max-lora-rank`)."""
 REFERENCE_WIDTH = 4096
 """Hidden size at which a method's `base_learning_rate` holds; see `learning_rate_for`."""
 
@@ -70,6 +72,11 @@ class AdapterSpec(Spec):
         """s of `delta(x) = s (...)`: alpha / r, or alpha / sqrt(r) with rsLoRA."""
         return self.alpha / (self.rank**0.5 if self.rslora else self.rank)
 
+    @property
+    def pair_rank(self) -> int:
+        """k of the exact pair `ΔW = B A` (B out×k, A k×in) that an adapter of this method exports."""
+        return self.rank
+
 
 class OLoRASpec(AdapterSpec):
     """OLoRA: factors that start from the thin QR of the pretrained weight (arXiv 2406.01775)."""
@@ -82,6 +89,11 @@ class OLoRASpec(AdapterSpec):
     method: Literal["olora"] = "olora"
     rank: int = Field(default=32, ge=1, le=4096, description="r, the width of the trained factors.")
     alpha: float = Field(default=16, gt=0, le=65536, description="The update is scaled by alpha / rank.")
+
+    @property
+    def pair_rank(self) -> int:
+        """2r: the difference of two products."""
+        return 2 * self.rank
 
 
 class LoRASpec(AdapterSpec):
@@ -100,6 +112,22 @@ class LoRASpec(AdapterSpec):
 AnyAdapterSpec = Annotated[OLoRASpec | LoRASpec, Field(discriminator="method")]
 ADAPTER_SPECS: dict[str, type[AdapterSpec]] = {"olora": OLoRASpec, "lora": LoRASpec}
 DEFAULT_METHOD = "olora"
+
+
+def check_export_rank(spec: AdapterSpec) -> None:
+    """Refuses, before any training, an adapter that no server could load."""
+    if spec.export_rank is not None and spec.export_rank > MAX_EXPORT_RANK:
+        raise SpecError(
+            f"adapter.export_rank = {spec.export_rank} is more than servers load; use at most {MAX_EXPORT_RANK}.",
+            param="adapter.export_rank",
+        )
+    if spec.export_rank is None and spec.pair_rank > MAX_EXPORT_RANK:
+        widest = MAX_EXPORT_RANK * spec.rank // spec.pair_rank
+        raise SpecError(
+            f"adapter.rank = {spec.rank} exports a LoRA of rank {spec.pair_rank}, and servers load at most "
+            f"{MAX_EXPORT_RANK}; use a rank up to {widest}, or let adapter.export_rank truncate the export.",
+            param="adapter.rank",
+        )
 
 
 class Hyperparameters(Spec):
