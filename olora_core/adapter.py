@@ -1,0 +1,182 @@
+"""The change of one frozen linear layer, and how it is put beside that layer without writing it.
+
+`y = W x + bias + delta(x)`: W is out×in and never written. GPT-2's Conv1D stores its transpose; an adapter
+is built on out×in either way and never learns the difference.
+"""
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Literal, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from transformers.pytorch_utils import Conv1D
+
+Kind = Literal["linear", "conv1d"]
+
+
+@dataclass(frozen=True)
+class Site:
+    """One linear layer that can be adapted: where it stands and its shape."""
+
+    name: str
+    """Path inside the model, such as `model.layers.0.self_attn.q_proj`."""
+    layer_index: int | None
+    """Number of the block within its stack, from 0; None outside the blocks."""
+    layer_count: int
+    """Number of blocks in that stack; 0 outside the blocks."""
+    kind: Kind
+    out_features: int
+    in_features: int
+
+
+class LowRank(NamedTuple):
+    """`ΔW = B A`: B out×k, A k×in, fp32, every scale folded into B. k may be 0."""
+
+    B: Tensor
+    A: Tensor
+
+    @property
+    def rank(self) -> int:
+        return self.A.shape[0]
+
+
+class Adapter(nn.Module):
+    """The change of one linear layer. Trained tensors and buffers are fp32, whatever the base is."""
+
+    def __init__(self, in_features: int, out_features: int, dropout: float = 0.0) -> None:
+        super().__init__()
+        self.in_features = in_features
+        self.out_features = out_features
+        self.dropout = dropout
+
+    def delta(self, x: Tensor) -> Tensor:
+        """(…, in) → (…, out), computed in x's dtype. Default: `pair()` applied to x, differentiably."""
+        pair = self.pair()
+        if pair is None:
+            raise NotImplementedError(f"{type(self).__name__} has no pair and must define delta(x).")
+        # One draw of the dropout feeds every term of the update.
+        return low_rank_product(self.drop(x), pair)
+
+    def pair(self) -> LowRank | None:
+        """The exact low-rank form of the update; None when the method has none."""
+        raise NotImplementedError
+
+    def delta_weight(self) -> Tensor:
+        """ΔW, out×in, fp32."""
+        pair = self.pair()
+        if pair is not None:
+            return pair.B @ pair.A
+        eye = torch.eye(self.in_features, device=next(self.parameters()).device)
+        return self.delta(eye).T
+
+    def drop(self, x: Tensor) -> Tensor:
+        """x with dropout while training; leaves the global generator alone when dropout is 0."""
+        return F.dropout(x, self.dropout, self.training) if self.dropout else x
+
+
+def low_rank_product(x: Tensor, pair: LowRank) -> Tensor:
+    """`B (A x)`: (…, in) → (…, out). The factors are cast to x's dtype only here."""
+    return F.linear(F.linear(x, pair.A.to(x.dtype)), pair.B.to(x.dtype))
+
+
+class AdaptedLinear(nn.Module):
+    """A frozen linear layer with its adapter beside it: `base(x) + delta(x)`."""
+
+    def __init__(self, base: nn.Module, adapter: Adapter) -> None:
+        super().__init__()
+        self.base = base
+        self.adapter = adapter
+        self.enabled = True
+
+    @property
+    def weight(self) -> Tensor:
+        """The frozen weight; some models look at its dtype or device."""
+        return self.base.weight
+
+    @property
+    def bias(self) -> Tensor | None:
+        return self.base.bias
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.base(x)
+        return y + self.adapter.delta(x) if self.enabled else y
+
+
+def is_linear(module: nn.Module) -> bool:
+    """Whether an adapter can stand beside this module (before looking at its dtype)."""
+    return isinstance(module, nn.Linear | Conv1D)
+
+
+def site_weight(module: nn.Module) -> Tensor:
+    """The layer's weight as out×in: itself, or for a Conv1D a transposed view. Read only."""
+    weight = module.weight.detach()
+    return weight.T if isinstance(module, Conv1D) else weight
+
+
+def attach(model: nn.Module, adapters: Mapping[str, Adapter]) -> None:
+    """Puts each adapter beside the layer of its name. A layer used under several names is adapted under all."""
+    replaced = {}
+    for name, adapter in adapters.items():
+        layer = model.get_submodule(name)
+        if not is_linear(layer):
+            raise ValueError(f"{name} is a {type(layer).__name__}; an adapter stands beside a linear layer.")
+        replaced[id(layer)] = AdaptedLinear(layer, adapter)
+        replaced[id(layer)].train(model.training)
+    _replace(model, lambda child: replaced.get(id(child)))
+
+
+def detach(model: nn.Module) -> None:
+    """Takes all adapters away: the model is the base again, the same modules and tensors."""
+    _replace(model, lambda child: child.base if isinstance(child, AdaptedLinear) else None)
+
+
+def _replace(model: nn.Module, new_of) -> None:
+    for parent in list(model.modules()):
+        if isinstance(parent, AdaptedLinear):
+            continue
+        for name, child in list(parent._modules.items()):
+            if child is not None and (new := new_of(child)) is not None:
+                setattr(parent, name, new)
+
+
+def attached(model: nn.Module) -> list[AdaptedLinear]:
+    return [module for module in model.modules() if isinstance(module, AdaptedLinear)]
+
+
+@contextmanager
+def adapters_off(model: nn.Module) -> Iterator[None]:
+    """Inside, the model is the base, bit for bit."""
+    layers = attached(model)
+    before = [layer.enabled for layer in layers]
+    for layer in layers:
+        layer.enabled = False
+    try:
+        yield
+    finally:
+        for layer, enabled in zip(layers, before, strict=True):
+            layer.enabled = enabled
+
+
+def adapter_tensors(adapters: Mapping[str, Adapter]) -> dict[str, Tensor]:
+    """Every trained tensor and buffer as `<site>.<tensor>`, detached; what checkpoints and `native/` hold."""
+    return {
+        f"{site}.{name}": tensor.detach()
+        for site, adapter in adapters.items()
+        for name, tensor in adapter.state_dict().items()
+    }
+
+
+def load_adapter_tensors(adapters: Mapping[str, Adapter], tensors: Mapping[str, Tensor]) -> None:
+    """The inverse of `adapter_tensors`, in place. Raises KeyError or ValueError on any mismatch."""
+    mine = adapter_tensors(adapters)
+    if missing := mine.keys() ^ tensors.keys():
+        raise KeyError(f"tensors that only one side has: {', '.join(sorted(missing)[:5])}")
+    for name, tensor in mine.items():
+        if tensor.shape != tensors[name].shape or tensor.dtype != tensors[name].dtype:
+            raise ValueError(f"{name} is {tuple(tensors[name].shape)} {tensors[name].dtype} in the file")
+    with torch.no_grad():
+        for name, tensor in mine.items():
+            tensor.copy_(tensors[name])

@@ -1,0 +1,11 @@
+"""The methods on offer, by the name a spec gives."""
+
+from typing import Any
+
+from .base import Method, Outputs, place
+from .lora import LoRA
+from .olora import OLoRA
+
+METHODS: dict[str, type[Method[Any]]] = {"olora": OLoRA, "lora": LoRA}
+
+__all__ = ["METHODS", "Method", "Outputs", "place"]

@@ -1,0 +1,124 @@
+"""What a method may do to a training run: one required hook, and seven that do nothing unless defined."""
+
+import hashlib
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar, Generic, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from ..adapter import Adapter, Site, attach, site_weight
+from ..errors import SpecError
+from ..specs import AdapterSpec, check_export_rank
+
+SpecT = TypeVar("SpecT", bound=AdapterSpec)
+Schedule = Callable[[int, int], float]
+"""`schedule(i, n)`: the job's learning-rate multiplier at step i = 1…n of n, warm-up included."""
+
+
+@dataclass(frozen=True)
+class Outputs:
+    """One micro-batch's forward. `logits` is None when a chunked loss never built them."""
+
+    logits: Tensor | None
+    labels: Tensor
+    loss: Tensor
+
+
+class Method(Generic[SpecT]):
+    """One object per run. Steps are optimizer steps, counted from 1."""
+
+    needs_logits: ClassVar[bool] = False
+    """Whether `penalty` reads the logits, so that a loss that never builds them cannot be used."""
+
+    def __init__(
+        self,
+        spec: SpecT,
+        *,
+        seed: int,
+        total_steps: int,
+        schedule: Schedule,
+        weight_decay: float = 0.0,
+    ) -> None:
+        check_export_rank(spec)
+        self.spec = spec
+        self.seed = seed
+        self.total_steps = total_steps
+        self.schedule = schedule
+        self.weight_decay = weight_decay
+        self.finished_steps = 0
+        self.notes: list[str] = []
+        """Sentences the job's owner should read."""
+
+    def adapter(self, weight: Tensor, site: Site) -> Adapter:
+        """Builds the adapter of one layer. `weight` is W as out×in, in the base's dtype; read only.
+
+        Raises SpecError, naming the layer, when the spec does not fit it.
+        """
+        raise NotImplementedError
+
+    def placed(self, adapters: Mapping[str, Adapter]) -> None:
+        """All adapters exist, in model order, by site name."""
+
+    def penalty(self, outputs: Outputs, reference: Callable[[], Tensor]) -> Tensor | None:
+        """A scalar added to this micro-batch's loss. `reference()` gives the base's logits for the batch."""
+        return None
+
+    def after_backward(self, step: int) -> None:
+        """Gradients are complete (accumulated, reduced, clipped); weights have not moved."""
+
+    def after_step(self, step: int, optimizer: torch.optim.Optimizer) -> None:
+        """Weights have moved, gradients are still there. A method that defines this calls it here too."""
+        self.finished_steps = step
+
+    def param_groups(self, adapters: Mapping[str, Adapter]) -> list[dict[str, Any]]:
+        """Optimizer groups: `params`, `weight_decay`, and how the loop writes their rate before each step:
+        base rate × `lr_multiplier` × schedule × `lr_factor`; with `lr_by: "method"` the schedule is left out.
+        """
+        return [self.group(p for adapter in adapters.values() for p in adapter.parameters())]
+
+    def group(self, params: Any, **changes: Any) -> dict[str, Any]:
+        """One optimizer group with the defaults of all methods."""
+        return {
+            "params": [p for p in params if p.requires_grad],
+            "weight_decay": self.weight_decay,
+            "lr_multiplier": 1.0,
+            "lr_factor": 1.0,
+            "lr_by": "job",
+        } | changes
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a resumed run needs beside the adapters' own tensors. JSON-able."""
+        return {"finished_steps": self.finished_steps}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        self.finished_steps = int(state["finished_steps"])
+
+    def check_rank(self, site: Site) -> None:
+        """A factor wider than its layer only wastes parameters (and PEFT would silently shrink it)."""
+        limit = min(site.out_features, site.in_features)
+        if self.spec.rank > limit:
+            raise SpecError(
+                f"adapter.rank = {self.spec.rank} is more than layer '{site.name}' "
+                f"({site.out_features}×{site.in_features}) can hold; use at most {limit}, or leave that layer "
+                "out of adapter.target_modules.",
+                param="adapter.rank",
+            )
+
+
+def place(method: Method, model: nn.Module, sites: list[Site]) -> dict[str, Adapter]:
+    """Builds an adapter for every site, attaches them all, and returns them by site name in model order."""
+    adapters = {}
+    for site in sites:
+        weight = site_weight(model.get_submodule(site.name))
+        adapters[site.name] = method.adapter(weight, site).to(weight.device)
+    attach(model, adapters)
+    method.placed(adapters)
+    return adapters
+
+
+def generator(seed: int, step: int, name: str) -> torch.Generator:
+    """A fresh CPU generator for one draw: the same in every process and every resumed run."""
+    digest = hashlib.sha256(f"{seed}/{step}/{name}".encode()).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)

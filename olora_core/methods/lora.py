@@ -1,0 +1,37 @@
+"""LoRA (arXiv 2106.09685): `delta(x) = s B A x`, A random, B zero, s = α/r (rsLoRA, 2312.03732: α/√r)."""
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+from ..adapter import Adapter, LowRank, Site
+from ..specs import LoRASpec
+from .base import Method, generator
+
+
+class LoRAAdapter(Adapter):
+    """A (r×in) and B (out×r) are trained."""
+
+    def __init__(self, A: Tensor, B: Tensor, *, scale: float, dropout: float = 0.0) -> None:
+        super().__init__(in_features=A.shape[1], out_features=B.shape[0], dropout=dropout)
+        self.scale = scale
+        self.A = nn.Parameter(A)
+        self.B = nn.Parameter(B)
+
+    def pair(self) -> LowRank:
+        return LowRank(self.scale * self.B, self.A)
+
+
+class LoRA(Method[LoRASpec]):
+    """Plain: no hook beside `adapter`."""
+
+    def adapter(self, weight: Tensor, site: Site) -> LoRAAdapter:
+        self.check_rank(site)
+        out_features, in_features = weight.shape
+        # Kaiming-uniform with a = √5 comes down to ±1/√in.
+        bound = 1 / math.sqrt(in_features)
+        draw = generator(self.seed, self.finished_steps, site.name)
+        A = torch.empty(self.spec.rank, in_features).uniform_(-bound, bound, generator=draw)
+        B = torch.zeros(out_features, self.spec.rank)
+        return LoRAAdapter(A, B, scale=self.spec.scale, dropout=self.spec.dropout)
