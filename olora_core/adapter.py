@@ -4,7 +4,7 @@
 is built on out×in either way and never learns the difference.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
@@ -117,7 +117,7 @@ def site_weight(module: nn.Module) -> Tensor:
 
 
 def attach(model: nn.Module, adapters: Mapping[str, Adapter]) -> None:
-    """Puts each adapter beside the layer of its name. A layer used under several names is adapted under all."""
+    """Puts each adapter beside the layer of its name. A layer with several names gets one for all."""
     replaced = {}
     for name, adapter in adapters.items():
         layer = model.get_submodule(name)
@@ -133,7 +133,7 @@ def detach(model: nn.Module) -> None:
     _replace(model, lambda child: child.base if isinstance(child, AdaptedLinear) else None)
 
 
-def _replace(model: nn.Module, new_of) -> None:
+def _replace(model: nn.Module, new_of: Callable[[nn.Module], nn.Module | None]) -> None:
     for parent in list(model.modules()):
         if isinstance(parent, AdaptedLinear):
             continue

@@ -118,7 +118,8 @@ def check_export_rank(spec: AdapterSpec) -> None:
     """Refuses, before any training, an adapter that no server could load."""
     if spec.export_rank is not None and spec.export_rank > MAX_EXPORT_RANK:
         raise SpecError(
-            f"adapter.export_rank = {spec.export_rank} is more than servers load; use at most {MAX_EXPORT_RANK}.",
+            f"adapter.export_rank = {spec.export_rank} is more than servers load; "
+            f"use at most {MAX_EXPORT_RANK}.",
             param="adapter.export_rank",
         )
     if spec.export_rank is None and spec.pair_rank > MAX_EXPORT_RANK:

@@ -101,8 +101,8 @@ class Method(Generic[SpecT]):
         if self.spec.rank > limit:
             raise SpecError(
                 f"adapter.rank = {self.spec.rank} is more than layer '{site.name}' "
-                f"({site.out_features}×{site.in_features}) can hold; use at most {limit}, or leave that layer "
-                "out of adapter.target_modules.",
+                f"({site.out_features}×{site.in_features}) can hold; use at most {limit}, or leave that "
+                "layer out of adapter.target_modules.",
                 param="adapter.rank",
             )
 

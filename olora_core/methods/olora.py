@@ -41,7 +41,7 @@ class OLoRA(Method[OLoRASpec]):
         self.check_rank(site)
         B0, A0 = qr_factors(weight, self.spec.rank)
         if not (B0.isfinite().all() and A0.isfinite().all()):
-            raise ModelError(f"The weight of '{site.name}' is not finite; the base model's files are damaged.")
+            raise ModelError(f"The weight of '{site.name}' is not finite; the base model is damaged.")
         return OLoRAAdapter(A0, B0, scale=self.spec.scale, dropout=self.spec.dropout)
 
 

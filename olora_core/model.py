@@ -1,0 +1,319 @@
+"""A base model in memory, and the linear layers of it that can be adapted."""
+
+import hashlib
+import json
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import nn
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+from transformers.pytorch_utils import Conv1D
+
+from .adapter import Kind, Site, is_linear, site_weight
+from .errors import ModelError, SpecError
+from .specs import nearest
+
+INDEX = "model.safetensors.index.json"
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json", "spiece.model")
+PAD_CANDIDATES = ("<|finetune_right_pad_id|>", "<|pad|>", "<pad>", "[PAD]", "<|endoftext|>", "<unk>")
+ALL_LINEAR = ("auto", "all-linear")
+
+
+@dataclass
+class Base:
+    """A frozen causal language model and its tokenizer. Nothing ever writes its tensors."""
+
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    folder: Path
+    name: str
+    """The id that callers know it by."""
+    dtype: torch.dtype
+    device: torch.device
+    notes: list[str] = field(default_factory=list)
+    """Sentences the owner of a job on this base should read."""
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """What `sha256sum *.safetensors | sha256sum` prints in the folder, over the files that were loaded."""
+        lines = []
+        for path in weight_files(self.folder):
+            with path.open("rb") as file:
+                lines.append(f"{hashlib.file_digest(file, 'sha256').hexdigest()}  {path.name}\n")
+        return hashlib.sha256("".join(lines).encode()).hexdigest()
+
+
+def load_base(folder: Path, *, name: str, device: str = "cpu", dtype: torch.dtype | None = None) -> Base:
+    """Loads a base from a local folder: safetensors only, never its own code, every parameter frozen.
+
+    `dtype=None` keeps the checkpoint's own. Raises ModelError with the remedy.
+    """
+    folder = Path(folder)
+    check_folder(folder, name)
+    tokenizer = _load_tokenizer(folder, name)
+    model = _load_model(folder, name, dtype).to(device)
+    model.requires_grad_(False)
+    notes = _adopt_pad_token(tokenizer)
+    rows = model.get_input_embeddings().weight.shape[0]
+    if (highest := max(tokenizer.get_vocab().values())) >= rows:
+        raise ModelError(
+            f"The tokenizer of base model '{name}' has token {highest}, but the model embeds {rows} tokens; "
+            "the tokenizer belongs to another model."
+        )
+    if experts := fused_experts(model):
+        notes.append(
+            f"{len(experts)} fused expert tensors ({_shortened(experts)}) are not linear layers and are not adapted."
+        )
+    return Base(model, tokenizer, folder, name, model.dtype, model.device, notes)
+
+
+def check_folder(folder: Path, name: str) -> None:
+    """Refuses a folder that cannot be loaded safely, saying what is wrong with it."""
+    if not folder.is_dir():
+        raise ModelError(f"Base model '{name}' is not there: {folder} is not a folder.")
+    if not (folder / "config.json").is_file():
+        reason = "it has no config.json"
+        if (folder / "adapter_config.json").is_file():
+            reason = "it holds an adapter; give the base model it was trained on"
+        raise ModelError(f"Base model '{name}' cannot be loaded from {folder}: {reason}.")
+    config = _read_json(folder / "config.json", name)
+    if "transformers_weights" in config or "/" in str(config.get("attn_implementation", "")):
+        raise ModelError(
+            f"The config.json of base model '{name}' asks for files from elsewhere (transformers_weights or "
+            "attn_implementation); remove these keys."
+        )
+    if (folder / "adapter_config.json").is_file():
+        raise ModelError(f"Base model '{name}' has an adapter_config.json in its folder; merge or remove it.")
+    if not any((folder / file).is_file() for file in TOKENIZER_FILES):
+        raise ModelError(
+            f"Base model '{name}' has no tokenizer in {folder}; copy tokenizer.json and tokenizer_config.json there."
+        )
+    for path in weight_files(folder, name):
+        try:
+            with safe_open(path, framework="pt") as file:
+                file.keys()
+        except (SafetensorError, OSError) as error:
+            raise ModelError(
+                f"{path.name} of base model '{name}' cannot be read ({error}); it is damaged or was not copied whole."
+            ) from None
+
+
+def weight_files(folder: Path, name: str | None = None) -> list[Path]:
+    """The safetensors files that hold the weights: one file, or the shards that the index names.
+
+    Raises ModelError when there are none, or a shard is missing.
+    """
+    name = name or folder.name
+    if (folder / "model.safetensors").is_file():
+        return [folder / "model.safetensors"]
+    if (folder / INDEX).is_file():
+        shards = sorted(set(_read_json(folder / INDEX, name).get("weight_map", {}).values()))
+        if missing := [shard for shard in shards if not (folder / shard).is_file()]:
+            raise ModelError(f"Base model '{name}' misses {', '.join(missing)}, which {INDEX} names.")
+        if shards:
+            return [folder / shard for shard in shards]
+    pickles = sorted(p.name for pattern in ("*.bin", "*.pt", "*.pth", "*.ckpt") for p in folder.glob(pattern))
+    found = f"{pickles[0]} is a pickle, which can run code when it is opened" if pickles else "none is there"
+    raise ModelError(
+        f"Base model '{name}' has no model.safetensors in {folder}: {found}. Convert the model with "
+        "save_pretrained of a current transformers and copy its folder."
+    )
+
+
+def _read_json(path: Path, name: str) -> dict:
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ModelError(f"{path.name} of base model '{name}' is not JSON ({error}).") from None
+    if not isinstance(value, dict):
+        raise ModelError(f"{path.name} of base model '{name}' is not a JSON object.")
+    return value
+
+
+def _load_tokenizer(folder: Path, name: str) -> PreTrainedTokenizerBase:
+    try:
+        return AutoTokenizer.from_pretrained(str(folder), trust_remote_code=False, local_files_only=True)
+    except Exception as error:  # a foreign folder fails in any way at all
+        raise ModelError(
+            f"The tokenizer of base model '{name}' cannot be loaded: {_first_line(error)}"
+        ) from error
+
+
+def _load_model(folder: Path, name: str, dtype: torch.dtype | None) -> PreTrainedModel:
+    try:
+        config = AutoConfig.from_pretrained(str(folder), trust_remote_code=False, local_files_only=True)
+        model, report = AutoModelForCausalLM.from_pretrained(
+            str(folder),
+            config=config,
+            dtype=dtype or "auto",
+            use_safetensors=True,
+            trust_remote_code=False,
+            local_files_only=True,
+            output_loading_info=True,
+        )
+    except (MemoryError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:  # a foreign folder fails in any way at all
+        raise ModelError(
+            f"Base model '{name}' is not a causal language model that transformers can load: {_first_line(error)}"
+        ) from error
+    # transformers fills what a checkpoint lacks with random numbers and goes on.
+    if missing := sorted(report["missing_keys"]):
+        raise ModelError(f"The weights of base model '{name}' lack {_shortened(missing)}.")
+    return model
+
+
+def _first_line(error: Exception) -> str:
+    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+
+
+def _shortened(names: Sequence[str], most: int = 4) -> str:
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return ", ".join(names[:most]) + more
+
+
+def _adopt_pad_token(tokenizer: PreTrainedTokenizerBase) -> list[str]:
+    """Gives a tokenizer without padding one of its own tokens; never adds one, for that would need a new row in
+    the embedding. Labels are masked by position, so that even the end token can serve. Returns what to note."""
+    if tokenizer.pad_token_id is not None:
+        return []
+    vocabulary = tokenizer.get_vocab()
+    free = [token for token in PAD_CANDIDATES if token in vocabulary and token != tokenizer.eos_token]
+    token = free[0] if free else tokenizer.eos_token or tokenizer.convert_ids_to_tokens(0)
+    tokenizer.pad_token = token
+    also = ", also its end-of-text token," if token == tokenizer.eos_token else ""
+    return [
+        f"The tokenizer has no padding token; its '{token}'{also} fills the rows. Padding is never trained."
+    ]
+
+
+def fused_experts(model: nn.Module) -> list[str]:
+    """Names of parameters that hold the matrices of several experts in one 3-D tensor."""
+    return [name for name, parameter in model.named_parameters() if parameter.dim() == 3 and "expert" in name]
+
+
+def target_sites(model: PreTrainedModel, target_modules: str | Sequence[str]) -> list[Site]:
+    """The layers to adapt, in model order.
+
+    "auto" (or "all-linear"): every linear layer of the transformer blocks. A list: each name matches the layers
+    whose path is it or ends in `.name`. Any other string: a regular expression for the whole path, as in PEFT.
+
+    Raises SpecError for a name that matches nothing, and for one that matches what cannot be adapted.
+    """
+    stacks = _block_stacks(model)
+    if target_modules in ALL_LINEAR:
+        chosen = [name for name in _linear_layers(model) if _block_of(name, stacks)[0] is not None]
+        chosen = [name for name in chosen if _obstacle(model, name) is None]
+        if not chosen:
+            raise _no_match(model, "target_modules = 'auto' finds no linear layer inside the model's blocks")
+    elif isinstance(target_modules, str):
+        pattern = re.compile(target_modules)
+        chosen = _chosen(model, lambda name: pattern.fullmatch(name) is not None)
+        if not chosen:
+            raise _no_match(
+                model,
+                f"no linear layer's whole path matches the regular expression '{target_modules}' "
+                f'(to name layers, give a list: ["{target_modules}"])',
+            )
+    else:
+        wanted = set()
+        for ending in target_modules:
+            matched = _chosen(model, lambda name, ending=ending: ends_in(name, ending))
+            if not matched:
+                raise _no_match(
+                    model, f"no linear layer is named '{ending}'{nearest(ending, _endings(model))}"
+                )
+            wanted.update(matched)
+        chosen = [name for name in _linear_layers(model) if name in wanted]
+    return [_site(model, name, stacks) for name in chosen]
+
+
+def ends_in(name: str, ending: str) -> bool:
+    """Whether a list of target modules with this entry selects that path, by the rule of PEFT."""
+    return name == ending or name.endswith(f".{ending}")
+
+
+def _chosen(model: PreTrainedModel, matches: Callable[[str], bool]) -> list[str]:
+    """The linear layers whose path matches. Refuses other layers and tensors that match."""
+    for name, parameter in model.named_parameters():
+        if parameter.dim() == 3 and matches(name):
+            raise _refusal(name, "it holds the matrices of several experts in one tensor")
+    chosen = []
+    for name, module in model.named_modules():
+        if name and matches(name) and (is_linear(module) or module._parameters):
+            if reason := _obstacle(model, name):
+                raise _refusal(name, reason)
+            chosen.append(name)
+    return chosen
+
+
+def _obstacle(model: PreTrainedModel, name: str) -> str | None:
+    """Why this layer cannot be adapted, or None."""
+    module = model.get_submodule(name)
+    if not is_linear(module):
+        return f"it is a {type(module).__name__}, not a linear layer"
+    weight = module.weight
+    if any(m.weight is weight for m in model.modules() if isinstance(m, nn.Embedding)):
+        return "its weight is tied to the token embedding"
+    if weight.dim() != 2 or not weight.is_floating_point():
+        return f"its weight is quantised ({weight.dtype})"
+    return None
+
+
+def _refusal(name: str, reason: str) -> SpecError:
+    return SpecError(
+        f"adapter.target_modules names '{name}', which cannot be adapted: {reason}. Leave it out.",
+        param="adapter.target_modules",
+    )
+
+
+def _no_match(model: PreTrainedModel, what: str) -> SpecError:
+    return SpecError(
+        f"adapter.target_modules: {what}. Available: {', '.join(_endings(model))}.",
+        param="adapter.target_modules",
+    )
+
+
+def _linear_layers(model: PreTrainedModel) -> list[str]:
+    return [name for name, module in model.named_modules() if is_linear(module)]
+
+
+def _endings(model: PreTrainedModel) -> list[str]:
+    """Last part of the path of every layer that can be adapted, each once."""
+    layers = [name for name in _linear_layers(model) if _obstacle(model, name) is None]
+    return list(dict.fromkeys(name.rpartition(".")[2] for name in layers))
+
+
+def _block_stacks(model: nn.Module) -> dict[str, int]:
+    """Path and length of each outermost list of modules: `model.layers`, `transformer.h`."""
+    stacks: dict[str, int] = {}
+    for name, module in model.named_modules():
+        if isinstance(module, nn.ModuleList) and not any(name.startswith(f"{s}.") for s in stacks):
+            stacks[name] = len(module)
+    return stacks
+
+
+def _block_of(name: str, stacks: dict[str, int]) -> tuple[int | None, int]:
+    """Number of the block that holds this layer, and of the blocks in its stack; (None, 0) outside."""
+    for stack, length in stacks.items():
+        if name.startswith(f"{stack}."):
+            return int(name[len(stack) + 1 :].partition(".")[0]), length
+    return None, 0
+
+
+def _site(model: nn.Module, name: str, stacks: dict[str, int]) -> Site:
+    module = model.get_submodule(name)
+    out_features, in_features = site_weight(module).shape
+    kind: Kind = "conv1d" if isinstance(module, Conv1D) else "linear"
+    return Site(name, *_block_of(name, stacks), kind, out_features, in_features)
