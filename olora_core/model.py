@@ -46,7 +46,7 @@ class Base:
 
     @cached_property
     def fingerprint(self) -> str:
-        """What `sha256sum *.safetensors | sha256sum` prints in the folder, over the files that were loaded."""
+        """What `sha256sum *.safetensors | sha256sum` prints in the folder, of the files that are loaded."""
         lines = []
         for path in weight_files(self.folder):
             with path.open("rb") as file:
@@ -73,7 +73,8 @@ def load_base(folder: Path, *, name: str, device: str = "cpu", dtype: torch.dtyp
         )
     if experts := fused_experts(model):
         notes.append(
-            f"{len(experts)} fused expert tensors ({_shortened(experts)}) are not linear layers and are not adapted."
+            f"{len(experts)} fused expert tensors ({_shortened(experts)}) are not linear layers "
+            "and are not adapted."
         )
     return Base(model, tokenizer, folder, name, model.dtype, model.device, notes)
 
@@ -97,7 +98,8 @@ def check_folder(folder: Path, name: str) -> None:
         raise ModelError(f"Base model '{name}' has an adapter_config.json in its folder; merge or remove it.")
     if not any((folder / file).is_file() for file in TOKENIZER_FILES):
         raise ModelError(
-            f"Base model '{name}' has no tokenizer in {folder}; copy tokenizer.json and tokenizer_config.json there."
+            f"Base model '{name}' has no tokenizer in {folder}; copy tokenizer.json and "
+            "tokenizer_config.json there."
         )
     for path in weight_files(folder, name):
         try:
@@ -105,7 +107,8 @@ def check_folder(folder: Path, name: str) -> None:
                 file.keys()
         except (SafetensorError, OSError) as error:
             raise ModelError(
-                f"{path.name} of base model '{name}' cannot be read ({error}); it is damaged or was not copied whole."
+                f"{path.name} of base model '{name}' cannot be read ({error}); it is damaged or was "
+                "not copied whole."
             ) from None
 
 
@@ -166,7 +169,8 @@ def _load_model(folder: Path, name: str, dtype: torch.dtype | None) -> PreTraine
         raise
     except Exception as error:  # a foreign folder fails in any way at all
         raise ModelError(
-            f"Base model '{name}' is not a causal language model that transformers can load: {_first_line(error)}"
+            f"Base model '{name}' is not a causal language model that transformers can load: "
+            f"{_first_line(error)}"
         ) from error
     # transformers fills what a checkpoint lacks with random numbers and goes on.
     if missing := sorted(report["missing_keys"]):
@@ -184,8 +188,11 @@ def _shortened(names: Sequence[str], most: int = 4) -> str:
 
 
 def _adopt_pad_token(tokenizer: PreTrainedTokenizerBase) -> list[str]:
-    """Gives a tokenizer without padding one of its own tokens; never adds one, for that would need a new row in
-    the embedding. Labels are masked by position, so that even the end token can serve. Returns what to note."""
+    """Gives a tokenizer without padding one of its own tokens. Returns what to note.
+
+    Never adds a token, for that would need a new row in the embedding. Labels are masked by position, so that
+    even the end token can serve.
+    """
     if tokenizer.pad_token_id is not None:
         return []
     vocabulary = tokenizer.get_vocab()
@@ -206,8 +213,9 @@ def fused_experts(model: nn.Module) -> list[str]:
 def target_sites(model: PreTrainedModel, target_modules: str | Sequence[str]) -> list[Site]:
     """The layers to adapt, in model order.
 
-    "auto" (or "all-linear"): every linear layer of the transformer blocks. A list: each name matches the layers
-    whose path is it or ends in `.name`. Any other string: a regular expression for the whole path, as in PEFT.
+    "auto" (or "all-linear"): every linear layer of the transformer blocks. A list: each name matches the
+    layers whose path is it or ends in `.name`. Any other string: a regular expression for the whole path. The
+    rules are PEFT's. The model must bear no adapters.
 
     Raises SpecError for a name that matches nothing, and for one that matches what cannot be adapted.
     """
