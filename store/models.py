@@ -6,7 +6,7 @@ increasing `seq`. Ids are opaque to clients; their prefixes follow OpenAI's.
 
 import secrets
 import string
-from typing import Any
+from typing import Any, ClassVar
 
 from sqlalchemy import JSON, BigInteger, Float, ForeignKey, Index, Integer, MetaData, String, Text
 from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
@@ -33,7 +33,11 @@ class Base(DeclarativeBase):
             "pk": "pk_%(table_name)s",
         }
     )
-    type_annotation_map = {dict[str, Any]: JSON, list[Any]: JSON, float: Float(53)}  # noqa: RUF012
+    type_annotation_map: ClassVar[dict[Any, Any]] = {
+        dict[str, Any]: JSON(none_as_null=True),
+        list[Any]: JSON(none_as_null=True),
+        float: Float(53),
+    }
 
 
 class Project(Base):
@@ -44,6 +48,8 @@ class Project(Base):
     id: Mapped[str] = mapped_column(String(64), primary_key=True)
     name: Mapped[str] = mapped_column(String(64))
     created_at: Mapped[float] = mapped_column(default=db_now())
+    last_turn_at: Mapped[float] = mapped_column(default=0.0)
+    """When a job of this project was last claimed; the project that waited longest goes first."""
 
 
 class Key(Base):
@@ -71,8 +77,10 @@ class File(Base):
     purpose: Mapped[str] = mapped_column(String(32))
     bytes: Mapped[int] = mapped_column(BigInteger)
     sha256: Mapped[str] = mapped_column(String(64))
-    storage_key: Mapped[str] = mapped_column(String(512))
+    storage_key: Mapped[str | None] = mapped_column(String(512))
+    """Where the bytes are; null once a deleted file's bytes are gone."""
     status: Mapped[str] = mapped_column(String(16))
+    """"processed", or "error" when nothing can be done with it."""
     status_details: Mapped[str | None] = mapped_column(Text)
     report: Mapped[dict[str, Any] | None]
     created_at: Mapped[float] = mapped_column(default=db_now())
@@ -209,9 +217,14 @@ class Request(Base):
 
     __tablename__ = "requests"
 
-    digest: Mapped[str] = mapped_column(String(64), primary_key=True)
-    """SHA-256 over project, key, route and idempotency key (or content)."""
-    body_digest: Mapped[str] = mapped_column(String(64))
-    created_at: Mapped[float] = mapped_column(default=db_now())
-    object_id: Mapped[str | None] = mapped_column(String(64))
+    seq: Mapped[int] = mapped_column(Sequence, primary_key=True, autoincrement=True)
+    key_digest: Mapped[str | None] = mapped_column(String(64), unique=True)
+    """SHA-256 over API key, route and Idempotency-Key; null when the client sent none."""
+    content_digest: Mapped[str] = mapped_column(String(64), index=True)
+    """SHA-256 over API key, route and what was sent."""
+    created_at: Mapped[float] = mapped_column(default=db_now(), index=True)
+    turn: Mapped[int] = mapped_column(default=1)
+    """The fence: rises when a retry takes over from a try that has died."""
+    turn_at: Mapped[float] = mapped_column(default=db_now())
+    object_id: Mapped[str | None] = mapped_column(String(512))
     """What the request made; null while it is still being answered."""

@@ -1,0 +1,400 @@
+"""Files: their bytes in a storage, their rows, and how the two stay one.
+
+Bytes are written aside, synced and renamed, so that a key either holds all of them or does not exist. Keys
+are built from ids alone; a name that a client sent never becomes a path.
+"""
+
+import contextlib
+import errno
+import fcntl
+import hashlib
+import json
+import os
+import re
+import shutil
+import uuid
+from collections.abc import Iterator
+from pathlib import Path
+from types import TracebackType
+from typing import Any, BinaryIO, Literal, Self
+
+from sqlalchemy import or_, select
+from sqlalchemy.orm import Session
+
+from .errors import Damaged, FileInUse, NotFound, StorageError, StorageFull, TooLarge
+from .models import File, Job, new_id
+from .pages import Page, read_page
+from .session import Sessions, db_now
+from .settings import Settings
+
+MANIFEST = "stored.json"
+"""Written last in a stored folder: its files with sizes and SHA-256."""
+INCOMING = ".incoming"
+PART = ".part"
+UNFINISHED = ("validating_files", "queued", "running")
+_SEGMENT = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._=+-]{0,199}")
+_CHUNK = 2**20
+
+
+# --- bytes ---------------------------------------------------------------------------------------------
+
+
+class Writer:
+    """Counts and hashes what is written; publishes it under its key when the block ends without an error."""
+
+    def __init__(self, target: Path, incoming: Path, max_bytes: int | None) -> None:
+        self.bytes = 0
+        self._target = target
+        self._max_bytes = max_bytes
+        self._hash = hashlib.sha256()
+        self._part, self._file = _new_part(incoming)
+
+    @property
+    def sha256(self) -> str:
+        """Of what was written so far, in hexadecimal digits."""
+        return self._hash.hexdigest()
+
+    def write(self, chunk: bytes) -> int:
+        """Raises TooLarge beyond the allowed size and StorageFull when the disk is."""
+        if self._max_bytes is not None and self.bytes + len(chunk) > self._max_bytes:
+            raise TooLarge(f"The file is larger than the {self._max_bytes} bytes allowed.")
+        with _disk_errors():
+            self._file.write(chunk)
+        self.bytes += len(chunk)
+        self._hash.update(chunk)
+        return len(chunk)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        try:
+            if kind is None:
+                self._publish()
+        finally:
+            with contextlib.suppress(OSError):  # its buffer may not fit on the disk either
+                self._file.close()
+            self._part.unlink(missing_ok=True)
+
+    def _publish(self) -> None:
+        with _disk_errors():
+            self._file.flush()
+            os.fsync(self._file.fileno())
+            self._target.parent.mkdir(parents=True, exist_ok=True)
+            os.rename(self._part, self._target)
+            _sync_folder(self._target.parent)
+
+
+class Storage:
+    """Bytes under keys such as `files/file-abc`, in a local folder."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = Path(os.path.realpath(root))
+        with _disk_errors():
+            (self.root / INCOMING).mkdir(parents=True, exist_ok=True, mode=0o700)
+
+    def writer(self, key: str, *, max_bytes: int | None = None) -> Writer:
+        """`with storage.writer(key) as writer: writer.write(chunk)`; nothing is visible before the end."""
+        with _disk_errors():
+            return Writer(self._path(key), self.root / INCOMING, max_bytes)
+
+    def put(self, key: str, path: Path) -> tuple[int, str]:
+        """Stores a file of this machine. Returns its size and SHA-256."""
+        with path.open("rb") as source, self.writer(key) as writer:
+            while chunk := source.read(_CHUNK):
+                writer.write(chunk)
+        return writer.bytes, writer.sha256
+
+    def put_folder(self, prefix: str, folder: Path) -> None:
+        """Stores a folder's files, then the manifest that makes it complete."""
+        self.delete_folder(prefix)
+        listed = {}
+        for path in sorted(p for p in folder.rglob("*") if p.is_file() and not p.is_symlink()):
+            name = path.relative_to(folder).as_posix()
+            size, sha256 = self.put(f"{prefix}/{name}", path)
+            listed[name] = {"bytes": size, "sha256": sha256}
+        with self.writer(f"{prefix}/{MANIFEST}") as writer:
+            writer.write(json.dumps({"files": listed}, indent=1).encode())
+
+    def open(self, key: str) -> BinaryIO:
+        """The stored bytes. Raises StorageError when there are none."""
+        with _disk_errors(key):
+            return os.fdopen(os.open(self._path(key), os.O_RDONLY | os.O_NOFOLLOW), "rb")
+
+    def size(self, key: str) -> int:
+        with _disk_errors(key):
+            return self._path(key).lstat().st_size
+
+    def exists(self, key: str) -> bool:
+        return self._path(key).is_file()
+
+    def fetch(self, key: str, to: Path) -> str:
+        """Copies the bytes to a path of this machine and returns their SHA-256."""
+        digest = hashlib.sha256()
+        with self.open(key) as source, _disk_errors(key):
+            to.parent.mkdir(parents=True, exist_ok=True)
+            with to.open("wb") as target:
+                while chunk := source.read(_CHUNK):
+                    digest.update(chunk)
+                    target.write(chunk)
+        return digest.hexdigest()
+
+    def fetch_folder(self, prefix: str, to: Path) -> None:
+        """Copies a stored folder and verifies every file against the manifest.
+
+        Raises Damaged when a file differs and StorageError when the folder is not complete. `to` appears
+        only when everything is right.
+        """
+        aside = to.with_name(f"{to.name}.{uuid.uuid4().hex}{PART}")
+        try:
+            for name, listed in self._manifest(prefix).items():
+                target = aside / name
+                digest = self.fetch(f"{prefix}/{name}", target)
+                if digest != listed["sha256"] or target.stat().st_size != listed["bytes"]:
+                    raise Damaged(f"{prefix}/{name} is damaged: its bytes are not those that were stored.")
+            with _disk_errors(prefix):
+                aside.mkdir(parents=True, exist_ok=True)
+                os.rename(aside, to)
+        finally:
+            shutil.rmtree(aside, ignore_errors=True)
+
+    def list(self, prefix: str) -> list[str]:
+        """The keys below a prefix, sorted."""
+        folder = self._path(prefix)
+        return sorted(
+            p.relative_to(self.root).as_posix()
+            for p in folder.rglob("*")
+            if p.is_file() and not p.is_symlink()
+        )
+
+    def delete(self, key: str) -> None:
+        """Removes the bytes; a key without any is fine."""
+        with _disk_errors(key):
+            self._path(key).unlink(missing_ok=True)
+
+    def delete_folder(self, prefix: str) -> None:
+        """Removes everything below a prefix, its manifest first; a prefix without anything is fine."""
+        self.delete(f"{prefix}/{MANIFEST}")
+        shutil.rmtree(self._path(prefix), ignore_errors=True)
+
+    def part_leftovers(self) -> list[Path]:
+        """Half-written files whose writer has died; a living writer holds a lock on its own."""
+        return [part for part in (self.root / INCOMING).glob(f"*{PART}") if _is_abandoned(part)]
+
+    def remove_part_leftovers(self) -> int:
+        """Removes them. Returns how many there were."""
+        leftovers = self.part_leftovers()
+        for part in leftovers:
+            part.unlink(missing_ok=True)
+        return len(leftovers)
+
+    def _manifest(self, prefix: str) -> dict[str, Any]:
+        try:
+            with self.open(f"{prefix}/{MANIFEST}") as file:
+                listed = json.load(file)["files"]
+        except (ValueError, KeyError, TypeError):
+            raise Damaged(f"{prefix} is damaged: its list of files cannot be read.") from None
+        for name in listed:
+            _check_key(name)
+        return dict(listed)
+
+    def _path(self, key: str) -> Path:
+        """Where a key's bytes are: inside the root, on a path without symbolic links."""
+        _check_key(key)
+        path = self.root / key
+        if os.path.realpath(path) != str(path):
+            raise StorageError(f"{key!r} leads out of the storage.")
+        return path
+
+
+def storage(settings: Settings) -> Storage:
+    """The storage that the settings name."""
+    return Storage(settings.storage_folder)
+
+
+def _check_key(key: str) -> None:
+    if len(key) > 512 or not all(_SEGMENT.fullmatch(segment) for segment in key.split("/")):
+        raise StorageError(f"{key[:100]!r} is not a name under which files are stored.")
+
+
+def _new_part(incoming: Path) -> tuple[Path, BinaryIO]:
+    """A new, locked file to write to. The lock dies with its process and says so to the cleaner."""
+    while True:
+        part = incoming / f"{uuid.uuid4().hex}{PART}"
+        file = part.open("xb")
+        fcntl.flock(file, fcntl.LOCK_EX)
+        # Between open and lock the cleaner may have taken it for abandoned.
+        with contextlib.suppress(FileNotFoundError):
+            if part.stat().st_ino == os.fstat(file.fileno()).st_ino:
+                return part, file
+        file.close()
+
+
+def _is_abandoned(part: Path) -> bool:
+    try:
+        with part.open("rb") as file:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:  # gone, or held by its writer
+        return False
+    return True
+
+
+def _sync_folder(folder: Path) -> None:
+    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+@contextlib.contextmanager
+def _disk_errors(key: str = "") -> Iterator[None]:
+    """Turns the operating system's complaints into sentences."""
+    try:
+        yield
+    except FileNotFoundError:
+        raise StorageError(f"Nothing is stored under {key!r}.", code="not_stored") from None
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise StorageFull("No space is left where files are stored; free some and try again.") from None
+        raise StorageError(f"The storage does not work: {error.strerror}.") from error
+
+
+# --- rows ----------------------------------------------------------------------------------------------
+
+
+def new_file_id() -> str:
+    return new_id("file-")
+
+
+def file_key(file_id: str) -> str:
+    """Where a file's bytes are stored."""
+    return f"files/{file_id}"
+
+
+def record_file(
+    session: Session,
+    *,
+    file_id: str,
+    project_id: str,
+    filename: str,
+    purpose: str,
+    bytes: int,
+    sha256: str,
+    report: dict[str, Any] | None = None,
+    expires_in: float | None = None,
+    storage_key: str | None = None,
+) -> File:
+    """The row of a file whose bytes are stored. `report` is `formats.Report.model_dump(mode="json")`."""
+    file = File(
+        id=file_id,
+        project_id=project_id,
+        filename=filename[:512],
+        purpose=purpose,
+        bytes=bytes,
+        sha256=sha256,
+        storage_key=storage_key or file_key(file_id),
+        status="processed",
+        report=report,
+        expires_at=None if expires_in is None else db_now() + expires_in,
+    )
+    session.add(file)
+    session.flush()
+    return file
+
+
+def _alive() -> Any:
+    return File.deleted_at.is_(None) & or_(File.expires_at.is_(None), File.expires_at > db_now())
+
+
+def get_file(session: Session, project_id: str, file_id: str) -> File:
+    """Raises NotFound, also for another project's file."""
+    file = session.scalar(select(File).where(File.id == file_id, File.project_id == project_id, _alive()))
+    if file is None:
+        raise NotFound(f"No such file: {file_id}.", param="file_id")
+    return file
+
+
+def list_files(
+    session: Session,
+    project_id: str,
+    *,
+    after: str | None = None,
+    limit: int = 10_000,
+    order: Literal["asc", "desc"] = "desc",
+    purpose: str | None = None,
+) -> Page[File]:
+    rows = select(File).where(_alive())
+    if purpose is not None:
+        rows = rows.where(File.purpose == purpose)
+    return read_page(
+        session,
+        rows,
+        File,
+        within=File.project_id == project_id,
+        after=after,
+        limit=limit,
+        newest_first=order == "desc",
+    )
+
+
+def delete_file(session: Session, project_id: str, file_id: str) -> File:
+    """Takes a file off the list; after the commit `purge_files` removes its bytes.
+
+    Raises NotFound, and FileInUse while a job that has not ended needs it.
+    """
+    get_file(session, project_id, file_id)
+    # Locked before the jobs are read: a job being created holds the same lock until it is there to be seen.
+    file = session.scalar(select(File).where(File.id == file_id, _alive()).with_for_update())
+    if file is None:
+        raise NotFound(f"No such file: {file_id}.", param="file_id")
+    job_id = session.scalar(select(Job.id).where(_uses(file.id)).limit(1))
+    if job_id is not None:
+        raise FileInUse(
+            f"File {file_id} is in use by job {job_id}; wait for its end or cancel it first.", param="file_id"
+        )
+    _mark_deleted(session, file)
+    return file
+
+
+def _mark_deleted(session: Session, file: File) -> None:
+    file.deleted_at = db_now()  # type: ignore[assignment]
+    session.flush()
+
+
+def _uses(file_id: Any) -> Any:
+    return Job.status.in_(UNFINISHED) & or_(Job.training_file == file_id, Job.validation_file == file_id)
+
+
+def lock_file(session: Session, file: File) -> None:
+    """Keeps a file from being deleted until this transaction ends. Raises NotFound when it already is."""
+    held = select(File.seq).where(File.id == file.id, _alive()).with_for_update(read=True)
+    if session.scalar(held) is None:
+        raise NotFound(f"File {file.id} has been deleted.", param="training_file")
+
+
+def purge_files(sessions: Sessions, store: Storage, limit: int = 100) -> int:
+    """Marks expired files as deleted, unless a job needs them, and removes the bytes of deleted ones.
+
+    Bytes go first: when they are gone and the row is not, the next call finds nothing to do and says so.
+    """
+    with sessions.begin() as session:
+        expired = select(File).where(
+            File.deleted_at.is_(None),
+            File.expires_at <= db_now(),
+            ~select(Job.seq).where(_uses(File.id)).exists(),
+        )
+        for file in session.scalars(expired.limit(limit).with_for_update(skip_locked=True)):
+            _mark_deleted(session, file)
+    with sessions.begin() as session:
+        gone = select(File).where(File.deleted_at.is_not(None), File.storage_key.is_not(None)).limit(limit)
+        found = session.scalars(gone).all()
+    for file in found:
+        assert file.storage_key is not None
+        store.delete(file.storage_key)
+    with sessions.begin() as session:
+        for file in found:
+            session.merge(file).storage_key = None
+    return len(found)

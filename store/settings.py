@@ -1,0 +1,225 @@
+"""Every setting of the service, read from `OLORA_…` variables. Nothing else reads the environment."""
+
+import difflib
+import logging
+import os
+from collections.abc import Mapping
+from functools import lru_cache
+from pathlib import Path
+from typing import Annotated, Any
+from urllib.parse import unquote, urlsplit
+
+from pydantic import Field, SecretStr, ValidationError, field_validator
+from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
+
+from .errors import SettingsError
+
+log = logging.getLogger(__name__)
+
+PREFIX = "OLORA_"
+NOT_SETTINGS = ("OLORA_TEST_", "OLORA_BENCH_", "OLORA_REQUIRE_SERVICES")
+"""Variables that belong to the tests and benchmarks."""
+
+
+def _in_home(scheme: str, name: str) -> Any:
+    return lambda values: f"{scheme}:///{str(values['home'] / name).lstrip('/')}"
+
+
+def _database_in_home(values: dict[str, Any]) -> str:
+    return f"sqlite:///{values['home'] / 'olora.db'}"
+
+
+def _lease_by_database(values: dict[str, Any]) -> float:
+    return 15.0 if values["database_url"].startswith("sqlite") else 60.0
+
+
+class Settings(BaseSettings):
+    """How this service runs. Change nothing and it runs alone in `~/.olora`."""
+
+    model_config = SettingsConfigDict(env_prefix=PREFIX, extra="ignore", frozen=True, validate_default=True)
+
+    home: Path = Field(
+        default=Path("~/.olora"),
+        description="Folder of everything the service keeps, unless a setting below says otherwise.",
+    )
+    host: str = Field(default="127.0.0.1", description="Address that the server listens on.")
+    port: int = Field(default=8000, ge=0, le=65535, description="Port that the server listens on.")
+    api_key: SecretStr | None = Field(
+        default=None,
+        description="The API key. Unset: one is made at the first start and kept in `api_key` in the home.",
+    )
+    database_url: str = Field(
+        default_factory=_database_in_home,
+        repr=False,
+        description="Where the rows are: `sqlite:///path` or `postgresql://user:password@host/name`.",
+        json_schema_extra={"shown": "a SQLite file in the home"},
+    )
+    broker_url: str = Field(
+        default_factory=_in_home("folder", "queue"),
+        repr=False,
+        description="Where wake-ups for workers travel: `folder:///path` or `redis://host:6379/0`.",
+        json_schema_extra={"shown": "a folder in the home"},
+    )
+    storage_url: str = Field(
+        default_factory=_in_home("file", "storage"),
+        description="Where uploaded and produced files are kept: `file:///path`.",
+        json_schema_extra={"shown": "a folder in the home"},
+    )
+    models_dir: Path | None = Field(
+        default=None,
+        description="Folder of base models; each sub-folder with config.json and *.safetensors is one.",
+    )
+    allowed_hub_models: Annotated[tuple[str, ...], NoDecode] = Field(
+        default=(),
+        description="Hugging Face ids that may be trained, as patterns with commas: `Qwen/*,gpt2`.",
+    )
+    organization: str = Field(
+        default="olora",
+        pattern=r"^[a-z0-9][a-z0-9-]{0,31}$",
+        description="Stands in the names of fine-tuned models: `ft:<base>:<organization>:<suffix>:…`.",
+    )
+    lease_seconds: float = Field(
+        default_factory=_lease_by_database,
+        gt=0,
+        le=3600,
+        description="A worker that is silent this long loses its job to another one.",
+        json_schema_extra={"shown": "60, on SQLite 15"},
+    )
+    checkpoint_seconds: float = Field(
+        default=60.0, ge=0, le=86400, description="A checkpoint is saved after this much training."
+    )
+    max_failures: int = Field(
+        default=3, ge=1, le=100, description="Crashes without a new checkpoint in between that end a job."
+    )
+    max_upload_mb: int = Field(default=512, ge=1, le=1_048_576, description="Largest upload, in MB (2^20).")
+    min_examples: int = Field(default=10, ge=1, description="Fewest rows that a training file may have.")
+    log_level: str = Field(default="info", description="debug, info, warning or error.")
+
+    @field_validator("home", "models_dir")
+    @classmethod
+    def _absolute(cls, value: Path | None) -> Path | None:
+        return value if value is None else Path(os.path.abspath(value.expanduser()))
+
+    @field_validator("api_key")
+    @classmethod
+    def _key_fits_a_header(cls, value: SecretStr | None) -> SecretStr | None:
+        text = value.get_secret_value().strip() if value else ""
+        if not text:
+            return None
+        if not text.isascii() or not text.isprintable() or " " in text or len(text) > 256:
+            raise ValueError("1 to 256 printable ASCII characters without spaces")
+        return SecretStr(text)
+
+    @field_validator("database_url")
+    @classmethod
+    def _known_database(cls, value: str) -> str:
+        scheme = value.partition("://")[0]
+        if scheme in ("postgres", "postgresql"):
+            return "postgresql+psycopg" + value[len(scheme) :]
+        if value.startswith("sqlite:///") and ":memory:" not in value and len(value) > len("sqlite:///"):
+            return value
+        if scheme == "postgresql+psycopg":
+            return value
+        raise ValueError("sqlite:///path/to/file.db or postgresql://user:password@host/name")
+
+    @field_validator("broker_url")
+    @classmethod
+    def _known_broker(cls, value: str) -> str:
+        if value.partition("://")[0] in ("redis", "rediss") or value.startswith("folder:///"):
+            return value
+        raise ValueError("redis://host:6379/0, rediss://… or folder:///path")
+
+    @field_validator("storage_url")
+    @classmethod
+    def _known_storage(cls, value: str) -> str:
+        if value.startswith("file:///"):
+            return value
+        raise ValueError("file:///path (other kinds of storage are not offered yet)")
+
+    @field_validator("allowed_hub_models", mode="before")
+    @classmethod
+    def _split(cls, value: Any) -> Any:
+        if isinstance(value, str):
+            return tuple(part.strip() for part in value.split(",") if part.strip())
+        return value
+
+    @field_validator("log_level")
+    @classmethod
+    def _known_level(cls, value: str) -> str:
+        if value.lower() not in ("debug", "info", "warning", "error"):
+            raise ValueError("debug, info, warning or error")
+        return value.lower()
+
+    @property
+    def max_upload_bytes(self) -> int:
+        return self.max_upload_mb * 2**20
+
+    @property
+    def storage_folder(self) -> Path:
+        return _path_of(self.storage_url)
+
+    @property
+    def queue_folder(self) -> Path | None:
+        """The folder that wake-ups travel through; None when there is a Redis."""
+        return _path_of(self.broker_url) if self.broker_url.startswith("folder:") else None
+
+    @property
+    def scratch_folder(self) -> Path:
+        """Where workers keep what they can lose."""
+        return self.home / "scratch"
+
+    @property
+    def key_file(self) -> Path:
+        return self.home / "api_key"
+
+
+def _path_of(url: str) -> Path:
+    return Path(unquote(urlsplit(url).path))
+
+
+def read_settings(**values: Any) -> Settings:
+    """Settings from the environment; `values` win.
+
+    Raises SettingsError, naming the variable and what it may be.
+    """
+    try:
+        return Settings(**values)
+    except ValidationError as error:
+        problem = next(
+            p
+            for p in error.errors(include_url=False, include_context=False)
+            if p["type"] != "default_factory_not_called"
+        )
+        name = PREFIX + str(problem["loc"][0]).upper()
+        wish = str(problem["msg"]).removeprefix("Value error, ").removeprefix("Input should be ")
+        raise SettingsError(f"{name} does not fit: expected {wish}.", param=name) from None
+
+
+@lru_cache
+def get_settings() -> Settings:
+    """The settings of this process, read once; unknown OLORA_ variables are named in the log."""
+    for sentence in unknown_variables(os.environ):
+        log.warning(sentence)
+    return read_settings()
+
+
+def unknown_variables(environ: Mapping[str, str]) -> list[str]:
+    """One sentence for each OLORA_ variable that is no setting."""
+    known = [PREFIX + name.upper() for name in Settings.model_fields]
+    sentences = []
+    for name in sorted(environ):
+        if name.startswith(PREFIX) and not name.startswith(NOT_SETTINGS) and name not in known:
+            near = difflib.get_close_matches(name, known, n=1)
+            hint = f" Did you mean {near[0]}?" if near else ""
+            sentences.append(f"{name} is not a setting and is ignored.{hint}")
+    return sentences
+
+
+def settings_table() -> list[tuple[str, str, str]]:
+    """(variable, default, description) of every setting, for the documentation."""
+    rows = []
+    for name, field in Settings.model_fields.items():
+        extra = field.json_schema_extra if isinstance(field.json_schema_extra, dict) else {}
+        default = extra.get("shown", "" if field.default in (None, ()) else field.default)
+        rows.append((PREFIX + name.upper(), str(default), str(field.description)))
+    return rows
