@@ -1,0 +1,96 @@
+"""What a training run says while it runs. Whoever drives `train` records these values."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from .specs import TrainSpec
+
+PhaseName = Literal["loading", "tokenising", "starting", "training", "evaluating", "exporting", "certifying"]
+
+
+@dataclass(frozen=True)
+class Phase:
+    """A sign of life from a part of the run that is no training step."""
+
+    name: PhaseName
+    done: int
+    total: int
+
+
+@dataclass(frozen=True)
+class Note:
+    """A sentence for the job's owner."""
+
+    level: Literal["info", "warn"]
+    message: str
+    data: dict[str, Any] | None = None
+
+
+@dataclass(frozen=True)
+class Resolved:
+    """Every "auto" is a number now."""
+
+    spec: TrainSpec
+    why: list[str]
+    total_steps: int
+    examples: int
+    trained_parameters: int
+    targets: list[str]
+
+
+@dataclass(frozen=True)
+class Step:
+    """One optimizer step, told after it. `loss` is nats per trained token, without any penalty."""
+
+    step: int
+    total_steps: int
+    epoch: float
+    """Passes over the data so far, this step included."""
+    loss: float
+    accuracy: float
+    """Share of this step's trained tokens that the model would have chosen itself."""
+    trained_tokens: int
+    tokens: int
+    """Without padding."""
+    learning_rate: float
+    grad_norm: float
+    """Before clipping."""
+    seconds: float
+    memory_bytes: int
+    """Peak so far: of the device, or of this process on a CPU."""
+    valid_loss: float | None = None
+    """Over a small, fixed part of the validation file."""
+    valid_accuracy: float | None = None
+
+
+@dataclass(frozen=True)
+class Evaluated:
+    """The whole validation file, after `step` optimizer steps."""
+
+    step: int
+    loss: float
+    accuracy: float
+
+
+@dataclass(frozen=True)
+class Saved:
+    """A complete checkpoint folder."""
+
+    step: int
+    folder: Path
+    metrics: dict[str, float]
+
+
+@dataclass(frozen=True)
+class Finished:
+    """The adapter is exported and certified."""
+
+    folder: Path
+    certificate: dict[str, Any]
+    metrics: dict[str, Any]
+    trained_tokens: int
+    steps: int
+
+
+Progress = Phase | Note | Resolved | Step | Evaluated | Saved | Finished
