@@ -91,6 +91,12 @@ class Settings(BaseSettings):
     max_failures: int = Field(
         default=3, ge=1, le=100, description="Crashes without a new checkpoint in between that end a job."
     )
+    stall_seconds: float = Field(
+        default=600.0, gt=0, le=86400, description="A trainer that says nothing for this long is taken for hung."
+    )
+    idle_seconds: float = Field(
+        default=600.0, ge=0, le=86400, description="A worker without a job keeps its base model this long."
+    )
     max_upload_mb: int = Field(default=512, ge=1, le=1_048_576, description="Largest upload, in MB (2^20).")
     min_examples: int = Field(default=10, ge=1, description="Fewest rows that a training file may have.")
     log_level: str = Field(default="info", description="debug, info, warning or error.")
