@@ -77,6 +77,12 @@ class Adapter(nn.Module):
         return F.dropout(x, self.dropout, self.training) if self.dropout else x
 
 
+def compute_dtype(x: Tensor) -> torch.dtype:
+    """The dtype a linear layer would compute in: autocast's where it is on, else x's own."""
+    device = x.device.type
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
+
+
 def low_rank_product(x: Tensor, pair: LowRank) -> Tensor:
     """`B (A x)`: (…, in) → (…, out). The factors are cast to x's dtype only here."""
     return F.linear(F.linear(x, pair.A.to(x.dtype)), pair.B.to(x.dtype))
@@ -142,8 +148,30 @@ def _replace(model: nn.Module, new_of: Callable[[nn.Module], nn.Module | None]) 
                 setattr(parent, name, new)
 
 
+def bare_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """`named_modules` of the model without its adapters, whether they are attached or not."""
+    inside = None
+    for name, module in model.named_modules():
+        if isinstance(module, AdaptedLinear):
+            inside = f"{name}."
+            yield name, module.base
+        elif inside is None or not name.startswith(inside):
+            yield name, module
+
+
 def attached(model: nn.Module) -> list[AdaptedLinear]:
     return [module for module in model.modules() if isinstance(module, AdaptedLinear)]
+
+
+@contextmanager
+def full_precision() -> Iterator[None]:
+    """Inside, fp32 products are fp32: no TF32, no bf16 passes, whatever training was told to use."""
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("highest")
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
 
 
 @contextmanager

@@ -1,13 +1,35 @@
 """A trained adapter as a folder that everything can load: plain LoRA against the untouched base."""
 
-from collections.abc import Mapping, Sequence
+import json
+import os
+import shutil
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from .adapter import Adapter
-from .model import Base
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from .adapter import Adapter, LowRank, adapter_tensors, bare_modules, is_linear, site_weight
+from .errors import SpecError
+from .model import Base, ends_in
 from .specs import TrainSpec
+
+TENSORS = "adapter_model.safetensors"
+CONFIG = "adapter_config.json"
+MANIFEST = "manifest.json"
+CARD = "README.md"
+NATIVE = "native/adapter.safetensors"
+KEY_PREFIX = "base_model.model."
+SERVER_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
+"""What vLLM's `--max-lora-rank` takes."""
+SERVED_TOGETHER = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
+"""Layers that servers fuse into one: a partner without an adapter is written as zeros."""
+PACKAGES = ("olora", "torch", "transformers", "safetensors")
 
 
 @dataclass(frozen=True)
@@ -37,11 +59,327 @@ class Export:
 def export_adapter(base: Base, adapters: Mapping[str, Adapter], folder: Path, story: Story) -> Export:
     """Writes the adapter's folder: exact, or truncated when the spec asks for an `export_rank`.
 
-    `folder` must not exist yet; it appears complete or not at all.
+    `folder` must not exist; it appears complete or not at all. `base.model` may bear the adapters.
     """
-    raise NotImplementedError
+    pairs, energy_kept = exported_pairs(adapters, story.resolved.adapter.export_rank)
+    layers = _linear_layers(base.model)
+    endings = _target_modules(base.model, layers, pairs)
+    rank = max(1, *(pair.rank for pair in pairs.values()))
+    filled = {name: pairs.get(name) or _zero_pair(layer) for name, layer in _covered(layers, endings)}
+    padded = {name: _padded(pair, rank) for name, pair in filled.items()}
+    transposed = any(isinstance(layers[name], Conv1D) for name in filled)
+    export = Export(folder, rank, endings, energy_kept)
+
+    aside = folder.with_name(f".{folder.name}.part")
+    shutil.rmtree(aside, ignore_errors=True)
+    (aside / NATIVE).parent.mkdir(parents=True)
+    save_file(_named(padded), aside / TENSORS, metadata={"format": "pt"})
+    save_file(_on_disk(adapter_tensors(adapters)), aside / NATIVE, metadata={"format": "pt"})
+    _write_json(aside / CONFIG, adapter_config(base.name, rank, endings, transposed))
+    base.tokenizer.save_pretrained(aside)
+    _write_json(aside / MANIFEST, _manifest(base, export, story))
+    (aside / CARD).write_text(model_card(base, export, story), encoding="utf-8")
+    aside.rename(folder)
+    return export
 
 
 def record_certificate(folder: Path, certificate: Mapping[str, Any]) -> None:
     """Adds the certificate to the manifest and the model card of an exported folder."""
-    raise NotImplementedError
+    manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+    _write_json(folder / MANIFEST, manifest | {"certificate": dict(certificate)})
+    card = (folder / CARD).read_text(encoding="utf-8")
+    _write(folder / CARD, card.rstrip("\n") + "\n\n" + _certificate_section(certificate))
+
+
+# --- the pairs ---------------------------------------------------------------------------------------------
+
+
+def exact_pairs(adapters: Mapping[str, Adapter]) -> dict[str, LowRank]:
+    """`pair()` of every adapter, fp32 on the CPU. Raises SpecError for a method that has none."""
+    pairs = {}
+    for name, adapter in adapters.items():
+        with torch.no_grad():
+            pair = adapter.pair()
+        if pair is None:
+            raise SpecError(
+                "This method has no low-rank form; export merged weights.", param="adapter.method"
+            )
+        pairs[name] = LowRank(pair.B.float().cpu(), pair.A.float().cpu())
+    return pairs
+
+
+def exported_pairs(
+    adapters: Mapping[str, Adapter], export_rank: int | None
+) -> tuple[dict[str, LowRank], float]:
+    """The pairs as the files will hold them, and the share of ΔW's energy they keep."""
+    pairs = exact_pairs(adapters)
+    if export_rank is None:
+        return pairs, 1.0
+    results = {name: truncated(pair, export_rank) for name, pair in pairs.items()}
+    kept = sum(kept for _, kept, _ in results.values())
+    total = sum(total for _, _, total in results.values())
+    return {name: pair for name, (pair, _, _) in results.items()}, kept / total if total else 1.0
+
+
+def truncated(pair: LowRank, rank: int) -> tuple[LowRank, float, float]:
+    """The best pair of at most that rank, ‖its ΔW‖² and ‖ΔW‖² (Frobenius).
+
+    From two thin QRs and the SVD of a k×k core in fp64; no out×in matrix is formed. The singular values are
+    shared evenly between both factors.
+    """
+    if pair.rank <= rank:
+        whole = energy(pair)
+        return pair, whole, whole
+    QB, RB = torch.linalg.qr(pair.B.double())
+    QA, RA = torch.linalg.qr(pair.A.double().T)
+    U, S, Vt = torch.linalg.svd(RB @ RA.T)
+    root = S[:rank].sqrt()
+    best = LowRank((QB @ U[:, :rank] * root).float(), (root[:, None] * Vt[:rank] @ QA.T).float())
+    return best, float((S[:rank] ** 2).sum()), float((S**2).sum())
+
+
+def energy(pair: LowRank) -> float:
+    """‖B A‖² = ⟨BᵀB, A Aᵀ⟩."""
+    B, A = pair.B.double(), pair.A.double()
+    return float(((B.T @ B) * (A @ A.T)).sum())
+
+
+def _padded(pair: LowRank, rank: int) -> LowRank:
+    missing = rank - pair.rank
+    return LowRank(nn.functional.pad(pair.B, (0, missing)), nn.functional.pad(pair.A, (0, 0, 0, missing)))
+
+
+def _zero_pair(layer: nn.Module) -> LowRank:
+    out_features, in_features = site_weight(layer).shape
+    return LowRank(torch.zeros(out_features, 0), torch.zeros(0, in_features))
+
+
+# --- which layers are written ------------------------------------------------------------------------------
+
+
+def _linear_layers(model: nn.Module) -> dict[str, nn.Module]:
+    """Every linear layer by its path in the bare model, whether adapters stand beside them or not."""
+    return {name: module for name, module in bare_modules(model) if is_linear(module)}
+
+
+def _target_modules(model: nn.Module, layers: Mapping[str, nn.Module], names: Iterable[str]) -> list[str]:
+    """The shortest endings that select the adapted layers and their served partners, and linear layers only."""
+    wanted = list(names)
+    for name in list(wanted):
+        parent, _, last = name.rpartition(".")
+        for group in SERVED_TOGETHER:
+            if last in group:
+                wanted += [p for p in (f"{parent}.{other}" for other in group) if p in layers]
+    others = {name for name, _ in bare_modules(model)} - layers.keys()
+    endings: dict[str, None] = {}
+    for name in wanted:
+        parts = name.split(".")
+        tails = [".".join(parts[i:]) for i in range(len(parts) - 1, -1, -1)]
+        endings[next(t for t in tails if not any(ends_in(other, t) for other in others))] = None
+    return list(endings)
+
+
+def _covered(layers: Mapping[str, nn.Module], endings: Sequence[str]) -> Iterable[tuple[str, nn.Module]]:
+    """Every layer that a loader will select: each needs a pair in the file."""
+    for name, layer in layers.items():
+        if any(ends_in(name, ending) for ending in endings):
+            yield name, layer
+
+
+# --- the files ---------------------------------------------------------------------------------------------
+
+
+def _named(pairs: Mapping[str, LowRank]) -> dict[str, Tensor]:
+    tensors = {}
+    for name, pair in pairs.items():
+        tensors[f"{KEY_PREFIX}{name}.lora_A.weight"] = pair.A
+        tensors[f"{KEY_PREFIX}{name}.lora_B.weight"] = pair.B
+    return _on_disk(tensors)
+
+
+def _on_disk(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
+
+
+def adapter_config(base_name: str, rank: int, target_modules: list[str], transposed: bool) -> dict[str, Any]:
+    """The keys that every loader accepts, and no more. All scale is in B, so alpha = r."""
+    return {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": base_name,
+        "revision": None,
+        "r": rank,
+        "lora_alpha": rank,
+        "target_modules": target_modules,
+        "bias": "none",
+        "lora_dropout": 0.0,
+        "fan_in_fan_out": transposed,
+        "use_rslora": False,
+        "init_lora_weights": True,
+        "modules_to_save": None,
+        "inference_mode": True,
+    }
+
+
+def _manifest(base: Base, export: Export, story: Story) -> dict[str, Any]:
+    return {
+        "base_model": {"name": base.name, "fingerprint": base.fingerprint},
+        "spec": {
+            "asked": story.asked.model_dump(mode="json"),
+            "resolved": story.resolved.model_dump(mode="json"),
+        },
+        "data": {role: {"sha256": digest} for role, digest in story.data.items()},
+        "export": {
+            "rank": export.rank,
+            "target_modules": export.target_modules,
+            "energy_kept": export.energy_kept,
+            "max_lora_rank": server_rank(export.rank),
+        },
+        "metrics": dict(story.metrics),
+        "versions": _versions(),
+    }
+
+
+def _versions() -> dict[str, str]:
+    found = {}
+    for package in PACKAGES:
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:  # run from a checkout that was not installed
+            continue
+    return found
+
+
+def server_rank(rank: int) -> int:
+    """The smallest `--max-lora-rank` of vLLM that takes this adapter."""
+    return next(allowed for allowed in SERVER_RANKS if allowed >= rank)
+
+
+def _write_json(path: Path, value: Mapping[str, Any]) -> None:
+    _write(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+
+
+def _write(path: Path, text: str) -> None:
+    """Written aside first, so that a reader never sees half a file."""
+    aside = path.with_name(f".{path.name}.part")
+    aside.write_text(text, encoding="utf-8")
+    os.replace(aside, path)
+
+
+# --- the model card ----------------------------------------------------------------------------------------
+
+
+def model_card(base: Base, export: Export, story: Story) -> str:
+    """README.md: what this is, how to load it, how it was trained."""
+    adapter = story.resolved.adapter
+    training = story.resolved.hyperparameters
+    truncated_to = (
+        f"\nTruncated to rank {export.rank}: {export.energy_kept:.2%} of the update's energy is kept.\n"
+        if export.energy_kept < 1
+        else ""
+    )
+    return f"""\
+---
+base_model: {json.dumps(base.name)}
+library_name: peft
+pipeline_tag: text-generation
+tags:
+- lora
+- {adapter.method}
+---
+
+# Adapter for {base.name}
+
+Trained with {adapter.method} ({adapter.paper}): {adapter.summary}
+
+What is stored here is a plain LoRA of rank {export.rank} for the untouched base model, with all scale inside the
+factors.
+{truncated_to}
+## How to load it
+
+`BASE` is the base model ({base.name}), `ADAPTER` this folder.
+
+PEFT:
+
+```python
+from peft import PeftModel
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(BASE), ADAPTER)
+tokenizer = AutoTokenizer.from_pretrained(ADAPTER)
+```
+
+transformers, with peft installed:
+
+```python
+model = AutoModelForCausalLM.from_pretrained(BASE)
+model.load_adapter(ADAPTER)
+```
+
+vLLM (its default accepts ranks up to 16; this adapter has {export.rank}):
+
+```
+vllm serve BASE --enable-lora --max-lora-rank {server_rank(export.rank)} --lora-modules adapter=ADAPTER
+```
+
+llama.cpp:
+
+```
+python convert_lora_to_gguf.py --base BASE ADAPTER
+```
+
+## How it was trained
+
+| | |
+|---|---|
+| method | {adapter.method}, rank {adapter.rank}, alpha {adapter.alpha:g} |
+| adapted layers | {", ".join(export.target_modules)} |
+| epochs | {training.n_epochs} |
+| batch size | {training.batch_size} |
+| learning rate | {_number(training.learning_rate)}, {training.schedule} schedule |
+| seed | {story.resolved.seed} |
+{_metric_rows(story.metrics)}
+{_loss_curve(story.losses)}
+`manifest.json` holds every setting, the hashes of data and base, and the certificate. `native/` holds the
+method's own tensors.
+"""
+
+
+def _number(value: Any) -> str:
+    return f"{value:g}" if isinstance(value, float) else str(value)
+
+
+def _metric_rows(metrics: Mapping[str, Any]) -> str:
+    rows = [f"| {name} | {_number(value)} |" for name, value in metrics.items() if value is not None]
+    return "".join(f"{row}\n" for row in rows)
+
+
+def _loss_curve(losses: Sequence[tuple[int, float]], points: int = 10) -> str:
+    """A line of blocks over the whole run, and a table of up to ten means."""
+    if not losses:
+        return ""
+    size = -(-len(losses) // points)
+    groups = [losses[i : i + size] for i in range(0, len(losses), size)]
+    rows = [f"| {group[-1][0]} | {sum(loss for _, loss in group) / len(group):.4f} |\n" for group in groups]
+    return (
+        f"Training loss: `{sparkline([loss for _, loss in losses])}`\n\n"
+        f"| up to step | mean loss |\n|---|---|\n{''.join(rows)}"
+    )
+
+
+def sparkline(values: Sequence[float], width: int = 60) -> str:
+    """Values as blocks, low to high; a long series is averaged down to `width` of them."""
+    size = -(-len(values) // width)
+    means = [sum(values[i : i + size]) / len(values[i : i + size]) for i in range(0, len(values), size)]
+    low, high = min(means), max(means)
+    blocks = "▁▂▃▄▅▆▇█"
+    return "".join(blocks[round((v - low) / (high - low) * 7) if high > low else 0] for v in means)
+
+
+def _certificate_section(certificate: Mapping[str, Any]) -> str:
+    return (
+        "## Certificate\n\n"
+        f"These files on a pristine base give the trained model's logits within "
+        f"{certificate['max_abs_logit_diff']:.2e}\n(allowed: {certificate['bound']:.2e}; "
+        f"{certificate['rows']} rows, {certificate['tokens']} tokens, all in fp32).\n"
+    )

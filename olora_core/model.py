@@ -3,7 +3,8 @@
 import hashlib
 import json
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -19,8 +20,9 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 from transformers.pytorch_utils import Conv1D
+from transformers.utils import logging
 
-from .adapter import Kind, Site, is_linear, site_weight
+from .adapter import Kind, Site, attached, is_linear, site_weight
 from .errors import ModelError, SpecError
 from .specs import nearest
 
@@ -156,15 +158,16 @@ def _load_tokenizer(folder: Path, name: str) -> PreTrainedTokenizerBase:
 def _load_model(folder: Path, name: str, dtype: torch.dtype | None) -> PreTrainedModel:
     try:
         config = AutoConfig.from_pretrained(str(folder), trust_remote_code=False, local_files_only=True)
-        model, report = AutoModelForCausalLM.from_pretrained(
-            str(folder),
-            config=config,
-            dtype=dtype or "auto",
-            use_safetensors=True,
-            trust_remote_code=False,
-            local_files_only=True,
-            output_loading_info=True,
-        )
+        with _no_progress_bar():
+            model, report = AutoModelForCausalLM.from_pretrained(
+                str(folder),
+                config=config,
+                dtype=dtype or "auto",
+                use_safetensors=True,
+                trust_remote_code=False,
+                local_files_only=True,
+                output_loading_info=True,
+            )
     except (MemoryError, torch.OutOfMemoryError):
         raise
     except Exception as error:  # a foreign folder fails in any way at all
@@ -176,6 +179,17 @@ def _load_model(folder: Path, name: str, dtype: torch.dtype | None) -> PreTraine
     if missing := sorted(report["missing_keys"]):
         raise ModelError(f"The weights of base model '{name}' lack {_shortened(missing)}.")
     return model
+
+
+@contextmanager
+def _no_progress_bar() -> Iterator[None]:
+    before = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if before:
+            logging.enable_progress_bar()
 
 
 def _first_line(error: Exception) -> str:
@@ -219,6 +233,8 @@ def target_sites(model: PreTrainedModel, target_modules: str | Sequence[str]) ->
 
     Raises SpecError for a name that matches nothing, and for one that matches what cannot be adapted.
     """
+    if attached(model):
+        raise ValueError("The model bears adapters already; detach them first.")
     stacks = _block_stacks(model)
     if target_modules in ALL_LINEAR:
         chosen = [name for name in _linear_layers(model) if _block_of(name, stacks)[0] is not None]
