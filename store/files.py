@@ -64,6 +64,12 @@ class Writer:
         self._hash.update(chunk)
         return len(chunk)
 
+    def reread(self) -> BinaryIO:
+        """What was written so far, from its beginning, before it is published."""
+        with _disk_errors():
+            self._file.flush()
+            return self._part.open("rb")
+
     def __enter__(self) -> Self:
         return self
 
