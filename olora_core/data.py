@@ -8,7 +8,7 @@ import hashlib
 import json
 import re
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 from functools import cached_property
 from itertools import islice
 from pathlib import Path
@@ -551,19 +551,24 @@ class MicroBatch:
     """(rows, length) int64; IGNORED where nothing is trained, so at every pad too."""
     position_ids: Tensor | None
     """(1, length) of a packed row, from 0 again at each example; None when each example has its own row."""
+    positions: Tensor
+    """(trained,) int64: which of the rows × length hidden states predict a trained token."""
+    targets: Tensor
+    """(trained,) int64: those tokens."""
     tokens: int
     """Without padding."""
-    trained_tokens: int
+
+    @property
+    def trained_tokens(self) -> int:
+        return len(self.targets)
 
     def to(self, device: torch.device) -> "MicroBatch":
-        positions = None if self.position_ids is None else self.position_ids.to(device, non_blocking=True)
-        return MicroBatch(
-            self.input_ids.to(device, non_blocking=True),
-            self.labels.to(device, non_blocking=True),
-            positions,
-            self.tokens,
-            self.trained_tokens,
-        )
+        moved = {
+            field.name: value.to(device, non_blocking=True)
+            for field in fields(self)
+            if isinstance(value := getattr(self, field.name), Tensor)
+        }
+        return replace(self, **moved)
 
 
 def epoch_order(examples: int, *, seed: int, epoch: int) -> np.ndarray:
@@ -616,10 +621,13 @@ def _micro_batch(
     position_ids: Tensor | None,
     rows: list[tuple[np.ndarray, np.ndarray]],
 ) -> MicroBatch:
+    # Found here and not on the device, which would have to wait for the count.
+    trained = np.flatnonzero(labels != IGNORED)
     return MicroBatch(
         torch.from_numpy(input_ids),
         torch.from_numpy(labels),
         position_ids,
+        positions=torch.from_numpy(trained - 1),
+        targets=torch.from_numpy(labels.reshape(-1)[trained]),
         tokens=sum(len(tokens) for tokens, _ in rows),
-        trained_tokens=int(sum(trained.sum() for _, trained in rows)),
     )
