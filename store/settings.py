@@ -92,7 +92,10 @@ class Settings(BaseSettings):
         default=3, ge=1, le=100, description="Crashes without a new checkpoint in between that end a job."
     )
     stall_seconds: float = Field(
-        default=600.0, gt=0, le=86400, description="A trainer that says nothing for this long is taken for hung."
+        default=600.0,
+        gt=0,
+        le=86400,
+        description="A trainer that says nothing for this long is taken for hung.",
     )
     idle_seconds: float = Field(
         default=600.0, ge=0, le=86400, description="A worker without a job keeps its base model this long."
