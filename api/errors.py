@@ -1,0 +1,211 @@
+"""What a caller may be told, always in one body: `{"error": {message, type, param, code}}`.
+
+ApiError               a request that cannot be served, in words its sender can act on
+├── BadRequest         400  something in it does not fit
+├── BadKey             401  the key is missing or unknown
+├── Forbidden          403  it may not be done to this object
+├── NotFound           404  no such thing in this project
+├── MethodNotAllowed   405  the path exists, the method does not
+├── Pending            409  the first try of this request is still being answered; worth another try
+├── TooLarge           413  the body is larger than the service takes
+├── ServerError        500  something went wrong that the sender cannot mend
+├── Unavailable        503  the database cannot be reached; worth another try
+└── NoSpace            507  the storage is full
+
+Expected troubles of the core and of the store are mapped to one of these by `as_api_error`.
+"""
+
+from collections.abc import Iterable
+from typing import Any
+
+from fastapi.exceptions import RequestValidationError
+from sqlalchemy.exc import InterfaceError, OperationalError
+from sqlalchemy.exc import TimeoutError as PoolTimeout
+from starlette.exceptions import HTTPException
+from starlette.responses import JSONResponse
+
+from olora_core.errors import OloraError
+from store import errors as store_errors
+
+KEY_REMEDY = (
+    "The API key is missing or not known here. Send it as 'Authorization: Bearer <key>'; "
+    "the service wrote its first key to the file 'api_key' in OLORA_HOME."
+)
+
+
+class ApiError(Exception):
+    """A request that cannot be served: `message` for people, `code` for programs, `param` for the place."""
+
+    status = 400
+    type = "invalid_request_error"
+    code: str | None = None
+    headers: dict[str, str] = {}  # noqa: RUF012
+
+    def __init__(
+        self,
+        message: str,
+        *,
+        param: str | None = None,
+        code: str | None = None,
+        details: list[dict[str, Any]] | None = None,
+    ) -> None:
+        super().__init__(message)
+        self.message = message
+        self.param = param
+        self.code = code or type(self).code
+        self.details = details
+
+    def body(self) -> dict[str, Any]:
+        error: dict[str, Any] = {
+            "message": self.message,
+            "type": self.type,
+            "param": self.param,
+            "code": self.code,
+        }
+        if self.details is not None:
+            error["details"] = self.details
+        return {"error": error}
+
+    def response(self) -> JSONResponse:
+        return JSONResponse(self.body(), status_code=self.status, headers=dict(self.headers))
+
+
+class BadRequest(ApiError):
+    """Something in the request does not fit."""
+
+
+class BadKey(ApiError):
+    """The key is missing or unknown; both are answered alike."""
+
+    status = 401
+    code = "invalid_api_key"
+    headers = {"www-authenticate": "Bearer"}  # noqa: RUF012
+
+
+class Forbidden(ApiError):
+    """It may not be done to this object."""
+
+    status = 403
+    code = "permission_denied"
+
+
+class NotFound(ApiError):
+    """No such thing in this project."""
+
+    status = 404
+    code = "not_found"
+
+
+class MethodNotAllowed(ApiError):
+    """The path exists, the method does not."""
+
+    status = 405
+    code = "method_not_allowed"
+
+    @classmethod
+    def of(cls, methods: Iterable[str]) -> "MethodNotAllowed":
+        allowed = ", ".join(sorted(methods))
+        refusal = cls(f"This route does not take that method; it takes {allowed}.")
+        refusal.headers = {"allow": allowed}
+        return refusal
+
+
+class Pending(ApiError):
+    """The first try of this request is still being answered; worth another try."""
+
+    status = 409
+    code = "request_pending"
+    headers = {"retry-after": "2", "x-should-retry": "true"}  # noqa: RUF012
+
+
+class TooLarge(ApiError):
+    """The body is larger than the service takes."""
+
+    status = 413
+    code = "request_too_large"
+
+
+class ServerError(ApiError):
+    """Something went wrong that the sender cannot mend."""
+
+    status = 500
+    type = "server_error"
+    code = "internal_error"
+
+
+class Unavailable(ApiError):
+    """The database cannot be reached; worth another try."""
+
+    status = 503
+    type = "server_error"
+    code = "unavailable"
+    headers = {"retry-after": "2"}  # noqa: RUF012
+
+
+class NoSpace(ApiError):
+    """The storage is full; trying again at once is of no use."""
+
+    status = 507
+    type = "server_error"
+    code = "storage_full"
+    headers = {"x-should-retry": "false"}  # noqa: RUF012
+
+
+OF_STORE: dict[type[store_errors.StoreError], type[ApiError]] = {
+    store_errors.NotFound: NotFound,
+    store_errors.RequestPending: Pending,
+    store_errors.StorageFull: NoSpace,
+    store_errors.TooLarge: TooLarge,
+    store_errors.StorageError: ServerError,
+}
+"""How a trouble of the store is answered, the first that fits; any other is a bad request."""
+
+BY_STATUS: dict[int, type[ApiError]] = {
+    kind.status: kind
+    for kind in (
+        BadRequest,
+        BadKey,
+        Forbidden,
+        NotFound,
+        MethodNotAllowed,
+        TooLarge,
+        ServerError,
+        Unavailable,
+    )
+}
+
+
+def as_api_error(error: Exception) -> ApiError | None:
+    """What the caller is told about `error`; None when it was not expected."""
+    if isinstance(error, ApiError):
+        return error
+    if isinstance(error, store_errors.StoreError):
+        kind = next((OF_STORE[known] for known in OF_STORE if isinstance(error, known)), BadRequest)
+        return kind(error.message, param=error.param, code=error.code)
+    if isinstance(error, OloraError):
+        return BadRequest(error.message, param=error.param, code=error.code)
+    if isinstance(error, RequestValidationError):
+        return _from_validation(error)
+    if isinstance(error, HTTPException):
+        return _from_http(error)
+    if isinstance(error, OperationalError | InterfaceError | PoolTimeout):
+        return Unavailable("The database cannot be reached at the moment. Try again in a few seconds.")
+    return None
+
+
+def _from_validation(error: RequestValidationError) -> BadRequest:
+    """FastAPI's complaint about a query or path value, as one sentence that names it."""
+    problem = error.errors()[0]
+    param = ".".join(str(part) for part in problem["loc"][1:]) or None
+    wish = str(problem["msg"]).removeprefix("Input should be ")
+    return BadRequest(f"{param} = {problem.get('input')!r} does not fit: expected {wish}.", param=param)
+
+
+def _from_http(error: HTTPException) -> ApiError:
+    """What the framework itself refuses, such as an unknown route."""
+    if error.status_code == 404:
+        return NotFound(
+            "There is no such route. The API is under /v1; see /openapi.json.", code="unknown_url"
+        )
+    kind = BY_STATUS.get(error.status_code, BadRequest if error.status_code < 500 else ServerError)
+    return kind(str(error.detail))

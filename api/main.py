@@ -1,0 +1,160 @@
+"""The API as an application: `uvicorn api.main:create_app --factory`.
+
+The schema is served at /openapi.json, behind the same key as every route but /healthz and /readyz. There are
+no browsable docs pages: a browser cannot send the key, and they would load scripts from elsewhere.
+"""
+
+import logging
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+
+import anyio.to_thread
+from fastapi import FastAPI, Request
+from fastapi.exceptions import RequestValidationError
+from sqlalchemy import Engine
+from sqlalchemy.exc import InterfaceError, OperationalError
+from sqlalchemy.exc import TimeoutError as PoolTimeout
+from starlette.exceptions import HTTPException
+from starlette.responses import JSONResponse
+from starlette.routing import Match, Route
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from olora_core.errors import OloraError
+from store.dispatch import Dispatcher
+from store.errors import StoreError
+from store.files import storage
+from store.keys import first_key
+from store.queue import celery_app
+from store.session import POOL_SIZE, make_engine, read_sessions, require_current_schema, sessions
+from store.settings import Settings, get_settings
+
+from .deps import Services
+from .errors import ApiError, MethodNotAllowed, as_api_error
+from .routes import events, files, health, jobs, later, models
+from .security import Gate
+
+logger = logging.getLogger("olora.api")
+
+EXPECTED = (
+    ApiError,
+    OloraError,
+    StoreError,
+    RequestValidationError,
+    HTTPException,
+    OperationalError,
+    InterfaceError,
+    PoolTimeout,
+)
+"""What is answered with a sentence; anything else is the gate's 500."""
+
+ROUTES = (health, files, jobs, events, models, later)
+
+
+def create_app(settings: Settings | None = None) -> FastAPI:
+    """The application for these settings, or for those of the environment, read when it starts."""
+    app = FastAPI(
+        title="olora",
+        summary="Fine-tuning jobs that end in adapters, in the shapes of OpenAI's API.",
+        version="1",
+        lifespan=_lifespan,
+        docs_url=None,
+        redoc_url=None,
+        redirect_slashes=False,
+    )
+    app.state.settings = settings
+    app.add_middleware(Gate)
+    app.add_middleware(PlainStart)
+    for kind in EXPECTED:
+        app.add_exception_handler(kind, _explain)
+    for module in ROUTES:
+        app.include_router(module.router)
+    return app
+
+
+@asynccontextmanager
+async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
+    """Checks what the service stands on, then runs the dispatcher beside it."""
+    settings = app.state.settings or get_settings()
+    # As many threads as connections: a thread without one would only make the others wait for it.
+    anyio.to_thread.current_default_thread_limiter().total_tokens = POOL_SIZE
+    engine = make_engine(settings.database_url)
+    try:
+        services = await anyio.to_thread.run_sync(_prepare, settings, engine)
+        app.state.services = services
+        services.dispatcher.start()
+        try:
+            yield
+        finally:
+            await anyio.to_thread.run_sync(services.dispatcher.stop)
+    finally:
+        engine.dispose()
+
+
+def _prepare(settings: Settings, engine: Engine) -> Services:
+    """Raises StoreError or OperationalError when the service cannot stand."""
+    require_current_schema(engine)
+    writes = sessions(engine)
+    with writes.begin() as session:
+        made = first_key(session, settings)
+    if made is not None:
+        logger.warning("The first API key was written to %s.", settings.key_file)
+    stored, queue = storage(settings), celery_app(settings)
+    stored.remove_part_leftovers()
+    return Services(
+        settings=settings,
+        engine=engine,
+        writes=writes,
+        reads=read_sessions(engine),
+        storage=stored,
+        queue=queue,
+        dispatcher=Dispatcher(settings, engine, store=stored, app=queue),
+    )
+
+
+async def _explain(request: Request, error: Exception) -> JSONResponse:
+    if isinstance(error, HTTPException) and error.status_code == 405:
+        error = MethodNotAllowed.of(_methods(request))
+    answer = as_api_error(error)
+    assert answer is not None
+    return answer.response()
+
+
+def _methods(request: Request) -> set[str]:
+    """The methods that the routes at this path take."""
+    found: set[str] = set()
+    for module in ROUTES:
+        for route in module.router.routes:
+            if isinstance(route, Route) and route.matches(request.scope)[0] is not Match.NONE:
+                found |= route.methods or set()
+    return found
+
+
+class PlainStart:
+    """Tells in one sentence, not in a traceback, why the service does not start."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self.app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "lifespan":
+            await self.app(scope, receive, send)
+            return
+        held: list[Message] = []
+
+        async def hold_failure(message: Message) -> None:
+            if message["type"] == "lifespan.startup.failed":
+                held.append(message)
+            else:
+                await send(message)
+
+        try:
+            await self.app(scope, receive, hold_failure)
+        except StoreError as error:
+            await send({"type": "lifespan.startup.failed", "message": error.message})
+        except OperationalError:
+            sentence = "The database cannot be reached. Start it, or correct OLORA_DATABASE_URL."
+            await send({"type": "lifespan.startup.failed", "message": sentence})
+        except BaseException:
+            for message in held:
+                await send(message)
+            raise

@@ -1,0 +1,270 @@
+"""Files: an upload goes to the storage while it arrives, is validated, and only then exists."""
+
+import base64
+import contextlib
+import math
+from collections.abc import AsyncIterator, Iterator
+from dataclasses import dataclass, field
+from pathlib import PurePosixPath
+from typing import Annotated, Literal
+from urllib.parse import quote
+
+from fastapi import APIRouter, Query, Request
+from sqlalchemy.orm import Session
+from starlette.concurrency import run_in_threadpool
+from starlette.responses import StreamingResponse
+
+from olora_core.formats import Report, validate
+from olora_core.specs import nearest
+from store import files
+from store.files import Storage, Writer
+from store.models import File
+from store.requests import content_digest
+
+from ..deps import After, Call, CallDep
+from ..errors import BadRequest, NotFound
+from ..form import PartBegins, PartData, PartEnds, read_form
+from ..once import once
+from ..schemas.files import UPLOAD_PURPOSES, FileObject
+from ..schemas.pages import Deleted, Page
+
+router = APIRouter(prefix="/v1/files", tags=["files"])
+
+WRITE_BYTES = 2**20
+READ_BYTES = 3 * 2**18
+"""A multiple of 3, so that pieces in base64 join without padding."""
+FIELD_BYTES = 1000
+FIELDS = ("purpose", "expires_after[anchor]", "expires_after[seconds]")
+MEDIA_TYPES = {".csv": "text/csv; charset=utf-8", ".jsonl": "application/jsonl", ".zip": "application/zip"}
+
+
+@dataclass
+class Form:
+    """What an upload says about its file."""
+
+    values: dict[str, str] = field(default_factory=dict)
+    filename: str | None = None
+
+    @property
+    def expires_in(self) -> int | None:
+        seconds = self.values.get("expires_after[seconds]")
+        return None if seconds is None else int(seconds)
+
+
+@router.post("")
+async def create_file(request: Request, call: CallDep) -> FileObject:
+    """Multipart: `purpose`, `file`, and optionally `expires_after[anchor]` and `expires_after[seconds]`."""
+    file_id = files.new_file_id()
+    async with _writer(call, files.file_key(file_id)) as writer:
+        form = await _receive(request, writer)
+        report = await run_in_threadpool(_validate, form, writer)
+    return await run_in_threadpool(_record, call, file_id, form, writer, report)
+
+
+@contextlib.asynccontextmanager
+async def _writer(call: Call, key: str) -> AsyncIterator[Writer]:
+    """A writer that publishes at the end of the block, in a thread, or leaves nothing."""
+    writer = await run_in_threadpool(call.storage.writer, key, max_bytes=call.settings.max_upload_bytes)
+    try:
+        yield writer
+    except BaseException as error:
+        writer.__exit__(type(error), error, error.__traceback__)
+        raise
+    await run_in_threadpool(writer.__exit__, None, None, None)
+
+
+async def _receive(request: Request, writer: Writer) -> Form:
+    """Reads the form; the file's bytes go to the writer, a bad field stops the reading at once."""
+    form, name, text, pending = Form(), "", bytearray(), bytearray()
+    pieces = read_form(request.stream(), request.headers.get("content-type", ""))
+    async with contextlib.aclosing(pieces):
+        async for piece in pieces:
+            if isinstance(piece, PartBegins):
+                name = _known_part(piece, form)
+                text.clear()
+            elif isinstance(piece, PartData) and name == "file":
+                pending += piece.data
+                if len(pending) >= WRITE_BYTES:
+                    await run_in_threadpool(writer.write, bytes(pending))
+                    pending.clear()
+            elif isinstance(piece, PartData):
+                text += piece.data
+                if len(text) > FIELD_BYTES:
+                    raise BadRequest(f"{name} is longer than {FIELD_BYTES} bytes.", param=name)
+            elif isinstance(piece, PartEnds) and name != "file":
+                form.values[name] = text.decode("utf-8", errors="replace")
+                _check_field(name, form.values[name])
+    if pending:
+        await run_in_threadpool(writer.write, bytes(pending))
+    _check_form(form, writer)
+    return form
+
+
+def _known_part(part: PartBegins, form: Form) -> str:
+    """The part's name; notes the file's own. Raises BadRequest for a part that is unknown or comes twice."""
+    if part.name == "file":
+        if form.filename is not None:
+            raise BadRequest("The form holds two files; send one file in one request.", param="file")
+        form.filename = _safe_name(part.filename)
+    elif part.name not in FIELDS:
+        hint = nearest(part.name, (*FIELDS, "file"))
+        raise BadRequest(f"The form's field {part.name[:80]!r} is unknown{hint}.", param=part.name[:80])
+    elif part.name in form.values:
+        raise BadRequest(f"{part.name} is given twice.", param=part.name)
+    return part.name
+
+
+def _safe_name(name: str | None) -> str:
+    """The client's file name without folders and control characters; it is shown, never used as a path."""
+    last = (name or "").replace("\\", "/").rsplit("/", 1)[-1]
+    return "".join(sign for sign in last if sign.isprintable())[:255].strip() or "upload"
+
+
+def _check_field(name: str, value: str) -> None:
+    if name == "purpose" and value not in UPLOAD_PURPOSES:
+        hint = nearest(value[:40], UPLOAD_PURPOSES)
+        allowed = ", ".join(UPLOAD_PURPOSES)
+        raise BadRequest(f"purpose {value[:40]!r} is unknown{hint}. It may be: {allowed}.", param=name)
+    if name == "expires_after[anchor]" and value != "created_at":
+        raise BadRequest(f"expires_after[anchor] must be 'created_at', not {value[:40]!r}.", param=name)
+    if name == "expires_after[seconds]" and not _is_lifetime(value):
+        raise BadRequest(
+            f"expires_after[seconds] must be a whole number from 3600 to 2592000, not {value[:40]!r}.",
+            param=name,
+        )
+
+
+def _is_lifetime(value: str) -> bool:
+    return value.isdecimal() and len(value) <= 7 and 3600 <= int(value) <= 2_592_000
+
+
+def _check_form(form: Form, writer: Writer) -> None:
+    for name in ("purpose", "file"):
+        if name not in form.values and not (name == "file" and form.filename is not None):
+            raise BadRequest(f"{name} is missing from the form; it is required.", param=name)
+    given = [name for name in FIELDS[1:] if name in form.values]
+    if len(given) == 1:
+        raise BadRequest(
+            "expires_after needs both expires_after[anchor] and expires_after[seconds].", param=given[0]
+        )
+    if writer.bytes == 0:
+        raise BadRequest(
+            "The file is empty. Write one JSON object per line.", param="file", code="empty_file"
+        )
+
+
+def _validate(form: Form, writer: Writer) -> Report | None:
+    """The report on a training file. Raises BadRequest when it is not JSONL at all."""
+    if form.values["purpose"] != "fine-tune":
+        return None
+    with writer.reread() as stream:
+        report = validate(stream)
+    if report.fatal is not None:
+        more = report.error_count - 1
+        rest = f" (and {more} more error{'s' if more > 1 else ''})" if more > 0 else ""
+        raise BadRequest(
+            f"{report.fatal.sentence}{rest}",
+            param="file",
+            code=report.fatal.code,
+            details=[problem.model_dump() for problem in report.errors],
+        )
+    return report
+
+
+def _record(call: Call, file_id: str, form: Form, writer: Writer, report: Report | None) -> FileObject:
+    """The row of the stored bytes; a retry gets the first try's row, and its own bytes go."""
+
+    def make(session: Session) -> str:
+        files.record_file(
+            session,
+            file_id=file_id,
+            project_id=call.project_id,
+            filename=form.filename or "upload",
+            purpose=form.values["purpose"],
+            bytes=writer.bytes,
+            sha256=writer.sha256,
+            report=None if report is None else report.model_dump(mode="json"),
+            expires_in=form.expires_in,
+        )
+        return file_id
+
+    # Each try of a multipart request has another boundary: what counts is the fields and the file.
+    content = content_digest(
+        str(form.filename), *(form.values.get(name, "") for name in FIELDS), writer.sha256
+    )
+    kept = False
+    try:
+        made_id, kept = once(call, "POST /v1/files", content, make)
+    finally:
+        if not kept:
+            call.storage.delete(files.file_key(file_id))
+    with call.reading() as session:
+        return FileObject.of(files.get_file(session, call.project_id, made_id))
+
+
+@router.get("")
+def list_files(
+    call: CallDep,
+    after: After = None,
+    limit: Annotated[int, Query(ge=1, le=10_000)] = 10_000,
+    order: Literal["asc", "desc"] = "desc",
+    purpose: Annotated[str | None, Query(max_length=32)] = None,
+) -> Page[FileObject]:
+    with call.reading() as session:
+        page = files.list_files(
+            session, call.project_id, after=after, limit=limit, order=order, purpose=purpose
+        )
+        return Page[FileObject].of([FileObject.of(row) for row in page.data], page.has_more)
+
+
+@router.get("/{file_id}")
+def retrieve_file(file_id: str, call: CallDep) -> FileObject:
+    with call.reading() as session:
+        return FileObject.of(files.get_file(session, call.project_id, file_id))
+
+
+@router.delete("/{file_id}")
+def delete_file(file_id: str, call: CallDep) -> Deleted:
+    with call.writing() as session:
+        files.delete_file(session, call.project_id, file_id)
+    call.nudge()
+    return Deleted(id=file_id, object="file")
+
+
+@router.get("/{file_id}/content", response_class=StreamingResponse)
+def retrieve_content(
+    file_id: str, call: CallDep, encoding: Literal["base64"] | None = None
+) -> StreamingResponse:
+    """The file's bytes; with `encoding=base64` for notebooks that decode result files."""
+    with call.reading() as session:
+        row = files.get_file(session, call.project_id, file_id)
+    return send_file(call.storage, row, as_base64=encoding == "base64")
+
+
+def send_file(storage: Storage, row: File, *, as_base64: bool = False) -> StreamingResponse:
+    """Streams a stored file, under its own name and type."""
+    if row.storage_key is None:
+        raise NotFound(f"No such file: {row.id}.", param="file_id")
+    storage.size(row.storage_key)  # raises before the answer begins when the bytes are gone
+    suffix = PurePosixPath(row.filename).suffix.lower()
+    headers = {
+        "content-disposition": f"attachment; filename*=UTF-8''{quote(row.filename, safe='')}",
+        "content-length": str(4 * math.ceil(row.bytes / 3) if as_base64 else row.bytes),
+        "etag": f'"{row.sha256}"',
+        "cache-control": "private, no-cache",
+    }
+    media_type = "text/plain" if as_base64 else MEDIA_TYPES.get(suffix, "application/octet-stream")
+    pieces = _pieces(storage, row.storage_key, as_base64)
+    return StreamingResponse(pieces, media_type=media_type, headers=headers)
+
+
+def is_current(row: File, if_none_match: str | None) -> bool:
+    """Whether the client has these very bytes already."""
+    tags = [tag.strip().removeprefix("W/") for tag in (if_none_match or "").split(",")]
+    return f'"{row.sha256}"' in tags or tags == ["*"]
+
+
+def _pieces(storage: Storage, key: str, as_base64: bool) -> Iterator[bytes]:
+    with storage.open(key) as stream:
+        while chunk := stream.read(READ_BYTES):
+            yield base64.b64encode(chunk) if as_base64 else chunk

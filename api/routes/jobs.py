@@ -1,0 +1,190 @@
+"""Fine-tuning jobs: created, listed, looked at, cancelled; their checkpoints and their adapter."""
+
+from typing import Literal
+
+from fastapi import APIRouter, Request
+from sqlalchemy.orm import Session
+from starlette.responses import Response
+
+from olora_core.specs import TrainSpec
+from store import bases, files, jobs
+from store.errors import FileUnusable, JobStateError
+from store.errors import NotFound as NotStored
+from store.models import File, Job
+
+from ..deps import After, BodyDep, Call, CallDep, Limit
+from ..errors import BadRequest, NotFound
+from ..once import once
+from ..schemas.jobs import CheckpointObject, CreateJob, JobObject, JobOptions, read_create, spec_of
+from ..schemas.pages import Page
+from .files import is_current, send_file
+
+router = APIRouter(prefix="/v1/fine_tuning/jobs", tags=["fine-tuning"])
+
+BODY_SCHEMA = {
+    "requestBody": {
+        "required": True,
+        "content": {"application/json": {"schema": CreateJob.model_json_schema()}},
+    }
+}
+
+
+@router.post("", openapi_extra=BODY_SCHEMA)
+def create_job(body: BodyDep, call: CallDep) -> JobObject:
+    """Committed before it is answered; the dispatcher then checks its files and queues it."""
+    request = read_create(body.values)
+    spec = spec_of(request)
+    _check_base(call, request.model)
+    made_id, _ = once(
+        call, "POST /v1/fine_tuning/jobs", body.digest, lambda session: _make(session, call, request, spec)
+    )
+    call.nudge()
+    return retrieve_job(made_id, call)
+
+
+def _check_base(call: Call, model: str) -> None:
+    if model.startswith("ft:"):
+        raise BadRequest(
+            f"Training on from the fine-tuned model '{model}' is not available yet; name a base model.",
+            param="model",
+            code="model_not_available",
+        )
+    bases.find_base(call.settings, model)
+
+
+def _make(session: Session, call: Call, request: CreateJob, spec: TrainSpec) -> str:
+    options = request.olora or JobOptions()
+    job = jobs.create(
+        session,
+        project_id=call.project_id,
+        spec=spec,
+        training_file=_usable(session, call, request.training_file, "training_file"),
+        validation_file=(
+            _usable(session, call, request.validation_file, "validation_file")
+            if request.validation_file is not None
+            else None
+        ),
+        suffix=request.suffix,
+        metadata=dict(request.metadata) if request.metadata is not None else None,
+        options=options.model_dump(),
+    )
+    job.priority = options.priority
+    return job.id
+
+
+def _usable(
+    session: Session, call: Call, file_id: str, param: Literal["training_file", "validation_file"]
+) -> File:
+    """The caller's own file, validated. Raises BadRequest naming `param`."""
+    try:
+        file = files.get_file(session, call.project_id, file_id)
+    except NotStored:
+        raise BadRequest(
+            f"{param}: there is no file '{file_id}' in this project; it may have been deleted or have "
+            "expired. Upload it again with POST /v1/files.",
+            param=param,
+            code=f"invalid_{param}",
+        ) from None
+    if file.status != "processed":
+        raise FileUnusable(
+            f"File '{file_id}' is still being processed and is not ready to be used for fine-tuning. "
+            "Please try again later.",
+            param=param,
+        )
+    return file
+
+
+@router.get("")
+def list_jobs(request: Request, call: CallDep, after: After = None, limit: Limit = 20) -> Page[JobObject]:
+    """Newest first. `metadata[key]=value`, repeated, keeps the jobs with all those pairs; `metadata=null`
+    keeps those without any.
+    """
+    wanted = _metadata_filter(request)
+    with call.reading() as session:
+        page = jobs.list_jobs(session, call.project_id, metadata=wanted, after=after, limit=limit)
+        return Page[JobObject].of([_object(row, call) for row in page.data], page.has_more)
+
+
+def _metadata_filter(request: Request) -> dict[str, str] | Literal["null"] | None:
+    pairs: dict[str, str] = {}
+    for name, value in request.query_params.multi_items():
+        if name.startswith("metadata[") and name.endswith("]"):
+            pairs[name[len("metadata[") : -1]] = value
+    literal = request.query_params.get("metadata")
+    if literal is None:
+        return pairs or None
+    if literal != "null" or pairs:
+        raise BadRequest(
+            "Filter with metadata[key]=value for pairs, or with metadata=null alone for jobs without any.",
+            param="metadata",
+        )
+    return "null"
+
+
+@router.get("/{job_id}")
+def retrieve_job(job_id: str, call: CallDep) -> JobObject:
+    with call.reading() as session:
+        return _object(jobs.get_job(session, call.project_id, job_id), call)
+
+
+@router.post("/{job_id}/cancel")
+def cancel_job(job_id: str, call: CallDep) -> JobObject:
+    """A waiting job ends at once, a running one at its next step; cancelling twice is no error."""
+    with call.writing() as session:
+        return _object(jobs.cancel(session, jobs.get_job(session, call.project_id, job_id)), call)
+
+
+@router.get("/{job_id}/checkpoints")
+def list_checkpoints(
+    job_id: str, call: CallDep, after: After = None, limit: Limit = 10
+) -> Page[CheckpointObject]:
+    with call.reading() as session:
+        job = jobs.get_job(session, call.project_id, job_id)
+        page = jobs.list_checkpoints(session, job.id, after=after, limit=limit)
+        return Page[CheckpointObject].of(
+            [CheckpointObject.of(row, job, call.settings.organization) for row in page.data], page.has_more
+        )
+
+
+@router.get("/{job_id}/adapter", response_class=Response)
+def download_adapter(job_id: str, request: Request, call: CallDep) -> Response:
+    """The certified adapter as a zip. Send the ETag back as If-None-Match to skip what you have."""
+    row = _adapter_file(job_id, call)
+    if is_current(row, request.headers.get("if-none-match")):
+        return Response(status_code=304, headers={"etag": f'"{row.sha256}"'})
+    return send_file(call.storage, row)
+
+
+@router.head("/{job_id}/adapter", include_in_schema=False)
+def describe_adapter(job_id: str, call: CallDep) -> Response:
+    row = _adapter_file(job_id, call)
+    return Response(headers=dict(send_file(call.storage, row).headers))
+
+
+def _adapter_file(job_id: str, call: Call) -> File:
+    with call.reading() as session:
+        job = jobs.get_job(session, call.project_id, job_id)
+        if job.status != "succeeded":
+            raise JobStateError(_why_no_adapter(job))
+        try:
+            return files.get_file(session, call.project_id, job.result_files[1])
+        except NotStored:
+            raise NotFound(
+                f"The adapter of {job_id} was deleted; create the job again with seed {job.seed}.",
+                param="fine_tuning_job_id",
+            ) from None
+
+
+def _why_no_adapter(job: Job) -> str:
+    if job.status == "failed":
+        return f"Job {job.id} has failed and has no adapter: {(job.error or {}).get('message')}"
+    if job.status == "cancelled":
+        return f"Job {job.id} was cancelled and has no adapter; create it again to train one."
+    return (
+        f"Job {job.id} is {job.status} (step {job.step} of {job.total_steps or 'some'}); "
+        "its adapter can be downloaded once it has succeeded."
+    )
+
+
+def _object(row: Job, call: Call) -> JobObject:
+    return JobObject.of(row, call.settings.organization)

@@ -1,0 +1,81 @@
+"""Routes of OpenAI's API that are named here but not served yet: each says so with a clear 404."""
+
+from collections.abc import Awaitable, Callable
+
+from fastapi import APIRouter
+
+from ..errors import NotFound
+
+NOT_YET = (
+    (
+        "Uploads in parts",
+        "send the whole file to POST /v1/files",
+        (
+            ("POST", "/uploads"),
+            ("POST", "/uploads/{upload_id}/parts"),
+            ("POST", "/uploads/{upload_id}/complete"),
+            ("POST", "/uploads/{upload_id}/cancel"),
+        ),
+    ),
+    (
+        "Pausing a job",
+        "cancel it, or let it run",
+        (
+            ("POST", "/fine_tuning/jobs/{job_id}/pause"),
+            ("POST", "/fine_tuning/jobs/{job_id}/resume"),
+        ),
+    ),
+    (
+        "Downloading a checkpoint's adapter",
+        "use the finished job's adapter",
+        (
+            ("GET", "/fine_tuning/jobs/{job_id}/checkpoints/{checkpoint_id}/adapter"),
+            ("GET", "/checkpoints/{checkpoint_id}/adapter"),
+        ),
+    ),
+    (
+        "Sharing checkpoints with other projects",
+        "share the job's adapter file",
+        (
+            ("POST", "/fine_tuning/checkpoints/{model:path}/permissions"),
+            ("GET", "/fine_tuning/checkpoints/{model:path}/permissions"),
+            ("DELETE", "/fine_tuning/checkpoints/{model:path}/permissions/{permission_id}"),
+        ),
+    ),
+    (
+        "Graders",
+        "evaluate the downloaded adapter",
+        (
+            ("POST", "/fine_tuning/alpha/graders/validate"),
+            ("POST", "/fine_tuning/alpha/graders/run"),
+        ),
+    ),
+    (
+        "Webhooks",
+        "follow GET /v1/fine_tuning/jobs/{id}/events?stream=true",
+        (
+            ("GET", "/webhook_endpoints"),
+            ("POST", "/webhook_endpoints"),
+            ("GET", "/webhook_endpoints/{endpoint_id}"),
+            ("POST", "/webhook_endpoints/{endpoint_id}"),
+            ("DELETE", "/webhook_endpoints/{endpoint_id}"),
+            ("POST", "/webhook_endpoints/{endpoint_id}/rotate_secret"),
+            ("POST", "/webhook_endpoints/{endpoint_id}/test"),
+            ("GET", "/webhook_event_types"),
+        ),
+    ),
+)
+
+router = APIRouter(prefix="/v1", include_in_schema=False)
+
+
+def _refusal(what: str, instead: str) -> Callable[[], Awaitable[None]]:
+    async def refuse() -> None:
+        raise NotFound(f"{what}: not available yet; {instead}.", code="not_available_yet")
+
+    return refuse
+
+
+for what, instead, addresses in NOT_YET:
+    for method, path in addresses:
+        router.add_api_route(path, _refusal(what, instead), methods=[method])

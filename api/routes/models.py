@@ -1,0 +1,55 @@
+"""Models: the base models that can be trained, and the project's own fine-tuned ones."""
+
+from fastapi import APIRouter
+
+from olora_core.errors import ModelError
+from store import bases, jobs
+from store.models import Model
+
+from ..deps import CallDep
+from ..errors import Forbidden
+from ..schemas.models import ModelList, ModelObject
+from ..schemas.pages import Deleted
+
+router = APIRouter(prefix="/v1/models", tags=["models"])
+
+
+@router.get("")
+def list_models(call: CallDep) -> ModelList:
+    with call.reading() as session:
+        own = jobs.list_models(session, call.project_id)
+    listed = [_base(ref) for ref in bases.base_models(call.settings)]
+    return ModelList(data=listed + [_fine_tuned(row, call.settings.organization) for row in own])
+
+
+@router.get("/{model:path}")
+def retrieve_model(model: str, call: CallDep) -> ModelObject:
+    try:
+        return _base(bases.find_base(call.settings, model))
+    except ModelError:
+        with call.reading() as session:
+            own = jobs.get_model(session, call.project_id, model)
+            return _fine_tuned(own, call.settings.organization)
+
+
+@router.delete("/{model:path}")
+def delete_model(model: str, call: CallDep) -> Deleted:
+    """The adapter goes, the job that trained it keeps its record."""
+    if any(ref.id == model for ref in bases.base_models(call.settings)):
+        raise Forbidden(
+            f"'{model}' is a base model; the operator removes it from OLORA_MODELS_DIR or "
+            "OLORA_ALLOWED_HUB_MODELS.",
+            param="model",
+        )
+    with call.writing() as session:
+        jobs.delete_model(session, call.project_id, model)
+    call.nudge()
+    return Deleted(id=model, object="model")
+
+
+def _base(ref: bases.BaseModelRef) -> ModelObject:
+    return ModelObject(id=ref.id, created=ref.created, owned_by="system")
+
+
+def _fine_tuned(row: Model, organization: str) -> ModelObject:
+    return ModelObject(id=row.id, created=int(row.created_at), owned_by=organization)

@@ -1,0 +1,39 @@
+"""The file object."""
+
+from typing import Any, Literal
+
+from pydantic import BaseModel
+
+from store.models import File
+
+UPLOAD_PURPOSES = ("fine-tune", "assistants", "batch", "vision", "user_data", "evals")
+RESULT_PURPOSE = "fine-tune-results"
+
+
+class FileObject(BaseModel):
+    """An uploaded or produced file. `olora.report` says what the validation of its lines found."""
+
+    id: str
+    object: Literal["file"] = "file"
+    bytes: int
+    created_at: int
+    filename: str
+    purpose: str
+    status: str
+    status_details: str | None
+    expires_at: int | None
+    olora: dict[str, Any]
+
+    @classmethod
+    def of(cls, row: File) -> "FileObject":
+        return cls(
+            id=row.id,
+            bytes=row.bytes,
+            created_at=int(row.created_at),
+            filename=row.filename,
+            purpose=row.purpose,
+            status=row.status,
+            status_details=row.status_details,
+            expires_at=None if row.expires_at is None else int(row.expires_at),
+            olora={"sha256": row.sha256, "report": row.report},
+        )

@@ -1,0 +1,22 @@
+"""The model object."""
+
+from typing import Literal
+
+from pydantic import BaseModel
+
+
+class ModelObject(BaseModel):
+    """A base model, owned by the service, or a fine-tuned one, owned by its project."""
+
+    id: str
+    object: Literal["model"] = "model"
+    created: int
+    owned_by: str
+    shutdown_date: str | None = None
+
+
+class ModelList(BaseModel):
+    """Every model at once; this list has no pages."""
+
+    object: Literal["list"] = "list"
+    data: list[ModelObject]
