@@ -380,7 +380,7 @@ def resolve(spec: TrainSpec, facts: Facts) -> tuple[TrainSpec, list[str]]:
             f"learning_rate = {own_rate * factor:g} ({factor:g} times {spec.adapter.method}'s own rate "
             f"{own_rate:g} for a model {facts.hidden_size} wide)"
         )
-    else:
+    elif asked.learning_rate_multiplier == "auto":
         chosen["learning_rate_multiplier"] = asked.learning_rate / own_rate
     batch_size = chosen.get("batch_size", asked.batch_size)
     if asked.micro_batch_size == "auto":
