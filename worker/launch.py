@@ -1,0 +1,83 @@
+"""How a worker process is started: its command line, its environment, and one of them for each GPU."""
+
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+
+from store.queue import QUEUE
+from store.settings import Settings
+
+from .lineage import die_with_parent
+
+ROOT = Path(__file__).resolve().parent.parent
+_PARENT = "OLORA_DIE_WITH_PARENT"
+_DEVICE = re.compile(r"^(?P<indent>\s*)(?:GPU|MIG)\b.*\(UUID: (?P<uuid>[^)]+)\)")
+
+
+def worker_command(settings: Settings, *, name: str = "worker") -> list[str]:
+    """The command of one worker. Names of workers on one machine must differ.
+
+    One slot: a worker drives one job at a time. A pool of threads, because its main thread goes on
+    answering `celery inspect ping` and signals while the slot's thread supervises a trainer.
+    """
+    return [
+        *(sys.executable, "-m", "celery", "-A", "worker.main", "worker"),
+        *("-P", "threads", "-c", "1", "--without-gossip", "--without-mingle"),
+        *("-Q", QUEUE, "-n", f"{name}@%h", "-l", settings.log_level),
+    ]
+
+
+def worker_environment(
+    environment: Mapping[str, str], *, parent: int | None = None, gpu: str | None = None
+) -> dict[str, str]:
+    """What a worker's environment needs besides the settings it inherits.
+
+    With `parent`, the worker ends when that process does; with `gpu` (a UUID), it sees that device alone.
+    """
+    chosen = dict(environment)
+    # Celery imports `worker.main` by name, wherever it is started.
+    chosen["PYTHONPATH"] = os.pathsep.join([str(ROOT), *filter(None, [environment.get("PYTHONPATH")])])
+    if parent is not None:
+        chosen[_PARENT] = str(parent)
+    if gpu is not None:
+        chosen["CUDA_VISIBLE_DEVICES"] = gpu
+    return chosen
+
+
+def follow_parent() -> None:
+    """Ends this worker with its parent, when it was started that way."""
+    parent = os.environ.pop(_PARENT, None)
+    if parent is not None:
+        die_with_parent(int(parent))
+
+
+def visible_gpus() -> list[str]:
+    """UUIDs (or indices) of the GPUs that may be used here; empty without any.
+
+    CUDA_VISIBLE_DEVICES is respected. Of a GPU that is divided into MIG instances, the instances count.
+    """
+    chosen = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if chosen is not None:
+        return [device.strip() for device in chosen.split(",") if device.strip() not in ("", "-1")]
+    try:
+        listing = subprocess.run(
+            ["nvidia-smi", "-L"], capture_output=True, text=True, timeout=30, check=True
+        ).stdout
+    except (OSError, subprocess.SubprocessError):
+        return []
+    return _devices(listing)
+
+
+def _devices(listing: str) -> list[str]:
+    devices: list[str] = []
+    whole: str | None = None
+    for match in filter(None, map(_DEVICE.match, listing.splitlines())):
+        if match["indent"] and whole in devices:
+            devices.remove(str(whole))
+        if not match["indent"]:
+            whole = match["uuid"]
+        devices.append(match["uuid"])
+    return devices

@@ -1,0 +1,127 @@
+"""The supervisor's end of a trainer process: start it, talk to it, learn how it ended."""
+
+import json
+import logging
+import os
+import queue
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from .launch import ROOT
+from .protocol import FENCED
+
+logger = logging.getLogger(__name__)
+CLOSE_SECONDS = 5.0
+_INHERITED = ("PATH", "HOME", "LANG", "TZ", "TMPDIR", "VIRTUAL_ENV", "LD_LIBRARY_PATH", "PYTHONPATH")
+_INHERITED_PREFIXES = (
+    *("LC_", "CUDA_", "NVIDIA_", "NCCL_", "TORCH", "PYTORCH_", "TRITON_", "HIP_", "ROCR_", "HSA_"),
+    *("OMP_", "MKL_", "KMP_", "OPENBLAS_", "GOMP_", "ATEN_"),
+)
+
+
+@dataclass(frozen=True)
+class Ended:
+    """The last thing that comes from a trainer: its exit code, negative for a signal."""
+
+    code: int
+
+    @property
+    def sentence(self) -> str:
+        if self.code == -signal.SIGKILL:
+            return "The training process was killed (out of memory?)."
+        if self.code < 0:
+            return f"The training process was ended by {signal.Signals(-self.code).name}."
+        if self.code == FENCED:
+            return "The lease could not be renewed in time, so the training process stopped itself."
+        return f"The training process ended unexpectedly (exit code {self.code})."
+
+
+class TrainerProcess:
+    """A running trainer. Messages from it are in `messages`; the last one is `Ended`."""
+
+    def __init__(self, project_id: str) -> None:
+        self.project_id = project_id
+        """Whose data it sees."""
+        self._process = subprocess.Popen(
+            [sys.executable, "-m", "worker.trainer", "--parent", str(os.getpid())],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            env=trainer_environment(os.environ),
+            start_new_session=True,
+        )
+        self.messages: queue.Queue[dict[str, Any] | Ended] = queue.Queue()
+        self._speaking = threading.Lock()
+        threading.Thread(target=self._listen, name="trainer", daemon=True).start()
+
+    @property
+    def pid(self) -> int:
+        return self._process.pid
+
+    @property
+    def alive(self) -> bool:
+        return self._process.poll() is None
+
+    def say(self, message: dict[str, Any]) -> None:
+        """Sends one message; a trainer that is gone will be noticed by whoever reads `messages`."""
+        assert self._process.stdin is not None
+        with self._speaking:
+            try:
+                self._process.stdin.write(json.dumps(message).encode() + b"\n")
+                self._process.stdin.flush()
+            except (BrokenPipeError, ValueError):
+                logger.debug("The trainer %d no longer listens.", self.pid)
+
+    def kill(self) -> None:
+        """Ends the trainer and whatever it started, now."""
+        try:
+            os.killpg(self.pid, signal.SIGKILL)
+        except ProcessLookupError:
+            logger.debug("The trainer %d had ended already.", self.pid)
+        self._process.wait()
+
+    def close(self) -> None:
+        """Ends an idle trainer: it leaves when its line closes."""
+        assert self._process.stdin is not None
+        with self._speaking:
+            try:
+                self._process.stdin.close()
+            except BrokenPipeError:
+                logger.debug("The trainer %d had ended already.", self.pid)
+        try:
+            self._process.wait(CLOSE_SECONDS)
+        except subprocess.TimeoutExpired:
+            self.kill()
+
+    def _listen(self) -> None:
+        assert self._process.stdout is not None
+        for line in self._process.stdout:
+            self.messages.put(json.loads(line))
+        try:
+            code = self._process.wait(CLOSE_SECONDS)
+        except subprocess.TimeoutExpired:
+            self.kill()
+            code = self._process.wait()
+        self._process.stdout.close()
+        self.messages.put(Ended(code))
+
+
+def trainer_environment(environment: Mapping[str, str]) -> dict[str, str]:
+    """What a trainer may know: the machine, and none of the service's addresses and keys."""
+    chosen = {
+        name: value
+        for name, value in environment.items()
+        if name in _INHERITED or name.startswith(_INHERITED_PREFIXES)
+    }
+    chosen["PYTHONPATH"] = os.pathsep.join([str(ROOT), *filter(None, [chosen.get("PYTHONPATH")])])
+    return chosen | {
+        "HF_HUB_OFFLINE": "1",
+        "TRANSFORMERS_OFFLINE": "1",
+        "HF_HUB_DISABLE_TELEMETRY": "1",
+        "TOKENIZERS_PARALLELISM": "false",
+        "PYTHONUNBUFFERED": "1",
+    }

@@ -1,0 +1,47 @@
+"""What supervisor and trainer say to each other: one JSON object a line, over the trainer's pipes.
+
+Supervisor to trainer
+    {"job": Order}                                 train this
+    {"lease": {"run": …, "deadline": seconds}}     the lease was renewed
+    {"wish": {"run": …, "what": …}}                "cancel": stop; "release": save a checkpoint, then stop
+
+Trainer to supervisor
+    {"ready": {"pid": …, "device": …}}             the libraries are loaded
+    {"accepted": {"run": …}}                       the job has begun
+    {"progress": {"kind": …, …}}                   one item of `olora_core.train.train`, by its class name
+    and one last word on the job: progress of kind "Finished", or
+    {"stopped": {"wish": …}}                       as wished
+    {"failed": {"code", "message", "param"}}       the job cannot be done
+    {"crashed": {"message"}}                       this attempt could not be done; the trainer ends
+
+Deadlines are readings of the monotonic clock, which all processes of a machine share.
+"""
+
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
+
+Wish = Literal["cancel", "release"]
+FENCED = 75
+"""Exit code of a trainer whose lease ran out."""
+
+
+@dataclass(frozen=True)
+class Order:
+    """One attempt at one job, as the trainer sees it: a spec and paths.
+
+    `run` names the attempt, so that nothing meant for an earlier one is taken for this one.
+    """
+
+    run: str
+    spec: dict[str, Any]
+    base: str
+    base_name: str
+    training: str
+    validation: str | None
+    folder: str
+    resume: str | None
+    checkpoint_seconds: float
+    deadline: float
+
+    def as_message(self) -> dict[str, Any]:
+        return {"job": asdict(self)}

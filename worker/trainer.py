@@ -1,0 +1,276 @@
+"""The process that trains: one job after another, on a base model that stays loaded.
+
+It has no database and no network. It ends when its supervisor does, and ends itself when the lease of the
+job at hand was not renewed in time, for then another worker may already have that job.
+"""
+
+import argparse
+import dataclasses
+import errno
+import gc
+import json
+import logging
+import os
+import queue
+import threading
+import time
+from collections.abc import Generator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, BinaryIO, NoReturn
+
+from olora_core.errors import OloraError
+from olora_core.progress import Finished, Phase, Progress, Step
+from olora_core.specs import TrainSpec
+
+from .lineage import die_with_parent
+from .protocol import FENCED, Order, Wish
+
+if TYPE_CHECKING:
+    from olora_core.model import Base
+
+logger = logging.getLogger("olora.trainer")
+WATCH_SECONDS = 0.1
+
+
+class Channel:
+    """The supervisor's end of the line: messages out, and a thread that takes messages in."""
+
+    def __init__(self) -> None:
+        self._in, self._out = _claim_descriptors()
+        self.orders: queue.Queue[Order] = queue.Queue()
+        self._turn = threading.Lock()
+        self._run: str | None = None
+        self._deadline: float | None = None
+        self._wish: Wish | None = None
+        threading.Thread(target=self._listen, name="listen", daemon=True).start()
+        threading.Thread(target=self._watch, name="watch", daemon=True).start()
+
+    def say(self, **message: Any) -> None:
+        self._out.write(json.dumps(message).encode() + b"\n")
+        self._out.flush()
+
+    def end(self, run: str) -> None:
+        """The job at hand is done with: its lease is nobody's concern any more."""
+        with self._turn:
+            if self._run == run:
+                self._run = self._deadline = None
+
+    def wish(self) -> Wish | None:
+        """What the supervisor wants of the job at hand; checks its lease on the way."""
+        self._fence()
+        return self._wish
+
+    def _listen(self) -> None:
+        for line in self._in:
+            self._hear(json.loads(line))
+        # The supervisor closed the line or is gone; whatever is being done is nobody's any more.
+        os._exit(0)
+
+    def _hear(self, message: dict[str, Any]) -> None:
+        with self._turn:
+            if "job" in message:
+                order = Order(**message["job"])
+                self._run, self._deadline, self._wish = order.run, order.deadline, None
+                self.orders.put(order)
+            elif "lease" in message and message["lease"]["run"] == self._run:
+                self._deadline = message["lease"]["deadline"]
+            elif "wish" in message and message["wish"]["run"] == self._run:
+                self._wish = message["wish"]["what"]
+
+    def _watch(self) -> None:
+        """For steps longer than the lease: the check between steps would come too late."""
+        while True:
+            time.sleep(WATCH_SECONDS)
+            self._fence()
+
+    def _fence(self) -> None:
+        deadline = self._deadline
+        if deadline is not None and time.monotonic() > deadline:
+            os.write(2, b"The lease was not renewed in time; the trainer stops.\n")
+            os._exit(FENCED)
+
+
+def _claim_descriptors() -> tuple[BinaryIO, BinaryIO]:
+    """Takes standard input and output for the protocol, and leaves harmless ones to everybody else."""
+    received, sent = os.fdopen(os.dup(0), "rb"), os.fdopen(os.dup(1), "wb")
+    nothing = os.open(os.devnull, os.O_RDONLY)
+    os.dup2(nothing, 0)
+    os.close(nothing)
+    os.dup2(2, 1)
+    return received, sent
+
+
+class WarmBase:
+    """The base model of the last job, kept for the next one that wants the same files."""
+
+    def __init__(self, device: str) -> None:
+        self.device = device
+        self._key: tuple[Any, ...] | None = None
+        self._base: Base | None = None
+
+    def get(self, folder: Path, name: str) -> "Base":
+        """Raises ModelError when the folder cannot be loaded."""
+        from olora_core.model import load_base
+
+        key = (name, str(folder.resolve()), _files_of(folder))
+        if self._base is None or self._key != key:
+            self._base = self._key = None
+            _free_memory()
+            self._base = load_base(folder, name=name, device=self.device)
+            self._key = key
+        return self._base
+
+    def holds(self, folder: Path, name: str) -> bool:
+        return self._key == (name, str(folder.resolve()), _files_of(folder))
+
+    def clean(self) -> None:
+        """Takes the last job's adapters off, so that the next job finds the base as it was loaded."""
+        from olora_core.adapter import detach
+
+        if self._base is not None:
+            detach(self._base.model)
+        _free_memory()
+
+
+def _files_of(folder: Path) -> tuple[tuple[str, int, int], ...]:
+    """Names, sizes and times of a folder's files: enough to see that they were exchanged."""
+    stats = ((path.name, path.stat()) for path in sorted(folder.iterdir()) if path.is_file())
+    return tuple((name, stat.st_size, stat.st_mtime_ns) for name, stat in stats)
+
+
+def _free_memory() -> None:
+    import torch
+
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
+class Trainer:
+    """Takes one order after another, until the supervisor closes the line."""
+
+    def __init__(self, channel: Channel) -> None:
+        import torch
+
+        self.channel = channel
+        self.base = WarmBase("cuda" if torch.cuda.is_available() else "cpu")
+        self.threads = torch.get_num_threads()
+
+    def serve(self) -> NoReturn:
+        import torch
+
+        self.channel.say(ready={"pid": os.getpid(), "device": _device_name()})
+        while True:
+            order = self.channel.orders.get()
+            self.channel.say(accepted={"run": order.run})
+            self._attempt(order)
+            self.channel.end(order.run)
+            torch.set_num_threads(self.threads)
+            self.base.clean()
+
+    def _attempt(self, order: Order) -> None:
+        """Runs one order to its last word. Ends the process when its state can no longer be trusted."""
+        try:
+            self._train(order)
+        except OloraError as error:
+            self.channel.say(failed={"code": error.code, "message": error.message, "param": error.param})
+        except Exception as error:
+            logger.exception("The attempt %s crashed.", order.run)
+            self.channel.say(crashed={"message": _sentence(error)})
+            _leave(1)
+
+    def _train(self, order: Order) -> None:
+        from olora_core.train import train
+
+        folder = Path(order.base)
+        if not self.base.holds(folder, order.base_name):
+            self._tell(Phase("loading", 0, 1))
+        run = train(
+            TrainSpec.model_validate(order.spec),
+            self.base.get(folder, order.base_name),
+            Path(order.training),
+            Path(order.validation) if order.validation else None,
+            Path(order.folder),
+            resume=Path(order.resume) if order.resume else None,
+            checkpoint_seconds=order.checkpoint_seconds,
+        )
+        stepped = False
+        try:
+            for progress in run:
+                self._tell(progress)
+                stepped = stepped or isinstance(progress, Step)
+                wish = self.channel.wish()
+                if wish is not None and self._stops(run, progress, wish, stepped):
+                    self.channel.say(stopped={"wish": wish})
+                    return
+        finally:
+            run.close()
+
+    def _stops(
+        self, run: Generator[Progress, str | None, None], progress: Progress, wish: Wish, stepped: bool
+    ) -> bool:
+        """Whether the job can be left here: what the last steps learned is not thrown away on a release."""
+        if isinstance(progress, Finished):
+            return False
+        if wish == "release" and isinstance(progress, Step):
+            self._tell(run.send("save"))
+            return True
+        between_steps = isinstance(progress, Phase) and progress.name in ("exporting", "certifying")
+        return wish == "cancel" or not stepped or between_steps
+
+    def _tell(self, progress: Progress) -> None:
+        fields = {f.name: _as_json(getattr(progress, f.name)) for f in dataclasses.fields(progress)}
+        self.channel.say(progress={"kind": type(progress).__name__, **fields})
+
+
+def _as_json(value: Any) -> Any:
+    if isinstance(value, Path):
+        return str(value)
+    if isinstance(value, TrainSpec):
+        return value.model_dump(mode="json")
+    return value
+
+
+def _sentence(error: Exception) -> str:
+    """One sentence for the job's owner; the traceback is in the log."""
+    import torch
+
+    if isinstance(error, torch.OutOfMemoryError):
+        return (
+            "The device ran out of memory; "
+            "a smaller micro_batch_size, context_length or rank, or packing = false, needs less."
+        )
+    if isinstance(error, MemoryError):
+        return "The machine ran out of memory."
+    if isinstance(error, OSError) and error.errno == errno.ENOSPC:
+        return "No space is left on the worker's disk."
+    lines = str(error).strip().splitlines()
+    return f"The training process met an unexpected {type(error).__name__}" + (
+        f": {lines[0][:300]}" if lines else "."
+    )
+
+
+def _device_name() -> str:
+    import torch
+
+    return str(torch.cuda.get_device_name()) if torch.cuda.is_available() else "cpu"
+
+
+def _leave(code: int) -> NoReturn:
+    """Ends the process without waiting for the threads that listen and watch."""
+    logging.shutdown()
+    os._exit(code)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Started by the supervisor; not for the command line.")
+    parser.add_argument("--parent", type=int, required=True)
+    options = parser.parse_args()
+    die_with_parent(options.parent)
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    channel = Channel()
+    Trainer(channel).serve()
+
+
+if __name__ == "__main__":
+    main()
