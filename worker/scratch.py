@@ -1,0 +1,62 @@
+"""Folders that workers can lose: one for each attempt, locked as long as its worker lives."""
+
+import fcntl
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import IO
+
+LOCK = "lock"
+
+
+@contextmanager
+def scratch_folder(parent: Path, name: str) -> Iterator[Path]:
+    """A fresh folder, gone afterwards. Its lock tells `remove_orphans` that somebody works in it."""
+    with _turn(parent):
+        folder = parent / name
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir(mode=0o700)
+        lock = (folder / LOCK).open("w")
+        fcntl.flock(lock, fcntl.LOCK_EX)
+    with lock:
+        try:
+            yield folder
+        finally:
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+def remove_orphans(parent: Path) -> list[str]:
+    """Removes the folders whose worker died; returns their names."""
+    with _turn(parent):
+        orphans = [entry for entry in sorted(parent.iterdir()) if entry.is_dir() and _is_orphan(entry)]
+        for folder in orphans:
+            shutil.rmtree(folder, ignore_errors=True)
+    return [folder.name for folder in orphans]
+
+
+def _is_orphan(folder: Path) -> bool:
+    try:
+        lock = (folder / LOCK).open("r+")
+    except FileNotFoundError:
+        return True
+    with lock:
+        return _taken(lock)
+
+
+def _taken(lock: IO[str]) -> bool:
+    """Whether the lock could be taken, that is, whether nobody alive holds it."""
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
+
+
+@contextmanager
+def _turn(parent: Path) -> Iterator[None]:
+    """One at a time makes or removes folders, so that none is seen before it is locked."""
+    parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+    with (parent / ".turn").open("w") as turn:
+        fcntl.flock(turn, fcntl.LOCK_EX)
+        yield
