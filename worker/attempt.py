@@ -1,0 +1,476 @@
+"""One attempt at a job: from its files in a scratch folder to its adapter in the storage.
+
+Everything that it writes to the rows is fenced: once the lease is lost, nothing of it holds.
+"""
+
+import dataclasses
+import hashlib
+import logging
+import queue
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, Protocol, TypeVar
+
+from sqlalchemy import func, select
+from sqlalchemy.orm import Session
+
+from olora_core.errors import CheckpointError, OloraError
+from olora_core.specs import TrainSpec
+from store import jobs
+from store.bases import fetch_base, find_base
+from store.errors import LeaseLost, StorageError, StoreError
+from store.files import Storage
+from store.models import Attempt as AttemptRow
+from store.models import Checkpoint, Job
+from store.session import Sessions
+from store.settings import Settings
+
+from .archive import pack
+from .lease import DATABASE_AWAY, Lease
+from .process import Ended, TrainerProcess
+from .protocol import Order
+from .strays import remove_strays
+
+logger = logging.getLogger(__name__)
+Result = TypeVar("Result")
+LISTEN_SECONDS = 0.1
+RECORD_SECONDS = 1.0
+CANCEL_SECONDS = 15.0
+"""A cancelled trainer that has not come to its next step by then is killed."""
+RELEASE_SECONDS = 90.0
+"""Likewise one that has not saved its checkpoint by then."""
+METRICS_FILE, ADAPTER_FILE = "step_metrics.csv", "adapter.zip"
+
+
+class Shutdown(Protocol):
+    """Whether the worker is about to end, and whether it has no time left for a checkpoint."""
+
+    stopping: bool
+    hurrying: bool
+
+
+class _Failed(Exception):
+    """The job cannot be done; another attempt would end the same."""
+
+    def __init__(self, error: OloraError | StoreError) -> None:
+        super().__init__(error.message)
+        self.error = error
+
+
+class _Crashed(Exception):
+    """This attempt could not be done; another one may."""
+
+    def __init__(self, reason: str, message: str) -> None:
+        super().__init__(message)
+        self.reason = reason
+        self.message = message
+
+
+class _Stopped(Exception):
+    """The trainer was stopped by a wish: "cancel" or "release"."""
+
+    def __init__(self, wish: str) -> None:
+        super().__init__(wish)
+        self.wish = wish
+
+
+@dataclasses.dataclass
+class _Unrecorded:
+    """What the trainer said since the last write to the rows."""
+
+    steps: list[dict[str, Any]] = dataclasses.field(default_factory=list)
+    evaluations: list[dict[str, Any]] = dataclasses.field(default_factory=list)
+    events: list[jobs.Note] = dataclasses.field(default_factory=list)
+    resolved: TrainSpec | None = None
+    total_steps: int | None = None
+
+
+class Attempt:
+    """Drives the trainer through one claimed job and records what comes back."""
+
+    def __init__(
+        self,
+        claim: jobs.Claim,
+        *,
+        taken_at: float,
+        settings: Settings,
+        write: Sessions,
+        read: Sessions,
+        storage: Storage,
+        trainer: TrainerProcess,
+        shutdown: Shutdown,
+        folder: Path,
+    ) -> None:
+        self.claim = claim
+        self.settings = settings
+        self.write, self.read = write, read
+        self.storage = storage
+        self.trainer = trainer
+        self.shutdown = shutdown
+        self.folder = folder
+        self.run_name = f"{claim.job_id}-{claim.attempt}"
+        self.lease = Lease(
+            seconds=settings.lease_seconds,
+            taken_at=taken_at,
+            renew=self._renew,
+            look=self._look,
+            on_renewal=self._tell_deadline,
+            on_wish=self._tell_wish,
+            on_lost=trainer.kill,
+        )
+        self._wish: str | None = None
+        self._wished_at = 0.0
+        self._time_up: float | None = None
+        self._refusal: str | None = None
+        self._stepped = False
+        self._unrecorded = _Unrecorded()
+        self._recorded_at = time.monotonic()
+
+    def run(self) -> None:
+        """The whole attempt, to a row that says how it ended. Raises LeaseLost."""
+        with self.lease:
+            try:
+                self._do()
+            except _Failed as failure:
+                self._fail(failure.error)
+            except _Stopped as stop:
+                self._stopped(stop.wish)
+            except _Crashed as crash:
+                self.trainer.kill()
+                self._hand_back(crash.reason, crash.message, crashed=True)
+
+    def _do(self) -> None:
+        try:
+            self._remove_strays()
+            job = self._ask(lambda session: jobs.get_job(session, self.claim.project_id, self.claim.job_id))
+            self._time_up = self._time_limit(job)
+            finished = self._train(self._fetch(job))
+            self._publish(job, finished)
+        except OloraError as error:
+            raise _Failed(error) from error
+        except StorageError as error:
+            raise _Crashed(error.code, error.message) from error
+        except (LeaseLost, _Failed, _Stopped, _Crashed):
+            raise
+        except Exception as error:
+            logger.exception("Attempt %s met an unexpected error.", self.run_name)
+            message = "The worker met an unexpected error; its log has the details."
+            raise _Crashed("worker_error", message) from error
+        finally:
+            self._flush()
+
+    # --- before the training ---------------------------------------------------------------------------
+
+    def _time_limit(self, job: Job) -> float | None:
+        """When the job's `max_seconds` will be used up, earlier attempts included; monotonic."""
+        limit = job.options.get("max_seconds")
+        if limit is None:
+            return None
+        earlier = select(func.sum(AttemptRow.ended_at - AttemptRow.started_at)).where(
+            AttemptRow.job_id == job.id, AttemptRow.attempt < self.claim.attempt
+        )
+        used = self._ask(lambda session: session.scalar(earlier)) or 0.0
+        return time.monotonic() + float(limit) - used
+
+    def _fetch(self, job: Job) -> Order:
+        """Brings the base model and the files to this machine."""
+        claim = self.claim
+        base = fetch_base(find_base(self.settings, claim.spec.model), self.settings)
+        training = self._fetch_file(claim.training_key, "training")
+        validation = self._fetch_file(claim.validation_key, "validation") if job.validation_file else None
+        return Order(
+            run=self.run_name,
+            spec=claim.spec.model_dump(mode="json"),
+            base=str(base),
+            base_name=claim.spec.model,
+            training=str(training),
+            validation=str(validation) if validation else None,
+            folder=str(self.folder / "work"),
+            resume=None,
+            checkpoint_seconds=self.settings.checkpoint_seconds,
+            deadline=self.lease.trainer_deadline,
+        )
+
+    def _fetch_file(self, key: str | None, role: str) -> Path:
+        if not key or not self.storage.exists(key):
+            message = f"The {role} file is no longer stored; upload it again and create a new job."
+            raise _Failed(StoreError(message, param=f"{role}_file", code=f"invalid_{role}_file"))
+        path = self.folder / f"{role}.jsonl"
+        self.storage.fetch(key, path)
+        return path
+
+    def _checkpoints(self) -> Iterator[Path | None]:
+        """The stored checkpoints, the furthest first, and at last None: from the start.
+
+        One whose bytes are not what was stored is passed over. Whoever asks for the next one has refused
+        the one before.
+        """
+        stored = self._ask(lambda session: jobs.stored_checkpoints(session, self.claim.job_id))
+        for position, checkpoint in enumerate(stored):
+            path = self.folder / f"resume-{position}"
+            if self._verifies(checkpoint, path):
+                yield path
+            before = stored[position + 1 :]
+            onward = f"the one before, at step {before[0].step}" if before else "the start"
+            self._note(
+                "warn",
+                f"The checkpoint at step {checkpoint.step} cannot be used; the job goes on from {onward}.",
+                {"step": checkpoint.step, "reason": self._refusal},
+            )
+        yield None
+
+    def _verifies(self, checkpoint: Checkpoint, path: Path) -> bool:
+        assert checkpoint.storage_key is not None
+        try:
+            self.storage.fetch_folder(checkpoint.storage_key, path)
+        except StorageError as error:
+            self._refusal = error.message
+            return False
+        return True
+
+    # --- the training ----------------------------------------------------------------------------------
+
+    def _train(self, order: Order) -> dict[str, Any]:
+        """Returns the trainer's `Finished`."""
+        for resume in self._checkpoints():
+            try:
+                return self._drive(dataclasses.replace(order, resume=str(resume) if resume else None))
+            except CheckpointError as error:
+                self._refusal = error.message
+                if resume is None:
+                    raise
+        raise AssertionError("the start can always be tried")
+
+    def _drive(self, order: Order) -> dict[str, Any]:
+        if self._wish is not None:
+            raise _Stopped(self._wish)
+        Path(order.folder).mkdir(exist_ok=True)
+        self.trainer.say(dataclasses.replace(order, deadline=self.lease.trainer_deadline).as_message())
+        if self._wish is not None:  # it may have come before the trainer knew of this attempt
+            self._tell_wish(self._wish)
+        heard_at = time.monotonic()
+        while True:
+            message = self._next_message()
+            self._look_up()
+            if message is not None:
+                heard_at = time.monotonic()
+                finished = self._hear(message)
+                if finished is not None:
+                    return finished
+            elif time.monotonic() > heard_at + self.settings.stall_seconds:
+                silence = f"The training process said nothing for {self.settings.stall_seconds:g} s."
+                raise _Crashed("stalled", silence)
+            if time.monotonic() > self._recorded_at + RECORD_SECONDS:
+                self._flush()
+
+    def _next_message(self) -> dict[str, Any] | Ended | None:
+        try:
+            return self.trainer.messages.get(timeout=LISTEN_SECONDS)
+        except queue.Empty:
+            return None
+
+    def _look_up(self) -> None:
+        """Between two messages: what else may end this attempt?"""
+        now = time.monotonic()
+        if self.lease.lost:
+            raise LeaseLost(self.claim.job_id, self.claim.attempt)
+        if self.shutdown.stopping and self._wish is None:
+            self._tell_wish("release")
+        patience = CANCEL_SECONDS if self._wish == "cancel" else RELEASE_SECONDS
+        nothing_to_save = self._wish == "release" and not self._stepped
+        if self._wish is not None and (nothing_to_save or now > self._wished_at + patience):
+            self._stop_now(self._wish)
+        if self.shutdown.hurrying:
+            self._stop_now("release")
+        if self._time_up is not None and now > self._time_up:
+            self.trainer.kill()
+            message = "The job has used up its max_seconds; a larger limit lets a new job go further."
+            raise _Failed(StoreError(message, param="olora.max_seconds", code="time_limit"))
+
+    def _stop_now(self, wish: str) -> None:
+        self.trainer.kill()
+        raise _Stopped(wish)
+
+    def _hear(self, message: dict[str, Any] | Ended) -> dict[str, Any] | None:
+        """Takes in one message; returns the trainer's `Finished`."""
+        match message:
+            case Ended():
+                raise _Crashed("trainer_lost", message.sentence)
+            case {"progress": progress}:
+                return self._take_in(progress["kind"], progress)
+            case {"stopped": {"wish": wish}}:
+                raise _Stopped(wish)
+            case {"crashed": {"message": sentence}}:
+                raise _Crashed("trainer_crashed", sentence)
+            case {"failed": {"code": CheckpointError.code, "message": sentence}}:
+                raise CheckpointError(sentence)
+            case {"failed": {"code": code, "message": sentence, "param": param}}:
+                raise _Failed(OloraError(sentence, param=param, code=code))
+            case {"ready": {"pid": pid, "device": device}}:
+                logger.info("Trainer %s is ready on %s.", pid, device)
+        return None
+
+    def _take_in(self, kind: str, progress: dict[str, Any]) -> dict[str, Any] | None:
+        values = {name: value for name, value in progress.items() if name != "kind"}
+        match kind:
+            case "Step":
+                self._stepped = True
+                self._unrecorded.steps.append(values)
+            case "Evaluated":
+                self._unrecorded.evaluations.append(values)
+            case "Note":
+                self._note(**values)
+            case "Resolved":
+                self._resolved(values)
+            case "Saved":
+                self._flush()
+                self._store_checkpoint(values["step"], Path(values["folder"]), values["metrics"])
+            case "Finished":
+                return values
+        return None
+
+    def _note(self, level: str, message: str, data: dict[str, Any] | None = None) -> None:
+        self._unrecorded.events.append(jobs.Note(level, message, data))
+
+    def _resolved(self, progress: dict[str, Any]) -> None:
+        self._unrecorded.resolved = TrainSpec.model_validate(progress["spec"])
+        self._unrecorded.total_steps = progress["total_steps"]
+        if not self.claim.resolved:
+            for reason in progress["why"]:
+                self._note("info", f"Decided: {reason}")
+
+    def _store_checkpoint(self, step: int, folder: Path, metrics: dict[str, Any]) -> None:
+        key = f"jobs/{self.claim.job_id}/checkpoints/{step}-a{self.claim.attempt}"
+        try:
+            self.storage.put_folder(key, folder)
+        except StorageError as error:
+            # The run itself is well; the next checkpoint may find the storage well again.
+            self._note("warn", f"The checkpoint at step {step} could not be stored. {error.message}")
+            return
+
+        def named(session: Session) -> list[str]:
+            # A commit whose answer was lost is tried again; it must not be named twice.
+            if session.scalar(select(Checkpoint.id).where(Checkpoint.storage_key == key)) is not None:
+                return []
+            return jobs.add_checkpoint(session, self.claim, step, metrics, key)
+
+        for pruned in self._persist(named):
+            self.storage.delete_folder(pruned)
+
+    # --- after the training ----------------------------------------------------------------------------
+
+    def _publish(self, job: Job, finished: dict[str, Any]) -> None:
+        """Stores the result files under names of this attempt; one fenced write makes them the result."""
+        self._flush()
+        results = self.folder / "results"
+        results.mkdir()
+        table = self._ask(lambda session: jobs.metrics_csv(session, job.id))
+        (results / METRICS_FILE).write_text(table)
+        pack(Path(finished["folder"]), results / ADAPTER_FILE)
+        prefix = f"jobs/{job.id}/results/a{self.claim.attempt}"
+        self.storage.put_folder(prefix, results)
+        files = [_result_file(results / name, prefix) for name in (METRICS_FILE, ADAPTER_FILE)]
+        model = jobs.model_name(self.claim.spec.model, self.settings.organization, job.suffix, job.id)
+        self._persist(
+            lambda session: jobs.succeed(
+                session,
+                self.claim,
+                files=files,
+                model=model,
+                certificate=finished["certificate"],
+                trained_tokens=finished["trained_tokens"],
+            )
+        )
+        self._remove_strays()
+
+    # --- the row ---------------------------------------------------------------------------------------
+
+    def _flush(self) -> None:
+        """Records what was said since the last time, if anything was."""
+        said, self._unrecorded = self._unrecorded, _Unrecorded()
+        self._recorded_at = time.monotonic()
+        if said != _Unrecorded():
+            fields = {field.name: getattr(said, field.name) for field in dataclasses.fields(said)}
+            self._persist(lambda session: jobs.record(session, self.claim, **fields))
+
+    def _fail(self, error: OloraError | StoreError) -> None:
+        self._persist(lambda session: jobs.fail(session, self.claim, error))
+        self._remove_strays()
+
+    def _stopped(self, wish: str) -> None:
+        if wish == "cancel":
+            self._persist(lambda session: jobs.cancelled(session, self.claim))
+            self._remove_strays()
+        else:
+            self._hand_back("released", "The worker was stopped.", crashed=False)
+
+    def _remove_strays(self) -> None:
+        """Only while this attempt holds the job, or once it has ended."""
+        try:
+            remove_strays(self.read, self.storage, self.claim.job_id)
+        except (StorageError, *DATABASE_AWAY):
+            logger.warning("Attempt %s could not tidy up the storage.", self.run_name, exc_info=True)
+
+    def _hand_back(self, reason: str, message: str, *, crashed: bool) -> None:
+        self._persist(
+            lambda session: jobs.hand_back(
+                session,
+                self.claim,
+                reason=reason,
+                message=message,
+                crashed=crashed,
+                max_failures=self.settings.max_failures,
+            )
+        )
+
+    def _persist(self, change: Callable[[Session], Result]) -> Result:
+        return self._insist(self.write, change)
+
+    def _ask(self, question: Callable[[Session], Result]) -> Result:
+        return self._insist(self.read, question)
+
+    def _insist(self, sessions: Sessions, work: Callable[[Session], Result]) -> Result:
+        """One transaction, tried again while the database is away and the lease holds. Raises LeaseLost."""
+        pause = 0.1
+        while True:
+            if self.lease.lost:
+                raise LeaseLost(self.claim.job_id, self.claim.attempt)
+            try:
+                with sessions.begin() as session:
+                    return work(session)
+            except DATABASE_AWAY as error:
+                logger.warning("The database does not answer; trying again: %s", error.orig)
+                time.sleep(pause)
+                pause = min(2.0, 2 * pause)
+
+    # --- the lease's thread ----------------------------------------------------------------------------
+
+    def _renew(self) -> str | None:
+        with self.write.begin() as session:
+            return jobs.renew(session, self.claim, self.settings.lease_seconds)
+
+    def _look(self) -> str | None:
+        mine = select(Job.requested).where(
+            Job.id == self.claim.job_id, Job.attempt == self.claim.attempt, Job.status == "running"
+        )
+        with self.read.begin() as session:
+            row = session.execute(mine).one_or_none()
+        if row is None:
+            raise LeaseLost(self.claim.job_id, self.claim.attempt)
+        requested: str | None = row.requested
+        return requested
+
+    def _tell_deadline(self, deadline: float) -> None:
+        self.trainer.say({"lease": {"run": self.run_name, "deadline": deadline}})
+
+    def _tell_wish(self, wish: str) -> None:
+        if self._wish != wish:
+            self._wish, self._wished_at = wish, time.monotonic()
+        self.trainer.say({"wish": {"run": self.run_name, "what": wish}})
+
+
+def _result_file(path: Path, prefix: str) -> jobs.ResultFile:
+    with path.open("rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    return jobs.ResultFile(path.name, path.stat().st_size, digest, f"{prefix}/{path.name}")
