@@ -1,0 +1,40 @@
+"""The Celery application of a worker: `celery -A worker.main worker`, as `worker_command` spells it out."""
+
+import logging
+from typing import Any
+
+from celery import signals
+
+from store.queue import celery_app
+from store.session import make_engine, require_current_schema
+from store.settings import get_settings
+
+from .launch import follow_parent, visible_gpus
+from .supervise import Supervisor
+from .tasks import register
+
+logger = logging.getLogger(__name__)
+
+follow_parent()
+settings = get_settings()
+app = celery_app(settings)
+supervisor = Supervisor(settings)
+register(app, supervisor)
+
+
+@signals.worker_init.connect  # type: ignore[untyped-decorator]
+def _begins(**_: Any) -> None:
+    require_current_schema(make_engine(settings.database_url))
+    supervisor.tidy()
+    devices = ", ".join(visible_gpus()) or "the CPU"
+    logger.info("Worker %s trains on %s.", supervisor.owner, devices)
+
+
+@signals.worker_shutting_down.connect  # type: ignore[untyped-decorator]
+def _ends(**_: Any) -> None:
+    supervisor.stop()
+
+
+@signals.worker_shutdown.connect  # type: ignore[untyped-decorator]
+def _ended(**_: Any) -> None:
+    supervisor.close()

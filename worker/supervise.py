@@ -1,0 +1,132 @@
+"""Claims jobs and has them trained, one after another, by a trainer process that is kept between them.
+
+No torch here: this runs inside the Celery worker, which must answer while a job trains.
+"""
+
+import logging
+import os
+import socket
+import threading
+import time
+import uuid
+
+from store import jobs
+from store.errors import LeaseLost
+from store.files import storage
+from store.session import make_engine, read_sessions, sessions
+from store.settings import Settings
+
+from .attempt import Attempt
+from .lease import DATABASE_AWAY
+from .process import TrainerProcess
+from .scratch import remove_orphans, scratch_folder
+
+logger = logging.getLogger(__name__)
+
+
+class Supervisor:
+    """One worker's slot. `run_until_idle` and `close` are called from one thread, `stop` from anywhere."""
+
+    def __init__(self, settings: Settings) -> None:
+        engine = make_engine(settings.database_url)
+        self.settings = settings
+        self.write, self.read = sessions(engine), read_sessions(engine)
+        self.storage = storage(settings)
+        self.owner = f"{socket.gethostname()}:{os.getpid()}:{uuid.uuid4().hex[:8]}"
+        self.stopping = False
+        self.hurrying = False
+        self._trainer: TrainerProcess | None = None
+        self._turn = threading.Lock()
+        self._rest: threading.Timer | None = None
+
+    def run_until_idle(self) -> int:
+        """Claims and runs jobs until none is left or the worker ends. Returns how many attempts were made.
+
+        A database that is away means no work here: whoever waits for it is woken again.
+        """
+        attempts = 0
+        with self._turn:
+            self._stop_resting()
+            try:
+                while not self.stopping and self._run_next():
+                    attempts += 1
+            except DATABASE_AWAY as error:
+                logger.warning("The database does not answer: %s", error.orig)
+            self._start_resting()
+        return attempts
+
+    def stop(self) -> None:
+        """Hands the job at hand back with a fresh checkpoint; asked again, without waiting for one."""
+        self.hurrying = self.stopping
+        self.stopping = True
+
+    def close(self) -> None:
+        """Ends the trainer."""
+        with self._turn:
+            self._stop_resting()
+            self._close_trainer()
+
+    def _run_next(self) -> bool:
+        taken_at = time.monotonic()
+        with self.write() as session:
+            claim = jobs.claim(session, owner=self.owner, lease_seconds=self.settings.lease_seconds)
+            session.commit()
+        if claim is None:
+            return False
+        name = f"{claim.job_id}-{claim.attempt}"
+        logger.info("Attempt %s begins.", name)
+        with scratch_folder(self.settings.scratch_folder, name) as folder:
+            attempt = Attempt(
+                claim,
+                taken_at=taken_at,
+                settings=self.settings,
+                write=self.write,
+                read=self.read,
+                storage=self.storage,
+                trainer=self._trainer_for(claim.project_id),
+                shutdown=self,
+                folder=folder,
+            )
+            try:
+                attempt.run()
+            except LeaseLost as lost:
+                logger.warning("%s", lost.message)
+                attempt.trainer.kill()
+            except Exception:
+                # Nothing was written; the lease runs out and the job goes to another attempt.
+                logger.exception("Attempt %s was given up.", name)
+                attempt.trainer.kill()
+        logger.info("Attempt %s is over.", name)
+        return True
+
+    # --- the trainer -----------------------------------------------------------------------------------
+
+    def _trainer_for(self, project_id: str) -> TrainerProcess:
+        """The trainer at hand, or a new one: one that has seen a project's data never serves another's."""
+        trainer = self._trainer
+        if trainer is None or not trainer.alive or trainer.project_id != project_id:
+            self._close_trainer()
+            trainer = self._trainer = TrainerProcess(project_id)
+        return trainer
+
+    def _close_trainer(self) -> None:
+        if self._trainer is not None:
+            self._trainer.close()
+            self._trainer = None
+
+    def _start_resting(self) -> None:
+        """Gives the base model's memory back when no job comes for a while."""
+        if self._trainer is not None:
+            self._rest = threading.Timer(self.settings.idle_seconds, self.close)
+            self._rest.daemon = True
+            self._rest.start()
+
+    def _stop_resting(self) -> None:
+        if self._rest is not None:
+            self._rest.cancel()
+            self._rest = None
+
+    def tidy(self) -> None:
+        """At the start: removes what workers that died here left behind."""
+        for name in remove_orphans(self.settings.scratch_folder):
+            logger.info("Removed the scratch folder of attempt %s, whose worker died.", name)
