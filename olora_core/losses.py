@@ -4,6 +4,8 @@ Whoever calls divides by the trained tokens of the whole optimizer batch, so tha
 gradient however it is cut into micro-batches.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import NamedTuple
 
 import torch
@@ -67,7 +69,7 @@ def head_is_plain(model: PreTrainedModel) -> bool:
     if decoder is None or decoder is model or head is None:
         return False
     ids = _probe_tokens(model, 8)
-    with _evaluating(model):
+    with evaluating(model):
         whole = model(input_ids=ids, use_cache=False).logits
         parts = head(decoder(input_ids=ids, use_cache=False).last_hidden_state)
     return whole.shape == parts.shape and torch.equal(whole, parts)
@@ -78,7 +80,7 @@ def packing_is_exact(model: PreTrainedModel) -> bool:
     """Whether positions that start again keep one example of a row from attending to the one before it."""
     ids = _probe_tokens(model, 12)
     positions = torch.cat([torch.arange(7), torch.arange(5)]).to(ids.device)[None]
-    with _evaluating(model):
+    with evaluating(model):
         alone = model(input_ids=ids[:, 7:], use_cache=False).logits
         packed = model(input_ids=ids, position_ids=positions, use_cache=False).logits[:, 7:]
     return bool((alone - packed).abs().max() <= SEGMENT_TOLERANCE * alone.abs().max())
@@ -90,15 +92,12 @@ def _probe_tokens(model: PreTrainedModel, length: int) -> Tensor:
     return (torch.arange(length, device=model.device)[None] * 37 + 11) % vocabulary
 
 
-class _evaluating:
+@contextmanager
+def evaluating(model: PreTrainedModel) -> Iterator[None]:
     """Inside, the model is in eval mode; afterwards in the mode it was in."""
-
-    def __init__(self, model: PreTrainedModel) -> None:
-        self.model = model
-
-    def __enter__(self) -> None:
-        self.before = self.model.training
-        self.model.eval()
-
-    def __exit__(self, *_: object) -> None:
-        self.model.train(self.before)
+    before = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(before)

@@ -1,0 +1,168 @@
+"""Checkpoints: a run set down so completely that it goes on as if it had never stopped.
+
+A folder of safetensors and JSON, never pickle. It is written beside its place, flushed, and renamed; its
+manifest, with the SHA-256 of every other file, comes last. Without a right manifest it is no checkpoint.
+"""
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from .errors import CheckpointError
+
+FORMAT = 1
+MANIFEST, STATE = "manifest.json", "state.json"
+
+
+@dataclass
+class Snapshot:
+    """Everything a run needs to go on."""
+
+    identity: dict[str, Any]
+    """What the run is of: spec, data, base, dtype. A run only goes on with the same."""
+    state: dict[str, Any]
+    """JSON-able: position in the data, the method's and optimizer's numbers, what was measured so far."""
+    tensors: dict[str, dict[str, Tensor]] = field(default_factory=dict)
+    """By file: `adapter`, `optimizer`, `random`."""
+
+
+def save(folder: Path, snapshot: Snapshot) -> Path:
+    """Writes a checkpoint to `folder`, which appears complete or not at all, and returns it."""
+    part = folder.with_name(f".{folder.name}.part")
+    shutil.rmtree(part, ignore_errors=True)
+    part.mkdir(parents=True)
+    for name, tensors in snapshot.tensors.items():
+        on_cpu = {key: tensor.detach().cpu().contiguous() for key, tensor in tensors.items()}
+        save_file(on_cpu, part / f"{name}.safetensors")
+    (part / STATE).write_text(_json(snapshot.state))
+    files = {path.name: _digest(path) for path in sorted(part.iterdir())}
+    manifest = {"format": FORMAT, "identity": snapshot.identity, "files": files}
+    (part / MANIFEST).write_text(_json(manifest))
+    for path in (*part.iterdir(), part):
+        _flush(path)
+    shutil.rmtree(folder, ignore_errors=True)
+    part.rename(folder)
+    _flush(folder.parent)
+    return folder
+
+
+def load(folder: Path, identity: Mapping[str, Any]) -> Snapshot:
+    """Reads a checkpoint back after verifying every byte of it.
+
+    Raises CheckpointError when it is missing, damaged, or of a run with another identity.
+    """
+    manifest = _read_json(folder / MANIFEST)
+    if manifest.get("format") != FORMAT:
+        raise CheckpointError(
+            f"Checkpoint '{folder.name}' has format {manifest.get('format')!r}, and this program reads "
+            f"{FORMAT}; start the run anew."
+        )
+    for name, digest in manifest["files"].items():
+        if not (folder / name).is_file():
+            raise _damaged(folder, f"{name} is missing")
+        if _digest(folder / name) != digest:
+            raise _damaged(folder, f"{name} is not what was written")
+    _check_identity(folder, manifest["identity"], identity)
+    try:
+        tensors = {
+            Path(name).stem: load_file(folder / name)
+            for name in manifest["files"]
+            if name.endswith(".safetensors")
+        }
+    except SafetensorError as error:
+        raise _damaged(folder, str(error)) from None
+    return Snapshot(manifest["identity"], _read_json(folder / STATE), tensors)
+
+
+def _check_identity(folder: Path, found: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
+    """The same keys with the same values, or an error that names what differs."""
+    for key in wanted.keys() | found.keys():
+        if found.get(key) != wanted.get(key):
+            raise CheckpointError(
+                f"Checkpoint '{folder.name}' belongs to another run: its {key} is {_short(found.get(key))}, "
+                f"this run's is {_short(wanted.get(key))}. Resume with the same, or start the run anew."
+            )
+
+
+def _short(value: Any) -> str:
+    text = value if isinstance(value, str) else json.dumps(value)
+    return text if len(text) <= 24 else f"{text[:12]}…"
+
+
+def _damaged(folder: Path, what: str) -> CheckpointError:
+    return CheckpointError(
+        f"Checkpoint '{folder.name}' is damaged: {what}. Resume from an earlier one, or start the run anew."
+    )
+
+
+def _json(value: Any) -> str:
+    return json.dumps(value, allow_nan=False, sort_keys=True)
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        value = json.loads(path.read_text())
+    except FileNotFoundError:
+        raise _damaged(path.parent, f"{path.name} is missing") from None
+    except (OSError, ValueError) as error:
+        raise _damaged(path.parent, f"{path.name} cannot be read ({error})") from None
+    if not isinstance(value, dict):
+        raise _damaged(path.parent, f"{path.name} holds no object")
+    return value
+
+
+def _digest(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _flush(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+# --- the optimizer, flat -------------------------------------------------------------------------------
+
+
+def optimizer_state(optimizer: torch.optim.Optimizer) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """An optimizer's state as tensors by `<parameter>.<name>`, and the rest as JSON."""
+    whole = optimizer.state_dict()
+    tensors: dict[str, Tensor] = {}
+    numbers: dict[str, dict[str, Any]] = {}
+    for index, values in whole["state"].items():
+        for name, value in values.items():
+            if isinstance(value, Tensor):
+                tensors[f"{index}.{name}"] = value
+            else:
+                numbers.setdefault(str(index), {})[name] = value
+    return tensors, {"param_groups": whole["param_groups"], "numbers": numbers}
+
+
+def load_optimizer_state(
+    optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tensor], rest: Mapping[str, Any]
+) -> None:
+    """The inverse of `optimizer_state`."""
+    state: dict[int, dict[str, Any]] = {int(index): dict(v) for index, v in rest["numbers"].items()}
+    for key, tensor in tensors.items():
+        index, _, name = key.partition(".")
+        state.setdefault(int(index), {})[name] = tensor
+    groups = [_with_tuples(group) for group in rest["param_groups"]]
+    optimizer.load_state_dict({"state": state, "param_groups": groups})
+
+
+def _with_tuples(group: Mapping[str, Any]) -> dict[str, Any]:
+    """JSON made a list of AdamW's betas."""
+    return {k: tuple(v) if isinstance(v, list) and k != "params" else v for k, v in group.items()}

@@ -1,0 +1,64 @@
+"""How good a model is on examples it does not train on, and what it says."""
+
+from collections.abc import Generator
+from typing import Any
+
+import numpy as np
+import torch
+from transformers import GenerationConfig
+
+from .data import Examples, end_of_turn_tokens, micro_batches, normalised
+from .errors import ModelError
+from .losses import evaluating, task_loss
+from .model import Base
+from .progress import Phase
+
+
+def evaluate(
+    base: Base, examples: Examples, *, micro_batch_size: int, every_logit: bool
+) -> Generator[Phase, None, tuple[float, float]]:
+    """Mean loss (nats per trained token) and token accuracy over all examples; yields progress."""
+    total, correct, trained = 0.0, 0, 0
+    batches = micro_batches(
+        examples,
+        np.arange(len(examples)),
+        size=micro_batch_size,
+        packing=False,
+        pad_token=base.tokenizer.pad_token_id or 0,
+    )
+    done = 0
+    for batch in batches:
+        # Set for each batch, since whoever drives a generator may do other things between two of them.
+        with evaluating(base.model), torch.no_grad():
+            loss = task_loss(base.model, batch.to(base.device), every_logit=every_logit)
+        total += loss.total.item()
+        correct += int(loss.correct)
+        trained += batch.trained_tokens
+        done = min(done + micro_batch_size, len(examples))
+        yield Phase("evaluating", done, len(examples))
+    return total / trained, correct / trained
+
+
+def generate(base: Base, messages: list[dict[str, Any]], max_new_tokens: int) -> str:
+    """What the model answers to a conversation, likeliest token by likeliest token."""
+    if not base.tokenizer.chat_template:
+        raise ModelError(
+            f"Base model '{base.name}' has no chat template, so it cannot answer a conversation."
+        )
+    inputs = base.tokenizer.apply_chat_template(
+        normalised(messages), add_generation_prompt=True, return_tensors="pt", return_dict=True
+    ).to(base.device)
+    ends = end_of_turn_tokens(base.tokenizer, base.model.generation_config.eos_token_id)
+    how = GenerationConfig(
+        do_sample=False,
+        max_new_tokens=max_new_tokens,
+        eos_token_id=sorted(ends),
+        pad_token_id=base.tokenizer.pad_token_id or 0,
+    )
+    with evaluating(base.model), torch.no_grad():
+        tokens = base.model.generate(
+            input_ids=inputs["input_ids"],
+            attention_mask=inputs["attention_mask"],
+            generation_config=how,
+        )
+    return base.tokenizer.decode(tokens[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True).strip()

@@ -1,0 +1,68 @@
+"""Which dtype a run computes in."""
+
+import time
+from functools import cache
+from pathlib import Path
+
+import torch
+from transformers import AutoConfig
+
+from .errors import ModelError
+from .specs import TrainSpec
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+WORTH_IT = 1.5
+"""bf16 must multiply matrices this much faster, because the rest of a step does not gain."""
+PROBE_TOKENS, PROBE_ROUNDS = 512, 5
+
+
+def compute_dtype(spec: TrainSpec, folder: Path, device: str = "cpu") -> torch.dtype:
+    """The dtype to load the base in, before `train`.
+
+    What the spec says; for "auto", bf16 if the checkpoint is in 16 bits and the device is faster with it.
+    An fp32 checkpoint stays fp32, since rounding it would change the base.
+    """
+    asked = spec.hyperparameters.dtype
+    if asked != "auto":
+        return DTYPES[asked]
+    try:
+        config = AutoConfig.from_pretrained(folder, local_files_only=True).get_text_config()
+    except (OSError, ValueError) as error:
+        raise ModelError(f"Base model '{spec.model}' has no readable config.json: {error}") from None
+    if config.dtype not in (torch.bfloat16, torch.float16):
+        return torch.float32
+    width = config.hidden_size
+    inner = getattr(config, "intermediate_size", None) or 4 * width
+    return torch.bfloat16 if bf16_is_faster(device, width, inner) else torch.float32
+
+
+@cache
+def bf16_is_faster(device: str, width: int, inner: int) -> bool:
+    """Times the largest product of a block, (512, width) × (width, inner), in both dtypes; once a process."""
+    seconds = dict.fromkeys(DTYPES.values(), float("inf"))
+    operands = {
+        dtype: (
+            torch.ones(PROBE_TOKENS, width, dtype=dtype, device=device),
+            torch.ones(width, inner, dtype=dtype, device=device),
+        )
+        for dtype in seconds
+    }
+    for _ in range(PROBE_ROUNDS):
+        for dtype, (x, weight) in operands.items():
+            seconds[dtype] = min(seconds[dtype], _seconds(x, weight))
+    return seconds[torch.float32] > WORTH_IT * seconds[torch.bfloat16]
+
+
+def _seconds(x: torch.Tensor, weight: torch.Tensor) -> float:
+    """Of a few products in a row, to their very end."""
+    _finish(x.device)
+    began = time.perf_counter()
+    for _ in range(4):
+        x @ weight
+    _finish(x.device)
+    return time.perf_counter() - began
+
+
+def _finish(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)

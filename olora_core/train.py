@@ -1,0 +1,588 @@
+"""One training run, as a generator: whoever iterates records what it says, and stops it by leaving.
+
+Reading order is the order of events: `train` at the top, then what it calls.
+"""
+
+import hashlib
+import math
+import resource
+import shutil
+import time
+from collections.abc import Generator, Iterator
+from dataclasses import asdict, dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from . import checkpoint
+from .adapter import Adapter, Site, adapter_tensors, adapters_off, detach, load_adapter_tensors
+from .certify import certify
+from .checkpoint import Snapshot
+from .data import (
+    Examples,
+    MicroBatch,
+    end_of_turn_tokens,
+    epoch_order,
+    micro_batches,
+    overlap_note,
+    steps_per_epoch,
+    tokenise,
+)
+from .errors import CheckpointError, SpecError, TrainingError
+from .evaluate import evaluate
+from .export import Story, export_adapter, record_certificate
+from .formats import check_for_training, validate
+from .losses import evaluating, head_is_plain, packing_is_exact, task_loss
+from .methods import METHODS, Method, Outputs, place
+from .methods.base import Schedule
+from .model import Base, target_sites
+from .precision import DTYPES, compute_dtype
+from .progress import Evaluated, Finished, Note, Phase, Progress, Resolved, Saved, Step
+from .randomness import Randomness
+from .schedule import schedule_of
+from .specs import Facts, Hyperparameters, TrainSpec, resolve
+
+__all__ = [
+    "Evaluated",
+    "Finished",
+    "Note",
+    "Phase",
+    "Progress",
+    "Resolved",
+    "Saved",
+    "Step",
+    "compute_dtype",
+    "train",
+]
+
+SMALL_VALIDATION_ROWS = 16
+SMALL_VALIDATIONS = 20
+"""How often a run looks at the first validation rows."""
+CERTIFICATE_ROWS, CERTIFICATE_TOKENS = 16, 4096
+LOCAL_CHECKPOINTS = 2
+UNKNOWN_CONTEXT = 2048
+"""Tokens kept of an example when neither model nor tokenizer names a limit."""
+TINY_MULTIPLIER = 0.01
+
+Wishes = Generator[Progress, str | None, None]
+
+
+def train(
+    spec: TrainSpec,
+    base: Base,
+    training: Path,
+    validation: Path | None,
+    folder: Path,
+    *,
+    resume: Path | None = None,
+    checkpoint_seconds: float = 60.0,
+) -> Wishes:
+    """Trains an adapter for `base` and exports it, certified, to `folder / "adapter"`.
+
+    `base` is loaded in `compute_dtype(spec, …)`, bears no adapter, and is given back as it was. `folder` is
+    scratch and holds the checkpoints. Sending "save" at a Step makes a Saved the next thing said. With
+    `resume`, a checkpoint's folder, the run goes on exactly there.
+
+    Raises OloraErrors only for expected trouble; each says what to do.
+    """
+    asked, threads = spec, torch.get_num_threads()
+    check_dtype(spec, base)
+    sites = target_sites(base.model, spec.adapter.target_modules)
+    data = yield from read_data(spec, base, training, validation)
+    spec, why = resolve(spec, facts(base, data))
+    try:
+        run = yield from start(asked, spec, base, data, sites)
+        trained_parameters = sum(parameter.numel() for parameter in run.parameters)
+        targets = [site.name for site in sites]
+        yield Resolved(spec, why, run.total_steps, len(data.training), trained_parameters, targets)
+        if resume is None:
+            yield from notes(run)
+        else:
+            restore(run, resume)
+        yield from steps(run, folder, checkpoint_seconds)
+        yield from finish(run, folder)
+    finally:
+        detach(base.model)
+        base.model.eval()
+        torch.set_num_threads(threads)
+
+
+# --- what is trained on --------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Data:
+    """The files of a run, tokenised."""
+
+    training: Examples
+    validation: Examples | None
+    hashes: dict[str, str]
+    """SHA-256 of each file by its role."""
+    notes: list[Note]
+
+
+def check_dtype(spec: TrainSpec, base: Base) -> None:
+    """The resident base must have the dtype that the run computes in."""
+    names = {dtype: name for name, dtype in DTYPES.items()}
+    asked = spec.hyperparameters.dtype
+    if base.dtype not in names or asked not in ("auto", names[base.dtype]):
+        wanted = "float32 or bfloat16" if asked == "auto" else asked
+        raise SpecError(
+            f"hyperparameters.dtype: the base model is loaded in {str(base.dtype).removeprefix('torch.')}, "
+            f"and the run computes in {wanted}; load it with compute_dtype(spec, folder, device).",
+            param="hyperparameters.dtype",
+        )
+
+
+def read_data(
+    spec: TrainSpec, base: Base, training: Path, validation: Path | None
+) -> Generator[Phase, None, Data]:
+    """Validates and tokenises the files."""
+    kept = spec.hyperparameters.context_length
+    arguments = {
+        "context_length": context_length(base) if kept == "auto" else kept,
+        "end_tokens": end_of_turn_tokens(base.tokenizer, base.model.generation_config.eos_token_id),
+    }
+    training_format = checked_format(training, "training")
+    examples, said = yield from tokenise(training, base.tokenizer, role="training", **arguments)
+    hashes = {"training": file_hash(training)}
+    held_out = None
+    if validation is not None:
+        checked_format(validation, "validation", training_format)
+        held_out, more = yield from tokenise(validation, base.tokenizer, role="validation", **arguments)
+        hashes["validation"] = file_hash(validation)
+        overlap = overlap_note(examples, held_out)
+        said = [*said, *more, *([overlap] if overlap else [])]
+    return Data(examples, held_out, hashes, said)
+
+
+def checked_format(path: Path, role: Any, training_format: str | None = None) -> str | None:
+    """The file's format, after its structural check."""
+    with path.open("rb") as file:
+        report = validate(file)
+    error = check_for_training(report, role=role, minimum_rows=1, training_format=training_format)
+    if error is not None:
+        raise error
+    return report.format
+
+
+def file_hash(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def facts(base: Base, data: Data) -> Facts:
+    dtype = "bfloat16" if base.dtype == torch.bfloat16 else "float32"
+    width = base.model.config.get_text_config().hidden_size
+    return Facts(len(data.training), width, context_length(base), dtype)
+
+
+def context_length(base: Base) -> int:
+    """The longest example that the model can read."""
+    limit = getattr(base.model.config.get_text_config(), "max_position_embeddings", None)
+    if limit:
+        return limit
+    named = base.tokenizer.model_max_length  # a huge number when nobody named one
+    return named if named <= 2**20 else UNKNOWN_CONTEXT
+
+
+# --- the run -------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Run:
+    """A run between two steps."""
+
+    asked: TrainSpec
+    spec: TrainSpec
+    base: Base
+    data: Data
+    method: Method
+    adapters: dict[str, Adapter]
+    optimizer: torch.optim.Optimizer
+    schedule: Schedule
+    every_logit: bool
+    total_steps: int
+    random: Randomness
+    step: int = 0
+    tokens: int = 0
+    trained_tokens: int = 0
+    seconds: float = 0.0
+    """Spent in steps, without evaluations and checkpoints."""
+    history: list[tuple[int, float, float, int]] = field(default_factory=list)
+    """(step, loss, accuracy, trained tokens) of each step."""
+    glances: list[tuple[int, float, float]] = field(default_factory=list)
+    """(step, loss, accuracy) over the first validation rows."""
+    evaluations: list[Evaluated] = field(default_factory=list)
+    evaluated_at: int = -1
+    """Step of the last full evaluation, or of the last that was due without a validation file."""
+    order: tuple[int, np.ndarray] | None = None
+    """An epoch and its order of examples, made when a step of it asks."""
+
+    @property
+    def hyperparameters(self) -> Hyperparameters:
+        return self.spec.hyperparameters
+
+    @cached_property
+    def parameters(self) -> list[nn.Parameter]:
+        return [p for group in self.optimizer.param_groups for p in group["params"]]
+
+    @cached_property
+    def steps_per_epoch(self) -> int:
+        return steps_per_epoch(len(self.data.training), self.hyperparameters.batch_size)
+
+    @cached_property
+    def small_validation(self) -> Examples | None:
+        held_out = self.data.validation
+        return None if held_out is None else held_out.first(SMALL_VALIDATION_ROWS)
+
+    @cached_property
+    def identity(self) -> dict[str, Any]:
+        """What a checkpoint of this run belongs to."""
+        held_out = self.data.validation
+        return {
+            "spec": hashlib.sha256(self.spec.model_dump_json().encode()).hexdigest(),
+            "training data": self.data.training.digest,
+            "validation data": None if held_out is None else held_out.digest,
+            "base model": self.base.fingerprint,
+            "dtype": str(self.base.dtype),
+        }
+
+    def rows(self, step: int) -> np.ndarray:
+        """The examples of an optimizer step; the last batch of an epoch may hold fewer."""
+        epoch, index = divmod(step - 1, self.steps_per_epoch)
+        if self.order is None or self.order[0] != epoch:
+            self.order = epoch, epoch_order(len(self.data.training), seed=self.spec.seed, epoch=epoch)
+        size = self.hyperparameters.batch_size
+        return self.order[1][index * size : (index + 1) * size]
+
+
+def start(
+    asked: TrainSpec, spec: TrainSpec, base: Base, data: Data, sites: list[Site]
+) -> Generator[Phase, None, Run]:
+    """Puts the adapters in place and makes the optimizer."""
+    hyperparameters = spec.hyperparameters
+    per_epoch = steps_per_epoch(len(data.training), hyperparameters.batch_size)
+    total_steps = min(hyperparameters.n_epochs * per_epoch, hyperparameters.max_steps or math.inf)
+    schedule = schedule_of(hyperparameters)
+    method = METHODS[spec.adapter.method](
+        spec.adapter,
+        seed=spec.seed,
+        total_steps=total_steps,
+        schedule=schedule,
+        weight_decay=hyperparameters.weight_decay,
+    )
+    every_logit = method.needs_logits or not head_is_plain(base.model)
+    if hyperparameters.packing and not packing_is_exact(base.model):
+        raise SpecError(
+            "hyperparameters.packing: this base model lets packed examples see each other; set it to false.",
+            param="hyperparameters.packing",
+        )
+    yield Phase("starting", 0, len(sites))
+    adapters = place(method, base.model, sites)
+    yield Phase("starting", len(sites), len(sites))
+    optimizer = torch.optim.AdamW(
+        method.param_groups(adapters),
+        lr=hyperparameters.learning_rate,
+        betas=(0.9, 0.999),
+        eps=1e-8,
+        fused=True,
+    )
+    random = Randomness(spec.seed, base.device)
+    return Run(
+        asked, spec, base, data, method, adapters, optimizer, schedule, every_logit, total_steps, random
+    )
+
+
+def notes(run: Run) -> Iterator[Note]:
+    """What the owner should know before the first step."""
+    yield from run.data.notes
+    for sentence in (*run.base.notes, *run.method.notes):
+        yield Note("warn", sentence)
+    multiplier = run.asked.hyperparameters.learning_rate_multiplier
+    if multiplier != "auto" and multiplier < TINY_MULTIPLIER:
+        yield Note(
+            "warn",
+            f"learning_rate_multiplier = {multiplier:g} multiplies the method's own rate, to "
+            f"{run.hyperparameters.learning_rate:g}; for an absolute rate use learning_rate.",
+        )
+
+
+# --- the loop ------------------------------------------------------------------------------------------
+
+
+def steps(run: Run, folder: Path, checkpoint_seconds: float) -> Wishes:
+    """Steps, with the whole validation file at the start and at every epoch's end, and checkpoints."""
+    saved_at = time.monotonic()
+    while True:
+        at_boundary = run.step % run.steps_per_epoch == 0 or run.step == run.total_steps
+        if at_boundary and run.evaluated_at != run.step:
+            yield from evaluate_fully(run)
+            if run.step:
+                yield save(run, folder)
+                saved_at = time.monotonic()
+        if run.step == run.total_steps:
+            return
+        wish = yield take_step(run)
+        if wish == "save" or time.monotonic() - saved_at >= checkpoint_seconds:
+            yield save(run, folder)
+            saved_at = time.monotonic()
+
+
+def take_step(run: Run) -> Step:
+    """One optimizer step; the order of the method's hooks is part of their contract."""
+    began, step, rows = time.perf_counter(), run.step + 1, run.rows(run.step + 1)
+    rate = write_learning_rates(run, step)
+    run.base.model.train()
+    try:
+        with run.random:
+            loss, correct, tokens = accumulate(run, rows)
+    except torch.OutOfMemoryError:
+        raise TrainingError(
+            f"Step {step} does not fit into the device's memory; lower hyperparameters.micro_batch_size "
+            f"(now {run.hyperparameters.micro_batch_size}) or context_length.",
+            code="out_of_memory",
+        ) from None
+    norm = nn.utils.clip_grad_norm_(run.parameters, run.hyperparameters.max_grad_norm)
+    run.method.after_backward(step)
+    run.optimizer.step()
+    run.method.after_step(step, run.optimizer)
+    run.optimizer.zero_grad(set_to_none=True)
+    trained = int(run.data.training.trained_lengths[rows].sum())
+    # The one wait for the device in a step, when all of its work is queued.
+    total, hits, grad_norm = torch.stack([loss, correct.double(), norm.double()]).tolist()
+    mean = total / trained
+    if not (math.isfinite(mean) and math.isfinite(grad_norm)):
+        raise TrainingError(
+            f"Step {step} is not finite: loss {mean}, gradient norm {grad_norm}. Lower the learning rate "
+            f"(now {run.hyperparameters.learning_rate:g}); checkpoints of earlier steps are intact."
+        )
+    seconds = time.perf_counter() - began
+    run.step, run.tokens, run.trained_tokens = step, run.tokens + tokens, run.trained_tokens + trained
+    run.seconds += seconds
+    run.history.append((step, mean, hits / trained, trained))
+    seen = glance(run)
+    return Step(
+        step=step,
+        total_steps=run.total_steps,
+        epoch=step / run.steps_per_epoch,
+        loss=mean,
+        accuracy=hits / trained,
+        trained_tokens=trained,
+        tokens=tokens,
+        learning_rate=rate,
+        grad_norm=grad_norm,
+        seconds=seconds,
+        memory_bytes=peak_memory(run.base.device),
+        valid_loss=seen[0] if seen else None,
+        valid_accuracy=seen[1] if seen else None,
+    )
+
+
+def write_learning_rates(run: Run, step: int) -> float:
+    """Sets every group's rate for this step, anew; returns the job's own."""
+    peak, multiplier = run.hyperparameters.learning_rate, run.schedule(step, run.total_steps)
+    for group in run.optimizer.param_groups:
+        scheduled = 1.0 if group["lr_by"] == "method" else multiplier
+        group["lr"] = peak * group["lr_multiplier"] * scheduled * group["lr_factor"]
+    return peak * multiplier
+
+
+def accumulate(run: Run, rows: np.ndarray) -> tuple[Tensor, Tensor, int]:
+    """Gradients of one optimizer batch. Returns its summed loss (fp64), correct tokens, and tokens."""
+    trained = int(run.data.training.trained_lengths[rows].sum())
+    batches = list(batches_of(run, rows))
+    total = torch.zeros((), dtype=torch.float64, device=run.base.device)
+    correct = torch.zeros((), dtype=torch.int64, device=run.base.device)
+    for cpu_batch in batches:
+        batch = cpu_batch.to(run.base.device)
+        task = task_loss(run.base.model, batch, every_logit=run.every_logit)
+        penalty = run.method.penalty(
+            Outputs(task.logits, batch.labels, task.total / batch.trained_tokens),
+            lambda batch=batch: base_logits(run.base, batch),
+        )
+        loss = task.total / trained
+        (loss if penalty is None else loss + penalty / len(batches)).backward()
+        total += task.total.detach()
+        correct += task.correct
+    return total, correct, sum(batch.tokens for batch in batches)
+
+
+def batches_of(run: Run, rows: np.ndarray) -> Iterator[MicroBatch]:
+    return micro_batches(
+        run.data.training,
+        rows,
+        size=run.hyperparameters.micro_batch_size,
+        packing=run.hyperparameters.packing,
+        pad_token=run.base.tokenizer.pad_token_id or 0,
+    )
+
+
+@torch.no_grad()
+def base_logits(base: Base, batch: MicroBatch) -> Tensor:
+    """What the base says of a batch: adapters off, eval mode."""
+    with adapters_off(base.model), evaluating(base.model):
+        logits = task_loss(base.model, batch, every_logit=True).logits
+    assert logits is not None
+    return logits
+
+
+def peak_memory(device: torch.device) -> int:
+    """Bytes: the device's peak, or on a CPU this process's."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def glance(run: Run) -> tuple[float, float] | None:
+    """Loss and accuracy over the first validation rows, at about twenty steps of a run."""
+    every = max(1, run.total_steps // SMALL_VALIDATIONS)
+    if run.small_validation is None or run.step % every:
+        return None
+    looking = evaluation(run, run.small_validation)
+    while True:
+        try:
+            next(looking)
+        except StopIteration as end:
+            run.glances.append((run.step, *end.value))
+            return end.value
+
+
+def evaluate_fully(run: Run) -> Generator[Phase | Evaluated, None, None]:
+    """The whole validation file, if there is one."""
+    run.evaluated_at = run.step
+    if run.data.validation is not None:
+        loss, accuracy = yield from evaluation(run, run.data.validation)
+        run.evaluations.append(Evaluated(run.step, loss, accuracy))
+        yield run.evaluations[-1]
+
+
+def evaluation(run: Run, examples: Examples) -> Generator[Phase, None, tuple[float, float]]:
+    size = run.hyperparameters.micro_batch_size
+    return evaluate(run.base, examples, micro_batch_size=size, every_logit=run.every_logit)
+
+
+# --- checkpoints ---------------------------------------------------------------------------------------
+
+
+def save(run: Run, folder: Path) -> Saved:
+    """Sets the run down in a folder of its own; keeps the newest two."""
+    if not all(tensor.isfinite().all() for tensor in adapter_tensors(run.adapters).values()):
+        raise TrainingError(f"The adapter is not finite after step {run.step}; lower the learning rate.")
+    place = folder / "checkpoints" / f"step-{run.step:08d}"
+    saved = checkpoint.save(place, snapshot(run))
+    for older in sorted(place.parent.glob("step-*"))[:-LOCAL_CHECKPOINTS]:
+        shutil.rmtree(older)
+    return Saved(run.step, saved, checkpoint_metrics(run))
+
+
+def snapshot(run: Run) -> Snapshot:
+    moments, groups = checkpoint.optimizer_state(run.optimizer)
+    state = {
+        "step": run.step,
+        "epoch": run.step // run.steps_per_epoch,
+        "index_in_epoch": run.step % run.steps_per_epoch,
+        "method": run.method.state_dict(),
+        "optimizer": groups,
+        "threads": torch.get_num_threads(),
+        "tokens": run.tokens,
+        "trained_tokens": run.trained_tokens,
+        "seconds": run.seconds,
+        "history": run.history,
+        "glances": run.glances,
+        "evaluations": [asdict(evaluated) for evaluated in run.evaluations],
+        "evaluated_at": run.evaluated_at,
+    }
+    tensors = {"adapter": adapter_tensors(run.adapters), "optimizer": moments, "random": run.random.state}
+    return Snapshot(run.identity, state, tensors)
+
+
+def restore(run: Run, folder: Path) -> None:
+    """Takes the run up where a checkpoint set it down."""
+    saved = checkpoint.load(folder, run.identity)
+    state, tensors = saved.state, saved.tensors
+    try:
+        load_adapter_tensors(run.adapters, tensors["adapter"])
+        checkpoint.load_optimizer_state(run.optimizer, tensors["optimizer"], state["optimizer"])
+        run.method.load_state_dict(state["method"])
+        run.random.state = tensors["random"]
+        run.step, run.tokens, run.trained_tokens = state["step"], state["tokens"], state["trained_tokens"]
+        run.seconds, run.evaluated_at = state["seconds"], state["evaluated_at"]
+        run.history = [tuple(entry) for entry in state["history"]]
+        run.glances = [tuple(entry) for entry in state["glances"]]
+        run.evaluations = [Evaluated(**values) for values in state["evaluations"]]
+        torch.set_num_threads(state["threads"])
+    except (KeyError, ValueError, TypeError) as error:
+        raise CheckpointError(
+            f"Checkpoint '{folder.name}' does not fit this run: {error}. Start the run anew."
+        ) from None
+
+
+def checkpoint_metrics(run: Run) -> dict[str, float]:
+    """The newest figures, under OpenAI's names."""
+    step, loss, accuracy, _ = run.history[-1]
+    metrics = {"step": step, "train_loss": loss, "train_mean_token_accuracy": accuracy}
+    if run.glances:
+        _, metrics["valid_loss"], metrics["valid_mean_token_accuracy"] = run.glances[-1]
+    if run.evaluations and run.evaluations[-1].step:
+        metrics["full_valid_loss"] = run.evaluations[-1].loss
+        metrics["full_valid_mean_token_accuracy"] = run.evaluations[-1].accuracy
+    return metrics
+
+
+# --- the end -------------------------------------------------------------------------------------------
+
+
+def finish(run: Run, folder: Path) -> Iterator[Phase | Finished]:
+    """Exports the adapter and lets it pass only with a certificate."""
+    run.base.model.eval()
+    adapter_folder, metrics = folder / "adapter", final_metrics(run)
+    yield Phase("exporting", 0, 1)
+    shutil.rmtree(adapter_folder, ignore_errors=True)
+    losses = [(step, loss) for step, loss, _, _ in run.history]
+    story = Story(run.asked, run.spec, run.data.hashes, metrics, losses)
+    export_adapter(run.base, run.adapters, adapter_folder, story)
+    yield Phase("exporting", 1, 1)
+    yield Phase("certifying", 0, 1)
+    certificate = certify(run.base, run.adapters, adapter_folder, certificate_rows(run.data))
+    certificate |= {name: metrics[name] for name in ("valid_loss_before", "valid_loss_after")}
+    record_certificate(adapter_folder, certificate)
+    yield Phase("certifying", 1, 1)
+    yield Finished(adapter_folder, certificate, metrics, run.trained_tokens, run.step)
+
+
+def certificate_rows(data: Data) -> list[list[int]]:
+    """The first held-out rows, or training rows where nothing is held out."""
+    examples, rows, tokens = data.validation or data.training, [], 0
+    for i in range(min(CERTIFICATE_ROWS, len(examples))):
+        row = examples.row(i)[0].tolist()
+        if rows and tokens + len(row) > CERTIFICATE_TOKENS:
+            break
+        rows.append(row)
+        tokens += len(row)
+    return rows
+
+
+def final_metrics(run: Run) -> dict[str, Any]:
+    """What the job and the model card keep of the run."""
+    last_epoch = run.history[-((run.step - 1) % run.steps_per_epoch + 1) :]
+    trained = sum(tokens for *_, tokens in last_epoch)
+    before, after = (run.evaluations[0], run.evaluations[-1]) if run.evaluations else (None, None)
+    return {
+        "steps": run.step,
+        "train_loss": sum(loss * tokens for _, loss, _, tokens in last_epoch) / trained,
+        "train_accuracy": sum(accuracy * tokens for _, _, accuracy, tokens in last_epoch) / trained,
+        "valid_loss_before": before.loss if before else None,
+        "valid_loss_after": after.loss if after else None,
+        "valid_accuracy_before": before.accuracy if before else None,
+        "valid_accuracy_after": after.accuracy if after else None,
+        "trained_tokens": run.trained_tokens,
+        "tokens": run.tokens,
+        "seconds": run.seconds,
+        "tokens_per_second": run.tokens / run.seconds,
+        "peak_memory_bytes": peak_memory(run.base.device),
+    }
