@@ -1,0 +1,57 @@
+"""`olora adapters`: the trained adapter comes down as a folder."""
+
+import tempfile
+import zipfile
+from pathlib import Path
+from typing import IO, Annotated
+
+import httpx
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
+
+from .client import BaseUrl, ServiceError, connect, raise_for
+
+app = typer.Typer(no_args_is_help=True)
+console = Console(stderr=True)
+
+
+@app.callback()
+def adapters() -> None:
+    """Fetch what a job has trained."""
+
+
+@app.command()
+def download(
+    job: Annotated[str, typer.Argument(help="The job's id: ftjob-…")],
+    to: Annotated[Path | None, typer.Option(help="The folder to make; default: ./JOB.")] = None,
+    base_url: BaseUrl = None,
+) -> None:
+    """Download a job's adapter into a folder; prints the folder."""
+    folder = to or Path(job)
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise ServiceError(f"{folder} exists already and is not empty; name another folder with --to.")
+    with connect(base_url) as client, tempfile.TemporaryFile() as archive:
+        _fetch(client, f"fine_tuning/jobs/{job}/adapter", archive)
+        with zipfile.ZipFile(archive) as zipped:
+            zipped.extractall(folder)
+    typer.echo(str(folder))
+
+
+def _fetch(client: httpx.Client, path: str, to: IO[bytes]) -> None:
+    bar = Progress(
+        TextColumn("downloading"),
+        BarColumn(),
+        DownloadColumn(),
+        TransferSpeedColumn(),
+        console=console,
+        transient=True,
+    )
+    with bar, client.stream("GET", path) as response:
+        raise_for(response)
+        size = int(response.headers.get("content-length", 0)) or None
+        task = bar.add_task("", total=size)
+        for chunk in response.iter_bytes(1 << 20):
+            to.write(chunk)
+            bar.advance(task, len(chunk))
+    to.seek(0)

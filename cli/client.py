@@ -1,0 +1,90 @@
+"""How the client commands talk to the service: where it is, the key, and errors as sentences."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, Any
+
+import httpx
+import typer
+
+from olora_core.errors import OloraError
+
+BaseUrl = Annotated[
+    str | None,
+    typer.Option(
+        "--base-url",
+        envvar="OLORA_BASE_URL",
+        help="Where the service answers; default: http://OLORA_HOST:OLORA_PORT/v1.",
+        show_default=False,
+    ),
+]
+UPLOAD_TIMEOUT = 600.0
+
+
+class ServiceError(OloraError):
+    """The service refused, or did not answer."""
+
+    code = "service_error"
+
+
+@contextmanager
+def connect(base_url: str | None) -> Iterator[httpx.Client]:
+    """A client of the service, with the key of OLORA_API_KEY or of the file in OLORA_HOME.
+
+    Raises ServiceError when there is no key, and for whatever keeps the service from answering.
+    """
+    from store.settings import get_settings
+
+    settings = get_settings()
+    url = (base_url or f"http://{reachable(settings.host)}:{settings.port}/v1").rstrip("/")
+    key = settings.api_key.get_secret_value() if settings.api_key else _kept_key(settings.key_file)
+    timeout = httpx.Timeout(UPLOAD_TIMEOUT, connect=5)
+    headers = {"Authorization": f"Bearer {key}"}
+    with httpx.Client(base_url=url, headers=headers, timeout=timeout, follow_redirects=True) as client:
+        try:
+            yield client
+        except httpx.TransportError as error:
+            raise ServiceError(
+                f"Nothing answers at {url} ({error}). Start the service with `olora serve`, or name another "
+                "with --base-url or OLORA_BASE_URL."
+            ) from None
+
+
+def reachable(host: str) -> str:
+    """The address to call a service by that listens on `host`."""
+    if host in ("0.0.0.0", "::", ""):
+        return "127.0.0.1"
+    return f"[{host}]" if ":" in host else host
+
+
+def _kept_key(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8").strip()
+    except OSError:
+        raise ServiceError(
+            f"There is no API key: set OLORA_API_KEY, or set OLORA_HOME to the home of the service "
+            f"({path} cannot be read)."
+        ) from None
+
+
+def send(client: httpx.Client, method: str, path: str, **options: Any) -> Any:
+    """One request; the answer's JSON. Raises ServiceError with the service's own sentence."""
+    response = client.request(method, path, **options)
+    raise_for(response)
+    return response.json()
+
+
+def raise_for(response: httpx.Response) -> None:
+    if response.is_success:
+        return
+    response.read()
+    try:
+        error = response.json()["error"]
+        message, code, param = error["message"], error.get("code"), error.get("param")
+    except (ValueError, KeyError, TypeError):
+        raise ServiceError(
+            f"{response.request.url} answered {response.status_code} {response.reason_phrase}, "
+            "not as this service does; look at --base-url."
+        ) from None
+    raise ServiceError(message, code=code, param=param)

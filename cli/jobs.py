@@ -1,0 +1,174 @@
+"""`olora jobs`: ask for a job, look at the jobs, follow one, cancel one."""
+
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Annotated, Any
+
+import httpx
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from .client import BaseUrl, ServiceError, connect, send
+from .files import send_file
+from .progress import TrainingBar
+
+app = typer.Typer(no_args_is_help=True)
+console = Console(stderr=True)
+POLL_SECONDS = 1.0
+ENDED = ("succeeded", "failed", "cancelled")
+STYLES = {"succeeded": "green", "failed": "red", "cancelled": "yellow", "running": "cyan"}
+JobId = Annotated[str, typer.Argument(help="The job's id: ftjob-…")]
+
+
+@app.command()
+def create(
+    training_file: Annotated[str, typer.Argument(help="A path, or the id of an uploaded file.")],
+    model: Annotated[str, typer.Option(help="Id of the base model.")] = "olora-tiny",
+    validation_file: Annotated[str | None, typer.Option(help="A path, or a file id.")] = None,
+    method: Annotated[str, typer.Option(help="How to adapt: olora or lora.")] = "olora",
+    rank: Annotated[int | None, typer.Option(help="Width of the factors; default: the method's own.")] = None,
+    epochs: Annotated[int | None, typer.Option(help="Passes over the data; default: auto.")] = None,
+    suffix: Annotated[str | None, typer.Option(help="A word in the model's name.")] = None,
+    seed: Annotated[int | None, typer.Option(help="Same seed, same adapter.")] = None,
+    options: Annotated[
+        list[str] | None,
+        typer.Option("--set", "-s", help="Any other hyperparameter, as NAME=VALUE; may be repeated."),
+    ] = None,
+    follow: Annotated[bool, typer.Option("--watch", help="Follow the job until it ends.")] = False,
+    base_url: BaseUrl = None,
+) -> None:
+    """Ask for a job; files given as paths are uploaded first. Prints the job's id."""
+    hyperparameters = dict(_option(text) for text in options or [])
+    if epochs is not None:
+        hyperparameters["n_epochs"] = epochs
+    body: dict[str, Any] = {
+        "model": model,
+        "adapter": {"method": method} | ({"rank": rank} if rank is not None else {}),
+        "method": {"type": "supervised", "supervised": {"hyperparameters": hyperparameters}},
+        "suffix": suffix,
+        "seed": seed,
+    }
+    with connect(base_url) as client:
+        body["training_file"] = _file_id(client, training_file)
+        body["validation_file"] = _file_id(client, validation_file) if validation_file else None
+        job = send(client, "POST", "fine_tuning/jobs", json=body)
+        typer.echo(job["id"])
+        if follow:
+            _watch(client, job["id"])
+
+
+def _option(text: str) -> tuple[str, Any]:
+    import yaml
+
+    name, equals, value = text.partition("=")
+    if not name or not equals:
+        raise ServiceError(f"--set {text!r} is not NAME=VALUE.")
+    try:
+        return name, yaml.safe_load(value)
+    except yaml.YAMLError:
+        return name, value
+
+
+def _file_id(client: httpx.Client, name: str) -> str:
+    """A path is uploaded; anything else must be an id."""
+    if Path(name).is_file():
+        return str(send_file(client, Path(name))["id"])
+    if name.startswith("file-"):
+        return name
+    raise ServiceError(f"{name} is neither a file here nor the id of an uploaded file (file-…).")
+
+
+@app.command("list")
+def list_jobs(
+    limit: Annotated[int, typer.Option(help="How many, newest first.")] = 20, base_url: BaseUrl = None
+) -> None:
+    """List the newest jobs."""
+    with connect(base_url) as client:
+        jobs = send(client, "GET", "fine_tuning/jobs", params={"limit": limit})["data"]
+    table = Table("job", "status", "created", "model", "result", box=None)
+    for job in jobs:
+        status = job["status"]
+        result = job["fine_tuned_model"] or (job.get("error") or {}).get("message") or ""
+        created = time.strftime("%Y-%m-%d %H:%M", time.localtime(job["created_at"]))
+        table.add_row(
+            job["id"], f"[{STYLES.get(status, 'default')}]{status}", created, job["model"], _plain(result)
+        )
+    Console(soft_wrap=True).print(table)
+
+
+def _plain(text: str) -> str:
+    from rich.markup import escape
+
+    return escape(text)
+
+
+@app.command()
+def watch(job: JobId, base_url: BaseUrl = None) -> None:
+    """Follow a job until it ends. Exit code 1 when it does not succeed; Ctrl-C leaves the job alone."""
+    with connect(base_url) as client:
+        _watch(client, job)
+
+
+@app.command()
+def cancel(job: JobId, base_url: BaseUrl = None) -> None:
+    """Cancel a job; one that runs stops at its next step."""
+    with connect(base_url) as client:
+        answer = send(client, "POST", f"fine_tuning/jobs/{job}/cancel")
+    stopping = answer["status"] not in ENDED
+    typer.echo(f"{job}: {'stopping' if stopping else answer['status']}")
+
+
+def _watch(client: httpx.Client, job_id: str) -> None:
+    try:
+        job = _follow(client, job_id)
+    except KeyboardInterrupt:
+        console.print(f"\nNo longer watching; the job goes on. Again: olora jobs watch {job_id}")
+        raise typer.Exit(130) from None
+    if job["status"] == "succeeded":
+        console.print(f"[green]succeeded[/green]: {_plain(job['fine_tuned_model'])}", highlight=False)
+        console.print(f"Fetch it: olora adapters download {job_id}", highlight=False)
+        return
+    if job["status"] == "failed":
+        raise ServiceError(f"{job_id} failed: {(job['error'] or {}).get('message', 'no reason was given')}")
+    console.print(f"[yellow]{job['status']}[/yellow]")
+    raise typer.Exit(1)
+
+
+def _follow(client: httpx.Client, job_id: str) -> dict[str, Any]:
+    """Shows a job's events as they come, until it ends. Returns the job."""
+    seen: set[str] = set()
+    with TrainingBar(console) as bar:
+        while True:
+            job: dict[str, Any] = send(client, "GET", f"fine_tuning/jobs/{job_id}")
+            for event in _new_events(client, job_id, seen):
+                _show(bar, event)
+            if job["status"] in ENDED:
+                return job
+            if job["status"] != "running":
+                bar.phase(job["status"].replace("_", " "))
+            time.sleep(POLL_SECONDS)
+
+
+def _new_events(client: httpx.Client, job_id: str, seen: set[str]) -> Iterator[dict[str, Any]]:
+    """Events not yet seen, oldest first. The service lists the newest first, a page at a time."""
+    fresh: list[dict[str, Any]] = []
+    after: dict[str, str] = {}
+    while True:
+        page = send(client, "GET", f"fine_tuning/jobs/{job_id}/events", params={"limit": 100} | after)
+        unseen = [event for event in page["data"] if event["id"] not in seen]
+        fresh += unseen
+        if not page["has_more"] or len(unseen) < len(page["data"]):
+            break
+        after = {"after": page["data"][-1]["id"]}
+    seen.update(event["id"] for event in fresh)
+    yield from reversed(fresh)
+
+
+def _show(bar: TrainingBar, event: dict[str, Any]) -> None:
+    data = event.get("data") or {}
+    if event["type"] == "metrics" and "step" in data:
+        bar.metrics(data)
+    else:
+        bar.say(event["message"], {"warn": "yellow", "error": "red"}.get(event["level"], ""))

@@ -1,0 +1,92 @@
+"""The progress bar of a training run: step, loss, tokens a second, time left."""
+
+from collections import deque
+from collections.abc import Mapping
+from types import TracebackType
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+
+
+class TrainingBar:
+    """A live bar that says what a run is doing; on a pipe it prints a line now and then instead."""
+
+    def __init__(self, console: Console) -> None:
+        self.console = console
+        self._progress = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(),
+            TextColumn("{task.fields[count]}"),
+            TextColumn("{task.fields[figures]}"),
+            TimeRemainingColumn(compact=True),
+            console=console,
+        )
+        self._task = self._progress.add_task("waiting", total=None, count="", figures="")
+        self._printed_step = 0
+        self._recent: deque[tuple[int, float]] = deque(maxlen=20)
+        self._valid_loss: float | None = None
+
+    def __enter__(self) -> "TrainingBar":
+        self._progress.start()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._progress.stop()
+
+    def phase(self, name: str, done: int = 0, total: int | None = None) -> None:
+        """What comes before and after the steps: loading, tokenising, exporting."""
+        if name == self._progress.tasks[0].description and total is None:
+            return
+        count = f"{done}/{total}" if total else ""
+        self._progress.update(
+            self._task, description=name, completed=done, total=total or None, count=count, figures=""
+        )
+
+    def step(
+        self,
+        step: int,
+        total_steps: int,
+        loss: float | None = None,
+        tokens_per_second: float | None = None,
+        valid_loss: float | None = None,
+    ) -> None:
+        """One optimizer step is done. A figure that is not known is left out."""
+        self._valid_loss = self._valid_loss if valid_loss is None else valid_loss
+        figures = [
+            f"loss {loss:.3f}" if loss is not None else "",
+            f"valid {self._valid_loss:.3f}" if self._valid_loss is not None else "",
+            f"{tokens_per_second:,.0f} tokens/s" if tokens_per_second else "",
+        ]
+        line = "  ".join(figure for figure in figures if figure)
+        count = f"{step}/{total_steps}"
+        self._progress.update(
+            self._task, description="training", completed=step, total=total_steps, count=count, figures=line
+        )
+        if not self.console.is_terminal and (
+            step - self._printed_step >= total_steps / 10 or step == total_steps
+        ):
+            self._printed_step = step
+            self.console.print(f"step {step}/{total_steps}  {line}", highlight=False)
+
+    def metrics(self, data: Mapping[str, Any]) -> None:
+        """One optimizer step, as a metrics event of the service tells it."""
+        if data.get("tokens") and data.get("seconds"):
+            self._recent.append((data["tokens"], data["seconds"]))
+        seconds = sum(seconds for _, seconds in self._recent)
+        self.step(
+            data["step"],
+            data.get("total_steps") or data["step"],
+            data.get("train_loss"),
+            sum(tokens for tokens, _ in self._recent) / seconds if seconds else None,
+            data.get("full_valid_loss", data.get("valid_loss")),
+        )
+
+    def say(self, message: str, style: str = "") -> None:
+        """A line above the bar."""
+        self.console.print(message, style=style, markup=False, highlight=False)

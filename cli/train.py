@@ -1,0 +1,269 @@
+"""`olora train`: one run described by a file, without the service."""
+
+import json
+import os
+import signal
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import FrameType
+from typing import Annotated, Any
+
+import typer
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from rich.console import Console
+
+from olora_core.errors import SpecError
+from olora_core.specs import MAX_SEED, TrainSpec, nearest, read_spec, spec_error
+
+from .progress import TrainingBar
+
+console = Console(stderr=True)
+RUN_FILE = "run.json"
+"""In the output folder: what was asked for and what "auto" became, so that a later start goes on with it."""
+STOPPED = 130
+
+
+class RunFile(BaseModel):
+    """What `olora train` reads: a spec and where its files are."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    model: str = Field(min_length=1)
+    training_file: Path
+    validation_file: Path | None = None
+    output: Path
+    adapter: dict[str, Any] = Field(default_factory=dict)
+    hyperparameters: dict[str, Any] = Field(default_factory=dict)
+    seed: int = Field(default=0, ge=0, le=MAX_SEED)
+
+
+def train(
+    spec_file: Annotated[
+        Path,
+        typer.Argument(
+            metavar="SPEC.yaml",
+            help="model, training_file, validation_file, output, adapter, hyperparameters, seed.",
+        ),
+    ],
+    fresh: Annotated[
+        bool, typer.Option("--fresh", help="Begin anew where the output holds an unfinished run.")
+    ] = False,
+    device: Annotated[
+        str, typer.Option(help="Where to train: cpu, cuda, cuda:1; auto takes a GPU.")
+    ] = "auto",
+) -> None:
+    """Train an adapter on this machine, without the service.
+
+    A run that was interrupted (Ctrl-C saves a checkpoint) goes on from its last checkpoint when the same
+    command is given again. Paths in the file are relative to it.
+    """
+    run = read_run(spec_file)
+    asked = read_spec(
+        model=run.model, adapter=run.adapter, hyperparameters=run.hyperparameters, seed=run.seed
+    )
+    here = spec_file.resolve().parent
+    training = _existing(here / run.training_file, "training_file")
+    validation = _existing(here / run.validation_file, "validation_file") if run.validation_file else None
+    output = here / run.output
+    adapter = output / "adapter"
+    if fresh:
+        _clear(output)
+    elif (adapter / "manifest.json").exists():
+        raise SpecError(
+            f"{adapter} is finished already; name another output, or say --fresh.", param="output"
+        )
+    spec = _recorded(output, asked)
+    _check_data(training, validation)
+    if not _train(spec, asked, _base_folder(run.model, here), training, validation, output, device):
+        console.print("Stopped; the same command goes on from the last checkpoint.")
+        raise typer.Exit(STOPPED)
+    typer.echo(str(adapter))
+
+
+def read_run(path: Path) -> RunFile:
+    """Raises SpecError, naming the place in the file and what fits there."""
+    import yaml
+
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise SpecError(f"{path} cannot be read: {error.strerror}.") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise SpecError(f"{path} is not YAML: {' '.join(str(error).split())}") from None
+    if not isinstance(content, dict):
+        raise SpecError(f"{path} must hold names and values, such as 'model: olora-tiny'.")
+    for name in content:
+        if name not in RunFile.model_fields:
+            known = ", ".join(RunFile.model_fields)
+            raise SpecError(
+                f"{path}: {name} is unknown{nearest(str(name), RunFile.model_fields)}. Known: {known}."
+            )
+    try:
+        return RunFile.model_validate(content)
+    except ValidationError as error:
+        missing = [str(p["loc"][0]) for p in error.errors() if p["type"] == "missing"]
+        if missing:
+            raise SpecError(f"{path}: {' and '.join(missing)} must be given.", param=missing[0]) from None
+        raise SpecError(f"{path}: {spec_error(error).message}") from None
+
+
+def _existing(path: Path, name: str) -> Path:
+    if not path.is_file():
+        raise SpecError(f"{name}: {path} is not a file.", param=name)
+    return path
+
+
+def _check_data(training: Path, validation: Path | None) -> None:
+    """Raises DataError with the first bad line, before anything is loaded."""
+    from olora_core.formats import check_for_training, validate
+
+    with training.open("rb") as stream:
+        report = validate(stream)
+    trouble = check_for_training(report, role="training", minimum_rows=1)
+    if trouble is None and validation is not None:
+        with validation.open("rb") as stream:
+            other = validate(stream)
+        trouble = check_for_training(other, role="validation", minimum_rows=1, training_format=report.format)
+    if trouble is not None:
+        raise trouble
+
+
+def _base_folder(model: str, here: Path) -> Path:
+    """A folder, beside the spec file or as the service knows it. Raises ModelError for an unknown name."""
+    from store.bases import fetch_base, find_base
+    from store.settings import get_settings
+
+    folder = here / Path(model).expanduser()
+    if folder.is_dir():
+        return folder
+    settings = get_settings()
+    return fetch_base(find_base(settings, model), settings)
+
+
+def _recorded(output: Path, asked: TrainSpec) -> TrainSpec:
+    """The spec to train: what an unfinished run in `output` resolved, or as asked."""
+    if not (output / RUN_FILE).exists():
+        return asked
+    recorded = json.loads((output / RUN_FILE).read_text(encoding="utf-8"))
+    if TrainSpec.model_validate(recorded["asked"]) != asked:
+        raise SpecError(
+            f"{output} holds an unfinished run of another spec; name another output, or say --fresh to "
+            "begin anew.",
+            param="output",
+        )
+    return TrainSpec.model_validate(recorded["resolved"])
+
+
+def _record(output: Path, asked: TrainSpec, resolved: TrainSpec) -> None:
+    output.mkdir(parents=True, exist_ok=True)
+    aside = output / f"{RUN_FILE}.part"
+    content = {"asked": asked.model_dump(mode="json"), "resolved": resolved.model_dump(mode="json")}
+    aside.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    os.replace(aside, output / RUN_FILE)
+
+
+def _clear(output: Path) -> None:
+    """Removes what an earlier run left in `output`, and nothing else."""
+    import shutil
+
+    for name in ("checkpoints", "adapter"):
+        shutil.rmtree(output / name, ignore_errors=True)
+    (output / RUN_FILE).unlink(missing_ok=True)
+
+
+def _newest_checkpoint(output: Path) -> Path | None:
+    folders = sorted(path for path in (output / "checkpoints").glob("step-*") if path.is_dir())
+    return folders[-1] if folders else None
+
+
+def _train(
+    spec: TrainSpec,
+    asked: TrainSpec,
+    folder: Path,
+    training: Path,
+    validation: Path | None,
+    output: Path,
+    device: str,
+) -> bool:
+    """Drives the core. False when Ctrl-C or SIGTERM stopped the run, after a checkpoint."""
+    with TrainingBar(console) as bar, _stop_signals() as stopping:
+        bar.phase("loading torch")
+        import torch
+
+        from olora_core.model import load_base
+        from olora_core.progress import Evaluated, Finished, Note, Phase, Resolved, Saved, Step
+        from olora_core.train import train as run_training
+
+        if device == "auto":
+            device = "cuda" if torch.cuda.is_available() else "cpu"
+        bar.phase("loading the base model")
+        base = load_base(folder, name=spec.model, device=device)
+        resume = _newest_checkpoint(output)
+        if resume is not None:
+            bar.say(f"Going on from {resume.name}.")
+        output.mkdir(parents=True, exist_ok=True)
+        progress = run_training(spec, base, training, validation, output, resume=resume)
+        told, last = time.monotonic(), 0
+        wish: str | None = None
+        while True:
+            try:
+                news = progress.send(wish)
+            except StopIteration:
+                return True
+            wish = None
+            match news:
+                case Phase():
+                    bar.phase(news.name, news.done, news.total)
+                case Note():
+                    bar.say(news.message, "yellow" if news.level == "warn" else "")
+                case Resolved():
+                    _record(output, asked, news.spec)
+                    for sentence in news.why:
+                        bar.say(sentence, "dim")
+                case Step():
+                    seconds = max(1e-9, time.monotonic() - told)
+                    speed = news.tokens / seconds if last else None
+                    told, last = time.monotonic(), news.step
+                    bar.step(news.step, news.total_steps, news.loss, speed, news.valid_loss)
+                    wish = "save" if stopping else None
+                case Evaluated():
+                    bar.say(f"step {news.step}: validation loss {news.loss:.4f}")
+                case Saved() if stopping:
+                    progress.close()
+                    return False
+                case Finished():
+                    _summarise(bar, news)
+
+
+def _summarise(bar: TrainingBar, finished: Any) -> None:
+    certificate = finished.certificate
+    bar.say(
+        f"Trained {finished.trained_tokens:,} tokens in {finished.steps} steps. Certified: exported and "
+        f"trained logits differ by at most {certificate['max_abs_logit_diff']:.1e} "
+        f"(allowed: {certificate['bound']:.1e}).",
+        "green",
+    )
+    before, after = certificate.get("valid_loss_before"), certificate.get("valid_loss_after")
+    if before is not None and after is not None:
+        bar.say(f"Validation loss {before:.4f} before, {after:.4f} after.")
+
+
+@contextmanager
+def _stop_signals() -> Iterator[list[int]]:
+    """Collects SIGINT and SIGTERM; a second one ends the process at once."""
+    received: list[int] = []
+
+    def stop(number: int, frame: FrameType | None) -> None:
+        if received:
+            raise KeyboardInterrupt
+        received.append(number)
+        console.print("Stopping at the next step, with a checkpoint; once more to stop at once.")
+
+    before = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield received
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
