@@ -2,7 +2,7 @@
 # tests/deploy runs the pip and start commands below as they stand, in a clean virtual environment.
 ARG PYTHON_VERSION=3.11
 FROM python:${PYTHON_VERSION}-slim AS base
-ENV PYTHONUNBUFFERED=1 PIP_DISABLE_PIP_VERSION_CHECK=1 OLORA_HOME=/data OLORA_MODELS_DIR=/models
+ENV PYTHONUNBUFFERED=1 PIP_DISABLE_PIP_VERSION_CHECK=1 OLORA_HOME=/data OLORA_MODELS_DIR=/models HF_HOME=/data/hub
 RUN useradd --create-home --uid 1000 olora && install -d -o olora -g olora /data /models
 WORKDIR /app
 COPY pyproject.toml constraints.txt README.md ./
