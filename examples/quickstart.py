@@ -1,0 +1,332 @@
+"""The whole way of an adapter, in one run:
+
+    make quickstart
+
+starts the service (API and worker, embedded defaults), uploads training and validation rows, asks for an
+OLoRA job with the unmodified `openai` client, watches it, downloads the adapter, loads it in PEFT on the
+untouched base model, and holds what PEFT computes against what the service certified.
+"""
+
+import json
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import time
+import zipfile
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+import httpx
+from openai import OpenAI
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from cli.progress import TrainingBar
+from store.settings import Settings, get_settings
+from worker.launch import worker_environment
+
+EXAMPLES = Path(__file__).parent
+TRAINING, VALIDATION = EXAMPLES / "docstrings" / "train.jsonl", EXAMPLES / "docstrings" / "valid.jsonl"
+BASE = EXAMPLES / "base"
+START_SECONDS, STOP_SECONDS = 90, 150
+SHOWN = 3
+"""Held-out rows that are shown before and after."""
+
+console = Console(highlight=False)
+
+
+def main() -> int:
+    settings = get_settings()
+    try:
+        with service(settings) as url:
+            client = OpenAI(base_url=f"{url}/v1", api_key=key_of(settings))
+            job = follow(client, ask(client))
+            folder = download(client, job, settings.home / "quickstart" / job.id)
+        show(folder, job)
+        return 0
+    except KeyboardInterrupt:
+        console.print("\n[yellow]Stopped, and everything that was started with it.[/yellow]")
+        return 130
+    except Trouble as trouble:
+        console.print(f"[red]{trouble}[/red]", markup=True)
+        return 1
+
+
+class Trouble(Exception):
+    """What keeps the run from its end, as a sentence."""
+
+
+# The service
+
+
+@contextmanager
+def service(settings: Settings) -> Iterator[str]:
+    """`olora serve` on a free port; yields its address, and stops it however the block ends."""
+    port = settings.port
+    if not is_free(settings.host, port):
+        port = free_port(settings.host)
+        console.print(f"Port {settings.port} is taken; using {port}.")
+    log = settings.home / "logs" / "quickstart.log"
+    log.parent.mkdir(parents=True, exist_ok=True)
+    console.print(f"Starting the API and a worker (their log: {log.parent}) ...")
+    with log.open("wb") as output:
+        process = subprocess.Popen(
+            [sys.executable, "-m", "cli.main", "serve", "--port", str(port)],
+            cwd=EXAMPLES.parent,
+            env=worker_environment(
+                os.environ, parent=os.getpid()
+            ),  # it ends with this process, whatever happens
+            stdin=subprocess.DEVNULL,
+            stdout=output,
+            stderr=output,
+            start_new_session=True,  # Ctrl-C comes here, and from here it goes there
+        )
+    try:
+        url = f"http://{settings.host}:{port}"
+        wait_until_up(url, process, log)
+        yield url
+    finally:
+        stop(process)
+
+
+def is_free(host: str, port: int) -> bool:
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((host, port))
+        except OSError:
+            return False
+    return True
+
+
+def free_port(host: str) -> int:
+    with socket.socket() as probe:
+        probe.bind((host, 0))
+        return int(probe.getsockname()[1])
+
+
+def wait_until_up(url: str, process: "subprocess.Popen[bytes]", log: Path) -> None:
+    until = time.monotonic() + START_SECONDS
+    while time.monotonic() < until:
+        if process.poll() is not None:
+            raise Trouble(f"The service did not start:\n{log.read_text(errors='replace')[-2000:]}")
+        with suppress(httpx.TransportError):
+            if httpx.get(f"{url}/readyz", timeout=5).is_success:
+                return
+        time.sleep(0.2)
+    raise Trouble(f"The service did not answer within {START_SECONDS} s; its log is {log}.")
+
+
+def stop(process: "subprocess.Popen[bytes]") -> None:
+    """In order if it can be, and in any case."""
+    if process.poll() is not None:
+        return
+    console.print("Stopping the API and the worker ...")
+    process.send_signal(signal.SIGTERM)
+    try:
+        process.wait(STOP_SECONDS)
+    except (subprocess.TimeoutExpired, KeyboardInterrupt):
+        process.kill()
+        process.wait()
+
+
+def key_of(settings: Settings) -> str:
+    if settings.api_key:
+        return settings.api_key.get_secret_value()
+    return settings.key_file.read_text(encoding="utf-8").strip()
+
+
+# The job: this part is OpenAI's API and nothing else
+
+
+def ask(client: OpenAI) -> Any:
+    """Uploads both files and asks for a job. Returns the job."""
+    with TRAINING.open("rb") as training, VALIDATION.open("rb") as validation:
+        training_file = client.files.create(file=training, purpose="fine-tune")
+        validation_file = client.files.create(file=validation, purpose="fine-tune")
+    console.print(
+        f"Uploaded {TRAINING.name} as {training_file.id}, {VALIDATION.name} as {validation_file.id}"
+    )
+    job = client.fine_tuning.jobs.create(
+        model="olora-tiny",
+        training_file=training_file.id,
+        validation_file=validation_file.id,
+        hyperparameters={"n_epochs": 1, "batch_size": 8},
+        suffix="quickstart",
+        seed=42,
+        extra_body={"adapter": {"method": "olora", "rank": 16}},
+    )
+    console.print(f"Asked for {job.id}: OLoRA of rank 16 on {job.model}, one pass over the data")
+    return job
+
+
+def follow(client: OpenAI, job: Any) -> Any:
+    """Shows the job's events until it ends. Returns the succeeded job."""
+    seen: set[str] = set()
+    with TrainingBar(console) as bar:
+        while True:
+            job = client.fine_tuning.jobs.retrieve(job.id)
+            for event in new_events(client, job.id, seen):
+                if event.type == "metrics":
+                    bar.metrics(event.data)
+                else:
+                    bar.say(event.message, "yellow" if event.level == "warn" else "dim")
+            if job.status not in ("validating_files", "queued", "running"):
+                break
+            time.sleep(0.5)
+    if job.status != "succeeded":
+        raise Trouble(f"The job {job.status}: {job.error.message if job.error else 'no reason was given'}")
+    return job
+
+
+def new_events(client: OpenAI, job_id: str, seen: set[str]) -> list[Any]:
+    """Those not seen before, oldest first; the service lists the newest first."""
+    fresh = []
+    for event in client.fine_tuning.jobs.list_events(job_id, limit=100):
+        if event.id in seen:
+            break
+        fresh.append(event)
+    seen.update(event.id for event in fresh)
+    return fresh[::-1]
+
+
+def download(client: OpenAI, job: Any, to: Path) -> Path:
+    """The adapter's folder. `result_files` holds the metrics first, then the adapter."""
+    to.mkdir(parents=True, exist_ok=True)
+    metrics, adapter = job.result_files[:2]
+    client.files.content(metrics).write_to_file(to / "metrics.csv")
+    client.files.content(adapter).write_to_file(to / "adapter.zip")
+    with zipfile.ZipFile(to / "adapter.zip") as archive:
+        archive.extractall(to / "adapter")
+    return to / "adapter"
+
+
+# The adapter: this part is PEFT and transformers and nothing else
+
+
+def show(folder: Path, job: Any) -> None:
+    """Loads base and adapter, checks the certificate, and shows what was learned. Raises Trouble."""
+    console.print("Loading the adapter in PEFT, on the untouched base ...")
+    import torch
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    manifest = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
+    rows = [json.loads(line) for line in VALIDATION.read_text(encoding="utf-8").splitlines()]
+    tokenizer = AutoTokenizer.from_pretrained(BASE)
+    base = AutoModelForCausalLM.from_pretrained(BASE, dtype=torch.float32)
+    trained = trained_logits(base, folder, tokenizer, rows[:8])
+    model = PeftModel.from_pretrained(base, folder).eval()
+
+    check(logits(model, tokenizer, rows[:8]), trained, manifest["certificate"])
+    after = mean_loss(model, tokenizer, rows)
+    with model.disable_adapter():
+        before = mean_loss(model, tokenizer, rows)
+    shown = [row for row in rows if len(row["messages"][0]["content"]) < 400][:SHOWN]
+    tuned = [answer(model, tokenizer, row) for row in shown]
+    with model.disable_adapter():
+        untuned = [answer(model, tokenizer, row) for row in shown]
+
+    for row, old, new in zip(shown, untuned, tuned, strict=True):
+        table = Table(show_header=False, box=None, padding=(0, 1))
+        table.add_row("function", Text(row["messages"][0]["content"].partition("\n\n")[2]))
+        table.add_row("before", Text(old))
+        table.add_row("after", Text(new, style="green"))
+        table.add_row("its author", Text(row["messages"][1]["content"]))
+        console.print(table)
+        console.print()
+    console.print(f"Loss on {len(rows)} held-out rows: {before:.3f} before, [green]{after:.3f}[/green] after")
+    console.print(f"Model    {job.fine_tuned_model}")
+    console.print(f"Adapter  {folder}   (PEFT, transformers, vLLM: see its README.md)")
+    console.print(f"Metrics  {folder.parent / 'metrics.csv'}")
+    console.print("Next: make serve")
+
+
+def trained_logits(base: Any, folder: Path, tokenizer: Any, rows: list[Any]) -> Any:
+    """Logits of what was trained: the paper's `W x + s (B A x - B0 A0 x)`, from the method's own tensors."""
+    from safetensors.torch import load_file
+
+    spec = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))["spec"]["resolved"]["adapter"]
+    tensors = load_file(folder / "native" / "adapter.safetensors")
+    sites = sorted({name.rpartition(".")[0] for name in tensors})
+    scale = spec["alpha"] / spec["rank"]
+
+    def adds(site: str) -> Any:
+        A, B, A0, B0 = (tensors[f"{site}.{name}"] for name in ("A", "B", "A0", "B0"))
+
+        def hook(layer: Any, inputs: tuple[Any], output: Any) -> Any:
+            x = inputs[0]
+            return output + scale * (x @ A.T @ B.T - x @ A0.T @ B0.T)
+
+        return hook
+
+    hooks = [base.get_submodule(site).register_forward_hook(adds(site)) for site in sites]
+    try:
+        return logits(base, tokenizer, rows)
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def logits(model: Any, tokenizer: Any, rows: list[Any]) -> Any:
+    """Of every token of every row, one row below the other: (tokens, vocabulary)."""
+    import torch
+
+    with torch.no_grad():
+        return torch.cat([model(encode(tokenizer, row)[0]).logits[0] for row in rows])
+
+
+def check(served: Any, trained: Any, certificate: dict[str, Any]) -> None:
+    """What PEFT computes must be what was trained, as closely as the certificate says. Raises Trouble."""
+    difference, largest = float((served - trained).abs().max()), float(trained.abs().max())
+    share = certificate["bound"] / certificate["max_abs_logit"]
+    verdict = f"{difference:.1e} at most, of logits up to {largest:.1f} (allowed: {share * largest:.1e})"
+    if not difference <= share * largest:
+        raise Trouble(f"PEFT's logits are not the trained model's: they differ by {verdict}.")
+    console.print(
+        f"[green]Certified[/green] by the service: {certificate['max_abs_logit_diff']:.1e}. "
+        f"Checked here in PEFT: logits differ from the trained model's by {verdict}"
+    )
+
+
+def encode(tokenizer: Any, row: Any) -> tuple[Any, Any]:
+    """Token ids and which of them are trained, both (1, tokens)."""
+    encoded = tokenizer.apply_chat_template(
+        row["messages"], return_assistant_tokens_mask=True, return_dict=True, return_tensors="pt"
+    )
+    return encoded["input_ids"], encoded["assistant_masks"].bool()
+
+
+def mean_loss(model: Any, tokenizer: Any, rows: list[Any]) -> float:
+    """Nats per token of the answers."""
+    import torch
+
+    total, count = 0.0, 0
+    with torch.no_grad():
+        for row in rows:
+            ids, trained = encode(tokenizer, row)
+            losses = torch.nn.functional.cross_entropy(
+                model(ids).logits[0, :-1], ids[0, 1:], reduction="none"
+            )
+            total += float(losses[trained[0, 1:]].sum())
+            count += int(trained[0, 1:].sum())
+    return total / count
+
+
+def answer(model: Any, tokenizer: Any, row: Any) -> str:
+    """What the model says to the row's question, the likeliest token each time."""
+    asked = tokenizer.apply_chat_template(
+        row["messages"][:1], add_generation_prompt=True, return_dict=True, return_tensors="pt"
+    )
+    said = model.generate(**asked, max_new_tokens=32, do_sample=False)[0, asked["input_ids"].shape[1] :]
+    return re.sub(r"\s+", " ", tokenizer.decode(said, skip_special_tokens=True)).strip()
+
+
+if __name__ == "__main__":
+    sys.exit(main())
