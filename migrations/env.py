@@ -34,11 +34,13 @@ def main() -> None:
     url = context.config.attributes.get("url") or get_settings().database_url
     # With references on, rebuilding a parent table would delete its children's rows.
     engine = make_engine(url, foreign_keys=False)
-    with engine.connect() as connection, migration_lock(connection):
-        upgrade(connection)
-        if connection.dialect.name == "sqlite":
-            check_references(connection)
-    engine.dispose()
+    try:
+        with engine.connect() as connection, migration_lock(connection):
+            upgrade(connection)
+            if connection.dialect.name == "sqlite":
+                check_references(connection)
+    finally:
+        engine.dispose()
 
 
 main()

@@ -13,7 +13,7 @@ import os
 import re
 import shutil
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any, BinaryIO, Literal, Self
@@ -166,7 +166,7 @@ class Storage:
         finally:
             shutil.rmtree(aside, ignore_errors=True)
 
-    def list(self, prefix: str) -> list[str]:
+    def list(self, prefix: str) -> Sequence[str]:
         """The keys below a prefix, sorted."""
         folder = self._path(prefix)
         return sorted(
@@ -185,7 +185,7 @@ class Storage:
         self.delete(f"{prefix}/{MANIFEST}")
         shutil.rmtree(self._path(prefix), ignore_errors=True)
 
-    def part_leftovers(self) -> list[Path]:
+    def part_leftovers(self) -> Sequence[Path]:
         """Half-written files whose writer has died; a living writer holds a lock on its own."""
         return [part for part in (self.root / INCOMING).glob(f"*{PART}") if _is_abandoned(part)]
 
@@ -366,7 +366,7 @@ def delete_file(session: Session, project_id: str, file_id: str) -> File:
 
 
 def _mark_deleted(session: Session, file: File) -> None:
-    file.deleted_at = db_now()  # type: ignore[assignment]
+    file.deleted_at = db_now()
     session.flush()
 
 

@@ -1,8 +1,8 @@
-"""The life of a job: created, admitted, claimed, recorded, ended. Every transition is one short transaction.
+"""The life of a job: created, admitted, claimed, recorded, ended. Each transition is one short transaction.
 
-The row is the truth. A claim raises `attempt` and sets a lease by the database's clock; whoever claimed writes
-only while `attempt` is his and the status is running. Every event of a job is written while its row is
-locked, so that their sequence numbers rise in the order in which they become visible.
+The row is the truth. A claim raises `attempt` and sets a lease by the database's clock; whoever claimed
+writes only while `attempt` is his and the status is running. Every event of a job is written while its row
+is locked, so that their sequence numbers rise in the order in which they become visible.
 """
 
 import csv
@@ -13,7 +13,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
-from sqlalchemy import Engine, Select, Update, and_, func, insert, or_, select, update
+from sqlalchemy import ColumnElement, Engine, Select, and_, case, func, insert, or_, select, update
 from sqlalchemy.orm import Session
 
 from olora_core.errors import OloraError
@@ -108,8 +108,9 @@ def create(
     metadata: dict[str, Any] | None = None,
     options: dict[str, Any] | None = None,
     seed: int | None = None,
+    notes: Sequence[Notice] = (),
 ) -> Job:
-    """A new job in `validating_files`. `seed` is the spec's own unless given.
+    """A new job in `validating_files`. `seed` is the spec's own unless given; `notes` become its events.
 
     Raises NotFound when a file was deleted meanwhile and FileUnusable when it is no training file.
     """
@@ -136,7 +137,7 @@ def create(
     checked = f"Validating training file: {training_file.id}"
     if validation_file:
         checked += f" and validation file: {validation_file.id}"
-    _tell(session, job.id, Note("info", f"Created fine-tuning job: {job.id}"), Note("info", checked))
+    _tell(session, job.id, Note("info", f"Created fine-tuning job: {job.id}"), Note("info", checked), *notes)
     return job
 
 
@@ -167,7 +168,9 @@ def admit(session: Session, settings: Settings) -> int:
     return len(jobs)
 
 
-def _what_is_wrong_with_files(session: Session, job: Job, settings: Settings) -> OloraError | StoreError | None:
+def _what_is_wrong_with_files(
+    session: Session, job: Job, settings: Settings
+) -> OloraError | StoreError | None:
     training = _report_of(session, job.training_file, "training_file")
     if not isinstance(training, Report):
         return training
@@ -177,9 +180,7 @@ def _what_is_wrong_with_files(session: Session, job: Job, settings: Settings) ->
     validation = _report_of(session, job.validation_file, "validation_file")
     if not isinstance(validation, Report):
         return validation
-    return check_for_training(
-        validation, role="validation", minimum_rows=1, training_format=training.format
-    )
+    return check_for_training(validation, role="validation", minimum_rows=1, training_format=training.format)
 
 
 def _report_of(session: Session, file_id: str, param: str) -> Report | StoreError:
@@ -199,8 +200,13 @@ def _report_of(session: Session, file_id: str, param: str) -> Report | StoreErro
 # --- claim and lease -----------------------------------------------------------------------------------
 
 
-def _claimable() -> Any:
+def claimable() -> ColumnElement[bool]:
+    """Queued, and rested if it crashed."""
     return and_(Job.status == "queued", or_(Job.not_before.is_(None), Job.not_before <= db_now()))
+
+
+def lease_is_over() -> ColumnElement[bool]:
+    return and_(Job.status == "running", or_(Job.lease_until.is_(None), Job.lease_until < db_now()))
 
 
 def claim(session: Session, *, owner: str, lease_seconds: float) -> Claim | None:
@@ -213,7 +219,7 @@ def claim(session: Session, *, owner: str, lease_seconds: float) -> Claim | None
     best = (
         select(Job.seq)
         .join(Project, Project.id == Job.project_id)
-        .where(_claimable())
+        .where(claimable())
         .order_by(Job.priority.desc(), Project.last_turn_at, Job.seq)
         .limit(1)
         .with_for_update(skip_locked=True, of=Job)
@@ -247,16 +253,12 @@ def _worth_trying(session: Session) -> bool:
     if not isinstance(engine, Engine) or engine.dialect.name != "sqlite" or session.in_transaction():
         return True
     with reader(engine).connect() as connection:
-        return connection.scalar(select(Job.seq).where(_claimable()).limit(1)) is not None
+        return connection.scalar(select(Job.seq).where(claimable()).limit(1)) is not None
 
 
 def _claim_of(session: Session, job: Job, owner: str) -> Claim:
-    keys = {
-        file_id: key
-        for file_id, key in session.execute(
-            select(File.id, File.storage_key).where(File.id.in_([job.training_file, job.validation_file]))
-        )
-    }
+    wanted = select(File).where(File.id.in_([job.training_file, job.validation_file]))
+    keys = {file.id: file.storage_key for file in session.scalars(wanted)}
     return Claim(
         job_id=job.id,
         attempt=job.attempt,
@@ -269,7 +271,7 @@ def _claim_of(session: Session, job: Job, owner: str) -> Claim:
     )
 
 
-def _mine(claim: Claim) -> Any:
+def _mine(claim: Claim) -> ColumnElement[bool]:
     return and_(Job.id == claim.job_id, Job.attempt == claim.attempt, Job.status == "running")
 
 
@@ -329,9 +331,7 @@ def record(
 
 
 def _greatest(column: Any, value: int) -> Any:
-    """The larger of the two; `greatest` is `max` on SQLite."""
-    from sqlalchemy import case
-
+    """The larger of the two, in words that both databases know."""
     return case((column < value, value), else_=column)
 
 
@@ -423,7 +423,7 @@ def _estimate(session: Session, job: Job) -> None:
     seconds = [v["seconds"] for v in session.scalars(last) if isinstance(v.get("seconds"), int | float)]
     if seconds:
         left = max(0, job.total_steps - job.step) * sum(seconds) / len(seconds)
-        job.estimated_finish = db_now() + left  # type: ignore[assignment]
+        job.estimated_finish = db_now() + left
 
 
 def add_checkpoint(
@@ -467,14 +467,17 @@ def _prune(session: Session, job_id: str) -> list[str]:
 # --- the ways to end -----------------------------------------------------------------------------------
 
 
-def model_name(base: str, organization: str, suffix: str | None) -> str:
-    """`ft:<base>:<organization>:<suffix or empty>:<8 characters>`, without a slash."""
-    return f"ft:{slug(base)}:{organization}:{suffix or ''}:{new_id('', 8)}"
+def model_name(base: str, organization: str, suffix: str | None, job_id: str) -> str:
+    """`ft:<base>:<organization>:<suffix or empty>:<8 characters of the job's id>`, without a slash.
+
+    A job's name is known from its beginning, so that its checkpoints can be called after it.
+    """
+    return f"ft:{slug(base)}:{organization}:{slug(suffix or '')}:{job_id[-8:]}"
 
 
-def slug(base: str) -> str:
+def slug(text: str) -> str:
     """`meta-llama/Llama-3.2-1B` → `meta-llama--llama-3.2-1b`"""
-    return re.sub(r"[^a-z0-9._-]+", "-", base.replace("/", "--").lower())
+    return re.sub(r"[^a-z0-9._-]+", "-", text.replace("/", "--").lower())
 
 
 def succeed(
@@ -513,7 +516,12 @@ def succeed(
     return job
 
 
-_AT_REST: dict[str, Any] = {"lease_owner": None, "lease_until": None, "requested": None, "estimated_finish": None}
+_AT_REST: dict[str, Any] = {
+    "lease_owner": None,
+    "lease_until": None,
+    "requested": None,
+    "estimated_finish": None,
+}
 """What a job without an attempt does not have."""
 
 
@@ -565,18 +573,14 @@ def hand_back(
 
 def sweep(session: Session, settings: Settings) -> int:
     """Takes jobs from attempts whose lease has run out. Returns how many."""
-    silent = or_(Job.lease_until.is_(None), Job.lease_until < db_now())
-    expired = select(Job).where(Job.status == "running", silent).with_for_update(skip_locked=True)
-    jobs = session.scalars(expired).all()
+    jobs = session.scalars(select(Job).where(lease_is_over()).with_for_update(skip_locked=True)).all()
     for job in jobs:
         message = f"The worker {job.lease_owner} was lost: it said nothing until its lease ran out."
         _release(session, job, "lease_lost", message, True, settings.max_failures)
     return len(jobs)
 
 
-def _release(
-    session: Session, job: Job, reason: str, message: str, crashed: bool, max_failures: int
-) -> None:
+def _release(session: Session, job: Job, reason: str, message: str, crashed: bool, max_failures: int) -> None:
     if job.requested == "cancel":
         _end_cancelled(session, job)
         return
@@ -590,7 +594,7 @@ def _release(
     job.status = "queued"
     job.dispatches, job.dispatched_at = 0, None
     if crashed:
-        job.not_before = db_now() + back_off(job.failures)  # type: ignore[assignment]
+        job.not_before = db_now() + back_off(job.failures)
     _rest(job)
     data = {"reason": reason, "attempt": job.attempt, "step": job.step}
     data["resumes_from_step"] = checkpoint.step if checkpoint else 0
@@ -624,7 +628,9 @@ def cancel(session: Session, job: Job) -> Job:
     elif current.status == "running":
         if current.requested != "cancel":
             current.requested = "cancel"
-            _tell(session, current.id, Note("info", "Cancellation was requested; the job ends at its next step"))
+            _tell(
+                session, current.id, Note("info", "Cancellation was requested; the job ends at its next step")
+            )
     elif current.status != "cancelled":
         raise JobStateError(f"Job {current.id} cannot be cancelled: it has {current.status} already.")
     session.flush()
@@ -632,7 +638,7 @@ def cancel(session: Session, job: Job) -> Job:
 
 
 def _end_cancelled(session: Session, job: Job) -> None:
-    job.status, job.finished_at = "cancelled", db_now()  # type: ignore[assignment]
+    job.status, job.finished_at = "cancelled", db_now()
     _end_attempt(session, job, "cancelled")
     _rest(job)
     _tell(session, job.id, Note("info", "The job has been cancelled"))
@@ -640,7 +646,7 @@ def _end_cancelled(session: Session, job: Job) -> None:
 
 
 def _end_failed(session: Session, job: Job, error: dict[str, Any]) -> None:
-    job.status, job.finished_at = "failed", db_now()  # type: ignore[assignment]
+    job.status, job.finished_at = "failed", db_now()
     job.error = error
     _end_attempt(session, job, str(error["code"]))
     _rest(job)
@@ -704,7 +710,7 @@ def list_jobs(
     after: str | None = None,
     limit: int = 20,
 ) -> Page[Job]:
-    """Newest first. `metadata` keeps the jobs that carry all these pairs, or with "null" those without any."""
+    """Newest first. `metadata` keeps the jobs with all these pairs, or with "null" those without any."""
     rows = select(Job)
     if metadata == "null":
         rows = rows.where(Job.job_metadata.is_(None))
@@ -720,9 +726,7 @@ def _has_pair(session: Session, key: str, value: str) -> Any:
     return select(1).select_from(pairs).where(pairs.c.key == key, pairs.c.value == value).exists()
 
 
-def list_events(
-    session: Session, job_id: str, *, after: str | None = None, limit: int = 20
-) -> Page[Event]:
+def list_events(session: Session, job_id: str, *, after: str | None = None, limit: int = 20) -> Page[Event]:
     """Newest first."""
     return read_page(session, select(Event), Event, within=Event.job_id == job_id, after=after, limit=limit)
 
@@ -738,9 +742,7 @@ def list_checkpoints(
 ) -> Page[Checkpoint]:
     """Those that are still stored, newest first."""
     rows = select(Checkpoint).where(Checkpoint.storage_key.is_not(None))
-    return read_page(
-        session, rows, Checkpoint, within=Checkpoint.job_id == job_id, after=after, limit=limit
-    )
+    return read_page(session, rows, Checkpoint, within=Checkpoint.job_id == job_id, after=after, limit=limit)
 
 
 def get_checkpoint(session: Session, job_id: str, checkpoint_id: str) -> Checkpoint:
@@ -762,7 +764,7 @@ def stored_checkpoints(session: Session, job_id: str) -> Sequence[Checkpoint]:
     return session.scalars(_stored(job_id)).all()
 
 
-def _stored(job_id: str) -> Select[tuple[Checkpoint]]:
+def _stored(job_id: str) -> Select[Checkpoint]:
     rows = select(Checkpoint).where(Checkpoint.job_id == job_id, Checkpoint.storage_key.is_not(None))
     return rows.order_by(Checkpoint.step.desc(), Checkpoint.seq.desc())
 
@@ -798,7 +800,7 @@ def get_model(session: Session, project_id: str, model_id: str) -> Model:
 def delete_model(session: Session, project_id: str, model_id: str) -> Model:
     """The model and its adapter file go, the job keeps its record. Raises NotFound."""
     model = get_model(session, project_id, model_id)
-    model.deleted_at = db_now()  # type: ignore[assignment]
+    model.deleted_at = db_now()
     job = session.scalar(select(Job).where(Job.id == model.job_id))
     adapters = job.result_files[1:] if job else []
     session.execute(

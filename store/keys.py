@@ -80,7 +80,7 @@ def create_key(session: Session, project_id: str, name: str) -> tuple[Key, str]:
 
 
 def revoke_key(session: Session, key: Key) -> None:
-    key.revoked_at = db_now()  # type: ignore[assignment]
+    key.revoked_at = db_now()
     session.flush()
 
 

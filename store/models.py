@@ -8,7 +8,7 @@ import secrets
 import string
 from typing import Any, ClassVar
 
-from sqlalchemy import JSON, BigInteger, Float, ForeignKey, Index, Integer, MetaData, String, Text
+from sqlalchemy import JSON, BigInteger, CheckConstraint, Float, ForeignKey, Index, Integer, MetaData, String, Text
 from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
 
 from .session import db_now
@@ -24,6 +24,8 @@ def new_id(prefix: str, length: int = 24) -> str:
 
 
 class Base(DeclarativeBase):
+    __mapper_args__ = {"eager_defaults": True}  # noqa: RUF012
+    """What the database fills in (its clock) is there after a flush, also when the session is gone."""
     metadata = MetaData(
         naming_convention={
             "ix": "ix_%(table_name)s_%(column_0_N_name)s",
@@ -72,7 +74,7 @@ class File(Base):
 
     seq: Mapped[int] = mapped_column(Sequence, primary_key=True, autoincrement=True)
     id: Mapped[str] = mapped_column(String(64), unique=True)
-    project_id: Mapped[str] = mapped_column(ForeignKey("projects.id"), index=True)
+    project_id: Mapped[str] = mapped_column(ForeignKey("projects.id"))
     filename: Mapped[str] = mapped_column(String(512))
     purpose: Mapped[str] = mapped_column(String(32))
     bytes: Mapped[int] = mapped_column(BigInteger)
@@ -87,6 +89,11 @@ class File(Base):
     expires_at: Mapped[float | None]
     deleted_at: Mapped[float | None]
 
+    __table_args__ = (Index(None, "project_id", "seq"),)
+
+
+STATUSES = ("validating_files", "queued", "running", "paused", "succeeded", "failed", "cancelled")
+
 
 class Job(Base):
     """A fine-tuning job; `store/jobs.py` tells its life."""
@@ -95,8 +102,8 @@ class Job(Base):
 
     seq: Mapped[int] = mapped_column(Sequence, primary_key=True, autoincrement=True)
     id: Mapped[str] = mapped_column(String(64), unique=True)
-    project_id: Mapped[str] = mapped_column(ForeignKey("projects.id"), index=True)
-    status: Mapped[str] = mapped_column(String(24), index=True)
+    project_id: Mapped[str] = mapped_column(ForeignKey("projects.id"))
+    status: Mapped[str] = mapped_column(String(24))
     model: Mapped[str] = mapped_column(String(256))
     training_file: Mapped[str] = mapped_column(String(64))
     validation_file: Mapped[str | None] = mapped_column(String(64))
@@ -139,7 +146,11 @@ class Job(Base):
     result_files: Mapped[list[Any]] = mapped_column(default=list)
     certificate: Mapped[dict[str, Any] | None]
 
-    __table_args__ = (Index(None, "project_id", "seq"), Index(None, "status", "priority", "seq"))
+    __table_args__ = (
+        Index(None, "project_id", "seq"),
+        Index(None, "status", "priority", "seq"),
+        CheckConstraint(f"status IN {STATUSES}", name="status"),
+    )
 
 
 class Attempt(Base):
@@ -206,10 +217,12 @@ class Model(Base):
 
     seq: Mapped[int] = mapped_column(Sequence, primary_key=True, autoincrement=True)
     id: Mapped[str] = mapped_column(String(512), unique=True)
-    project_id: Mapped[str] = mapped_column(ForeignKey("projects.id"), index=True)
+    project_id: Mapped[str] = mapped_column(ForeignKey("projects.id"))
     job_id: Mapped[str] = mapped_column(ForeignKey("jobs.id"))
     created_at: Mapped[float] = mapped_column(default=db_now())
     deleted_at: Mapped[float | None]
+
+    __table_args__ = (Index(None, "project_id", "seq"),)
 
 
 class Request(Base):

@@ -60,9 +60,7 @@ def _sqlite_engine(url: str, foreign_keys: bool) -> Engine:
     database = make_url(url).database
     if database:
         Path(database).parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-    engine = create_engine(
-        url, pool_size=POOL_SIZE, max_overflow=0, connect_args={"timeout": BUSY_SECONDS}
-    )
+    engine = create_engine(url, pool_size=POOL_SIZE, max_overflow=0, connect_args={"timeout": BUSY_SECONDS})
 
     @event.listens_for(engine, "connect")
     def _connected(connection: Any, record: object) -> None:

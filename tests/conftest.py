@@ -1,0 +1,156 @@
+"""Fixtures for the whole suite: databases, Redis, settings. Every test gets its own database and home."""
+
+import os
+import shutil
+import uuid
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from sqlalchemy import Engine, create_engine, make_url, text
+
+from store.session import Sessions, make_engine, migrate, read_sessions, sessions
+from store.settings import Settings, get_settings, read_settings
+from tests import services
+
+
+@pytest.fixture(autouse=True)
+def _own_settings(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
+    """No test reads the settings, or the home, of whoever runs it."""
+    for name in list(os.environ):
+        if name.startswith("OLORA_") and not name.startswith(("OLORA_TEST_", "OLORA_REQUIRE_")):
+            monkeypatch.delenv(name)
+    monkeypatch.setenv("OLORA_HOME", str(tmp_path / "home"))
+    get_settings.cache_clear()
+    yield
+    get_settings.cache_clear()
+
+
+@pytest.fixture(scope="session")
+def postgres_server() -> Iterator[str]:
+    """The URL of a PostgreSQL in which the tests may make databases."""
+    if url := os.environ.get("OLORA_TEST_POSTGRES_URL"):
+        yield url.replace("postgresql://", "postgresql+psycopg://", 1)
+        return
+    with services.postgres_server() as url:
+        yield url
+
+
+def _administer(server: str, statement: str) -> None:
+    engine = create_engine(server, isolation_level="AUTOCOMMIT")
+    with engine.connect() as connection:
+        connection.execute(text(statement))
+    engine.dispose()
+
+
+def _with_name(server: str, name: str) -> str:
+    return make_url(server).set(database=name).render_as_string(hide_password=False)
+
+
+@pytest.fixture(scope="session")
+def postgres_template(postgres_server: str) -> Iterator[str]:
+    """The name of a migrated database that others are copied from."""
+    name = f"olora_template_{uuid.uuid4().hex[:8]}"
+    _administer(postgres_server, f"CREATE DATABASE {name}")
+    migrate(_with_name(postgres_server, name))
+    yield name
+    _administer(postgres_server, f"DROP DATABASE {name} WITH (FORCE)")
+
+
+@pytest.fixture(scope="session")
+def sqlite_template(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A migrated database file that others are copied from."""
+    path = tmp_path_factory.mktemp("template") / "olora.db"
+    migrate(f"sqlite:///{path}")
+    return path
+
+
+def _postgres_database(server: str, template: str) -> Iterator[str]:
+    name = f"olora_{uuid.uuid4().hex[:12]}"
+    _administer(server, f"CREATE DATABASE {name} TEMPLATE {template}")
+    yield _with_name(server, name)
+    _administer(server, f"DROP DATABASE {name} WITH (FORCE)")
+
+
+@pytest.fixture
+def postgres_url(postgres_server: str, postgres_template: str) -> Iterator[str]:
+    """A fresh, migrated PostgreSQL database."""
+    yield from _postgres_database(postgres_server, postgres_template)
+
+
+@pytest.fixture
+def sqlite_url(tmp_path: Path, sqlite_template: Path) -> str:
+    """A fresh, migrated SQLite database, where the settings expect it."""
+    path = tmp_path / "home" / "olora.db"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    shutil.copyfile(sqlite_template, path)
+    return f"sqlite:///{path}"
+
+
+@pytest.fixture(params=["sqlite", "postgresql"])
+def database_url(request: pytest.FixtureRequest) -> str:
+    """A fresh, migrated database of each kind in turn."""
+    name = "sqlite_url" if request.param == "sqlite" else "postgres_url"
+    return str(request.getfixturevalue(name))
+
+
+@pytest.fixture(params=["sqlite", "postgresql"])
+def empty_database_url(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[str]:
+    """A database of each kind without any table."""
+    if request.param == "sqlite":
+        yield f"sqlite:///{tmp_path / 'empty.db'}"
+        return
+    yield from _postgres_database(request.getfixturevalue("postgres_server"), "template0")
+
+
+@pytest.fixture
+def engine(database_url: str) -> Iterator[Engine]:
+    engine = make_engine(database_url)
+    yield engine
+    engine.dispose()
+
+
+@pytest.fixture(name="sessions")
+def _sessions(engine: Engine) -> Sessions:
+    return sessions(engine)
+
+
+@pytest.fixture(name="read_sessions")
+def _read_sessions(engine: Engine) -> Sessions:
+    return read_sessions(engine)
+
+
+@pytest.fixture
+def home(tmp_path: Path) -> Path:
+    return tmp_path / "home"
+
+
+@pytest.fixture
+def settings(home: Path, database_url: str) -> Settings:
+    """Settings on a fresh database of each kind; queue and storage are folders in the home."""
+    return read_settings(home=home, database_url=database_url)
+
+
+@pytest.fixture(scope="session")
+def redis_server() -> Iterator[str]:
+    """The URL of a Redis that the tests may flush."""
+    if url := os.environ.get("OLORA_TEST_REDIS_URL"):
+        yield url
+        return
+    with services.redis_server() as url:
+        yield url
+
+
+@pytest.fixture
+def redis_url(redis_server: str) -> str:
+    """An empty Redis."""
+    import redis
+
+    with redis.Redis.from_url(redis_server) as client:
+        client.flushdb()
+    return redis_server
+
+
+@pytest.fixture
+def free_port() -> int:
+    return services.free_port()
