@@ -7,7 +7,9 @@ import dataclasses
 import hashlib
 import logging
 import queue
+import shutil
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
@@ -124,6 +126,7 @@ class Attempt:
         self._time_up: float | None = None
         self._refusal: str | None = None
         self._stepped = False
+        self._saved: Counter[int] = Counter()
         self._unrecorded = _Unrecorded()
         self._recorded_at = time.monotonic()
 
@@ -183,7 +186,6 @@ class Attempt:
             run=self.run_name,
             spec=claim.spec.model_dump(mode="json"),
             base=str(base),
-            base_name=claim.spec.model,
             training=str(training),
             validation=str(validation) if validation else None,
             folder=str(self.folder / "work"),
@@ -317,6 +319,9 @@ class Attempt:
             case "Step":
                 self._stepped = True
                 self._unrecorded.steps.append(values)
+            case "Evaluated" if values["step"] == 0:
+                before = f"Before the training: validation loss={values['loss']:.2f}"
+                self._note("info", before, {"loss": values["loss"], "accuracy": values["accuracy"]})
             case "Evaluated":
                 self._unrecorded.evaluations.append(values)
             case "Note":
@@ -341,7 +346,7 @@ class Attempt:
                 self._note("info", f"Decided: {reason}")
 
     def _store_checkpoint(self, step: int, folder: Path, metrics: dict[str, Any]) -> None:
-        key = f"jobs/{self.claim.job_id}/checkpoints/{step}-a{self.claim.attempt}"
+        key = self._checkpoint_key(step)
         try:
             self.storage.put_folder(key, folder)
         except StorageError as error:
@@ -357,6 +362,13 @@ class Attempt:
 
         for pruned in self._persist(named):
             self.storage.delete_folder(pruned)
+        shutil.rmtree(folder.parent, ignore_errors=True)  # `folder` is alone in it
+
+    def _checkpoint_key(self, step: int) -> str:
+        """Never the same twice: what a row names is not written again."""
+        key = f"jobs/{self.claim.job_id}/checkpoints/{step}-a{self.claim.attempt}"
+        self._saved[step] += 1
+        return key if self._saved[step] == 1 else f"{key}-{self._saved[step]}"
 
     # --- after the training ----------------------------------------------------------------------------
 

@@ -35,7 +35,6 @@ class Order:
     run: str
     spec: dict[str, Any]
     base: str
-    base_name: str
     training: str
     validation: str | None
     folder: str

@@ -12,14 +12,16 @@ import json
 import logging
 import os
 import queue
+import tempfile
 import threading
 import time
-from collections.abc import Generator
+from collections.abc import Callable, Generator
+from contextlib import closing
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO, NoReturn
 
 from olora_core.errors import OloraError
-from olora_core.progress import Finished, Phase, Progress, Step
+from olora_core.progress import Finished, Phase, Progress, Saved, Step
 from olora_core.specs import TrainSpec
 
 from .lineage import die_with_parent
@@ -101,35 +103,32 @@ def _claim_descriptors() -> tuple[BinaryIO, BinaryIO]:
 
 
 class WarmBase:
-    """The base model of the last job, kept for the next one that wants the same files."""
+    """The base model of the last job, kept for the next one that wants the same files in the same dtype."""
 
-    def __init__(self, device: str) -> None:
-        self.device = device
+    def __init__(self) -> None:
+        import torch
+
+        self.device = "cuda" if torch.cuda.is_available() else "cpu"
         self._key: tuple[Any, ...] | None = None
         self._base: Base | None = None
 
-    def get(self, folder: Path, name: str) -> "Base":
-        """Raises ModelError when the folder cannot be loaded."""
-        from olora_core.model import load_base
+    def get(self, folder: Path, spec: TrainSpec, loading: Callable[[], None]) -> "Base":
+        """The base that the spec is trained on; calls `loading` when it must be loaded.
 
-        key = (name, str(folder.resolve()), _files_of(folder))
+        Raises ModelError when the folder cannot be.
+        """
+        from olora_core.model import load_base
+        from olora_core.precision import compute_dtype
+
+        dtype = compute_dtype(spec, folder, self.device)
+        key = (spec.model, str(folder.resolve()), _files_of(folder), dtype)
         if self._base is None or self._key != key:
             self._base = self._key = None
-            _free_memory()
-            self._base = load_base(folder, name=name, device=self.device)
+            free_memory()
+            loading()
+            self._base = load_base(folder, name=spec.model, device=self.device, dtype=dtype)
             self._key = key
         return self._base
-
-    def holds(self, folder: Path, name: str) -> bool:
-        return self._key == (name, str(folder.resolve()), _files_of(folder))
-
-    def clean(self) -> None:
-        """Takes the last job's adapters off, so that the next job finds the base as it was loaded."""
-        from olora_core.adapter import detach
-
-        if self._base is not None:
-            detach(self._base.model)
-        _free_memory()
 
 
 def _files_of(folder: Path) -> tuple[tuple[str, int, int], ...]:
@@ -138,7 +137,8 @@ def _files_of(folder: Path) -> tuple[tuple[str, int, int], ...]:
     return tuple((name, stat.st_size, stat.st_mtime_ns) for name, stat in stats)
 
 
-def _free_memory() -> None:
+def free_memory() -> None:
+    """Gives back what the last job used."""
     import torch
 
     gc.collect()
@@ -150,14 +150,11 @@ class Trainer:
     """Takes one order after another, until the supervisor closes the line."""
 
     def __init__(self, channel: Channel) -> None:
-        import torch
-
         self.channel = channel
-        self.base = WarmBase("cuda" if torch.cuda.is_available() else "cpu")
-        self.threads = torch.get_num_threads()
+        self.base = WarmBase()
 
     def serve(self) -> NoReturn:
-        import torch
+        import olora_core.train  # noqa: F401  # while the supervisor fetches the files
 
         self.channel.say(ready={"pid": os.getpid(), "device": _device_name()})
         while True:
@@ -165,8 +162,7 @@ class Trainer:
             self.channel.say(accepted={"run": order.run})
             self._attempt(order)
             self.channel.end(order.run)
-            torch.set_num_threads(self.threads)
-            self.base.clean()
+            free_memory()
 
     def _attempt(self, order: Order) -> None:
         """Runs one order to its last word. Ends the process when its state can no longer be trusted."""
@@ -182,12 +178,10 @@ class Trainer:
     def _train(self, order: Order) -> None:
         from olora_core.train import train
 
-        folder = Path(order.base)
-        if not self.base.holds(folder, order.base_name):
-            self._tell(Phase("loading", 0, 1))
+        spec = TrainSpec.model_validate(order.spec)
         run = train(
-            TrainSpec.model_validate(order.spec),
-            self.base.get(folder, order.base_name),
+            spec,
+            self.base.get(Path(order.base), spec, loading=lambda: self._tell(Phase("loading", 0, 1))),
             Path(order.training),
             Path(order.validation) if order.validation else None,
             Path(order.folder),
@@ -195,7 +189,7 @@ class Trainer:
             checkpoint_seconds=order.checkpoint_seconds,
         )
         stepped = False
-        try:
+        with closing(run):
             for progress in run:
                 self._tell(progress)
                 stepped = stepped or isinstance(progress, Step)
@@ -203,24 +197,34 @@ class Trainer:
                 if wish is not None and self._stops(run, progress, wish, stepped):
                     self.channel.say(stopped={"wish": wish})
                     return
-        finally:
-            run.close()
 
     def _stops(
         self, run: Generator[Progress, str | None, None], progress: Progress, wish: Wish, stepped: bool
     ) -> bool:
-        """Whether the job can be left here: what the last steps learned is not thrown away on a release."""
-        if isinstance(progress, Finished):
-            return False
-        if wish == "release" and isinstance(progress, Step):
-            self._tell(run.send("save"))
-            return True
-        between_steps = isinstance(progress, Phase) and progress.name in ("exporting", "certifying")
-        return wish == "cancel" or not stepped or between_steps
+        """Whether the job can be left here: a release does not throw away what the last steps learned."""
+        match progress:
+            case Finished():
+                return False
+            case Step() if wish == "release":
+                self._tell(run.send("save"))
+                return True
+            case Saved() | Phase("exporting" | "certifying"):
+                return True
+            case _:
+                return wish == "cancel" or not stepped
 
     def _tell(self, progress: Progress) -> None:
+        if isinstance(progress, Saved):
+            progress = dataclasses.replace(progress, folder=_hand_over(progress.folder))
         fields = {f.name: _as_json(getattr(progress, f.name)) for f in dataclasses.fields(progress)}
         self.channel.say(progress={"kind": type(progress).__name__, **fields})
+
+
+def _hand_over(checkpoint: Path) -> Path:
+    """Moves a checkpoint to where the run does not prune it, for the supervisor to store and remove."""
+    place = Path(tempfile.mkdtemp(prefix="saved-", dir=checkpoint.parent.parent)) / checkpoint.name
+    checkpoint.rename(place)
+    return place
 
 
 def _as_json(value: Any) -> Any:
