@@ -80,7 +80,7 @@ async def _admit(scope: Scope) -> None:
         scope["state"]["project_id"], scope["state"]["key_id"] = await _owner(scope, headers)
     length, limit = headers.get("content-length", ""), _body_limit(scope)
     if length.isdecimal() and int(length) > limit:
-        raise too_large(limit)
+        raise _too_large(limit)
 
 
 async def _owner(scope: Scope, headers: Headers) -> tuple[str, str]:
@@ -115,19 +115,22 @@ def _counted(scope: Scope, receive: Receive) -> Receive:
         if message["type"] == "http.request":
             total += len(message.get("body", b""))
             if total > limit:
-                raise too_large(limit)
+                raise _too_large(limit)
         return message
 
     return receive_counted
 
 
-def too_large(limit: int) -> TooLarge:
-    """The refusal that names the limit and, for uploads, the setting behind it."""
+def _too_large(limit: int) -> TooLarge:
     if limit == JSON_BODY_BYTES:
         return TooLarge(f"The request's body is larger than {limit} bytes, the most that this route reads.")
-    megabytes = (limit - FORM_OVERHEAD_BYTES) >> 20
+    return large_file(limit - FORM_OVERHEAD_BYTES)
+
+
+def large_file(max_bytes: int) -> TooLarge:
+    """The refusal that names the limit and the setting behind it."""
     return TooLarge(
-        f"The file is larger than {megabytes} MB, the most this service takes (OLORA_MAX_UPLOAD_MB). "
+        f"The file is larger than {max_bytes >> 20} MB, the most this service takes (OLORA_MAX_UPLOAD_MB). "
         "Split it, or ask the operator to raise the limit.",
         param="file",
         code="file_too_large",

@@ -17,6 +17,7 @@ from starlette.responses import StreamingResponse
 from olora_core.formats import Report, validate
 from olora_core.specs import nearest
 from store import files
+from store.errors import TooLarge as StoredTooLarge
 from store.files import Storage, Writer
 from store.models import File
 from store.requests import content_digest
@@ -27,6 +28,7 @@ from ..form import PartBegins, PartData, PartEnds, read_form
 from ..once import once
 from ..schemas.files import UPLOAD_PURPOSES, FileObject
 from ..schemas.pages import Deleted, Page
+from ..security import large_file
 
 router = APIRouter(prefix="/v1/files", tags=["files"])
 
@@ -55,9 +57,12 @@ class Form:
 async def create_file(request: Request, call: CallDep) -> FileObject:
     """Multipart: `purpose`, `file`, and optionally `expires_after[anchor]` and `expires_after[seconds]`."""
     file_id = files.new_file_id()
-    async with _writer(call, files.file_key(file_id)) as writer:
-        form = await _receive(request, writer)
-        report = await run_in_threadpool(_validate, form, writer)
+    try:
+        async with _writer(call, files.file_key(file_id)) as writer:
+            form = await _receive(request, writer)
+            report = await run_in_threadpool(_validate, form, writer)
+    except StoredTooLarge:
+        raise large_file(call.settings.max_upload_bytes) from None
     return await run_in_threadpool(_record, call, file_id, form, writer, report)
 
 
@@ -85,8 +90,7 @@ async def _receive(request: Request, writer: Writer) -> Form:
             elif isinstance(piece, PartData) and name == "file":
                 pending += piece.data
                 if len(pending) >= WRITE_BYTES:
-                    await run_in_threadpool(writer.write, bytes(pending))
-                    pending.clear()
+                    await _write(writer, pending)
             elif isinstance(piece, PartData):
                 text += piece.data
                 if len(text) > FIELD_BYTES:
@@ -95,9 +99,15 @@ async def _receive(request: Request, writer: Writer) -> Form:
                 form.values[name] = text.decode("utf-8", errors="replace")
                 _check_field(name, form.values[name])
     if pending:
-        await run_in_threadpool(writer.write, bytes(pending))
+        await _write(writer, pending)
     _check_form(form, writer)
     return form
+
+
+async def _write(writer: Writer, pending: bytearray) -> None:
+    """Hands the bytes to the writer, in a thread, and empties the buffer."""
+    await run_in_threadpool(writer.write, bytes(pending))
+    pending.clear()
 
 
 def _known_part(part: PartBegins, form: Form) -> str:

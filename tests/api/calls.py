@@ -1,0 +1,162 @@
+"""What the tests of the API send: training files, uploads, jobs; and jobs led to their end by the store."""
+
+import io
+import json
+import time
+import zipfile
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+from starlette.testclient import TestClient
+
+from olora_core.specs import Facts, TrainSpec, resolve
+from store import jobs
+from store.files import storage
+from store.session import make_engine, sessions
+from store.settings import Settings
+
+T = TypeVar("T")
+
+
+def chat_row(number: int = 0) -> dict[str, Any]:
+    return {
+        "messages": [
+            {"role": "user", "content": f"Say {number}."},
+            {"role": "assistant", "content": f"{number}, as you wish."},
+        ]
+    }
+
+
+def jsonl(*rows: Any) -> bytes:
+    return "".join(json.dumps(row) + "\n" for row in rows).encode()
+
+
+def chat_file(rows: int = 12) -> bytes:
+    return jsonl(*(chat_row(number) for number in range(rows)))
+
+
+def completion_file(rows: int = 12) -> bytes:
+    return jsonl(*({"prompt": f"{number} is", "completion": " a number"} for number in range(rows)))
+
+
+def upload(client: TestClient, content: bytes | None = None, **fields: str) -> Any:
+    """The answer to an upload, as a response."""
+    data = {"purpose": "fine-tune", **fields}
+    content = chat_file() if content is None else content
+    return client.post("/v1/files", data=data, files={"file": ("train.jsonl", content)})
+
+
+def uploaded(client: TestClient, content: bytes | None = None, **fields: str) -> str:
+    """The id of an uploaded file."""
+    answer = upload(client, content, **fields)
+    assert answer.status_code == 200, answer.text
+    return str(answer.json()["id"])
+
+
+def create(client: TestClient, **body: Any) -> Any:
+    """The answer to a job's creation, as a response; a training file is uploaded when none is named."""
+    body.setdefault("model", "olora-tiny")
+    if "training_file" not in body:
+        body["training_file"] = uploaded(client)
+    return client.post("/v1/fine_tuning/jobs", json=body)
+
+
+def created(client: TestClient, **body: Any) -> dict[str, Any]:
+    answer = create(client, **body)
+    assert answer.status_code == 200, answer.text
+    return dict(answer.json())
+
+
+def job(client: TestClient, job_id: str) -> dict[str, Any]:
+    return dict(client.get(f"/v1/fine_tuning/jobs/{job_id}").json())
+
+
+def events(client: TestClient, job_id: str) -> list[dict[str, Any]]:
+    """Every event, oldest first."""
+    return list(reversed(client.get(f"/v1/fine_tuning/jobs/{job_id}/events?limit=1000").json()["data"]))
+
+
+def eventually(look: Callable[[], T], seconds: float = 15) -> T:
+    """The first true answer of `look`."""
+    deadline = time.monotonic() + seconds
+    while not (found := look()):
+        assert time.monotonic() < deadline, "it did not happen"
+        time.sleep(0.02)
+    return found
+
+
+def settled(client: TestClient, job_id: str) -> dict[str, Any]:
+    """The job once the dispatcher has looked at its files."""
+    return eventually(lambda: (now := job(client, job_id))["status"] != "validating_files" and now)
+
+
+def zipped(**files: bytes) -> bytes:
+    packed = io.BytesIO()
+    with zipfile.ZipFile(packed, "w") as archive:
+        for name, content in files.items():
+            archive.writestr(name, content)
+    return packed.getvalue()
+
+
+class Attempt:
+    """A worker's side of a job, through the same functions of the store that a worker calls."""
+
+    def __init__(self, settings: Settings) -> None:
+        self.settings = settings
+        self.engine = make_engine(settings.database_url)
+        self.sessions = sessions(self.engine)
+        with self.sessions.begin() as session:
+            claim = jobs.claim(session, owner="test", lease_seconds=300)
+        assert claim is not None
+        self.claim = claim
+
+    def resolved(self) -> TrainSpec:
+        facts = Facts(examples=12, hidden_size=192, context_length=256)
+        return resolve(self.claim.spec, facts)[0]
+
+    def train(self, steps: int = 3) -> None:
+        """Records the numbers of a few steps, and a checkpoint."""
+        measured = [
+            {"step": step, "loss": 2.0 / step, "accuracy": 0.5, "seconds": 0.1}
+            for step in range(1, steps + 1)
+        ]
+        with self.sessions.begin() as session:
+            jobs.record(session, self.claim, steps=measured, resolved=self.resolved(), total_steps=steps)
+            jobs.add_checkpoint(session, self.claim, steps, {"loss": 2.0 / steps}, f"checkpoints/{steps}")
+
+    def succeed(self, adapter: bytes | None = None) -> None:
+        stored = storage(self.settings)
+        adapter = zipped(**{"adapter_model.safetensors": b"weights"}) if adapter is None else adapter
+        with self.sessions.begin() as session:
+            table = jobs.metrics_csv(session, self.claim.job_id).encode()
+        files = []
+        for name, content in (("step_metrics.csv", table), ("adapter.zip", adapter)):
+            key = f"results/{self.claim.job_id}/{name}"
+            with stored.writer(key) as writer:
+                writer.write(content)
+            files.append(jobs.ResultFile(name, writer.bytes, writer.sha256, key))
+        with self.sessions.begin() as session:
+            found = jobs.get_job(session, self.claim.project_id, self.claim.job_id)
+            jobs.succeed(
+                session,
+                self.claim,
+                files=files,
+                model=jobs.model_name(found.model, "olora", found.suffix, found.id),
+                certificate={"max_abs_logit_diff": 1e-6, "passed": True},
+                trained_tokens=1234,
+            )
+
+    def close(self) -> None:
+        self.engine.dispose()
+
+
+def finished(client: TestClient, settings: Settings, **body: Any) -> dict[str, Any]:
+    """A job that has succeeded, with three steps, a checkpoint, a CSV and an adapter."""
+    made = created(client, **body)
+    assert settled(client, made["id"])["status"] == "queued"
+    attempt = Attempt(settings)
+    assert attempt.claim.job_id == made["id"]
+    attempt.train()
+    attempt.succeed()
+    attempt.close()
+    return job(client, made["id"])
