@@ -163,7 +163,7 @@ def _linear_layers(model: nn.Module) -> dict[str, nn.Module]:
 
 
 def _target_modules(model: nn.Module, layers: Mapping[str, nn.Module], names: Iterable[str]) -> list[str]:
-    """The shortest endings that select the adapted layers and their served partners, and linear layers only."""
+    """The shortest endings that select the adapted layers and their partners, and linear layers only."""
     wanted = list(names)
     for name in list(wanted):
         parent, _, last = name.rpartition(".")
@@ -292,8 +292,7 @@ tags:
 
 Trained with {adapter.method} ({adapter.paper}): {adapter.summary}
 
-What is stored here is a plain LoRA of rank {export.rank} for the untouched base model, with all scale inside the
-factors.
+What is stored here is a plain LoRA of rank {export.rank} for the untouched base model, with all scale in B.
 {truncated_to}
 ## How to load it
 
