@@ -24,7 +24,7 @@ from sqlalchemy.orm import Session
 from .errors import Damaged, FileInUse, NotFound, StorageError, StorageFull, TooLarge
 from .models import File, Job, new_id
 from .pages import Page, read_page
-from .session import Sessions, db_now
+from .session import Sessions, db_now, settle
 from .settings import Settings
 
 MANIFEST = "stored.json"
@@ -367,7 +367,7 @@ def delete_file(session: Session, project_id: str, file_id: str) -> File:
 
 def _mark_deleted(session: Session, file: File) -> None:
     file.deleted_at = db_now()
-    session.flush()
+    settle(session, file)
 
 
 def _uses(file_id: Any) -> Any:

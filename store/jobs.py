@@ -24,7 +24,7 @@ from .errors import FileUnusable, JobStateError, LeaseLost, NotFound, StoreError
 from .files import lock_file, new_file_id, record_file
 from .models import Attempt, Checkpoint, Event, File, Job, Metric, Model, Project, new_id
 from .pages import Page, read_page
-from .session import db_now, reader
+from .session import db_now, reader, settle
 from .settings import Settings
 
 Wish = Literal["cancel"]
@@ -280,7 +280,7 @@ def _write(session: Session, claim: Claim, **values: Any) -> Job:
 
     Raises LeaseLost when the job is no longer this attempt's.
     """
-    fenced = update(Job).where(_mine(claim)).values(**values).returning(Job)
+    fenced = update(Job).where(_mine(claim)).values(**{"status": "running", **values}).returning(Job)
     job = session.scalar(fenced.execution_options(populate_existing=True))
     if job is None:
         raise LeaseLost(claim.job_id, claim.attempt)
@@ -512,7 +512,7 @@ def succeed(
         Note("info", f"New fine-tuned model created: {model}"),
         Note("info", "The job has successfully completed"),
     )
-    session.flush()
+    settle(session, job)
     return job
 
 
@@ -600,7 +600,7 @@ def _release(session: Session, job: Job, reason: str, message: str, crashed: boo
     data["resumes_from_step"] = checkpoint.step if checkpoint else 0
     onward = f"Step {job.step} was reached; the job is queued again and goes on from {start}."
     _tell(session, job.id, Note("warn" if crashed else "info", f"{message} {onward}", data))
-    session.flush()
+    settle(session, job)
 
 
 def _gave_up(job: Job, reason: str, message: str, start: str) -> dict[str, Any]:
@@ -642,7 +642,7 @@ def _end_cancelled(session: Session, job: Job) -> None:
     _end_attempt(session, job, "cancelled")
     _rest(job)
     _tell(session, job.id, Note("info", "The job has been cancelled"))
-    session.flush()
+    settle(session, job)
 
 
 def _end_failed(session: Session, job: Job, error: dict[str, Any]) -> None:
@@ -651,7 +651,7 @@ def _end_failed(session: Session, job: Job, error: dict[str, Any]) -> None:
     _end_attempt(session, job, str(error["code"]))
     _rest(job)
     _tell(session, job.id, Note("error", f"The job failed: {error['message']}"))
-    session.flush()
+    settle(session, job)
 
 
 def _rest(job: Job) -> None:
@@ -806,5 +806,5 @@ def delete_model(session: Session, project_id: str, model_id: str) -> Model:
     session.execute(
         update(File).where(File.id.in_(adapters), File.deleted_at.is_(None)).values(deleted_at=db_now())
     )
-    session.flush()
+    settle(session, model)
     return model

@@ -13,7 +13,7 @@ from sqlalchemy.orm import Session
 
 from .errors import SettingsError
 from .models import Key, Project, new_id
-from .session import db_now
+from .session import db_now, settle
 from .settings import Settings
 
 PREFIX = "sk-olora-"
@@ -81,7 +81,7 @@ def create_key(session: Session, project_id: str, name: str) -> tuple[Key, str]:
 
 def revoke_key(session: Session, key: Key) -> None:
     key.revoked_at = db_now()
-    session.flush()
+    settle(session, key)
 
 
 def find_key(session: Session, token: str) -> Key | None:

@@ -24,8 +24,6 @@ def new_id(prefix: str, length: int = 24) -> str:
 
 
 class Base(DeclarativeBase):
-    __mapper_args__ = {"eager_defaults": True}  # noqa: RUF012
-    """What the database fills in (its clock) is there after a flush, also when the session is gone."""
     metadata = MetaData(
         naming_convention={
             "ix": "ix_%(table_name)s_%(column_0_N_name)s",

@@ -87,6 +87,12 @@ def sessions(engine: Engine) -> Sessions:
     return sessionmaker(engine, expire_on_commit=False)
 
 
+def settle(session: Session, row: object) -> None:
+    """Writes a row and reads what the database made of it, so that it can be used without the session."""
+    session.flush()
+    session.refresh(row)
+
+
 def read_sessions(engine: Engine) -> Sessions:
     """Sessions that only read and hence wait for nobody; a write in one is an error."""
     return sessionmaker(reader(engine), expire_on_commit=False)

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 from sqlalchemy import Engine, create_engine, make_url, text
 
+from store.models import Base
 from store.session import Sessions, make_engine, migrate, read_sessions, sessions
 from store.settings import Settings, get_settings, read_settings
 from tests import services
@@ -47,14 +48,12 @@ def _with_name(server: str, name: str) -> str:
     return make_url(server).set(database=name).render_as_string(hide_password=False)
 
 
-@pytest.fixture(scope="session")
-def postgres_template(postgres_server: str) -> Iterator[str]:
-    """The name of a migrated database that others are copied from."""
-    name = f"olora_template_{uuid.uuid4().hex[:8]}"
-    _administer(postgres_server, f"CREATE DATABASE {name}")
-    migrate(_with_name(postgres_server, name))
-    yield name
-    _administer(postgres_server, f"DROP DATABASE {name} WITH (FORCE)")
+def _postgres_database(server: str) -> Iterator[str]:
+    name = f"olora_{uuid.uuid4().hex[:12]}"
+    _administer(server, f"CREATE DATABASE {name} TEMPLATE template0")
+    yield _with_name(server, name)
+    if "OLORA_TEST_POSTGRES_URL" in os.environ:  # a private server is thrown away as a whole
+        _administer(server, f"DROP DATABASE {name} WITH (FORCE)")
 
 
 @pytest.fixture(scope="session")
@@ -65,17 +64,23 @@ def sqlite_template(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-def _postgres_database(server: str, template: str) -> Iterator[str]:
-    name = f"olora_{uuid.uuid4().hex[:12]}"
-    _administer(server, f"CREATE DATABASE {name} TEMPLATE {template}")
-    yield _with_name(server, name)
-    _administer(server, f"DROP DATABASE {name} WITH (FORCE)")
+@pytest.fixture(scope="session")
+def postgres_database(postgres_server: str) -> Iterator[str]:
+    """A migrated database, shared by the tests one after another."""
+    for url in _postgres_database(postgres_server):
+        migrate(url)
+        yield url
 
 
 @pytest.fixture
-def postgres_url(postgres_server: str, postgres_template: str) -> Iterator[str]:
-    """A fresh, migrated PostgreSQL database."""
-    yield from _postgres_database(postgres_server, postgres_template)
+def postgres_url(postgres_server: str, postgres_database: str) -> str:
+    """A migrated PostgreSQL database with nothing in it, and nobody else connected to it."""
+    name = make_url(postgres_database).database
+    others = f"SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE datname = '{name}'"
+    _administer(postgres_server, others)
+    tables = ", ".join(table.name for table in Base.metadata.sorted_tables)
+    _administer(postgres_database, f"TRUNCATE {tables} RESTART IDENTITY CASCADE")
+    return postgres_database
 
 
 @pytest.fixture
@@ -100,7 +105,7 @@ def empty_database_url(request: pytest.FixtureRequest, tmp_path: Path) -> Iterat
     if request.param == "sqlite":
         yield f"sqlite:///{tmp_path / 'empty.db'}"
         return
-    yield from _postgres_database(request.getfixturevalue("postgres_server"), "template0")
+    yield from _postgres_database(request.getfixturevalue("postgres_server"))
 
 
 @pytest.fixture

@@ -36,7 +36,9 @@ def die_with_parent() -> None:
 
 
 @contextlib.contextmanager
-def running(command: list[str], user: str | None = None) -> Iterator[subprocess.Popen[bytes]]:
+def running(
+    command: list[str], user: str | None = None, end_with: signal.Signals = signal.SIGINT
+) -> Iterator[subprocess.Popen[bytes]]:
     """A server that ends with the block, or with this process."""
     account = pwd.getpwnam(user) if user else None
     process = subprocess.Popen(
@@ -53,7 +55,7 @@ def running(command: list[str], user: str | None = None) -> Iterator[subprocess.
     try:
         yield process
     finally:
-        process.send_signal(signal.SIGINT)
+        process.send_signal(end_with)
         try:
             process.wait(10)
         except subprocess.TimeoutExpired:
@@ -102,7 +104,7 @@ def postgres_server() -> Iterator[str]:
         fast = ["fsync=off", "synchronous_commit=off", "full_page_writes=off", "max_connections=200"]
         settings = [part for setting in fast for part in ("-c", setting)]
         command = [postgres, "-D", data, "-h", "127.0.0.1", "-p", str(port), "-k", folder, *settings]
-        with running(command, user):
+        with running(command, user, signal.SIGQUIT):  # at once: nothing is worth saving
             url = f"postgresql+psycopg://olora@127.0.0.1:{port}/postgres"
             wait_until(lambda: postgres_answers(url), "The start of PostgreSQL")
             yield url

@@ -19,6 +19,7 @@ from store.session import (
     Sessions,
     make_engine,
     migrate,
+    migration_lock,
     reader,
     require_current_schema,
     schema_is_current,
@@ -40,7 +41,7 @@ def test_migrations_give_exactly_the_models_schema(empty_database_url: str) -> N
 def test_a_schema_that_is_behind_is_refused_with_the_remedy(empty_database_url: str) -> None:
     engine = make_engine(empty_database_url)
     assert not schema_is_current(engine)
-    with pytest.raises(SchemaBehind, match="olora serve.*alembic upgrade head"):
+    with pytest.raises(SchemaBehind, match=r"olora serve.*alembic upgrade head"):
         require_current_schema(engine)
     migrate(empty_database_url)
     require_current_schema(engine)
@@ -48,14 +49,14 @@ def test_a_schema_that_is_behind_is_refused_with_the_remedy(empty_database_url: 
 
 
 def test_of_two_migrations_at_once_one_waits(empty_database_url: str) -> None:
-    code = "import sys; from store.session import migrate; migrate(sys.argv[1])"
-    started = [
-        subprocess.Popen([sys.executable, "-c", code, empty_database_url], cwd=ROOT, stderr=subprocess.PIPE)
-        for _ in range(3)
-    ]
-    errors = [process.communicate(timeout=60)[1] for process in started]
-    assert errors == [b""] * 3
     engine = make_engine(empty_database_url)
+    with engine.connect() as connection, migration_lock(connection):
+        second = threading.Thread(target=migrate, args=(empty_database_url,))
+        second.start()
+        second.join(0.7)
+        assert second.is_alive()
+        assert not schema_is_current(engine)
+    second.join(30)
     assert schema_is_current(engine)
     engine.dispose()
 
@@ -131,15 +132,16 @@ def test_no_update_is_lost_between_processes_and_threads_on_sqlite(sqlite_url: s
     engine = make_engine(sqlite_url)
     with sessions(engine).begin() as session:
         session.add(Project(id="p", name="0"))
-    context = multiprocessing.get_context("spawn")
-    workers = [context.Process(target=_add_one, args=(sqlite_url, 100)) for _ in range(2)]
-    workers += [threading.Thread(target=_add_one, args=(sqlite_url, 100)) for _ in range(3)]  # type: ignore[misc]
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["store.jobs"])
+    workers = [context.Process(target=_add_one, args=(sqlite_url, 60)) for _ in range(2)]
+    workers += [threading.Thread(target=_add_one, args=(sqlite_url, 60)) for _ in range(3)]  # type: ignore[misc]
     for worker in workers:
         worker.start()
     for worker in workers:
         worker.join(60)
     with sessions(engine).begin() as session:
-        assert session.get_one(Project, "p").name == "500"
+        assert session.get_one(Project, "p").name == "300"
     engine.dispose()
 
 

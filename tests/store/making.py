@@ -1,0 +1,94 @@
+"""Rows and files that the tests of the store begin with."""
+
+import io
+import json
+from typing import Any
+
+from sqlalchemy.orm import Session
+
+from olora_core import formats
+from olora_core.specs import TrainSpec
+from store import files, jobs
+from store.models import File, Job, Project
+from store.session import Sessions
+
+CHAT = {"messages": [{"role": "user", "content": "2 + 2?"}, {"role": "assistant", "content": "4"}]}
+COMPLETION = {"prompt": "2 + 2 =", "completion": " 4"}
+PREFERENCE = {
+    "input": {"messages": [{"role": "user", "content": "2 + 2?"}]},
+    "preferred_output": [{"role": "assistant", "content": "4"}],
+    "non_preferred_output": [{"role": "assistant", "content": "5"}],
+}
+SPEC = TrainSpec(model="olora-tiny", seed=7)
+
+
+def project(session: Session, project_id: str = "p") -> Project:
+    made = session.get(Project, project_id) or Project(id=project_id, name=project_id)
+    session.add(made)
+    session.flush()
+    return made
+
+
+def report(rows: list[dict[str, Any]]) -> dict[str, Any]:
+    text = "".join(json.dumps(row) + "\n" for row in rows)
+    return formats.validate(io.BytesIO(text.encode())).model_dump(mode="json")
+
+
+def file(session: Session, rows: list[dict[str, Any]] | None = None, **values: Any) -> File:
+    """A training file of ten good rows, unless told otherwise."""
+    given: dict[str, Any] = {
+        "file_id": files.new_file_id(),
+        "project_id": "p",
+        "filename": "train.jsonl",
+        "purpose": "fine-tune",
+        "bytes": 100,
+        "sha256": "0" * 64,
+        "report": report([CHAT] * 10 if rows is None else rows),
+    }
+    return files.record_file(session, **{**given, **values})
+
+
+def job(sessions: Sessions, project_id: str = "p", *, status: str = "queued", **values: Any) -> Job:
+    """A job on a good file, queued."""
+    with sessions.begin() as session:
+        project(session, project_id)
+        given: dict[str, Any] = {
+            "project_id": project_id,
+            "spec": SPEC,
+            "training_file": file(session, project_id=project_id),
+        }
+        made = jobs.create(session, **{**given, **values})
+        made.status = status
+    return made
+
+
+def claimed(sessions: Sessions, owner: str = "worker-1", lease_seconds: float = 60) -> jobs.Claim:
+    with sessions.begin() as session:
+        claim = jobs.claim(session, owner=owner, lease_seconds=lease_seconds)
+    assert claim is not None
+    return claim
+
+
+def reread(sessions: Sessions, job_id: str) -> Job:
+    with sessions() as session:
+        return session.query(Job).filter_by(id=job_id).one()
+
+
+def messages(sessions: Sessions, job_id: str) -> list[str]:
+    """The texts of a job's events, oldest first."""
+    with sessions() as session:
+        return [event.message for event in jobs.events_since(session, job_id)]
+
+
+def step(number: int, loss: float = 0.5, **values: Any) -> dict[str, Any]:
+    """What the trainer says after a step."""
+    return {
+        "step": number,
+        "total_steps": 20,
+        "loss": loss,
+        "accuracy": 0.75,
+        "trained_tokens": 40,
+        "learning_rate": 1e-3,
+        "seconds": 0.5,
+        **values,
+    }

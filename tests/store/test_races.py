@@ -1,0 +1,200 @@
+"""Many at once, as processes of their own: every job starts once, and every fault of the fence would show."""
+
+import multiprocessing
+import random
+import threading
+import time
+from collections import Counter
+from multiprocessing.synchronize import Barrier
+from typing import Any
+
+from sqlalchemy import func, select, update
+
+from store import jobs
+from store.errors import LeaseLost
+from store.models import Attempt, Checkpoint, Event, Job, Metric, Model
+from store.session import Sessions, db_now, make_engine, sessions
+from store.settings import Settings
+from tests.store import making
+
+CLAIMERS = 8
+
+
+def _claim_everything(url: str, owner: str, barrier: Barrier) -> None:
+    engine = make_engine(url)
+    made = sessions(engine)
+    barrier.wait(60)
+    while True:
+        with made.begin() as session:
+            if jobs.claim(session, owner=owner, lease_seconds=60) is None:
+                break
+    engine.dispose()
+
+
+def test_eight_claimers_start_every_job_exactly_once(database_url: str, sessions: Sessions) -> None:
+    first = making.job(sessions)
+    with sessions.begin() as session:
+        file = making.file(session)
+        for _ in range(79):
+            jobs.create(session, project_id="p", spec=making.SPEC, training_file=file).status = "queued"
+    context = multiprocessing.get_context("forkserver")  # imports once, forks eight times
+    context.set_forkserver_preload(["store.jobs"])
+    barrier = context.Barrier(CLAIMERS)
+    claimers = [
+        context.Process(target=_claim_everything, args=(database_url, f"w{n}", barrier))
+        for n in range(CLAIMERS)
+    ]
+    for claimer in claimers:
+        claimer.start()
+    for claimer in claimers:
+        claimer.join(60)
+    assert [claimer.exitcode for claimer in claimers] == [0] * CLAIMERS
+    with sessions() as session:
+        assert session.scalar(select(func.count()).select_from(Attempt)) == 80
+        assert set(session.scalars(select(Job.attempt))) == {1}
+        started = select(Event.job_id).where(Event.message == "Fine-tuning job started")
+        assert Counter(session.scalars(started)).most_common(1)[0][1] == 1
+        assert session.scalar(select(Job.status).where(Job.id == first.id)) == "running"
+
+
+def test_one_job_again_and_again_goes_to_one_of_eight(sessions: Sessions) -> None:
+    """Every round all eight begin at the same moment; the winner hands the job back for the next round."""
+    rounds = 25
+    job = making.job(sessions)
+    barrier = threading.Barrier(CLAIMERS)
+    wins: list[tuple[int, jobs.Claim]] = []
+
+    def take_part(owner: str) -> None:
+        for number in range(rounds):
+            barrier.wait(60)
+            with sessions.begin() as session:
+                claim = jobs.claim(session, owner=owner, lease_seconds=60)
+            barrier.wait(60)
+            if claim is not None:
+                wins.append((number, claim))
+                with sessions.begin() as session:
+                    jobs.hand_back(session, claim, reason="round", message="The round is over.")
+
+    threads = [threading.Thread(target=take_part, args=(f"w{n}",)) for n in range(CLAIMERS)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+    assert [number for number, _ in wins] == list(range(rounds))
+    assert [claim.attempt for _, claim in wins] == list(range(1, rounds + 1))
+    assert making.reread(sessions, job.id).attempt == rounds
+
+
+def _work(
+    made: Sessions, settings: Settings, owner: str, chance: random.Random, stop: threading.Event
+) -> None:
+    """A worker that often falls asleep for longer than its lease, and never notices by itself."""
+    while not stop.is_set():
+        with made.begin() as session:
+            claim = jobs.claim(session, owner=owner, lease_seconds=0.15)
+        if claim is None:
+            time.sleep(0.01)
+            continue
+        try:
+            with made() as session:
+                checkpoint = jobs.latest_checkpoint(session, claim.job_id)
+            for number in range(checkpoint.step + 1 if checkpoint else 1, 6):
+                if chance.random() < 0.25:
+                    time.sleep(0.3)
+                with made.begin() as session:
+                    jobs.renew(session, claim, 0.15)
+                    jobs.record(session, claim, steps=[making.step(number)])
+                    jobs.add_checkpoint(session, claim, number, {}, f"jobs/{claim.job_id}/{number}")
+            with made.begin() as session:
+                jobs.succeed(
+                    session,
+                    claim,
+                    files=[],
+                    model=f"ft:{claim.job_id}:{claim.attempt}",
+                    certificate={},
+                    trained_tokens=1,
+                )
+        except LeaseLost:
+            continue
+
+
+def _run_with_sleepers(made: Sessions, settings: Settings, count: int, seconds: float) -> None:
+    for _ in range(count):
+        making.job(made)
+    patient = settings.model_copy(update={"max_failures": 100})
+    stop = threading.Event()
+    workers = [
+        threading.Thread(target=_work, args=(made, settings, f"w{n}", random.Random(n), stop))
+        for n in range(4)
+    ]
+    for worker in workers:
+        worker.start()
+    deadline = time.monotonic() + seconds
+    while time.monotonic() < deadline:
+        with made.begin() as session:
+            jobs.sweep(session, patient)
+            session.execute(update(Job).where(Job.not_before.is_not(None)).values(not_before=db_now()))
+            left = session.scalar(select(func.count()).where(Job.status.in_(("queued", "running"))))
+        if not left:
+            break
+        time.sleep(0.02)
+    stop.set()
+    for worker in workers:
+        worker.join(20)
+
+
+def test_workers_that_fall_asleep_lose_and_double_nothing(sessions: Sessions, settings: Settings) -> None:
+    _run_with_sleepers(sessions, settings, count=6, seconds=30)
+    with sessions() as session:
+        assert set(session.scalars(select(Job.status))) == {"succeeded"}
+        assert Counter(session.scalars(select(Model.job_id))).most_common(1)[0][1] == 1
+        assert session.scalar(select(func.count()).select_from(Metric)) == 6 * 5
+        steps = select(Event.job_id, Event.message).where(Event.type == "metrics")
+        assert Counter(session.execute(steps).all()).most_common(1)[0][1] == 1
+        assert session.scalar(select(func.max(Attempt.attempt))) > 1  # there were faults at all
+
+
+def test_without_the_fence_the_same_run_goes_wrong(
+    sessions: Sessions, settings: Settings, monkeypatch: Any
+) -> None:
+    """The control: the checks above can see the fault that they are there for."""
+    monkeypatch.setattr(jobs, "_mine", lambda claim: Job.id == claim.job_id)
+    _run_with_sleepers(sessions, settings, count=6, seconds=8)
+    with sessions() as session:
+        models = Counter(session.scalars(select(Model.job_id)))
+        late = select(Checkpoint).join(Job, Job.id == Checkpoint.job_id)
+        outdated = late.where(Checkpoint.attempt < Job.attempt, Checkpoint.created_at > Job.started_at)
+        assert models.most_common(1)[0][1] > 1 or session.scalars(outdated).first() is not None
+
+
+def test_cancelling_against_succeeding_leaves_one_end(sessions: Sessions) -> None:
+    for _ in range(20):
+        job = making.job(sessions)
+        claim = making.claimed(sessions)
+        barrier = threading.Barrier(2)
+        ends: list[str] = []
+
+        def finish(claim: jobs.Claim = claim, barrier: threading.Barrier = barrier) -> None:
+            barrier.wait(30)
+            with sessions.begin() as session:
+                name = f"ft:{claim.job_id}"
+                jobs.succeed(session, claim, files=[], model=name, certificate={}, trained_tokens=1)
+
+        def give_up(job: Job = job, barrier: threading.Barrier = barrier, ends: list[str] = ends) -> None:
+            barrier.wait(30)
+            try:
+                with sessions.begin() as session:
+                    jobs.cancel(session, job)
+            except jobs.JobStateError:
+                ends.append("refused")
+
+        pair = [threading.Thread(target=finish), threading.Thread(target=give_up)]
+        for thread in pair:
+            thread.start()
+        for thread in pair:
+            thread.join(30)
+        ended = making.reread(sessions, job.id)
+        assert (ended.status, ended.requested) == ("succeeded", None)
+        texts = making.messages(sessions, job.id)
+        assert texts.count("The job has successfully completed") == 1
+        assert ("refused" in ends) != ("Cancellation was requested; the job ends at its next step" in texts)
