@@ -128,7 +128,7 @@ def read_pairs(folder: Path, model: nn.Module) -> dict[str, LowRank]:
         tensors = load_file(folder / TENSORS)
         scale = config["lora_alpha"] / (config["r"] ** (0.5 if config["use_rslora"] else 1))
         endings, transposed = config["target_modules"], config["fan_in_fan_out"]
-    except (OSError, ValueError, KeyError, SafetensorError) as error:
+    except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
         raise CertificateError(f"The exported adapter cannot be read back: {error!r}.") from None
     layers = {name: m for name, m in model.named_modules() if any(ends_in(name, e) for e in endings)}
     expected = {f"{KEY_PREFIX}{name}.lora_{AB}.weight" for name in layers for AB in "AB"}

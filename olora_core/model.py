@@ -64,9 +64,13 @@ def load_base(folder: Path, *, name: str, device: str = "cpu", dtype: torch.dtyp
     folder = Path(folder)
     check_folder(folder, name)
     tokenizer = _load_tokenizer(folder, name)
-    model = _load_model(folder, name, dtype).to(device)
-    model.requires_grad_(False)
+    model, unused = _load_model(folder, name, dtype)
+    model.to(device).requires_grad_(False)
     notes = _adopt_pad_token(tokenizer)
+    if unused:
+        notes.append(
+            f"{len(unused)} tensors of the checkpoint have no place in the model: {_shortened(unused)}."
+        )
     rows = model.get_input_embeddings().weight.shape[0]
     if (highest := max(tokenizer.get_vocab().values())) >= rows:
         raise ModelError(
@@ -155,7 +159,8 @@ def _load_tokenizer(folder: Path, name: str) -> PreTrainedTokenizerBase:
         ) from error
 
 
-def _load_model(folder: Path, name: str, dtype: torch.dtype | None) -> PreTrainedModel:
+def _load_model(folder: Path, name: str, dtype: torch.dtype | None) -> tuple[PreTrainedModel, list[str]]:
+    """The model, and the names of tensors in its files that it does not use."""
     try:
         config = AutoConfig.from_pretrained(str(folder), trust_remote_code=False, local_files_only=True)
         with _no_progress_bar():
@@ -178,7 +183,7 @@ def _load_model(folder: Path, name: str, dtype: torch.dtype | None) -> PreTraine
     # transformers fills what a checkpoint lacks with random numbers and goes on.
     if missing := sorted(report["missing_keys"]):
         raise ModelError(f"The weights of base model '{name}' lack {_shortened(missing)}.")
-    return model
+    return model, sorted(report["unexpected_keys"])
 
 
 @contextmanager
