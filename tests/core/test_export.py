@@ -96,6 +96,14 @@ def test_plain_peft_gives_the_trained_models_logits(
     torch.testing.assert_close(merged(token_rows).logits, expected, rtol=0, atol=1e-5)
 
 
+def test_peft_loads_it_on_meta_tensors_too(llama: Base, tmp_path: Path, token_rows: Tensor) -> None:
+    """PEFT's own OLoRA files crash here, for it wants to run the QR again."""
+    exported(llama, tmp_path / "adapter")
+    fresh = AutoModelForCausalLM.from_pretrained(llama.folder)
+    theirs = PeftModel.from_pretrained(fresh, tmp_path / "adapter", low_cpu_mem_usage=True)
+    torch.testing.assert_close(theirs(token_rows).logits, llama.model(token_rows).logits, rtol=0, atol=1e-5)
+
+
 @pytest.mark.parametrize("method", METHODS)
 def test_the_config_holds_exactly_what_every_loader_accepts(base: Base, tmp_path: Path, method: str) -> None:
     _, export = exported(base, tmp_path / "adapter", method)

@@ -344,6 +344,14 @@ def test_olora_factors_are_those_of_a_full_qr_in_float64(shape: tuple[int, int])
         assert not A0[:, :8].tril(-1).any()
 
 
+@pytest.mark.parametrize("shape", SHAPES)
+def test_olora_starts_from_the_projection_on_the_first_columns(shape: tuple[int, int]) -> None:
+    weight = torch.randn(shape, generator=torch.Generator().manual_seed(6))
+    B0, A0 = qr_factors(weight, 6)
+    torch.testing.assert_close(B0.T @ B0, torch.eye(6), rtol=0, atol=1e-6)
+    torch.testing.assert_close((B0 @ A0)[:, :6], weight[:, :6], rtol=0, atol=1e-5)
+
+
 def test_the_widest_rank_reproduces_the_whole_weight() -> None:
     weight = torch.randn(12, 12)
     B0, A0 = qr_factors(weight, 12)
@@ -433,6 +441,31 @@ def test_a_weight_that_is_not_finite_is_refused_by_name() -> None:
         weight[place_of_nan] = float("nan")
         with pytest.raises(ModelError, match="'layer' is not finite"):
             olora_adapter(weight)
+
+
+def test_the_loss_falls_as_with_pefts_olora_step_by_step(token_rows: Tensor) -> None:
+    """PEFT moves the start into W; y and both gradients are the same functions."""
+    targets = ["q_proj", "o_proj", "down_proj"]
+    config = LoraConfig(r=4, lora_alpha=6, init_lora_weights="olora", target_modules=targets)
+    theirs = get_peft_model(make_llama(), config)
+    mine = make_llama().requires_grad_(False)
+    place(make_method("olora"), mine, target_sites(mine, targets))
+
+    def losses(model: nn.Module) -> list[float]:
+        trained = [p for p in model.parameters() if p.requires_grad]
+        optimizer = torch.optim.SGD(trained, lr=0.1)
+        seen = []
+        for _ in range(20):
+            loss = model(input_ids=token_rows, labels=token_rows).loss
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+            seen.append(loss.item())
+        return seen
+
+    got, expected = losses(mine), losses(theirs)
+    assert expected[-1] < expected[0] - 0.1
+    assert got == pytest.approx(expected, rel=1e-5)
 
 
 # --- where PEFT's OLoRA goes wrong, ours does not -----------------------------------------------------------
