@@ -38,6 +38,8 @@ logger = logging.getLogger(__name__)
 Result = TypeVar("Result")
 LISTEN_SECONDS = 0.1
 RECORD_SECONDS = 1.0
+EVALUATION_SECONDS = 0.5
+"""A step whose evaluation has not begun by then has none."""
 CANCEL_SECONDS = 15.0
 """A cancelled trainer that has not come to its next step by then is killed."""
 RELEASE_SECONDS = 90.0
@@ -126,6 +128,8 @@ class Attempt:
         self._time_up: float | None = None
         self._refusal: str | None = None
         self._stepped = False
+        self._stepped_at = 0.0
+        self._evaluating = False
         self._saved: Counter[int] = Counter()
         self._unrecorded = _Unrecorded()
         self._recorded_at = time.monotonic()
@@ -264,7 +268,7 @@ class Attempt:
                 silence = f"The training process said nothing for {self.settings.stall_seconds:g} s."
                 raise _Crashed("stalled", silence)
             if time.monotonic() > self._recorded_at + RECORD_SECONDS:
-                self._flush()
+                self._flush(hold_newest=self._newest_may_grow())
 
     def _next_message(self) -> dict[str, Any] | Ended | None:
         try:
@@ -315,9 +319,10 @@ class Attempt:
 
     def _take_in(self, kind: str, progress: dict[str, Any]) -> dict[str, Any] | None:
         values = {name: value for name, value in progress.items() if name != "kind"}
+        self._evaluating = kind == "Phase" and values["name"] == "evaluating"
         match kind:
             case "Step":
-                self._stepped = True
+                self._stepped, self._stepped_at = True, time.monotonic()
                 self._unrecorded.steps.append(values)
             case "Evaluated" if values["step"] == 0:
                 before = f"Before the training: validation loss={values['loss']:.2f}"
@@ -384,7 +389,7 @@ class Attempt:
         self.storage.put_folder(prefix, results)
         files = [_result_file(results / name, prefix) for name in (METRICS_FILE, ADAPTER_FILE)]
         model = jobs.model_name(self.claim.spec.model, self.settings.organization, job.suffix, job.id)
-        self._persist(
+        self._end(
             lambda session: jobs.succeed(
                 session,
                 self.claim,
@@ -398,21 +403,27 @@ class Attempt:
 
     # --- the row ---------------------------------------------------------------------------------------
 
-    def _flush(self) -> None:
-        """Records what was said since the last time, if anything was."""
+    def _flush(self, *, hold_newest: bool = False) -> None:
+        """Records what was said since the last time; of the steps all but the newest, if that is held."""
         said, self._unrecorded = self._unrecorded, _Unrecorded()
+        if hold_newest and said.steps:
+            self._unrecorded.steps.append(said.steps.pop())
         self._recorded_at = time.monotonic()
         if said != _Unrecorded():
             fields = {field.name: getattr(said, field.name) for field in dataclasses.fields(said)}
             self._persist(lambda session: jobs.record(session, self.claim, **fields))
 
+    def _newest_may_grow(self) -> bool:
+        """A step's evaluation is told right after it, and belongs into the same event."""
+        return self._evaluating or time.monotonic() < self._stepped_at + EVALUATION_SECONDS
+
     def _fail(self, error: OloraError | StoreError) -> None:
-        self._persist(lambda session: jobs.fail(session, self.claim, error))
+        self._end(lambda session: jobs.fail(session, self.claim, error))
         self._remove_strays()
 
     def _stopped(self, wish: str) -> None:
         if wish == "cancel":
-            self._persist(lambda session: jobs.cancelled(session, self.claim))
+            self._end(lambda session: jobs.cancelled(session, self.claim))
             self._remove_strays()
         else:
             self._hand_back("released", "The worker was stopped.", crashed=False)
@@ -425,7 +436,7 @@ class Attempt:
             logger.warning("Attempt %s could not tidy up the storage.", self.run_name, exc_info=True)
 
     def _hand_back(self, reason: str, message: str, *, crashed: bool) -> None:
-        self._persist(
+        self._end(
             lambda session: jobs.hand_back(
                 session,
                 self.claim,
@@ -435,6 +446,11 @@ class Attempt:
                 max_failures=self.settings.max_failures,
             )
         )
+
+    def _end(self, change: Callable[[Session], Job]) -> None:
+        """The last write of this attempt."""
+        self.lease.stop()
+        self._persist(change)
 
     def _persist(self, change: Callable[[Session], Result]) -> Result:
         return self._insist(self.write, change)

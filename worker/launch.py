@@ -68,10 +68,11 @@ def visible_gpus() -> list[str]:
         ).stdout
     except (OSError, subprocess.SubprocessError):
         return []
-    return _devices(listing)
+    return devices_listed(listing)
 
 
-def _devices(listing: str) -> list[str]:
+def devices_listed(listing: str) -> list[str]:
+    """The UUIDs in what `nvidia-smi -L` prints."""
     devices: list[str] = []
     whole: str | None = None
     for match in filter(None, map(_DEVICE.match, listing.splitlines())):

@@ -48,6 +48,10 @@ class Lease:
         return self
 
     def __exit__(self, *_: object) -> None:
+        self.stop()
+
+    def stop(self) -> None:
+        """Renews no more: the row is about to be given up, which must not look like a loss."""
         self._done.set()
         self._thread.join()
 

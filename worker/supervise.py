@@ -35,7 +35,7 @@ class Supervisor:
         self.owner = f"{socket.gethostname()}:{os.getpid()}:{uuid.uuid4().hex[:8]}"
         self.stopping = False
         self.hurrying = False
-        self._trainer: TrainerProcess | None = None
+        self.trainer: TrainerProcess | None = None
         self._turn = threading.Lock()
         self._rest: threading.Timer | None = None
 
@@ -103,20 +103,20 @@ class Supervisor:
 
     def _trainer_for(self, project_id: str) -> TrainerProcess:
         """The trainer at hand, or a new one: one that has seen a project's data never serves another's."""
-        trainer = self._trainer
+        trainer = self.trainer
         if trainer is None or not trainer.alive or trainer.project_id != project_id:
             self._close_trainer()
-            trainer = self._trainer = TrainerProcess(project_id)
+            trainer = self.trainer = TrainerProcess(project_id)
         return trainer
 
     def _close_trainer(self) -> None:
-        if self._trainer is not None:
-            self._trainer.close()
-            self._trainer = None
+        if self.trainer is not None:
+            self.trainer.close()
+            self.trainer = None
 
     def _start_resting(self) -> None:
         """Gives the base model's memory back when no job comes for a while."""
-        if self._trainer is not None:
+        if self.trainer is not None:
             self._rest = threading.Timer(self.settings.idle_seconds, self.close)
             self._rest.daemon = True
             self._rest.start()
