@@ -1,0 +1,190 @@
+"""The service without its web front: rows, storage and files as the API would make them."""
+
+import io
+import json
+import time
+import zipfile
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from sqlalchemy import Engine, select
+from sqlalchemy.orm import Session
+
+from olora_core.formats import validate
+from olora_core.specs import read_spec
+from store import jobs
+from store.files import Storage, file_key, new_file_id, record_file, storage
+from store.models import Checkpoint, Event, File, Job, Metric, Project
+from store.session import Sessions, make_engine, sessions
+from store.settings import Settings
+from tests.worker.tiny_base import chat_rows
+
+PROJECT = "default"
+WAIT_SECONDS = 90.0
+
+
+@dataclass
+class Service:
+    settings: Settings
+
+    @cached_property
+    def engine(self) -> Engine:
+        return make_engine(self.settings.database_url)
+
+    @cached_property
+    def write(self) -> Sessions:
+        return sessions(self.engine)
+
+    @cached_property
+    def storage(self) -> Storage:
+        return storage(self.settings)
+
+    def upload(self, data: bytes) -> str:
+        """A training file, checked as an upload is. Returns its id."""
+        file_id = new_file_id()
+        with self.storage.writer(file_key(file_id)) as writer:
+            writer.write(data)
+        with self.write.begin() as session:
+            if session.get(Project, PROJECT) is None:
+                session.add(Project(id=PROJECT, name=PROJECT))
+                session.flush()
+            record_file(
+                session,
+                file_id=file_id,
+                project_id=PROJECT,
+                filename="data.jsonl",
+                purpose="fine-tune",
+                bytes=writer.bytes,
+                sha256=writer.sha256,
+                report=validate(io.BytesIO(data)).model_dump(mode="json"),
+            )
+        return file_id
+
+    def submit(
+        self,
+        *,
+        rows: int = 64,
+        data: bytes | None = None,
+        validation: bytes | None = None,
+        model: str = "tiny",
+        options: dict[str, Any] | None = None,
+        **hyperparameters: Any,
+    ) -> str:
+        """A job in `validating_files`. Returns its id."""
+        training, held_out = self.upload(data or chat_rows(rows)), validation and self.upload(validation)
+        asked = {"batch_size": 4, "n_epochs": 2, **hyperparameters}
+        spec = read_spec(model=model, hyperparameters=asked, seed=7)
+        with self.write.begin() as session:
+            return jobs.create(
+                session,
+                project_id=PROJECT,
+                spec=spec,
+                training_file=_row(session, File, training),
+                validation_file=_row(session, File, held_out) if held_out else None,
+                options=options,
+            ).id
+
+    def admit(self) -> None:
+        with self.write.begin() as session:
+            jobs.admit(session, self.settings)
+
+    def queue(self, **wishes: Any) -> str:
+        """A job that can be claimed."""
+        job_id = self.submit(**wishes)
+        self.admit()
+        return job_id
+
+    def cancel(self, job_id: str) -> None:
+        with self.write.begin() as session:
+            jobs.cancel(session, _row(session, Job, job_id))
+
+    def job(self, job_id: str) -> Job:
+        with self.write() as session:
+            return _row(session, Job, job_id)
+
+    def events(self, job_id: str) -> Sequence[Event]:
+        """Oldest first."""
+        with self.write() as session:
+            return jobs.events_since(session, job_id)
+
+    def warnings(self, job_id: str) -> list[str]:
+        return [event.message for event in self.events(job_id) if event.level == "warn"]
+
+    def checkpoints(self, job_id: str) -> Sequence[Checkpoint]:
+        """Those that are stored, the furthest first."""
+        with self.write() as session:
+            return jobs.stored_checkpoints(session, job_id)
+
+    def losses(self, job_id: str) -> list[float]:
+        """The training loss of each step, in order, with no step missing and none twice."""
+        with self.write() as session:
+            rows = session.scalars(select(Metric).where(Metric.job_id == job_id).order_by(Metric.step)).all()
+        assert [row.step for row in rows] == list(range(1, len(rows) + 1))
+        return [row.values["train_loss"] for row in rows]
+
+    def result(self, job_id: str, position: int) -> bytes:
+        """The bytes of a result file."""
+        with self.write() as session:
+            file = _row(session, File, self.job(job_id).result_files[position])
+        assert file.storage_key is not None
+        with self.storage.open(file.storage_key) as stored:
+            return stored.read()
+
+    def adapter(self, job_id: str) -> dict[str, bytes]:
+        """The files of a succeeded job's adapter."""
+        with zipfile.ZipFile(io.BytesIO(self.result(job_id, 1))) as archive:
+            return {name: archive.read(name) for name in archive.namelist()}
+
+    def tensors(self, job_id: str) -> bytes:
+        return self.adapter(job_id)["adapter_model.safetensors"]
+
+    def traces(self, job_id: str) -> str:
+        """Everything that the rows and the storage hold of a job, to see that nothing changed."""
+        job = self.job(job_id)
+        row = {
+            column.name: getattr(job, column.key)
+            for column in Job.__mapper__.columns
+            if column.key != "metadata"
+        }
+        events = [event.id for event in self.events(job_id)]
+        return json.dumps([row, events, self.storage.list(f"jobs/{job_id}")], default=str, sort_keys=True)
+
+    def wait(
+        self, job_id: str, reached: Callable[[Job], object], what: str, seconds: float = WAIT_SECONDS
+    ) -> Job:
+        """The job once it is so."""
+        deadline = time.monotonic() + seconds
+        while not reached(job := self.job(job_id)):
+            if time.monotonic() > deadline:
+                told = "\n".join(f"{e.level}: {e.message}" for e in self.events(job_id)[-10:])
+                raise AssertionError(f"{what}: not within {seconds:g} s. The job is {job.status}.\n{told}")
+            time.sleep(0.02)
+        return job
+
+    def wait_for_end(self, job_id: str) -> Job:
+        return self.wait(job_id, lambda job: job.status in jobs.ENDED, "the end of the job")
+
+    def wait_for_step(self, job_id: str, step: int) -> Job:
+        return self.wait(job_id, lambda job: job.step >= step, f"step {step}")
+
+    def wait_for_checkpoint(self, job_id: str, count: int = 1) -> Job:
+        return self.wait(job_id, lambda _: len(self.checkpoints(job_id)) >= count, f"{count} checkpoints")
+
+
+def _row(session: Session, kind: Any, row_id: str) -> Any:
+    row = session.scalar(select(kind).where(kind.id == row_id))
+    assert row is not None
+    return row
+
+
+def model_folder(root: Path) -> Path:
+    """OLORA_MODELS_DIR with the tiny base in it, made once a session."""
+    from tests.worker.tiny_base import make_base
+
+    folder = root / "models"
+    if not folder.exists():
+        make_base(folder / "tiny")
+    return folder

@@ -1,0 +1,263 @@
+"""The supervisor: from a claimable row to a row that says how it ended. One warm trainer serves all tests."""
+
+import csv
+import io
+import json
+import os
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import pytest
+
+from tests.services import wait_until
+from tests.worker.service import Service
+from tests.worker.test_lineage import exists
+from tests.worker.tiny_base import chat_rows
+from worker.supervise import Supervisor
+
+LONG = {"rows": 64, "n_epochs": 40}
+"""A job of 640 steps: longer than any test of it."""
+
+
+@pytest.fixture(scope="module")
+def supervisor(service: Service) -> Iterator[Supervisor]:
+    supervisor = Supervisor(service.settings)
+    yield supervisor
+    supervisor.close()
+
+
+@contextmanager
+def at_work(supervisor: Supervisor, until: Callable[[], bool] = lambda: True) -> Iterator[Callable[[], None]]:
+    """The supervisor is woken, in a thread as in a Celery worker, again and again `until` it is so.
+
+    The block gets its end to wait for, and is followed by it.
+    """
+
+    def work() -> None:
+        supervisor.run_until_idle()
+        while not until():
+            time.sleep(0.05)
+            supervisor.run_until_idle()
+
+    thread = threading.Thread(target=work, daemon=True)
+    thread.start()
+
+    def finish() -> None:
+        thread.join(60)
+        assert not thread.is_alive()
+
+    yield finish
+    finish()
+
+
+def trainer_pid(supervisor: Supervisor) -> int:
+    trainer = supervisor.trainer
+    assert trainer is not None
+    return trainer.pid
+
+
+def test_a_job_becomes_a_certified_adapter(service: Service, supervisor: Supervisor) -> None:
+    job_id = service.queue(rows=32, validation=chat_rows(10, first=100))
+    assert supervisor.run_until_idle() == 1
+    job = service.job(job_id)
+    assert (job.status, job.attempt, job.failures) == ("succeeded", 1, 0)
+    assert job.certificate is not None
+    assert job.certificate["passed"] is True
+    assert job.fine_tuned_model is not None
+    assert job.fine_tuned_model.startswith("ft:tiny:olora::")
+    assert job.resolved is not None
+    assert job.resolved["hyperparameters"]["learning_rate"] != "auto"
+    assert (job.step, job.total_steps) == (16, 16)
+    assert job.trained_tokens
+
+    losses = service.losses(job_id)
+    assert len(losses) == 16
+    assert losses[-1] < losses[0]
+    rows = list(csv.DictReader(io.StringIO(service.result(job_id, 0).decode())))
+    assert [float(row["train_loss"]) for row in rows] == losses
+    files = service.adapter(job_id)
+    assert {"adapter_config.json", "adapter_model.safetensors", "manifest.json", "README.md"} <= files.keys()
+    assert json.loads(files["manifest.json"])["certificate"]["passed"] is True
+
+
+def test_its_owner_reads_the_whole_story(service: Service, supervisor: Supervisor) -> None:
+    job_id = service.queue(rows=32, validation=chat_rows(10, first=100))
+    supervisor.run_until_idle()
+    told = [event.message for event in service.events(job_id)]
+    beginning = ["Created", "Validating", "Files validated", "Fine-tuning job started"]
+    assert [part in message for part, message in zip(beginning, told, strict=False)] == [True] * 4
+    assert any(message.startswith("Decided: learning_rate") for message in told)
+    assert any(message.startswith("Before the training: validation loss") for message in told)
+    assert sum(message.startswith("Step ") for message in told) == 16
+    assert any("full validation loss" in message for message in told)
+    assert told[-2].startswith("New fine-tuned model created: ft:tiny:")
+    assert "successfully completed" in told[-1]
+    assert service.warnings(job_id) == []
+
+
+def test_two_checkpoints_are_kept_and_nothing_else(service: Service, supervisor: Supervisor) -> None:
+    job_id = service.queue(rows=32, n_epochs=4)
+    supervisor.run_until_idle()
+    kept = service.checkpoints(job_id)
+    assert [checkpoint.step for checkpoint in kept] == [32, 24]
+    stored = {key.rpartition("/")[0] for key in service.storage.list(f"jobs/{job_id}")}
+    assert stored == {*(c.storage_key for c in kept), f"jobs/{job_id}/results/a1"}
+    assert not list(service.settings.scratch_folder.glob("ftjob-*"))
+
+
+def test_one_trainer_serves_job_after_job(service: Service, supervisor: Supervisor) -> None:
+    before = trainer_pid(supervisor)
+    first, second = service.queue(rows=32), service.queue(rows=32)
+    assert supervisor.run_until_idle() == 2
+    assert trainer_pid(supervisor) == before
+    assert service.tensors(first) == service.tensors(second)
+
+
+def test_without_jobs_nothing_happens(service: Service, supervisor: Supervisor) -> None:
+    assert supervisor.run_until_idle() == 0
+
+
+def test_a_cancelled_job_stops_at_its_next_step(service: Service, supervisor: Supervisor) -> None:
+    job_id = service.queue(**LONG)
+    with at_work(supervisor):
+        service.wait_for_step(job_id, 3)
+        service.cancel(job_id)
+        asked = time.monotonic()
+        job = service.wait_for_end(job_id)
+        seconds = time.monotonic() - asked
+    assert job.status == "cancelled"
+    assert job.error is None
+    assert seconds < 5
+    assert len(service.losses(job_id)) < 640
+    assert supervisor.trainer is not None
+    assert supervisor.trainer.alive
+
+
+def test_a_base_model_that_is_gone_fails_the_job_with_a_sentence(
+    service: Service, supervisor: Supervisor
+) -> None:
+    job_id = service.queue(model="tini")
+    supervisor.run_until_idle()
+    job = service.job(job_id)
+    assert job.status == "failed"
+    assert job.error is not None
+    assert job.error["code"] == "model_not_available"
+    assert "did you mean 'tiny'" in job.error["message"]
+
+
+def test_a_training_file_that_is_gone_fails_the_job_with_a_sentence(
+    service: Service, supervisor: Supervisor
+) -> None:
+    job_id = service.queue()
+    service.storage.delete(f"files/{service.job(job_id).training_file}")
+    supervisor.run_until_idle()
+    error = service.job(job_id).error
+    assert error is not None
+    assert (error["code"], error["param"]) == ("invalid_training_file", "training_file")
+    assert "upload it again" in error["message"]
+
+
+def test_a_file_that_cannot_be_trained_on_fails_the_job_at_once(
+    service: Service, supervisor: Supervisor
+) -> None:
+    """Its rows are right, but none has a trained token within the context that was asked for."""
+    job_id = service.queue(context_length=16)
+    supervisor.run_until_idle()
+    job = service.job(job_id)
+    assert (job.status, job.attempt) == ("failed", 1)
+    assert job.error is not None
+    assert job.error["code"] == "invalid_training_file"
+
+
+def test_what_a_killed_attempt_stored_without_a_row_is_removed(
+    service: Service, supervisor: Supervisor
+) -> None:
+    job_id = service.queue(rows=32)
+    with service.storage.writer(f"jobs/{job_id}/checkpoints/99-a0/state.json") as writer:
+        writer.write(b"{}")
+    supervisor.run_until_idle()
+    assert service.job(job_id).status == "succeeded"
+    assert not any("99-a0" in key for key in service.storage.list(f"jobs/{job_id}"))
+
+
+def test_a_stopping_worker_hands_its_job_back_and_another_goes_on(
+    service: Service, supervisor: Supervisor
+) -> None:
+    """The stored checkpoints are damaged meanwhile: the newest is passed over, the one before is taken."""
+    uninterrupted = service.queue(rows=32, n_epochs=8)
+    supervisor.run_until_idle()
+    job_id = service.queue(rows=32, n_epochs=8)
+    stopping = Supervisor(service.settings)
+    with at_work(stopping) as finish:
+        service.wait_for_checkpoint(job_id, 2)
+        stopping.stop()
+        finish()
+    assert stopping.run_until_idle() == 0
+    trainer = trainer_pid(stopping)
+    stopping.close()
+    assert not exists(trainer)
+    job = service.job(job_id)
+    assert (job.status, job.attempt, job.failures) == ("queued", 1, 0)
+    assert service.warnings(job_id) == []
+    newest, before = service.checkpoints(job_id)
+    assert newest.step == job.step
+
+    path = service.settings.storage_folder / f"{newest.storage_key}/adapter.safetensors"
+    damaged = bytearray(path.read_bytes())
+    damaged[-1] ^= 1
+    path.write_bytes(damaged)
+    supervisor.run_until_idle()
+    job = service.job(job_id)
+    assert (job.status, job.attempt, job.failures) == ("succeeded", 2, 0)
+    assert service.warnings(job_id) == [
+        f"The checkpoint at step {newest.step} cannot be used; "
+        f"the job goes on from the one before, at step {before.step}."
+    ]
+    assert service.losses(job_id) == service.losses(uninterrupted)
+    assert service.tensors(job_id) == service.tensors(uninterrupted)
+
+
+def test_a_silent_trainer_is_taken_for_hung(service: Service, supervisor: Supervisor) -> None:
+    job_id = service.queue(**LONG)
+    supervisor.settings = service.settings.model_copy(update={"stall_seconds": 1.0})
+    with at_work(supervisor):
+        service.wait_for_step(job_id, 2)
+        hung = trainer_pid(supervisor)
+        os.kill(hung, signal.SIGSTOP)
+    supervisor.settings = service.settings
+    assert not exists(hung)
+    job = service.job(job_id)
+    assert (job.status, job.failures) == ("queued", 1)
+    [warning] = service.warnings(job_id)
+    assert "said nothing for 1 s" in warning
+    service.cancel(job_id)
+
+
+def test_three_crashes_without_progress_end_the_job_with_a_sentence(
+    service: Service, supervisor: Supervisor
+) -> None:
+    job_id = service.queue(**LONG)
+    for attempt in (1, 2, 3):
+        with at_work(supervisor, until=lambda attempt=attempt: service.job(job_id).attempt == attempt):
+            wait_until(lambda attempt=attempt: service.job(job_id).attempt == attempt, "an attempt")
+            wait_until(lambda: supervisor.trainer is not None and supervisor.trainer.alive, "its trainer")
+            os.kill(trainer_pid(supervisor), signal.SIGKILL)
+    job = service.job(job_id)
+    assert (job.status, job.attempt, job.failures) == ("failed", 3, 3)
+    assert job.error is not None
+    assert job.error["code"] == "trainer_lost"
+    assert "3 times" in job.error["message"]
+    assert "was killed (out of memory?)" in job.error["message"]
+    assert len(service.warnings(job_id)) == 2
+
+
+def test_a_job_ends_when_its_time_is_used_up(service: Service, supervisor: Supervisor) -> None:
+    job_id = service.queue(**LONG, options={"max_seconds": 1})
+    supervisor.run_until_idle()
+    job = service.job(job_id)
+    assert job.status == "failed"
+    assert job.error is not None
+    assert (job.error["code"], job.error["param"]) == ("time_limit", "olora.max_seconds")
