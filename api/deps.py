@@ -4,6 +4,7 @@ import hashlib
 import json
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from threading import Event
 from typing import Annotated, Any
 
 from celery import Celery
@@ -33,6 +34,8 @@ class Services:
     storage: Storage
     queue: Celery
     dispatcher: Dispatcher
+    closing: Event
+    """Set when the server is told to stop; whoever waits for long, stops waiting."""
 
 
 @dataclass(frozen=True)

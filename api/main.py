@@ -5,8 +5,11 @@ no browsable docs pages: a browser cannot send the key, and they would load scri
 """
 
 import logging
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+import signal
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager, contextmanager
+from threading import Event, current_thread, main_thread
+from types import FrameType
 
 import anyio.to_thread
 from fastapi import FastAPI, Request
@@ -83,7 +86,8 @@ async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
         app.state.services = services
         services.dispatcher.start()
         try:
-            yield
+            with _heeding_signals(services.closing):
+                yield
         finally:
             await anyio.to_thread.run_sync(services.dispatcher.stop)
     finally:
@@ -105,10 +109,35 @@ def _prepare(settings: Settings, engine: Engine) -> Services:
         engine=engine,
         writes=writes,
         reads=read_sessions(engine),
+        closing=Event(),
         storage=stored,
         queue=queue,
         dispatcher=Dispatcher(settings, engine, store=stored, app=queue),
     )
+
+
+@contextmanager
+def _heeding_signals(closing: Event) -> Iterator[None]:
+    """Sets `closing` when the server is told to stop: it would wait for open event streams otherwise."""
+    if current_thread() is not main_thread():
+        yield
+        return
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+
+    def heed(number: int, frame: FrameType | None) -> None:
+        closing.set()
+        handler = handlers[signal.Signals(number)]
+        if callable(handler):
+            handler(number, frame)
+
+    servers = [number for number, handler in handlers.items() if callable(handler)]
+    for number in servers:
+        signal.signal(number, heed)
+    try:
+        yield
+    finally:
+        for number in servers:
+            signal.signal(number, handlers[number])
 
 
 async def _explain(request: Request, error: Exception) -> JSONResponse:

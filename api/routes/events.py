@@ -67,7 +67,7 @@ def _start(call: Call, job_id: str, after: str | None) -> int:
 async def _stream(call: Call, job_id: str, seq: int) -> AsyncIterator[str]:
     """Holds neither a thread nor a connection between its looks at the database."""
     spoken = time.monotonic()
-    while True:
+    while not call.services.closing.is_set():
         rows, status = await run_in_threadpool(_news, call, job_id, seq)
         for row in rows:
             yield _message(row.type, EventObject.of(row).model_dump_json(), row.id)

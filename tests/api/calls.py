@@ -105,10 +105,12 @@ class Attempt:
         self.settings = settings
         self.engine = make_engine(settings.database_url)
         self.sessions = sessions(self.engine)
+        # On PostgreSQL a claim passes over a row that the dispatcher holds at that moment.
+        self.claim = eventually(self._claim)
+
+    def _claim(self) -> jobs.Claim | None:
         with self.sessions.begin() as session:
-            claim = jobs.claim(session, owner="test", lease_seconds=300)
-        assert claim is not None
-        self.claim = claim
+            return jobs.claim(session, owner="test", lease_seconds=300)
 
     def resolved(self) -> TrainSpec:
         facts = Facts(examples=12, hidden_size=192, context_length=256)

@@ -1,6 +1,5 @@
-"""An application over a real, migrated SQLite database in a home of its own."""
+"""An application over a real, migrated database in a home of its own: SQLite, unless a test asks for both."""
 
-import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -10,25 +9,18 @@ from starlette.testclient import TestClient
 from api.main import create_app
 from store.keys import create_key
 from store.models import Project
-from store.session import make_engine, migrate, sessions
+from store.session import make_engine, sessions
 from store.settings import Settings, read_settings
 
 from .serving import KEY, Service, service
 
 
-@pytest.fixture(scope="session")
-def empty_database(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("database") / "olora.db"
-    migrate(f"sqlite:///{path}")
-    return path
-
-
 @pytest.fixture
-def settings(tmp_path: Path, empty_database: Path) -> Settings:
-    shutil.copy(empty_database, tmp_path / "olora.db")
+def settings(request: pytest.FixtureRequest, home: Path, tmp_path: Path) -> Settings:
+    url = request.getfixturevalue(getattr(request, "param", "sqlite_url"))
     models = tmp_path / "models"
     models.mkdir()
-    return read_settings(home=tmp_path, api_key=KEY, models_dir=models, max_upload_mb=1)
+    return read_settings(home=home, database_url=url, api_key=KEY, models_dir=models, max_upload_mb=1)
 
 
 @pytest.fixture

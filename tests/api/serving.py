@@ -6,7 +6,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -49,6 +49,7 @@ def environment(home: Path, **settings: str) -> dict[str, str]:
         **inherited,
         "OLORA_HOME": str(home),
         "OLORA_API_KEY": KEY,
+        "OLORA_DATABASE_URL": f"sqlite:///{home / 'olora.db'}",
         "OMP_NUM_THREADS": "1",
         "PYTHONPATH": str(ROOT),
         **{f"OLORA_{name.upper()}": value for name, value in settings.items()},
@@ -60,7 +61,7 @@ def service(home: Path, **settings: str) -> Iterator[Service]:
     """A service on a free port until the block ends."""
     home.mkdir(parents=True, exist_ok=True)
     environ = environment(home, **settings)
-    migrate(read_settings(home=home, **settings).database_url)
+    migrate(environ["OLORA_DATABASE_URL"])
     log = home / "api.log"
     command = [sys.executable, "-m", "uvicorn", "api.main:create_app", "--factory", "--port", "0"]
     with log.open("wb") as output:
@@ -109,8 +110,3 @@ def _port(process: subprocess.Popen[bytes], log: Path) -> int:
             return int(found[1])
         time.sleep(0.05)
     raise AssertionError(f"the service did not start:\n{log.read_text()}")
-
-
-def settings_of(environ: Mapping[str, str]) -> dict[str, str]:
-    """The OLORA_ part of an environment, as keyword arguments of `service`."""
-    return {k.removeprefix("OLORA_").lower(): v for k, v in environ.items() if k.startswith("OLORA_")}
