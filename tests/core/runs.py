@@ -1,0 +1,71 @@
+"""Runs of the training generator that several test files start."""
+
+import json
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from olora_core.specs import TrainSpec, read_spec
+from olora_core.train import Finished, Progress, Resolved, Step, train
+
+ROWS = 11
+
+
+def chat_rows(count: int = ROWS) -> list[dict[str, Any]]:
+    """Questions and answers of different lengths, so that padding and cutting matter."""
+    return [
+        {
+            "messages": [
+                {"role": "user", "content": "ab"[i % 2] * (1 + 3 * i % 7)},
+                {"role": "assistant", "content": "xyz"[i % 3] * (2 + 5 * i % 9)},
+            ]
+        }
+        for i in range(count)
+    ]
+
+
+def write_rows(path: Path, rows: Iterable[dict[str, Any]]) -> Path:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+def spec_for(
+    method: str = "olora", *, seed: int = 5, adapter: Any = None, **hyperparameters: Any
+) -> TrainSpec:
+    """A spec whose every number is small."""
+    chosen = {
+        "n_epochs": 2,
+        "batch_size": 4,
+        "micro_batch_size": 2,
+        "learning_rate": 2e-3,
+        "dtype": "float32",
+    } | hyperparameters
+    return read_spec(
+        model="tiny",
+        hyperparameters=chosen,
+        adapter={"method": method, "rank": 4, "alpha": 4} | (adapter or {}),
+        seed=seed,
+    )
+
+
+def losses(progress: Iterable[Progress]) -> list[float]:
+    return [p.loss for p in progress if isinstance(p, Step)]
+
+
+def one(kind: type, progress: Iterable[Progress]) -> Any:
+    (found,) = [p for p in progress if isinstance(p, kind)]
+    return found
+
+
+__all__ = [
+    "ROWS",
+    "Finished",
+    "Resolved",
+    "Step",
+    "chat_rows",
+    "losses",
+    "one",
+    "spec_for",
+    "train",
+    "write_rows",
+]
