@@ -1,10 +1,12 @@
-"""The gate in front of every route: request id, key, size of the body, and the last word on errors.
+"""The gate in front of every route: request id, host, key, size of the body, and the last word on errors.
 
 It is plain ASGI, so that a caller without a key is answered before one byte of the body is read.
 """
 
 import logging
+import re
 import secrets
+from fnmatch import fnmatchcase
 
 from starlette.concurrency import run_in_threadpool
 from starlette.datastructures import Headers, MutableHeaders
@@ -72,15 +74,22 @@ class Gate:
 
 
 async def _admit(scope: Scope) -> None:
-    """Raises ApiError unless the request comes with a known key and a body that fits."""
+    """Raises ApiError unless the request has a known host, a known key and a body that fits."""
     if "\x00" in scope["path"] or b"%00" in scope["query_string"]:
         raise BadRequest("The address holds a NUL character; leave it out.")
-    headers = Headers(scope=scope)
+    headers, settings = Headers(scope=scope), scope["app"].state.services.settings
+    if settings.allowed_hosts and not _is_known_host(headers.get("host", ""), settings.allowed_hosts):
+        raise BadRequest("This service does not answer under that host name.", code="unknown_host")
     if scope["path"] not in OPEN_PATHS:
         scope["state"]["project_id"], scope["state"]["key_id"] = await _owner(scope, headers)
     length, limit = headers.get("content-length", ""), _body_limit(scope)
     if length.isdecimal() and int(length) > limit:
         raise _too_large(limit)
+
+
+def _is_known_host(host: str, patterns: tuple[str, ...]) -> bool:
+    name = re.sub(r":\d*$", "", host).lower()
+    return any(fnmatchcase(name, pattern.lower()) for pattern in patterns)
 
 
 async def _owner(scope: Scope, headers: Headers) -> tuple[str, str]:

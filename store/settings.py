@@ -44,6 +44,10 @@ class Settings(BaseSettings):
     )
     host: str = Field(default="127.0.0.1", description="Address that the server listens on.")
     port: int = Field(default=8000, ge=0, le=65535, description="Port that the server listens on.")
+    allowed_hosts: Annotated[tuple[str, ...], NoDecode] = Field(
+        default=(),
+        description="Host names that requests may come under, as patterns with commas; unset: any.",
+    )
     api_key: SecretStr | None = Field(
         default=None,
         description="The API key. Unset: one is made at the first start and kept in `api_key` in the home.",
@@ -145,7 +149,7 @@ class Settings(BaseSettings):
             return value
         raise ValueError("file:///path (other kinds of storage are not offered yet)")
 
-    @field_validator("allowed_hub_models", mode="before")
+    @field_validator("allowed_hub_models", "allowed_hosts", mode="before")
     @classmethod
     def _split(cls, value: Any) -> Any:
         if isinstance(value, str):

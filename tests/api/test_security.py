@@ -284,6 +284,16 @@ def test_a_method_that_a_route_does_not_take_is_answered_with_those_it_takes(cli
         assert allowed in answer.json()["error"]["message"]
 
 
+def test_host_names_may_be_restricted(settings: Settings) -> None:
+    restricted = settings.model_copy(update={"allowed_hosts": ("127.0.0.1", "*.Example.org")})
+    with TestClient(create_app(restricted), headers={"authorization": f"Bearer {KEY}"}) as client:
+        for host in ("127.0.0.1:8000", "tune.example.org", "TUNE.example.org:443"):
+            assert client.get("/v1/files", headers={"host": host}).status_code == 200
+        for host in ("attacker.net", "example.org.attacker.net", "testserver", ""):
+            answer = client.get("/v1/files", headers={"host": host})
+            assert (answer.status_code, answer.json()["error"]["code"]) == (400, "unknown_host")
+
+
 def test_a_websocket_is_turned_away(client: TestClient) -> None:
     from starlette.websockets import WebSocketDisconnect
 
