@@ -111,7 +111,8 @@ def _on_disk(settings: Settings) -> list[BaseModelRef]:
         refs.append(_ref(SHIPPED_ID, "shipped", SHIPPED_FOLDER))
     if settings.models_dir is not None and settings.models_dir.is_dir():
         for folder in sorted(settings.models_dir.iterdir()):
-            if folder.is_dir() and _NAME.fullmatch(folder.name) and what_is_missing(folder) is None:
+            taken = folder.name == SHIPPED_ID and refs
+            if not taken and _NAME.fullmatch(folder.name) and what_is_missing(folder) is None:
                 refs.append(_ref(folder.name, "folder", folder))
     return refs
 

@@ -158,7 +158,7 @@ class Storage:
             for name, listed in self._manifest(prefix).items():
                 target = aside / name
                 digest = self.fetch(f"{prefix}/{name}", target)
-                if digest != listed["sha256"] or target.stat().st_size != listed["bytes"]:
+                if (target.stat().st_size, digest) != listed:
                     raise Damaged(f"{prefix}/{name} is damaged: its bytes are not those that were stored.")
             with _disk_errors(prefix):
                 aside.mkdir(parents=True, exist_ok=True)
@@ -196,15 +196,17 @@ class Storage:
             part.unlink(missing_ok=True)
         return len(leftovers)
 
-    def _manifest(self, prefix: str) -> dict[str, Any]:
+    def _manifest(self, prefix: str) -> dict[str, tuple[int, str]]:
+        """Size and SHA-256 of each file of a stored folder."""
         try:
             with self.open(f"{prefix}/{MANIFEST}") as file:
                 listed = json.load(file)["files"]
-        except (ValueError, KeyError, TypeError):
+            files = {name: (int(entry["bytes"]), str(entry["sha256"])) for name, entry in listed.items()}
+        except (ValueError, KeyError, TypeError, AttributeError):
             raise Damaged(f"{prefix} is damaged: its list of files cannot be read.") from None
-        for name in listed:
+        for name in files:
             _check_key(name)
-        return dict(listed)
+        return files
 
     def _path(self, key: str) -> Path:
         """Where a key's bytes are: inside the root, on a path without symbolic links."""

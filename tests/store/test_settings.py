@@ -1,0 +1,93 @@
+"""Settings: defaults that need nothing, and sentences for what does not fit."""
+
+import logging
+from pathlib import Path
+
+import pytest
+
+from store.errors import SettingsError
+from store.settings import Settings, get_settings, read_settings, settings_table, unknown_variables
+
+
+def test_everything_has_a_default_in_the_home(tmp_path: Path) -> None:
+    settings = read_settings(home=tmp_path)
+    assert settings.database_url == f"sqlite:///{tmp_path}/olora.db"
+    assert settings.storage_folder == tmp_path / "storage"
+    assert settings.queue_folder == tmp_path / "queue"
+    assert (settings.host, settings.port) == ("127.0.0.1", 8000)
+    assert settings.allowed_hub_models == ()
+
+
+def test_variables_are_read(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("OLORA_HOME", str(tmp_path / "somewhere"))
+    monkeypatch.setenv("OLORA_DATABASE_URL", "postgresql://u:p@host/db")
+    monkeypatch.setenv("OLORA_BROKER_URL", "redis://host:6379/0")
+    monkeypatch.setenv("OLORA_ALLOWED_HUB_MODELS", "Qwen/*, gpt2")
+    settings = get_settings()
+    assert settings is get_settings()
+    assert settings.home == tmp_path / "somewhere"
+    assert settings.database_url == "postgresql+psycopg://u:p@host/db"
+    assert settings.queue_folder is None
+    assert settings.allowed_hub_models == ("Qwen/*", "gpt2")
+
+
+def test_the_lease_is_shorter_on_sqlite_unless_it_is_set(tmp_path: Path) -> None:
+    assert read_settings(home=tmp_path).lease_seconds == 15
+    assert read_settings(home=tmp_path, database_url="postgresql://h/d").lease_seconds == 60
+    assert read_settings(home=tmp_path, lease_seconds=7).lease_seconds == 7
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "says"),
+    [
+        ("OLORA_DATABASE_URL", "mysql://host/db", "sqlite:///path"),
+        ("OLORA_DATABASE_URL", "sqlite://", "sqlite:///path"),
+        ("OLORA_DATABASE_URL", "sqlite:///:memory:", "sqlite:///path"),
+        ("OLORA_BROKER_URL", "amqp://host", "redis://"),
+        ("OLORA_STORAGE_URL", "s3://bucket", "not offered yet"),
+        ("OLORA_PORT", "http", "integer"),
+        ("OLORA_LEASE_SECONDS", "0", "greater than 0"),
+        ("OLORA_API_KEY", "two words", "without spaces"),
+        ("OLORA_ORGANIZATION", "A:B", "pattern"),
+        ("OLORA_LOG_LEVEL", "loud", "debug, info"),
+    ],
+)
+def test_a_value_that_does_not_fit_is_named_with_what_may_stand_there(
+    monkeypatch: pytest.MonkeyPatch, name: str, value: str, says: str
+) -> None:
+    monkeypatch.setenv(name, value)
+    with pytest.raises(SettingsError, match=name) as caught:
+        get_settings()
+    assert says in caught.value.message
+    assert caught.value.param == name
+
+
+def test_a_bad_database_url_is_not_repeated_with_its_password(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OLORA_DATABASE_URL", "mysql://me:hidden@host/db")
+    with pytest.raises(SettingsError) as caught:
+        get_settings()
+    assert "hidden" not in str(caught.value)
+    assert caught.value.__cause__ is None
+
+
+def test_an_unknown_variable_is_named_with_the_nearest(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setenv("OLORA_DATABSE_URL", "sqlite:///x.db")
+    with caplog.at_level(logging.WARNING):
+        get_settings()
+    assert "OLORA_DATABSE_URL is not a setting" in caplog.text
+    assert "OLORA_DATABASE_URL?" in caplog.text
+    assert unknown_variables({"OLORA_PORT": "1", "OLORA_TEST_REDIS_URL": "x", "HOME": "/"}) == []
+
+
+def test_every_setting_is_described() -> None:
+    table = settings_table()
+    assert len(table) == len(Settings.model_fields)
+    assert all(name.startswith("OLORA_") and len(text) > 20 for name, _, text in table)
+
+
+def test_a_folder_with_a_space_works(tmp_path: Path) -> None:
+    settings = read_settings(home=tmp_path / "my home")
+    assert settings.storage_folder == tmp_path / "my home" / "storage"
+    assert settings.queue_folder == tmp_path / "my home" / "queue"
