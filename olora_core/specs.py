@@ -223,9 +223,11 @@ def read_spec(
             f"Available: {', '.join(ADAPTER_SPECS)}.",
             param="adapter.method",
         )
+    read_adapter = _read(ADAPTER_SPECS[method], adapter_values, lambda name: places.get(name, "adapter"))
+    check_export_rank(read_adapter)
     return TrainSpec(
         model=model,
-        adapter=_read(ADAPTER_SPECS[method], adapter_values, lambda name: places.get(name, "adapter")),
+        adapter=read_adapter,
         hyperparameters=_read(Hyperparameters, training_values, lambda name: prefix),
         seed=_read_seed(seed),
     )

@@ -18,7 +18,7 @@ from olora_core.methods.base import generator
 from olora_core.methods.lora import LoRA
 from olora_core.methods.olora import OLoRA, OLoRAAdapter, qr_factors
 from olora_core.model import target_sites
-from olora_core.specs import ADAPTER_SPECS, LoRASpec, OLoRASpec
+from olora_core.specs import ADAPTER_SPECS, LoRASpec, OLoRASpec, read_spec
 
 from .conftest import make_gpt2, make_llama
 
@@ -196,6 +196,13 @@ def test_a_rank_that_no_server_loads_is_refused_before_training(method_name: str
     make_method(method_name, rank=widest + 1, export_rank=512)
     with pytest.raises(SpecError, match="export_rank = 513"):
         make_method(method_name, export_rank=513)
+
+
+def test_such_a_rank_is_refused_when_the_job_is_asked_for() -> None:
+    with pytest.raises(SpecError, match="rank up to 256") as caught:
+        read_spec(model="m", adapter={"method": "olora", "rank": 257})
+    assert caught.value.param == "adapter.rank"
+    assert read_spec(model="m", adapter={"rank": 257, "export_rank": 64}).adapter.export_rank == 64
 
 
 def test_finished_steps_survive_a_save(method_name: str, model: PreTrainedModel, token_rows: Tensor) -> None:
