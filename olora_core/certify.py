@@ -44,13 +44,15 @@ def certify(
     _check_resident(base, model)
     trained = {name: copy.deepcopy(adapter).eval().to(device) for name, adapter in adapters.items()}
     files = read_pairs(folder, model)
+    if forgotten := sorted(adapters.keys() - files.keys()):
+        raise CertificateError(f"The exported files lack the trained layer {forgotten[0]}.")
     exact = exact_pairs(adapters)
     is_truncated = max(pair.rank for pair in files.values()) < max(pair.rank for pair in exact.values())
     candidates = {"gate": _on(device, files), "bf16": _on(device, _rounded(files))}
     if is_truncated:
         _check_truncated(adapters, files)
         candidates |= {"gate": _on(device, exact), "truncated": _on(device, files)}
-    differences = {name: Difference() for name in candidates}
+    comparisons = {name: Comparison() for name in candidates}
     with full_precision(), torch.no_grad():
         for row in filter(None, rows):
             tokens = torch.tensor([list(row)], device=device)
@@ -59,11 +61,11 @@ def certify(
             detach(model)
             for name, pairs in candidates.items():
                 with served(model, pairs):
-                    differences[name].add(expected, model(tokens, use_cache=False).logits[0].float())
-    return _certificate(differences)
+                    comparisons[name].add(expected, model(tokens, use_cache=False).logits[0].float())
+    return _certificate(comparisons)
 
 
-class Difference:
+class Comparison:
     """Running comparison of logits, (tokens, vocabulary) at a time."""
 
     def __init__(self) -> None:
@@ -76,10 +78,10 @@ class Difference:
         self.rows = 0
 
     def add(self, expected: Tensor, got: Tensor) -> None:
-        # max() of Python would let a NaN pass.
         difference = (expected - got).abs()
         largest = float(difference.max())
-        self.largest = largest if not math.isfinite(largest) else max(self.largest, largest)
+        if largest > self.largest or not math.isfinite(largest):  # a NaN is never the larger one
+            self.largest = largest
         self.largest_logit = max(self.largest_logit, float(expected.abs().max()))
         self.total += float(difference.double().sum())
         self.numbers += difference.numel()
@@ -97,8 +99,8 @@ class Difference:
         return {name: value if math.isfinite(value) else None for name, value in figures.items()}
 
 
-def _certificate(differences: Mapping[str, Difference]) -> dict[str, Any]:
-    gate = differences["gate"]
+def _certificate(comparisons: Mapping[str, Comparison]) -> dict[str, Any]:
+    gate = comparisons["gate"]
     bound = BOUND * gate.largest_logit
     if not gate.largest <= bound:  # a NaN fails too
         raise CertificateError(
@@ -106,7 +108,7 @@ def _certificate(differences: Mapping[str, Difference]) -> dict[str, Any]:
             f"{gate.largest:.3g}, and at most {bound:.3g} is allowed ({BOUND:g} of the largest logit, "
             f"{gate.largest_logit:.3g}). The adapter was not published; this is a fault of the service."
         )
-    beside = {name: d.figures() for name, d in differences.items() if name != "gate"}
+    beside = {name: d.figures() for name, d in comparisons.items() if name != "gate"}
     return {
         **gate.figures(),
         "max_abs_logit": gate.largest_logit,

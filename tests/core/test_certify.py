@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from olora_core.adapter import Adapter, adapters_off
+from olora_core.adapter import Adapter, adapters_off, detach
 from olora_core.certify import certify
 from olora_core.errors import CertificateError
 from olora_core.export import Story, export_adapter
@@ -200,6 +200,22 @@ def test_a_truncated_export_is_gated_on_the_exact_pair_and_its_own_figures_stand
     assert certificate["max_abs_logit_diff"] <= certificate["bound"]
     assert certificate["truncated"]["max_abs_logit_diff"] > certificate["bound"]
     assert certificate["truncated"]["top1_agreement"] <= 1
+
+
+def test_a_layer_forgotten_in_files_and_config_alike_is_caught(llama: Base, tmp_path: Path) -> None:
+    for export_rank in (None, 3):
+        folder = tmp_path / f"adapter-{export_rank}"
+        adapters, export = exported(llama, folder, export_rank=export_rank)
+        detach(llama.model)
+        change_config(folder, target_modules=[n for n in export.target_modules if n != "o_proj"])
+        change_tensors(folder, forget_o_proj)
+        with pytest.raises(CertificateError, match=r"lack the trained layer .*\.o_proj"):
+            certify(llama, adapters, folder, ROWS)
+
+
+def forget_o_proj(tensors: dict[str, Tensor]) -> None:
+    for name in [name for name in tensors if "o_proj" in name]:
+        del tensors[name]
 
 
 def test_a_fault_in_a_truncated_export_is_caught(llama: Base, tmp_path: Path) -> None:
