@@ -4,12 +4,13 @@ import io
 import json
 from typing import Any
 
+from sqlalchemy import select
 from sqlalchemy.orm import Session
 
 from olora_core import formats
 from olora_core.specs import TrainSpec
 from store import files, jobs
-from store.models import File, Job, Project
+from store.models import Base, File, Job, Project
 from store.session import Sessions
 
 CHAT = {"messages": [{"role": "user", "content": "2 + 2?"}, {"role": "assistant", "content": "4"}]}
@@ -78,6 +79,16 @@ def messages(sessions: Sessions, job_id: str) -> list[str]:
     """The texts of a job's events, oldest first."""
     with sessions() as session:
         return [event.message for event in jobs.events_since(session, job_id)]
+
+
+def everything(sessions: Sessions) -> str:
+    """All that the database holds, as text."""
+    with sessions() as session:
+        return "\n".join(
+            str(row)
+            for table in Base.metadata.sorted_tables
+            for row in session.execute(select(table).order_by(*table.primary_key.columns)).all()
+        )
 
 
 def step(number: int, loss: float = 0.5, **values: Any) -> dict[str, Any]:

@@ -61,16 +61,6 @@ def rest_is_over(sessions: Sessions, job_id: str) -> None:
         session.scalars(select(Job).where(Job.id == job_id)).one().not_before = None
 
 
-def snapshot(sessions: Sessions) -> str:
-    """Everything the database holds, as text."""
-    with sessions() as session:
-        return "\n".join(
-            str(row)
-            for table in Job.metadata.sorted_tables
-            for row in session.execute(select(table).order_by(*table.primary_key.columns)).all()
-        )
-
-
 # --- the whole way -------------------------------------------------------------------------------------
 
 
@@ -318,10 +308,10 @@ def test_admitting_twice_changes_nothing_more(sessions: Sessions, settings: Sett
     making.job(sessions, status="validating_files")
     with sessions.begin() as session:
         jobs.admit(session, settings)
-    before = snapshot(sessions)
+    before = making.everything(sessions)
     with sessions.begin() as session:
         assert jobs.admit(session, settings) == 0
-    assert snapshot(sessions) == before
+    assert making.everything(sessions) == before
 
 
 # --- claims --------------------------------------------------------------------------------------------
@@ -341,11 +331,11 @@ def test_a_claim_sets_a_lease_by_the_databases_clock(sessions: Sessions) -> None
 def test_a_second_delivery_does_nothing(sessions: Sessions) -> None:
     making.job(sessions)
     making.claimed(sessions)
-    before = snapshot(sessions)
+    before = making.everything(sessions)
     for _ in range(10):
         with sessions.begin() as session:
             assert jobs.claim(session, owner="late", lease_seconds=60) is None
-    assert snapshot(sessions) == before
+    assert making.everything(sessions) == before
 
 
 def test_higher_priority_goes_first_then_age(sessions: Sessions) -> None:
@@ -390,7 +380,7 @@ def test_a_loser_changes_nothing(sessions: Sessions, settings: Settings) -> None
     rest_is_over(sessions, job.id)
     winner = making.claimed(sessions, "winner")
     assert winner.attempt == loser.attempt + 1
-    before = snapshot(sessions)
+    before = making.everything(sessions)
     with sessions() as session:
         for write in (
             lambda: jobs.renew(session, loser, 60),
@@ -406,7 +396,7 @@ def test_a_loser_changes_nothing(sessions: Sessions, settings: Settings) -> None
             with pytest.raises(LeaseLost):
                 write()
             session.commit()  # even if its caller went on
-    assert snapshot(sessions) == before
+    assert making.everything(sessions) == before
     succeed(sessions, winner)
 
 
@@ -414,12 +404,12 @@ def test_a_report_after_success_changes_nothing(sessions: Sessions) -> None:
     making.job(sessions)
     claim = making.claimed(sessions)
     succeed(sessions, claim)
-    before = snapshot(sessions)
+    before = making.everything(sessions)
     with pytest.raises(LeaseLost):
         succeed(sessions, claim, "ft:other")
     with pytest.raises(LeaseLost), sessions.begin() as session:
         jobs.fail(session, claim, DataError("no"))
-    assert snapshot(sessions) == before
+    assert making.everything(sessions) == before
 
 
 def test_the_attempt_never_falls(sessions: Sessions) -> None:
@@ -537,10 +527,10 @@ def test_an_expired_lease_puts_the_job_back_with_one_warning(sessions: Sessions,
     expire(sessions, job.id)
     with sessions.begin() as session:
         assert jobs.sweep(session, settings) == 1
-    before = snapshot(sessions)
+    before = making.everything(sessions)
     with sessions.begin() as session:
         assert jobs.sweep(session, settings) == 0  # idempotent
-    assert snapshot(sessions) == before
+    assert making.everything(sessions) == before
     swept = making.reread(sessions, job.id)
     assert (swept.status, swept.failures, swept.lease_owner) == ("queued", 1, None)
     with sessions() as session:
@@ -641,10 +631,10 @@ def test_cancelling_a_cancelled_job_gives_the_job(sessions: Sessions) -> None:
     job = making.job(sessions)
     with sessions.begin() as session:
         jobs.cancel(session, job)
-    before = snapshot(sessions)
+    before = making.everything(sessions)
     with sessions.begin() as session:
         assert jobs.cancel(session, job).status == "cancelled"
-    assert snapshot(sessions) == before
+    assert making.everything(sessions) == before
 
 
 def test_a_job_that_has_ended_cannot_be_cancelled(sessions: Sessions) -> None:
