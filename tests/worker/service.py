@@ -17,7 +17,7 @@ from olora_core.formats import validate
 from olora_core.specs import read_spec
 from store import jobs
 from store.files import Storage, file_key, new_file_id, record_file, storage
-from store.models import Checkpoint, Event, File, Job, Metric, Project
+from store.models import Attempt, Checkpoint, Event, File, Job, Metric, Project
 from store.session import Sessions, make_engine, sessions
 from store.settings import Settings
 from tests.worker.tiny_base import chat_rows
@@ -118,6 +118,11 @@ class Service:
         with self.write() as session:
             return jobs.stored_checkpoints(session, job_id)
 
+    def attempts(self, job_id: str) -> Sequence[Attempt]:
+        with self.write() as session:
+            rows = select(Attempt).where(Attempt.job_id == job_id).order_by(Attempt.attempt)
+            return session.scalars(rows).all()
+
     def losses(self, job_id: str) -> list[float]:
         """The training loss of each step, in order, with no step missing and none twice."""
         with self.write() as session:
@@ -178,6 +183,14 @@ def _row(session: Session, kind: Any, row_id: str) -> Any:
     row = session.scalar(select(kind).where(kind.id == row_id))
     assert row is not None
     return row
+
+
+def exists(pid: int) -> bool:
+    """Whether the process runs; one that only waits to be reaped does not."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except (FileNotFoundError, ProcessLookupError):
+        return False
 
 
 def model_folder(root: Path) -> Path:

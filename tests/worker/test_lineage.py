@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from tests.services import wait_until
+from tests.worker.service import exists
 from worker.lineage import ORPHANED
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -26,14 +27,6 @@ time.sleep(600)
 """
 
 pytestmark = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="a kernel feature of Linux")
-
-
-def exists(pid: int) -> bool:
-    """Whether the process runs; one that only waits to be reaped does not."""
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
-    except FileNotFoundError:
-        return False
 
 
 def test_a_killed_parent_takes_its_child_along() -> None:

@@ -13,8 +13,7 @@ from contextlib import contextmanager
 import pytest
 
 from tests.services import wait_until
-from tests.worker.service import Service
-from tests.worker.test_lineage import exists
+from tests.worker.service import Service, exists
 from tests.worker.tiny_base import chat_rows
 from worker.supervise import Supervisor
 
