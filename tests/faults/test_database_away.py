@@ -1,0 +1,73 @@
+"""The database goes away in the middle of a job: within the lease nothing happens, beyond it the job moves on."""
+
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import pytest
+from sqlalchemy import make_url
+
+from tests.faults.fleet import LEASE_SECONDS, Fleet
+from tests.faults.proxy import Door
+from tests.worker.service import Service, exists
+from worker.supervise import Supervisor
+
+JOB = {"rows": 64, "n_epochs": 12}
+
+
+@pytest.fixture
+def door(postgres_url: str) -> Iterator[Door]:
+    port = make_url(postgres_url).port
+    assert port is not None
+    door = Door(port)
+    yield door
+    door.shut()
+
+
+@contextmanager
+def woken_again_and_again(supervisor: Supervisor) -> Iterator[None]:
+    """As the dispatcher would do it."""
+    done = threading.Event()
+
+    def work() -> None:
+        while not done.wait(0.1):
+            supervisor.run_until_idle()
+
+    thread = threading.Thread(target=work, daemon=True)
+    thread.start()
+    yield
+    done.set()
+    thread.join(60)
+    assert not thread.is_alive()
+
+
+def test_a_job_outlives_its_database(production: Fleet, door: Door) -> None:
+    service: Service = production.service
+    behind = make_url(service.settings.database_url).set(port=door.port).render_as_string(hide_password=False)
+    supervisor = Supervisor(service.settings.model_copy(update={"database_url": behind}))
+    short, long = service.submit(**JOB), service.submit(**JOB)
+    with woken_again_and_again(supervisor):
+        service.wait_for_checkpoint(short)
+        door.shut()
+        time.sleep(LEASE_SECONDS / 3)
+        door.open()
+        job = service.wait_for_end(short)
+        assert (job.status, job.attempt) == ("succeeded", 1)
+        assert service.warnings(short) == []
+
+        service.wait_for_checkpoint(long)
+        assert supervisor.trainer is not None
+        trainer = supervisor.trainer.pid
+        door.shut()
+        service.wait(long, lambda job: job.status == "queued", "the end of the lease")
+        assert not exists(trainer)
+        door.open()
+        job = service.wait_for_end(long)
+        assert (job.status, job.attempt) == ("succeeded", 2)
+        [warning] = service.warnings(long)
+        assert "was lost" in warning
+    supervisor.close()
+    supervisor.engine.dispose()
+    assert service.losses(long) == service.losses(short)
+    assert service.tensors(long) == service.tensors(short)
