@@ -4,6 +4,7 @@ Everything that it writes to the rows is fenced: once the lease is lost, nothing
 """
 
 import dataclasses
+import errno
 import hashlib
 import logging
 import queue
@@ -161,6 +162,8 @@ class Attempt:
         except (LeaseLost, _Failed, _Stopped, _Crashed):
             raise
         except Exception as error:
+            if isinstance(error, OSError) and error.errno == errno.ENOSPC:
+                raise _Crashed("disk_full", "No space is left on the worker's disk.") from error
             logger.exception("Attempt %s met an unexpected error.", self.run_name)
             message = "The worker met an unexpected error; its log has the details."
             raise _Crashed("worker_error", message) from error

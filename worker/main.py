@@ -1,12 +1,14 @@
 """The Celery application of a worker: `celery -A worker.main worker`, as `worker_command` spells it out."""
 
 import logging
+import sys
 from typing import Any
 
 from celery import signals
 
+from store.errors import SchemaBehind
 from store.queue import celery_app
-from store.session import make_engine, require_current_schema
+from store.session import require_current_schema
 from store.settings import get_settings
 
 from .launch import follow_parent, visible_gpus
@@ -24,7 +26,10 @@ register(app, supervisor)
 
 @signals.worker_init.connect  # type: ignore[untyped-decorator]
 def _begins(**_: Any) -> None:
-    require_current_schema(make_engine(settings.database_url))
+    try:
+        require_current_schema(supervisor.engine)
+    except SchemaBehind as behind:
+        sys.exit(behind.message)
     supervisor.tidy()
     devices = ", ".join(visible_gpus()) or "the CPU"
     logger.info("Worker %s trains on %s.", supervisor.owner, devices)

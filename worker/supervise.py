@@ -28,9 +28,9 @@ class Supervisor:
     """One worker's slot. `run_until_idle` and `close` are called from one thread, `stop` from anywhere."""
 
     def __init__(self, settings: Settings) -> None:
-        engine = make_engine(settings.database_url)
         self.settings = settings
-        self.write, self.read = sessions(engine), read_sessions(engine)
+        self.engine = make_engine(settings.database_url)
+        self.write, self.read = sessions(self.engine), read_sessions(self.engine)
         self.storage = storage(settings)
         self.owner = f"{socket.gethostname()}:{os.getpid()}:{uuid.uuid4().hex[:8]}"
         self.stopping = False
@@ -38,6 +38,11 @@ class Supervisor:
         self.trainer: TrainerProcess | None = None
         self._turn = threading.Lock()
         self._rest: threading.Timer | None = None
+
+    def tidy(self) -> None:
+        """At the start: removes what workers that died here left behind."""
+        for name in remove_orphans(self.settings.scratch_folder):
+            logger.info("Removed the scratch folder of attempt %s, whose worker died.", name)
 
     def run_until_idle(self) -> int:
         """Claims and runs jobs until none is left or the worker ends. Returns how many attempts were made.
@@ -125,8 +130,3 @@ class Supervisor:
         if self._rest is not None:
             self._rest.cancel()
             self._rest = None
-
-    def tidy(self) -> None:
-        """At the start: removes what workers that died here left behind."""
-        for name in remove_orphans(self.settings.scratch_folder):
-            logger.info("Removed the scratch folder of attempt %s, whose worker died.", name)
