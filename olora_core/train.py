@@ -83,7 +83,8 @@ def train(
 ) -> Wishes:
     """Trains an adapter for `base` and exports it, certified, to `folder / "adapter"`.
 
-    `base` is loaded in `compute_dtype(spec, …)`, bears no adapter, and is given back as it was. `folder` is
+    `base` is loaded in `compute_dtype(spec, …)` and bears no adapter. While the loop runs, Finished included,
+    it answers as the tuned model; when the loop is left, however that happens, it is as it was. `folder` is
     scratch and holds the checkpoints. Sending "save" at a Step makes a Saved the next thing said. With
     `resume`, a checkpoint's folder, the run goes on exactly there.
 
