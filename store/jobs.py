@@ -213,6 +213,7 @@ def claim(session: Session, *, owner: str, lease_seconds: float) -> Claim | None
     """Takes the best claimable job: highest priority, then the project that waited longest, then age.
 
     One conditional UPDATE; of several who try, one gets the job. None when there is nothing to do.
+    Call it first in its transaction.
     """
     if not _worth_trying(session):
         return None
@@ -250,7 +251,7 @@ def claim(session: Session, *, owner: str, lease_seconds: float) -> Claim | None
 def _worth_trying(session: Session) -> bool:
     """On SQLite a look that takes no lock, so that idle workers do not stand in the writers' way."""
     engine = session.get_bind()
-    if not isinstance(engine, Engine) or engine.dialect.name != "sqlite" or session.in_transaction():
+    if not isinstance(engine, Engine) or engine.dialect.name != "sqlite":
         return True
     with reader(engine).connect() as connection:
         return connection.scalar(select(Job.seq).where(claimable()).limit(1)) is not None

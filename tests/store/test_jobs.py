@@ -14,7 +14,8 @@ from olora_core.specs import Facts, resolve
 from store import files, jobs
 from store.errors import FileUnusable, JobStateError, LeaseLost, NotFound, UnknownCursor
 from store.models import Attempt, Event, File, Job, Metric, new_id
-from store.session import Sessions, db_now
+from store.session import Sessions, db_now, make_engine
+from store.session import sessions as make_sessions
 from store.settings import Settings
 from tests.store import making
 
@@ -336,6 +337,16 @@ def test_a_second_delivery_does_nothing(sessions: Sessions) -> None:
         with sessions.begin() as session:
             assert jobs.claim(session, owner="late", lease_seconds=60) is None
     assert making.everything(sessions) == before
+
+
+def test_an_idle_worker_waits_for_no_writer(sqlite_url: str) -> None:
+    engine = make_engine(sqlite_url)
+    with engine.begin():  # BEGIN IMMEDIATE: any other writer waits for up to 30 s
+        start = time.monotonic()
+        with make_sessions(engine).begin() as session:
+            assert jobs.claim(session, owner="idle", lease_seconds=60) is None
+        assert time.monotonic() - start < 5
+    engine.dispose()
 
 
 def test_higher_priority_goes_first_then_age(sessions: Sessions) -> None:

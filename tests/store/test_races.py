@@ -35,7 +35,7 @@ def test_eight_claimers_start_every_job_exactly_once(database_url: str, sessions
     first = making.job(sessions)
     with sessions.begin() as session:
         file = making.file(session)
-        for _ in range(79):
+        for _ in range(39):
             jobs.create(session, project_id="p", spec=making.SPEC, training_file=file).status = "queued"
     context = multiprocessing.get_context("forkserver")  # imports once, forks eight times
     context.set_forkserver_preload(["store.jobs"])
@@ -50,7 +50,7 @@ def test_eight_claimers_start_every_job_exactly_once(database_url: str, sessions
         claimer.join(60)
     assert [claimer.exitcode for claimer in claimers] == [0] * CLAIMERS
     with sessions() as session:
-        assert session.scalar(select(func.count()).select_from(Attempt)) == 80
+        assert session.scalar(select(func.count()).select_from(Attempt)) == 40
         assert set(session.scalars(select(Job.attempt))) == {1}
         started = select(Event.job_id).where(Event.message == "Fine-tuning job started")
         assert Counter(session.scalars(started)).most_common(1)[0][1] == 1
