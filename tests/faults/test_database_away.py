@@ -1,4 +1,4 @@
-"""The database goes away in the middle of a job: within the lease nothing happens, beyond it the job moves on."""
+"""The database goes away in the middle of a job: short of the lease nothing happens, beyond it another goes on."""
 
 import threading
 import time
