@@ -1,0 +1,319 @@
+"""What a caller may ask for: names, aliases, bounds, and the numbers that "auto" becomes."""
+
+import subprocess
+import sys
+from typing import Any
+
+import pytest
+
+from olora_core.errors import SpecError
+from olora_core.specs import (
+    ADAPTER_SPECS,
+    Facts,
+    LoRASpec,
+    OLoRASpec,
+    TrainSpec,
+    auto_batch_size,
+    auto_epochs,
+    known_hyperparameters,
+    learning_rate_for,
+    read_spec,
+    resolve,
+)
+
+
+def spec(hyperparameters: dict[str, Any] | None = None, adapter: dict[str, Any] | None = None) -> TrainSpec:
+    return read_spec(model="m", hyperparameters=hyperparameters, adapter=adapter)
+
+
+def refused(
+    hyperparameters: dict[str, Any] | None = None, adapter: dict[str, Any] | None = None
+) -> SpecError:
+    with pytest.raises(SpecError) as caught:
+        spec(hyperparameters, adapter)
+    return caught.value
+
+
+FACTS = Facts(examples=100, hidden_size=192, context_length=256)
+
+
+def test_nothing_asked_is_olora_with_its_card() -> None:
+    adapter = spec().adapter
+    assert isinstance(adapter, OLoRASpec)
+    assert (adapter.rank, adapter.alpha, adapter.scale, adapter.dropout) == (32, 16, 0.5, 0)
+
+
+def test_lora_has_its_own_card() -> None:
+    adapter = spec(adapter={"method": "lora"}).adapter
+    assert isinstance(adapter, LoRASpec)
+    assert (adapter.rank, adapter.alpha, adapter.scale) == (8, 16, 2)
+
+
+def test_rslora_scales_by_the_root_of_the_rank() -> None:
+    assert spec(adapter={"rank": 16, "alpha": 8, "rslora": True}).adapter.scale == 2
+
+
+@pytest.mark.parametrize(
+    ("given", "place", "name", "value"),
+    [
+        ({"lora_r": 4}, "adapter", "rank", 4),
+        ({"r": 4}, "adapter", "rank", 4),
+        ({"rank": 4}, "adapter", "rank", 4),
+        ({"lora_alpha": 3.5}, "adapter", "alpha", 3.5),
+        ({"lora_dropout": 0.1}, "adapter", "dropout", 0.1),
+        ({"lora_target_modules": ["q_proj"]}, "adapter", "target_modules", ("q_proj",)),
+        ({"target_modules": "auto"}, "adapter", "target_modules", "auto"),
+        ({"lr": 1e-3}, "hyperparameters", "learning_rate", 1e-3),
+        ({"epochs": 2}, "hyperparameters", "n_epochs", 2),
+        ({"lr_scheduler_type": "cosine"}, "hyperparameters", "schedule", "cosine"),
+        ({"packing": True}, "hyperparameters", "packing", True),
+        ({"context_length": 8192}, "hyperparameters", "context_length", 8192),
+        ({"warmup_ratio": 0}, "hyperparameters", "warmup_ratio", 0),
+        ({"lora": True}, "adapter", "method", "olora"),
+    ],
+)
+def test_names_of_hosted_services_are_understood(given, place, name, value) -> None:
+    assert getattr(getattr(spec(given), place), name) == value
+
+
+def test_aliases_work_in_the_adapter_object_too() -> None:
+    assert spec(adapter={"lora_r": 4, "lora_alpha": 8}).adapter.rank == 4
+
+
+@pytest.mark.parametrize(
+    ("given", "suggestion"),
+    [
+        ({"learningrate": 1}, "learning_rate"),
+        ({"batchsize": 1}, "batch_size"),
+        ({"n_epoch": 1}, "n_epochs"),
+        ({"lora_rank": 1}, "lora_r"),
+        ({"warmup": 1}, "warmup_ratio"),
+    ],
+)
+def test_an_unknown_hyperparameter_names_the_nearest(given, suggestion) -> None:
+    error = refused(given)
+    assert f"did you mean '{suggestion}'" in error.message
+    assert error.param == f"hyperparameters.{next(iter(given))}"
+
+
+@pytest.mark.parametrize("name", known_hyperparameters())
+def test_every_suggested_name_is_accepted(name) -> None:
+    values: dict[str, Any] = {
+        "lora": True,
+        "schedule": "linear",
+        "lr_scheduler_type": "linear",
+        "packing": False,
+        "rslora": False,
+        "lora_dropout": 0,
+        "dropout": 0,
+        "max_steps": None,
+        "export_rank": None,
+        "target_modules": "auto",
+        "lora_target_modules": "auto",
+        "dtype": "auto",
+    }
+    spec({name: values.get(name, 1)})
+
+
+def test_an_unknown_option_of_the_adapter_names_the_nearest() -> None:
+    error = refused(adapter={"rnk": 4})
+    assert error.param == "adapter.rnk"
+    assert "did you mean 'rank'" in error.message
+
+
+def test_an_unknown_method_names_the_nearest_and_all() -> None:
+    error = refused(adapter={"method": "olorra"})
+    assert error.param == "adapter.method"
+    assert "did you mean 'olora'" in error.message
+    assert "lora" in error.message
+
+
+def test_the_method_is_not_taken_from_the_hyperparameters() -> None:
+    assert refused({"method": "lora"}).param == "hyperparameters.method"
+
+
+@pytest.mark.parametrize(
+    ("given", "param"),
+    [
+        ({"learning_rate": 1e-4, "learning_rate_multiplier": 2}, "hyperparameters.learning_rate"),
+        ({"lr": 1e-4, "learning_rate": 2e-4}, "hyperparameters.learning_rate"),
+        ({"lora_r": 4, "rank": 8}, "hyperparameters.rank"),
+        ({"lora": False}, "hyperparameters.lora"),
+    ],
+)
+def test_contradictions_are_refused(given, param) -> None:
+    assert refused(given).param == param
+
+
+def test_the_same_value_under_two_names_is_no_contradiction() -> None:
+    assert spec({"lora_r": 4, "rank": 4}).adapter.rank == 4
+    assert spec({"lora_r": 4}, {"rank": 4}).adapter.rank == 4
+
+
+def test_a_rank_given_twice_differently_is_refused() -> None:
+    assert "contradicts" in refused({"lora_r": 4}, {"rank": 8}).message
+
+
+@pytest.mark.parametrize(
+    ("given", "says"),
+    [
+        ({"n_epochs": 0}, "greater than or equal to 1"),
+        ({"n_epochs": 51}, "less than or equal to 50"),
+        ({"n_epochs": 1.5}, "integer"),
+        ({"batch_size": 257}, "256"),
+        ({"learning_rate_multiplier": 0}, "greater than 0"),
+        ({"learning_rate": float("nan")}, "finite"),
+        ({"learning_rate": float("inf")}, "finite"),
+        ({"schedule": "step"}, "'linear'"),
+        ({"dtype": "fp16"}, "'bfloat16'"),
+        ({"lora_r": 0}, "greater than or equal to 1"),
+        ({"lora_dropout": 1}, "less than 1"),
+        ({"target_modules": []}, "at least one module name"),
+        ({"target_modules": "(q"}, "regular expression"),
+        ({"lora_r": 10**9}, "4096"),
+    ],
+)
+def test_what_does_not_fit_is_refused_with_its_bounds(given, says) -> None:
+    error = refused(given)
+    name = next(iter(given))
+    shown = {"lora_r": "rank", "lora_dropout": "dropout"}.get(name, name)
+    assert error.param == f"hyperparameters.{shown}"
+    assert says in error.message
+    assert error.code == "invalid_request"
+
+
+def test_auto_is_mentioned_where_it_may_be_said() -> None:
+    assert '"auto"' in refused({"batch_size": "many"}).message
+
+
+def test_several_misfits_are_counted() -> None:
+    assert "1 more value did not fit" in refused({"n_epochs": 0, "batch_size": 0}).message
+
+
+@pytest.mark.parametrize("seed", [-1, 2**31, "7", 1.5, True, None])
+def test_a_seed_is_an_integer_of_31_bits(seed) -> None:
+    with pytest.raises(SpecError) as caught:
+        read_spec(model="m", seed=seed)
+    assert caught.value.param == "seed"
+    assert read_spec(model="m", seed=2**31 - 1).seed == 2147483647
+
+
+def test_other_training_types_are_refused() -> None:
+    with pytest.raises(SpecError) as caught:
+        read_spec(model="m", type="dpo")
+    assert caught.value.param == "method.type"
+
+
+@pytest.mark.parametrize("method", ADAPTER_SPECS)
+def test_a_spec_comes_back_from_json(method) -> None:
+    asked = spec({"n_epochs": 3, "target_modules": ["q_proj"]}, {"method": method})
+    assert TrainSpec.model_validate_json(asked.model_dump_json()) == asked
+    assert TrainSpec.model_validate(asked.model_dump(mode="json")) == asked
+
+
+# --- what auto becomes: OpenAI's public rule, and the table of the docs ---------------------------------
+
+
+@pytest.mark.parametrize(
+    ("examples", "epochs"),
+    [
+        *((1, 25), (4, 25), (10, 10), (20, 5), (33, 3), (34, 3), (100, 3)),
+        *((8333, 3), (8334, 2), (12_500, 2), (12_501, 1), (25_000, 1), (1_000_000, 1)),
+    ],
+)
+def test_auto_epochs_are_openais(examples, epochs) -> None:
+    assert auto_epochs(examples) == epochs
+
+
+@pytest.mark.parametrize(
+    ("examples", "batch"), [(1, 4), (2000, 4), (3000, 6), (10_000, 20), (128_000, 256), (10**6, 256)]
+)
+def test_auto_batch_is_a_fifth_of_a_percent(examples, batch) -> None:
+    assert auto_batch_size(examples) == batch
+
+
+@pytest.mark.parametrize(
+    ("adapter", "width", "rate"),
+    [
+        (OLoRASpec(), 4096, 1e-4),
+        (OLoRASpec(), 192, 1e-3),
+        (LoRASpec(), 4096, 2e-4),
+        (LoRASpec(), 192, 3e-3),
+    ],
+)
+def test_the_learning_rate_goes_through_its_anchors(adapter, width, rate) -> None:
+    assert learning_rate_for(adapter, width) == rate
+
+
+@pytest.mark.parametrize("adapter", [OLoRASpec(), LoRASpec()])
+def test_wider_models_learn_more_slowly(adapter) -> None:
+    rates = [learning_rate_for(adapter, width) for width in (128, 256, 896, 2048, 4096, 8192)]
+    assert rates == sorted(rates, reverse=True)
+
+
+def test_every_auto_becomes_a_number_with_a_reason() -> None:
+    resolved, why = resolve(spec(), FACTS)
+    h = resolved.hyperparameters
+    assert (h.n_epochs, h.batch_size, h.micro_batch_size) == (3, 4, 4)
+    assert (h.learning_rate, h.learning_rate_multiplier) == (1e-3, 1.0)
+    assert (h.context_length, h.dtype) == (256, "float32")
+    assert [sentence.split(" = ")[0] for sentence in why] == [
+        "n_epochs",
+        "batch_size",
+        "context_length",
+        "dtype",
+        "learning_rate",
+        "micro_batch_size",
+    ]
+
+
+def test_a_multiplier_scales_the_methods_own_rate() -> None:
+    resolved, _ = resolve(spec({"learning_rate_multiplier": 0.5}), FACTS)
+    assert resolved.hyperparameters.learning_rate == 5e-4
+
+
+def test_an_absolute_rate_is_kept_and_told_as_a_multiplier() -> None:
+    resolved, _ = resolve(spec({"learning_rate": 2e-3}), FACTS)
+    assert resolved.hyperparameters.learning_rate == 2e-3
+    assert resolved.hyperparameters.learning_rate_multiplier == pytest.approx(2)
+
+
+def test_what_was_asked_is_not_decided_again() -> None:
+    asked = {
+        "n_epochs": 7,
+        "batch_size": 12,
+        "context_length": 64,
+        "micro_batch_size": 3,
+        "dtype": "bfloat16",
+    }
+    resolved, why = resolve(spec(asked), FACTS)
+    assert {name: getattr(resolved.hyperparameters, name) for name in asked} == asked
+    assert len(why) == 1  # the learning rate
+
+
+def test_a_resolved_spec_is_left_as_it_is() -> None:
+    once, _ = resolve(spec({"learning_rate_multiplier": 0.7}), FACTS)
+    assert resolve(once, Facts(5000, 4096, 512, "bfloat16")) == (once, [])
+
+
+def test_micro_batches_hold_at_most_eight() -> None:
+    resolved, _ = resolve(spec({"batch_size": 64}), FACTS)
+    assert resolved.hyperparameters.micro_batch_size == 8
+
+
+@pytest.mark.parametrize(
+    ("asked", "name"),
+    [
+        ({"batch_size": 2, "micro_batch_size": 4}, "micro_batch_size"),
+        ({"context_length": 512}, "context_length"),
+    ],
+)
+def test_what_the_model_or_batch_cannot_hold_is_refused(asked, name) -> None:
+    with pytest.raises(SpecError) as caught:
+        resolve(spec(asked), FACTS)
+    assert caught.value.param == f"hyperparameters.{name}"
+
+
+def test_specs_and_formats_leave_torch_unloaded() -> None:
+    program = "import sys, olora_core.specs, olora_core.formats; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", program]).returncode == 0
