@@ -111,6 +111,7 @@ def test_every_suggested_name_is_accepted(name) -> None:
         "target_modules": "auto",
         "lora_target_modules": "auto",
         "dtype": "auto",
+        "context_length": "auto",
     }
     spec({name: values.get(name, 1)})
 
