@@ -30,9 +30,12 @@ def _begins(**_: Any) -> None:
         require_current_schema(supervisor.engine)
     except SchemaBehind as behind:
         sys.exit(behind.message)
+
+
+@signals.celeryd_after_setup.connect  # type: ignore[untyped-decorator]
+def _can_log(**_: Any) -> None:
     supervisor.tidy()
-    devices = ", ".join(visible_gpus()) or "the CPU"
-    logger.info("Worker %s trains on %s.", supervisor.owner, devices)
+    logger.info("Worker %s trains on %s.", supervisor.owner, ", ".join(visible_gpus()) or "the CPU")
 
 
 @signals.worker_shutting_down.connect  # type: ignore[untyped-decorator]
