@@ -1,4 +1,4 @@
-"""The database goes away in the middle of a job: short of the lease nothing happens, beyond it another goes on."""
+"""The database goes away during a job: within the lease nothing happens, beyond it another one goes on."""
 
 import threading
 import time

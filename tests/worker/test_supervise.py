@@ -9,6 +9,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 import pytest
 
@@ -17,6 +18,7 @@ from tests.worker.service import Service, exists
 from tests.worker.tiny_base import chat_rows
 from worker.supervise import Supervisor
 
+EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
 LONG = {"rows": 64, "n_epochs": 40}
 """A job of 640 steps: longer than any test of it."""
 
@@ -113,6 +115,17 @@ def test_one_trainer_serves_job_after_job(service: Service, supervisor: Supervis
     assert supervisor.run_until_idle() == 2
     assert trainer_pid(supervisor) == before
     assert service.tensors(first) == service.tensors(second)
+
+
+def test_the_shipped_base_model_is_trained_on_the_shipped_examples(
+    service: Service, supervisor: Supervisor
+) -> None:
+    examples = (EXAMPLES / "docstrings" / "train.jsonl").read_bytes().splitlines(keepends=True)
+    job_id = service.queue(model="olora-tiny", data=b"".join(examples[:40]), max_steps=5)
+    supervisor.run_until_idle()
+    job = service.job(job_id)
+    assert (job.status, job.error) == ("succeeded", None)
+    assert len(service.losses(job_id)) == 5
 
 
 def test_without_jobs_nothing_happens(service: Service, supervisor: Supervisor) -> None:
