@@ -48,8 +48,10 @@ SHOWN = (
     "valid_mean_token_accuracy",
     "full_valid_loss",
     "full_valid_mean_token_accuracy",
+    "tokens",
+    "seconds",
 )
-"""What a metrics event carries of a step."""
+"""What a metrics event carries of a step: OpenAI's names, and what a progress bar needs for its speed."""
 
 
 class Notice(Protocol):
@@ -661,7 +663,7 @@ def _rest(job: Job) -> None:
 
 
 def error_dict(error: OloraError | StoreError) -> dict[str, Any]:
-    return {"code": error.code, "message": error.message, "param": error.param}
+    return {"code": error.code, "message": storable(error.message), "param": error.param}
 
 
 def _end_attempt(session: Session, job: Job, reason: str) -> None:
@@ -687,9 +689,14 @@ def _event(job_id: str, level: str, type: str, message: str, data: dict[str, Any
         "job_id": job_id,
         "level": level,
         "type": type,
-        "message": message,
+        "message": storable(message),
         "data": data,
     }
+
+
+def storable(text: str) -> str:
+    """A sentence may quote a training file, and that a character which PostgreSQL does not hold: NUL."""
+    return text.replace("\x00", "\ufffd")
 
 
 # --- reading -------------------------------------------------------------------------------------------

@@ -17,8 +17,14 @@ from .errors import SettingsError
 log = logging.getLogger(__name__)
 
 PREFIX = "OLORA_"
-NOT_SETTINGS = ("OLORA_TEST_", "OLORA_BENCH_", "OLORA_REQUIRE_SERVICES")
-"""Variables that belong to the tests and benchmarks."""
+NOT_SETTINGS = (
+    "OLORA_TEST_",
+    "OLORA_BENCH_",
+    "OLORA_REQUIRE_SERVICES",
+    "OLORA_BASE_URL",
+    "OLORA_DIE_WITH_PARENT",
+)
+"""Variables that belong to tests, benchmarks, clients, and from one of our processes to the next."""
 
 
 def _in_home(scheme: str, name: str) -> Any:

@@ -110,7 +110,7 @@ def test_times_are_filled_in_when_the_session_is_gone(sessions: Sessions) -> Non
 def test_a_metrics_event_carries_the_numbers(sessions: Sessions) -> None:
     making.job(sessions)
     claim = making.claimed(sessions)
-    measured = making.step(3, valid_loss=0.9, valid_accuracy=0.6)
+    measured = making.step(3, tokens=90, valid_loss=0.9, valid_accuracy=0.6)
     with sessions.begin() as session:
         jobs.record(session, claim, steps=[measured], total_steps=20)
     with sessions() as session:
@@ -123,6 +123,8 @@ def test_a_metrics_event_carries_the_numbers(sessions: Sessions) -> None:
         "train_mean_token_accuracy": 0.75,
         "valid_loss": 0.9,
         "valid_mean_token_accuracy": 0.6,
+        "tokens": 90,
+        "seconds": 0.5,
     }
 
 
