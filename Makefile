@@ -4,6 +4,8 @@ PYTHON ?= $(shell command -v python3.11 || command -v python3)
 VENV ?= .venv
 BIN := $(VENV)/bin
 export OLORA_HOME ?= $(CURDIR)/.olora
+# Threads of torch sleep while they wait for each other, instead of spinning: much faster where cores are shared.
+export OMP_WAIT_POLICY ?= PASSIVE
 
 # Where torch comes from, when not from the registry that pip is set to: for example the CPU builds' own index.
 TORCH_INDEX_URL ?=

@@ -52,41 +52,47 @@ class TrainingBar:
         self,
         step: int,
         total_steps: int,
+        *,
         loss: float | None = None,
-        tokens_per_second: float | None = None,
         valid_loss: float | None = None,
+        tokens: int | None = None,
+        seconds: float | None = None,
     ) -> None:
-        """One optimizer step is done. A figure that is not known is left out."""
+        """One optimizer step is done; `tokens` in `seconds`. A figure that is not known is left out."""
         self._valid_loss = self._valid_loss if valid_loss is None else valid_loss
-        figures = [
-            f"loss {loss:.3f}" if loss is not None else "",
-            f"valid {self._valid_loss:.3f}" if self._valid_loss is not None else "",
-            f"{tokens_per_second:,.0f} tokens/s" if tokens_per_second else "",
-        ]
-        line = "  ".join(figure for figure in figures if figure)
+        if tokens and seconds:
+            self._recent.append((tokens, seconds))
+        line = "  ".join(
+            filter(None, [_named("loss", loss), _named("valid", self._valid_loss), self._speed()])
+        )
         count = f"{step}/{total_steps}"
         self._progress.update(
             self._task, description="training", completed=step, total=total_steps, count=count, figures=line
         )
-        if not self.console.is_terminal and (
-            step - self._printed_step >= total_steps / 10 or step == total_steps
-        ):
+        due = step - self._printed_step >= total_steps / 10 or step == total_steps
+        if due and not self.console.is_terminal:
             self._printed_step = step
-            self.console.print(f"step {step}/{total_steps}  {line}", highlight=False)
+            self.console.print(f"step {count}  {line}", highlight=False)
 
     def metrics(self, data: Mapping[str, Any]) -> None:
         """One optimizer step, as a metrics event of the service tells it."""
-        if data.get("tokens") and data.get("seconds"):
-            self._recent.append((data["tokens"], data["seconds"]))
-        seconds = sum(seconds for _, seconds in self._recent)
         self.step(
             data["step"],
             data.get("total_steps") or data["step"],
-            data.get("train_loss"),
-            sum(tokens for tokens, _ in self._recent) / seconds if seconds else None,
-            data.get("full_valid_loss", data.get("valid_loss")),
+            loss=data.get("train_loss"),
+            valid_loss=data.get("full_valid_loss", data.get("valid_loss")),
+            tokens=data.get("tokens"),
+            seconds=data.get("seconds"),
         )
+
+    def _speed(self) -> str:
+        seconds = sum(seconds for _, seconds in self._recent)
+        return f"{sum(tokens for tokens, _ in self._recent) / seconds:,.0f} tokens/s" if seconds else ""
 
     def say(self, message: str, style: str = "") -> None:
         """A line above the bar."""
-        self.console.print(message, style=style, markup=False, highlight=False)
+        self.console.print(message, style=style, markup=False, highlight=False, soft_wrap=True)
+
+
+def _named(name: str, value: float | None) -> str:
+    return "" if value is None else f"{name} {value:.3f}"

@@ -3,7 +3,6 @@
 import json
 import os
 import signal
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -18,6 +17,7 @@ from olora_core.errors import SpecError
 from olora_core.specs import MAX_SEED, TrainSpec, nearest, read_spec, spec_error
 
 from .progress import TrainingBar
+from .workers import POLITE
 
 console = Console(stderr=True)
 RUN_FILE = "run.json"
@@ -190,6 +190,7 @@ def _train(
     """Drives the core. False when Ctrl-C or SIGTERM stopped the run, after a checkpoint."""
     with TrainingBar(console) as bar, _stop_signals() as stopping:
         bar.phase("loading torch")
+        os.environ |= POLITE | os.environ
         import torch
 
         from olora_core.model import load_base
@@ -205,7 +206,6 @@ def _train(
             bar.say(f"Going on from {resume.name}.")
         output.mkdir(parents=True, exist_ok=True)
         progress = run_training(spec, base, training, validation, output, resume=resume)
-        told, last = time.monotonic(), 0
         wish: str | None = None
         while True:
             try:
@@ -223,10 +223,14 @@ def _train(
                     for sentence in news.why:
                         bar.say(sentence, "dim")
                 case Step():
-                    seconds = max(1e-9, time.monotonic() - told)
-                    speed = news.tokens / seconds if last else None
-                    told, last = time.monotonic(), news.step
-                    bar.step(news.step, news.total_steps, news.loss, speed, news.valid_loss)
+                    bar.step(
+                        news.step,
+                        news.total_steps,
+                        loss=news.loss,
+                        valid_loss=news.valid_loss,
+                        tokens=news.tokens,
+                        seconds=news.seconds,
+                    )
                     wish = "save" if stopping else None
                 case Evaluated():
                     bar.say(f"step {news.step}: validation loss {news.loss:.4f}")

@@ -15,6 +15,7 @@ import socket
 import subprocess
 import sys
 import time
+import warnings
 import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -28,6 +29,7 @@ from rich.table import Table
 from rich.text import Text
 
 from cli.progress import TrainingBar
+from cli.workers import POLITE
 from store.settings import Settings, get_settings
 from worker.launch import worker_environment
 
@@ -35,20 +37,21 @@ EXAMPLES = Path(__file__).parent
 TRAINING, VALIDATION = EXAMPLES / "docstrings" / "train.jsonl", EXAMPLES / "docstrings" / "valid.jsonl"
 BASE = EXAMPLES / "base"
 START_SECONDS, STOP_SECONDS = 90, 150
-SHOWN = 3
-"""Held-out rows that are shown before and after."""
+MEASURED, SHOWN = 100, 3
+"""Held-out rows whose loss is measured here, and those that are shown before and after."""
 
-console = Console(highlight=False)
+console = Console(highlight=False, soft_wrap=True)
 
 
 def main() -> int:
-    settings = get_settings()
+    settings, started = get_settings(), time.monotonic()
     try:
         with service(settings) as url:
             client = OpenAI(base_url=f"{url}/v1", api_key=key_of(settings))
             job = follow(client, ask(client))
             folder = download(client, job, settings.home / "quickstart" / job.id)
         show(folder, job)
+        console.print(f"Done in {time.monotonic() - started:.0f} s. Next: make serve")
         return 0
     except KeyboardInterrupt:
         console.print("\n[yellow]Stopped, and everything that was started with it.[/yellow]")
@@ -213,12 +216,17 @@ def download(client: OpenAI, job: Any, to: Path) -> Path:
 def show(folder: Path, job: Any) -> None:
     """Loads base and adapter, checks the certificate, and shows what was learned. Raises Trouble."""
     console.print("Loading the adapter in PEFT, on the untouched base ...")
+    os.environ |= POLITE | os.environ
+    warnings.filterwarnings("ignore", category=FutureWarning)  # what PEFT and transformers say to each other
     import torch
     from peft import PeftModel
     from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers.utils import logging as transformers_logging
 
+    transformers_logging.disable_progress_bar()
     manifest = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
-    rows = [json.loads(line) for line in VALIDATION.read_text(encoding="utf-8").splitlines()]
+    lines = VALIDATION.read_text(encoding="utf-8").splitlines()
+    rows = [json.loads(line) for line in lines[:MEASURED]]
     tokenizer = AutoTokenizer.from_pretrained(BASE)
     base = AutoModelForCausalLM.from_pretrained(BASE, dtype=torch.float32)
     trained = trained_logits(base, folder, tokenizer, rows[:8])
@@ -245,7 +253,6 @@ def show(folder: Path, job: Any) -> None:
     console.print(f"Model    {job.fine_tuned_model}")
     console.print(f"Adapter  {folder}   (PEFT, transformers, vLLM: see its README.md)")
     console.print(f"Metrics  {folder.parent / 'metrics.csv'}")
-    console.print("Next: make serve")
 
 
 def trained_logits(base: Any, folder: Path, tokenizer: Any, rows: list[Any]) -> Any:
