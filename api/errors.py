@@ -15,6 +15,7 @@ ApiError               a request that cannot be served, in words its sender can 
 Expected troubles of the core and of the store are mapped to one of these by `as_api_error`.
 """
 
+import re
 from collections.abc import Iterable
 from typing import Any
 
@@ -196,9 +197,16 @@ def as_api_error(error: Exception) -> ApiError | None:
 def _from_validation(error: RequestValidationError) -> BadRequest:
     """FastAPI's complaint about a query or path value, as one sentence that names it."""
     problem = error.errors()[0]
-    param = ".".join(str(part) for part in problem["loc"][1:]) or None
-    wish = str(problem["msg"]).removeprefix("Input should be ")
-    return BadRequest(f"{param} = {problem.get('input')!r} does not fit: expected {wish}.", param=param)
+    param = ".".join(str(part) for part in problem["loc"][1:])
+    return BadRequest(misfit(param, problem["input"], str(problem["msg"])), param=param)
+
+
+def misfit(place: str, value: Any, complaint: str) -> str:
+    """`limit = 0 does not fit: expected …` in pydantic's words for what it expected."""
+    shown = repr(value)
+    shown = shown if len(shown) <= 80 else f"{shown[:77]}…"
+    wish = re.sub(r"^(Input should be|\w+ should have) ", "", complaint)
+    return f"{place} = {shown} does not fit: expected {wish}."
 
 
 def _from_http(error: HTTPException) -> ApiError:

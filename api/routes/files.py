@@ -53,7 +53,28 @@ class Form:
         return None if seconds is None else int(seconds)
 
 
-@router.post("")
+BODY_SCHEMA = {
+    "requestBody": {
+        "required": True,
+        "content": {
+            "multipart/form-data": {
+                "schema": {
+                    "type": "object",
+                    "required": ["purpose", "file"],
+                    "properties": {
+                        "purpose": {"type": "string", "enum": list(UPLOAD_PURPOSES)},
+                        "file": {"type": "string", "format": "binary"},
+                        "expires_after[anchor]": {"type": "string", "enum": ["created_at"]},
+                        "expires_after[seconds]": {"type": "integer", "minimum": 3600, "maximum": 2_592_000},
+                    },
+                }
+            }
+        },
+    }
+}
+
+
+@router.post("", openapi_extra=BODY_SCHEMA)
 async def create_file(request: Request, call: CallDep) -> FileObject:
     """Multipart: `purpose`, `file`, and optionally `expires_after[anchor]` and `expires_after[seconds]`."""
     file_id = files.new_file_id()
@@ -224,7 +245,8 @@ def list_files(
         page = files.list_files(
             session, call.project_id, after=after, limit=limit, order=order, purpose=purpose
         )
-        return Page[FileObject].of([FileObject.of(row) for row in page.data], page.has_more)
+        found = [FileObject.of(row, listed=True) for row in page.data]
+        return Page[FileObject].of(found, page.has_more)
 
 
 @router.get("/{file_id}")

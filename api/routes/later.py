@@ -76,6 +76,6 @@ def _refusal(what: str, instead: str) -> Callable[[], Awaitable[None]]:
     return refuse
 
 
-for what, instead, addresses in NOT_YET:
-    for method, path in addresses:
-        router.add_api_route(path, _refusal(what, instead), methods=[method])
+for _what, _instead, _addresses in NOT_YET:
+    for _method, _path in _addresses:
+        router.add_api_route(_path, _refusal(_what, _instead), methods=[_method])

@@ -11,7 +11,9 @@ RESULT_PURPOSE = "fine-tune-results"
 
 
 class FileObject(BaseModel):
-    """An uploaded or produced file. `olora.report` says what the validation of its lines found."""
+    """An uploaded or produced file. `olora.report` says what the validation of its lines found; in a list it
+    counts the findings and does not show them.
+    """
 
     id: str
     object: Literal["file"] = "file"
@@ -25,7 +27,7 @@ class FileObject(BaseModel):
     olora: dict[str, Any]
 
     @classmethod
-    def of(cls, row: File) -> "FileObject":
+    def of(cls, row: File, *, listed: bool = False) -> "FileObject":
         return cls(
             id=row.id,
             bytes=row.bytes,
@@ -35,5 +37,10 @@ class FileObject(BaseModel):
             status=row.status,
             status_details=row.status_details,
             expires_at=None if row.expires_at is None else int(row.expires_at),
-            olora={"sha256": row.sha256, "report": row.report},
+            olora={"sha256": row.sha256, "report": _counts(row.report) if listed else row.report},
         )
+
+
+def _counts(report: dict[str, Any] | None) -> dict[str, Any] | None:
+    shown = ("format", "rows", "error_count", "warning_count", "note_count")
+    return None if report is None else {name: report[name] for name in shown}

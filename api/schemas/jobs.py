@@ -10,7 +10,7 @@ from olora_core.specs import MAX_SEED, TrainSpec, read_spec
 from store.jobs import model_name
 from store.models import Checkpoint, Event, Job
 
-from ..errors import BadRequest
+from ..errors import BadRequest, misfit
 
 
 class Request(BaseModel):
@@ -127,8 +127,7 @@ def _bad_field(error: ValidationError) -> BadRequest:
         return BadRequest(f"{param} is unknown{hint}. Known here: {', '.join(known)}.", param=param)
     if problem["type"] == "missing":
         return BadRequest(f"{param} is missing; it is required.", param=param)
-    wish = str(problem["msg"]).removeprefix("Input should be ")
-    return BadRequest(f"{param} = {_shown(problem['input'])} does not fit: expected {wish}.", param=param)
+    return BadRequest(misfit(param, problem["input"], str(problem["msg"])), param=param)
 
 
 def _fields_at(place: list[str]) -> list[str]:
@@ -140,11 +139,6 @@ def _fields_at(place: list[str]) -> list[str]:
         "olora": JobOptions,
     }
     return list(models[".".join(place)].model_fields)
-
-
-def _shown(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 80 else text[:77] + "…"
 
 
 class JobError(BaseModel):

@@ -8,7 +8,18 @@ from starlette.testclient import TestClient
 
 from store.settings import Settings
 
-from .calls import chat_file, chat_row, created, eventually, finished, job, jsonl, upload, uploaded
+from .calls import (
+    chat_file,
+    chat_row,
+    created,
+    eventually,
+    finished,
+    job,
+    jsonl,
+    settled,
+    upload,
+    uploaded,
+)
 from .serving import KEY
 
 BOTH_DATABASES = pytest.mark.parametrize("settings", ["sqlite_url", "postgres_url"], indirect=True)
@@ -54,6 +65,25 @@ def test_a_file_without_problems_of_structure_is_kept_with_its_problems_of_conte
         "example_missing_assistant_message",
     )
     assert client.get(f"/v1/files/{file['id']}").json() == file
+
+
+@BOTH_DATABASES
+def test_odd_characters_in_a_file_keep_no_job_waiting(client: TestClient) -> None:
+    """A NUL in a key is quoted in the report, and would be in the events of the job."""
+    odd = {**chat_row(), "extra\x00key": 1}
+    odd["messages"] = [*odd["messages"], {"role": "assistant", "content": "x", "a\x00b": 2}]
+    made = created(client, training_file=uploaded(client, jsonl(*[odd] * 12)))
+    ended = settled(client, made["id"])
+    assert ended["status"] == "failed"
+    assert "is not a key of a message" in ended["error"]["message"]
+
+
+def test_a_list_counts_findings_and_does_not_show_them(client: TestClient) -> None:
+    file_id = uploaded(client, jsonl(chat_row(), {"messages": []}))
+    (listed,) = client.get("/v1/files").json()["data"]
+    counts = {"format": "chat", "rows": 2, "error_count": 1, "warning_count": 0, "note_count": 0}
+    assert listed["olora"]["report"] == counts
+    assert len(client.get(f"/v1/files/{file_id}").json()["olora"]["report"]["errors"]) == 1
 
 
 def test_files_of_other_purposes_are_kept_as_they_are(client: TestClient) -> None:
