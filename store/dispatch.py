@@ -16,7 +16,7 @@ from sqlalchemy.orm import Session
 from . import jobs
 from .files import Storage, purge_files, storage
 from .models import Job
-from .queue import celery_app, wake
+from .queue import celery_app, remove_leftovers, wake
 from .requests import forget_old_requests
 from .session import Sessions, db_now, read_sessions, sessions
 from .settings import Settings
@@ -135,6 +135,7 @@ class Dispatcher(threading.Thread):
 
     def _tidy(self) -> None:
         self._store.remove_part_leftovers()
+        remove_leftovers(self.settings)
         with self._sessions.begin() as session:
             forget_old_requests(session)
 

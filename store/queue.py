@@ -99,6 +99,20 @@ def wake(app: Celery, count: int = 1) -> bool:
     return True
 
 
+def remove_leftovers(settings: Settings, older_than_seconds: float = 86_400.0) -> int:
+    """Removes from the folder what nobody will read any more. Returns how many files that were."""
+    if settings.queue_folder is None:
+        return 0
+    oldest = time.time() - older_than_seconds
+    removed = 0
+    for path in (settings.queue_folder / "messages").iterdir():
+        with contextlib.suppress(FileNotFoundError):  # a reader was faster
+            if path.stat().st_mtime < oldest:
+                path.unlink()
+                removed += 1
+    return removed
+
+
 class FolderChannel(filesystem.Channel):
     """Messages as files. One appears whole or not at all, and exactly one reader gets it.
 

@@ -2,6 +2,7 @@
 
 import contextlib
 import ctypes
+import multiprocessing
 import os
 import pwd
 import shutil
@@ -12,6 +13,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -29,6 +31,13 @@ def unavailable(sentence: str) -> None:
     if os.environ.get("OLORA_REQUIRE_SERVICES") == "1":
         pytest.fail(sentence)
     pytest.skip(sentence)
+
+
+def process_context() -> Any:
+    """Processes that are forked from one that has imported what they need, and has nothing else."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["pytest", "store.dispatch", "tests.store.making", "psycopg"])
+    return context
 
 
 def die_with_parent() -> None:

@@ -1,7 +1,6 @@
 """The queue loses no wake-up while it works, and harms nobody while it does not."""
 
 import json
-import multiprocessing
 import os
 import socket
 import threading
@@ -15,7 +14,7 @@ import pytest
 from kombu.entity import Queue
 from kombu.exceptions import ChannelError
 
-from store.queue import QUEUE, TASK, celery_app, wake
+from store.queue import QUEUE, TASK, celery_app, remove_leftovers, wake
 from store.settings import Settings, read_settings
 from tests import services
 
@@ -164,8 +163,7 @@ def _consume(settings: Settings, results: Any, stop: Any) -> None:
 
 
 def test_many_publishers_and_consumers_lose_and_double_nothing(settings: Settings) -> None:
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["store.queue"])
+    context = services.process_context()
     results, stop = context.Queue(), context.Event()
     consumers = [context.Process(target=_consume, args=(settings, results, stop)) for _ in range(CONSUMERS)]
     publishers = [context.Process(target=_publish, args=(settings, n)) for n in range(PUBLISHERS)]
@@ -209,6 +207,17 @@ def test_half_a_message_is_not_seen(folder_settings: Settings) -> None:
     assert waiting(folder_settings) == 0
     wake(app)
     assert len(take(folder_settings, 1)) == 1
+
+
+def test_what_nobody_reads_any_more_is_removed(folder_settings: Settings) -> None:
+    wake(celery_app(folder_settings))
+    assert folder_settings.queue_folder
+    folder = folder_settings.queue_folder / "messages"
+    for name in (".abc.part", ".abc.taken", "1_a.reply.celery.pidbox.msg"):
+        (folder / name).write_text("{")
+        os.utime(folder / name, (0, 0))
+    assert remove_leftovers(folder_settings) == 3
+    assert waiting(folder_settings) == 1
 
 
 def test_the_queue_folder_is_its_owners_alone(folder_settings: Settings) -> None:

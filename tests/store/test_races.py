@@ -1,6 +1,5 @@
 """Many at once, as processes of their own: every job starts once, and every fault of the fence would show."""
 
-import multiprocessing
 import random
 import threading
 import time
@@ -15,6 +14,7 @@ from store.errors import LeaseLost
 from store.models import Attempt, Checkpoint, Event, Job, Metric, Model
 from store.session import Sessions, db_now, make_engine, sessions
 from store.settings import Settings
+from tests import services
 from tests.store import making
 
 CLAIMERS = 8
@@ -37,8 +37,7 @@ def test_eight_claimers_start_every_job_exactly_once(database_url: str, sessions
         file = making.file(session)
         for _ in range(39):
             jobs.create(session, project_id="p", spec=making.SPEC, training_file=file).status = "queued"
-    context = multiprocessing.get_context("forkserver")  # imports once, forks eight times
-    context.set_forkserver_preload(["store.jobs"])
+    context = services.process_context()
     barrier = context.Barrier(CLAIMERS)
     claimers = [
         context.Process(target=_claim_everything, args=(database_url, f"w{n}", barrier))

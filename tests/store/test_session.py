@@ -1,6 +1,5 @@
 """Transactions lose nothing; the schema is what the models say."""
 
-import multiprocessing
 import subprocess
 import sys
 import threading
@@ -25,6 +24,7 @@ from store.session import (
     schema_is_current,
     sessions,
 )
+from tests import services
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -132,8 +132,7 @@ def test_no_update_is_lost_between_processes_and_threads_on_sqlite(sqlite_url: s
     engine = make_engine(sqlite_url)
     with sessions(engine).begin() as session:
         session.add(Project(id="p", name="0"))
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["store.jobs"])
+    context = services.process_context()
     workers = [context.Process(target=_add_one, args=(sqlite_url, 60)) for _ in range(2)]
     workers += [threading.Thread(target=_add_one, args=(sqlite_url, 60)) for _ in range(3)]  # type: ignore[misc]
     for worker in workers:
