@@ -13,9 +13,11 @@ from pathlib import Path
 
 import pytest
 
+from store.files import Storage
 from tests.services import wait_until
 from tests.worker.service import Service, exists
 from tests.worker.tiny_base import chat_rows
+from worker.lease import LOOK_SECONDS
 from worker.supervise import Supervisor
 
 EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
@@ -115,6 +117,25 @@ def test_one_trainer_serves_job_after_job(service: Service, supervisor: Supervis
     assert supervisor.run_until_idle() == 2
     assert trainer_pid(supervisor) == before
     assert service.tensors(first) == service.tensors(second)
+
+
+class SlowStorage(Storage):
+    """Takes longer to answer than the supervisor waits before it looks at its row again."""
+
+    def list(self, prefix: str) -> list[str]:
+        time.sleep(2 * LOOK_SECONDS)
+        return super().list(prefix)
+
+
+def test_a_job_that_has_ended_is_not_taken_for_a_lost_one(service: Service, supervisor: Supervisor) -> None:
+    before = trainer_pid(supervisor)
+    supervisor.storage = SlowStorage(service.storage.root)
+    job_id = service.queue(rows=32, n_epochs=1)
+    supervisor.run_until_idle()
+    supervisor.storage = service.storage
+    assert service.job(job_id).status == "succeeded"
+    assert trainer_pid(supervisor) == before
+    assert exists(before)
 
 
 def test_the_shipped_base_model_is_trained_on_the_shipped_examples(
