@@ -1,8 +1,9 @@
 """What a training run says while it runs. Whoever drives `train` records these values."""
 
+from collections.abc import Generator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 from .specs import TrainSpec
 
@@ -94,3 +95,13 @@ class Finished:
 
 
 Progress = Phase | Note | Resolved | Step | Evaluated | Saved | Finished
+ResultT = TypeVar("ResultT")
+
+
+def result_of(work: Generator[Any, None, ResultT]) -> ResultT:
+    """What a generator returns, for callers to whom its progress says nothing."""
+    while True:
+        try:
+            next(work)
+        except StopIteration as end:
+            return end.value

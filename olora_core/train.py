@@ -37,11 +37,11 @@ from .evaluate import evaluate
 from .export import Story, export_adapter, record_certificate
 from .formats import check_for_training, validate
 from .losses import evaluating, head_is_plain, packing_is_exact, task_loss
-from .methods import METHODS, Method, Outputs, place
-from .methods.base import Schedule
+from .methods import METHODS, Method, Outputs
+from .methods.base import Schedule, placing
 from .model import Base, target_sites
 from .precision import DTYPES, compute_dtype
-from .progress import Evaluated, Finished, Note, Phase, Progress, Resolved, Saved, Step
+from .progress import Evaluated, Finished, Note, Phase, Progress, Resolved, Saved, Step, result_of
 from .randomness import Randomness
 from .schedule import schedule_of
 from .specs import Facts, Hyperparameters, TrainSpec, resolve
@@ -283,9 +283,7 @@ def start(
             "hyperparameters.packing: this base model lets packed examples see each other; set it to false.",
             param="hyperparameters.packing",
         )
-    yield Phase("starting", 0, len(sites))
-    adapters = place(method, base.model, sites)
-    yield Phase("starting", len(sites), len(sites))
+    adapters = yield from placing(method, base.model, sites)
     optimizer = torch.optim.AdamW(
         method.param_groups(adapters),
         lr=hyperparameters.learning_rate,
@@ -444,13 +442,9 @@ def glance(run: Run) -> tuple[float, float] | None:
     every = max(1, run.total_steps // SMALL_VALIDATIONS)
     if run.small_validation is None or run.step % every:
         return None
-    looking = evaluation(run, run.small_validation)
-    while True:
-        try:
-            next(looking)
-        except StopIteration as end:
-            run.glances.append((run.step, *end.value))
-            return end.value
+    seen = result_of(evaluation(run, run.small_validation))
+    run.glances.append((run.step, *seen))
+    return seen
 
 
 def evaluate_fully(run: Run) -> Generator[Phase | Evaluated, None, None]:

@@ -1,7 +1,7 @@
 """What a method may do to a training run: one required hook, and seven that do nothing unless defined."""
 
 import hashlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Generator, Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, Generic, TypeVar
 
@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from ..adapter import Adapter, Site, attach, site_weight
 from ..errors import SpecError
+from ..progress import Phase, result_of
 from ..specs import AdapterSpec, check_export_rank
 
 SpecT = TypeVar("SpecT", bound=AdapterSpec)
@@ -109,10 +110,18 @@ class Method(Generic[SpecT]):
 
 def place(method: Method, model: nn.Module, sites: list[Site]) -> dict[str, Adapter]:
     """Builds an adapter for every site, attaches them all, and returns them by site name in model order."""
+    return result_of(placing(method, model, sites))
+
+
+def placing(
+    method: Method, model: nn.Module, sites: list[Site]
+) -> Generator[Phase, None, dict[str, Adapter]]:
+    """`place`, saying after each adapter how many are built: a large model's take a while."""
     adapters = {}
-    for site in sites:
+    for built, site in enumerate(sites, 1):
         weight = site_weight(model.get_submodule(site.name))
         adapters[site.name] = method.adapter(weight, site).to(weight.device)
+        yield Phase("starting", built, len(sites))
     attach(model, adapters)
     method.placed(adapters)
     return adapters

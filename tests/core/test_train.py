@@ -92,6 +92,11 @@ def test_the_parts_of_a_run_come_in_order(run, validation) -> None:
     ]
 
 
+def test_slow_beginnings_show_signs_of_life(run) -> None:
+    said = run(spec_for(max_steps=1))
+    assert [p.done for p in said if isinstance(p, Phase) and p.name == "starting"] == list(range(1, 15))
+
+
 def test_every_auto_becomes_a_number(run) -> None:
     hyperparameters = {"n_epochs": "auto", "batch_size": "auto", "micro_batch_size": "auto", "max_steps": 1}
     resolved = one(Resolved, run(spec_for(**hyperparameters)))
@@ -435,6 +440,42 @@ def test_a_loss_that_is_not_finite_names_the_step_and_keeps_the_last_checkpoint(
     newest = sorted((tmp_path / "run" / "checkpoints").iterdir())[-1]
     assert newest.name == "step-00000004"
     assert all(tensor.isfinite().all() for tensor in load_file(newest / "adapter.safetensors").values())
+    assert unchanged(llama, before)
+
+
+class Spoils(LoRA):
+    """LoRA whose second step, itself finite, leaves a weight that is not."""
+
+    def placed(self, adapters: Any) -> None:
+        self.first = next(iter(adapters.values()))
+
+    def after_step(self, step: int, optimizer: torch.optim.Optimizer) -> None:
+        super().after_step(step, optimizer)
+        if step == 2:
+            self.first.A.data[0, 0] = float("inf")
+
+
+def test_an_adapter_that_is_not_finite_is_never_saved(llama, training, tmp_path, monkeypatch) -> None:
+    monkeypatch.setitem(methods.METHODS, "lora", Spoils)
+    progress = train(spec_for("lora"), llama, training, None, tmp_path / "run", checkpoint_seconds=0.0)
+    with pytest.raises(TrainingError, match="not finite after step 2"):
+        list(progress)
+    assert [path.name for path in (tmp_path / "run" / "checkpoints").iterdir()] == ["step-00000001"]
+
+
+class Hungry(LoRA):
+    """LoRA that needs more memory than there is."""
+
+    def penalty(self, outputs: Any, reference: Any) -> torch.Tensor | None:
+        raise torch.OutOfMemoryError("the device is full")
+
+
+def test_too_little_memory_names_the_remedy(run, llama, monkeypatch) -> None:
+    monkeypatch.setitem(methods.METHODS, "lora", Hungry)
+    before = weights(llama)
+    with pytest.raises(TrainingError, match="micro_batch_size") as caught:
+        run(spec_for("lora"))
+    assert caught.value.code == "out_of_memory"
     assert unchanged(llama, before)
 
 
