@@ -224,6 +224,7 @@ def test_metrics_travel_in_words_and_numbers(client: TestClient, settings: Setti
         "total_steps": 3,
         "train_loss": 2.0,
         "train_mean_token_accuracy": 0.5,
+        "seconds": 0.1,
     }
     table = client.get(f"/v1/files/{done['result_files'][0]}/content").text.splitlines()
     assert table[:2] == ["step,train_loss,train_accuracy,valid_loss,valid_mean_token_accuracy", "1,2.0,0.5,,"]
