@@ -14,8 +14,8 @@ from sqlalchemy import ColumnElement, Engine, and_, case, or_, select, update
 from sqlalchemy.orm import Session
 
 from . import jobs
-from .files import Storage, purge_files, storage
-from .models import Job
+from .files import Storage, purge_files, storage, to_purge
+from .models import File, Job
 from .queue import celery_app, remove_leftovers, wake
 from .requests import forget_old_requests
 from .session import Sessions, db_now, read_sessions, sessions
@@ -84,7 +84,7 @@ class Dispatcher(threading.Thread):
         self._try("see which jobs wait", self._note_wake_ups)
         self._try("wake workers", self._send_wake_ups)
         if tidy or time.monotonic() >= self._next_tidying:
-            self._try("remove deleted files", lambda: purge_files(self._sessions, self._store))
+            self._try("remove deleted files", self._purge)
         if time.monotonic() >= self._next_tidying:
             self._next_tidying = time.monotonic() + TIDY_SECONDS
             self._try("tidy up", self._tidy)
@@ -127,6 +127,12 @@ class Dispatcher(threading.Thread):
         else:
             self._next_sending = time.monotonic() + self._broker_rest
             self._broker_rest = min(BROKER_BACK_OFF_SECONDS, 2 * self._broker_rest)
+
+    def _purge(self) -> None:
+        with self._readers() as session:
+            due = session.scalar(select(File.seq).where(to_purge()).limit(1))
+        if due is not None:
+            purge_files(self._sessions, self._store)
 
     def _any(self, condition: ColumnElement[bool]) -> bool:
         """A look that takes no lock."""

@@ -18,7 +18,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, BinaryIO, Literal, Self
 
-from sqlalchemy import or_, select
+from sqlalchemy import ColumnElement, and_, or_, select
 from sqlalchemy.orm import Session
 
 from .errors import Damaged, FileInUse, NotFound, StorageError, StorageFull, TooLarge
@@ -381,6 +381,11 @@ def lock_file(session: Session, file: File) -> None:
     held = select(File.seq).where(File.id == file.id, _alive()).with_for_update(read=True)
     if session.scalar(held) is None:
         raise NotFound(f"File {file.id} has been deleted.", param="training_file")
+
+
+def to_purge() -> ColumnElement[bool]:
+    """Deleted or expired, with bytes that are still stored."""
+    return and_(File.storage_key.is_not(None), or_(File.deleted_at.is_not(None), File.expires_at <= db_now()))
 
 
 def purge_files(sessions: Sessions, store: Storage, limit: int = 100) -> int:

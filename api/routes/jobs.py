@@ -21,7 +21,6 @@ from .files import is_current, send_file
 
 router = APIRouter(prefix="/v1/fine_tuning/jobs", tags=["fine-tuning"])
 
-SMALL_MULTIPLIER = 0.01
 """Below this somebody probably meant an absolute rate."""
 BODY_SCHEMA = {
     "requestBody": {
@@ -69,23 +68,9 @@ def _make(session: Session, call: Call, request: CreateJob, spec: TrainSpec) -> 
         suffix=request.suffix,
         metadata=dict(request.metadata) if request.metadata is not None else None,
         options=options.model_dump(),
-        notes=_warnings(spec),
     )
     job.priority = options.priority
     return job.id
-
-
-def _warnings(spec: TrainSpec) -> list[jobs.Note]:
-    multiplier = spec.hyperparameters.learning_rate_multiplier
-    if multiplier == "auto" or multiplier >= SMALL_MULTIPLIER:
-        return []
-    return [
-        jobs.Note(
-            "warn",
-            f"learning_rate_multiplier = {multiplier:g} is very small: it multiplies the method's own rate. "
-            "If an absolute rate is meant, send it as learning_rate.",
-        )
-    ]
 
 
 def _usable(

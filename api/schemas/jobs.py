@@ -34,6 +34,9 @@ class JobOptions(Request):
     """The request's `olora` object: how the job is run, not what is trained."""
 
     priority: int = Field(default=0, ge=0, le=9, description="Jobs of a higher priority are started first.")
+    max_seconds: int | None = Field(
+        default=None, ge=1, description="The job fails when its attempts together have taken this long."
+    )
 
 
 class CreateJob(Request):

@@ -60,7 +60,7 @@ def test_a_new_job_carries_every_field(client: TestClient) -> None:
         metadata={"a": "1"},
         integrations=[],
         adapter={"method": "lora", "rank": 4},
-        olora={"priority": 3},
+        olora={"priority": 3, "max_seconds": 3600},
     )
     assert set(made) == OPENAI_FIELDS | {"adapter", "olora"}
     assert made["object"] == "fine_tuning.job"
@@ -76,7 +76,8 @@ def test_a_new_job_carries_every_field(client: TestClient) -> None:
         assert {place[name] for name in ("n_epochs", "batch_size", "learning_rate_multiplier")} == {"auto"}
     assert made["adapter"]["method"] == "lora"
     assert (made["adapter"]["rank"], made["adapter"]["alpha"]) == (4, 16)
-    assert (made["olora"]["priority"], made["olora"]["attempt"], made["olora"]["plan"]) == (3, 0, None)
+    assert (made["olora"]["priority"], made["olora"]["max_seconds"]) == (3, 3600)
+    assert (made["olora"]["attempt"], made["olora"]["plan"]) == (0, None)
 
 
 def test_what_is_not_said_gets_the_methods_defaults_and_a_seed(client: TestClient) -> None:
@@ -117,15 +118,6 @@ def test_null_stands_for_what_is_left_out(client: TestClient) -> None:
     assert (
         created(client, method={"type": "supervised", "supervised": None})["method"]["type"] == "supervised"
     )
-
-
-def test_an_absolute_rate_in_the_wrong_place_is_pointed_out(client: TestClient) -> None:
-    made = created(client, hyperparameters={"learning_rate_multiplier": 2e-5})
-    warning = next(event for event in events(client, made["id"]) if event["level"] == "warn")
-    assert "2e-05" in warning["message"]
-    assert "learning_rate" in warning["message"]
-    fine = created(client, hyperparameters={"learning_rate_multiplier": 0.01})
-    assert not [event for event in events(client, fine["id"]) if event["level"] == "warn"]
 
 
 @BOTH_DATABASES
