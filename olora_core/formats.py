@@ -626,7 +626,7 @@ def _check_calls(message: dict[str, Any], role: str, place: str, add: Add) -> No
             continue
         if not isinstance(item.get("id"), str):
             add(f"{path}[{i}].id", "tool_call_mismatch", "the call has no id.", "Give each call an id.")
-        if item.get("type", "function") != "function":
+        if (item.get("type") or "function") != "function":
             add(f"{path}[{i}].type", "data_type", f"type {item['type']!r} is unknown.", "Use 'function'.")
         _check_function(item.get("function"), f"{path}[{i}].function", add)
 
@@ -661,7 +661,7 @@ def _check_answer(message: dict[str, Any], role: str, place: str, calls: set[str
             add(path, "tool_call_mismatch", f"a {role} message answers no call.", "Leave tool_call_id out.")
     elif call_id is None:
         add(path, "tool_call_mismatch", "the tool message has no tool_call_id.", "Name the call it answers.")
-    elif call_id not in calls:
+    elif not isinstance(call_id, str) or call_id not in calls:
         add(
             path,
             "tool_call_mismatch",

@@ -216,6 +216,11 @@ def test_every_error_is_counted_and_the_first_fifty_kept() -> None:
             "$.messages[1].tool_calls[0].function.arguments",
             "tool_call_mismatch",
         ),
+        (
+            {"messages": [*CHAT["messages"], {"role": "tool", "content": "2", "tool_call_id": {}}]},
+            "$.messages[2].tool_call_id",
+            "tool_call_mismatch",
+        ),
         (answer(tool_calls=[{"id": "c1"}]), "$.messages[1].tool_calls[0].function", "tool_call_mismatch"),
         (
             answer(tool_calls=[{k: CALL[k] for k in ("type", "function")}]),
@@ -244,6 +249,33 @@ def test_an_error_names_line_path_code_and_remedy(row: object, path: str | None,
     assert (problem.line, problem.path, problem.code) == (2, path, code)
     assert problem.message.startswith("Line 2")
     assert problem.fix
+
+
+def test_no_value_anywhere_makes_the_validator_fail() -> None:
+    """Each known key of each format is given a value of every kind."""
+    kinds = [None, True, 0, 1.5, "", "x", [], [None], [{}], {}, {"function": None}]
+    message = {
+        "role": "assistant",
+        "content": "x",
+        "name": "n",
+        "weight": 1,
+        "tool_calls": [CALL],
+        "tool_call_id": "c1",
+        "function_call": CALL["function"],
+    }
+    rows: list[object] = list(kinds)
+    for kind in kinds:
+        for key in ("messages", "tools", "functions", "prompt", "completion"):
+            rows += [{**CHAT, key: kind}, {"prompt": "a", "completion": "b", key: kind}]
+        for key in message:
+            rows.append({"messages": [{**message, key: kind}, {"role": kind, key: kind}, kind]})
+        for key in ("id", "type", "function"):
+            rows.append(answer(content="x", tool_calls=[{**CALL, key: kind}]))
+        for key in ("name", "arguments"):
+            rows.append(answer(content="x", function_call={"name": "f", "arguments": {}, key: kind}))
+    report = report_of(*rows)
+    assert report.rows == len(rows)
+    assert Report.model_validate_json(report.model_dump_json()) == report
 
 
 def test_a_wrong_role_is_told_the_nearest() -> None:
