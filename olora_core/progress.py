@@ -104,4 +104,5 @@ def result_of(work: Generator[Any, None, ResultT]) -> ResultT:
         try:
             next(work)
         except StopIteration as end:
-            return end.value
+            result: ResultT = end.value
+            return result
