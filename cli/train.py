@@ -194,13 +194,15 @@ def _train(
         import torch
 
         from olora_core.model import load_base
+        from olora_core.precision import compute_dtype
         from olora_core.progress import Evaluated, Finished, Note, Phase, Resolved, Saved, Step
         from olora_core.train import train as run_training
 
         if device == "auto":
             device = "cuda" if torch.cuda.is_available() else "cpu"
         bar.phase("loading the base model")
-        base = load_base(folder, name=spec.model, device=device)
+        dtype = compute_dtype(spec, folder, device)
+        base = load_base(folder, name=spec.model, device=device, dtype=dtype)
         resume = _newest_checkpoint(output)
         if resume is not None:
             bar.say(f"Going on from {resume.name}.")

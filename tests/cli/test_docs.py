@@ -1,0 +1,93 @@
+"""What the documentation says is so."""
+
+import re
+import subprocess
+from pathlib import Path
+
+import pytest
+from typer.main import get_command
+
+from cli.main import app
+from store.settings import Settings, settings_table
+
+ROOT = Path(__file__).resolve().parents[2]
+PAGES = sorted([ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").glob("*.md")])
+BLOCK = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+
+
+def blocks(page: Path, language: str) -> list[str]:
+    return [code for found, code in BLOCK.findall(page.read_text(encoding="utf-8")) if found == language]
+
+
+def targets() -> set[str]:
+    return set(re.findall(r"^([a-z][a-z-]*):.*## ", (ROOT / "Makefile").read_text(), re.MULTILINE))
+
+
+def test_the_table_of_settings_is_the_settings() -> None:
+    text = (ROOT / "docs" / "configuration.md").read_text(encoding="utf-8")
+    table = text.partition("|---|---|---|\n")[2].partition("\n\n")[0]
+    expected = [f"| `{name}` | {default} | {meaning} |" for name, default, meaning in settings_table()]
+    assert table.splitlines() == expected
+    assert len(expected) == len(Settings.model_fields)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_python_in_the_pages_compiles(page: Path) -> None:
+    for code in blocks(page, "python"):
+        compile(code, str(page), "exec")
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_make_commands_in_the_pages_exist(page: Path) -> None:
+    text = page.read_text(encoding="utf-8")
+    named = set(re.findall(r"(?:^|`|\s)make ([a-z][a-z-]*)(?=`|\s+#|\s*$)", text, re.MULTILINE))
+    assert named <= targets()
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_olora_commands_in_the_pages_exist(page: Path) -> None:
+    commands = get_command(app).commands
+    for code in blocks(page, "bash"):
+        for line in re.findall(r"^(?:\S+=\S*\s+)*olora ([a-z]+(?: [a-z]+)?)", code, re.MULTILINE):
+            first, _, second = line.partition(" ")
+            assert first in commands, line
+            if hasattr(commands[first], "commands"):
+                assert second in commands[first].commands, line
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_links_between_the_pages_lead_somewhere(page: Path) -> None:
+    for target in re.findall(r"\]\(([^)#]+)", page.read_text(encoding="utf-8")):
+        if not target.startswith("http"):
+            assert (page.parent / target).exists(), target
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_variables_in_the_pages_are_settings(page: Path) -> None:
+    known = {f"OLORA_{name.upper()}" for name in Settings.model_fields}
+    known |= {"OLORA_BASE_URL", "OLORA_REQUIRE_SERVICES"}
+    assert set(re.findall(r"\bOLORA_[A-Z_]+[A-Z]", page.read_text(encoding="utf-8"))) <= known
+
+
+def test_the_readme_opens_with_the_three_commands() -> None:
+    first = blocks(ROOT / "README.md", "bash")[0]
+    assert [line.split()[1] for line in first.splitlines()] == ["quickstart", "serve", "test"]
+
+
+def test_the_readme_calls_the_api_on_its_first_screen() -> None:
+    lines = (ROOT / "README.md").read_text(encoding="utf-8").splitlines()
+    assert any("fine_tuning.jobs.create(" in line for line in lines[:40])
+
+
+def test_make_help_explains_every_target() -> None:
+    shown = subprocess.run(["make", "help"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    assert {line.split()[1] for line in shown.splitlines()} == targets()
+    assert {"quickstart", "serve", "test", "check", "fix", "bench", "help"} <= targets()
+
+
+def test_the_check_that_lands_changes_runs_everything() -> None:
+    script = (ROOT / ".ci" / "run").read_text()
+    assert (ROOT / ".ci" / "run").stat().st_mode & 0o111
+    assert "OLORA_REQUIRE_SERVICES=1" in script
+    assert "make check" in script
+    assert "make test" in script

@@ -1,0 +1,214 @@
+"""`olora serve` and its clients, from an upload to a loaded adapter, and what becomes of the processes."""
+
+import json
+import os
+import re
+import signal
+import socket
+from collections.abc import Iterator
+from pathlib import Path
+
+import httpx
+import pytest
+import torch
+from peft import PeftModel
+from transformers import AutoModelForCausalLM
+
+from tests.cli.running import ROWS, SHIPPED, Serving, descendants, lives, olora, serving, wait_for
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("home")
+
+
+@pytest.fixture(scope="module")
+def few_rows(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("rows") / "few.jsonl"
+    path.write_text("".join(ROWS.read_text().splitlines(keepends=True)[:24]))
+    return path
+
+
+@pytest.fixture(scope="module")
+def service(home: Path) -> Iterator[Serving]:
+    with serving(home) as started:
+        yield started
+
+
+def only_worker(service: Serving) -> int:
+    found = [pid for pid, line in descendants(service.process.pid).items() if "celery" in line]
+    return found[0] if len(found) == 1 else 0
+
+
+def test_the_greeting_has_what_one_pastes(service: Serving) -> None:
+    shown, key = service.log.read_text(), (service.home / "api_key").read_text().strip()
+    assert f"API key: {key}" in shown
+    assert f'openai.OpenAI(base_url="{service.url}", api_key="{key}")' in shown
+    [command] = re.findall(r"curl .*", shown)
+    url, header = re.fullmatch(r'curl (\S+) -H "(.*)"', command).groups()  # type: ignore[union-attr]
+    name, value = header.split(": ")
+    assert "olora-tiny" in httpx.get(url, headers={name: value}).text
+
+
+def test_the_key_is_kept_for_its_owner_alone(service: Serving) -> None:
+    assert (service.home / "api_key").stat().st_mode & 0o777 == 0o600
+
+
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")  # PEFT asks transformers
+def test_a_job_is_asked_for_watched_and_downloaded(service: Serving, few_rows: Path, tmp_path: Path) -> None:
+    asked = service.run(
+        *("jobs", "create", few_rows, "--rank", "4", "--epochs", "1", "--seed", "7", "--suffix", "cli"),
+        *("--set", "batch_size=8", "--set", "dtype=float32", "--watch"),
+    )
+    assert asked.returncode == 0, asked.stderr
+    job = asked.stdout.strip()
+    assert re.search(r"step 3/3 .*loss \d", asked.stderr)
+    assert "succeeded" in asked.stderr
+    listed = service.run("jobs", "list").stdout
+    assert job in listed
+    assert "succeeded" in listed
+
+    fetched = service.run("adapters", "download", job, "--to", tmp_path / "adapter")
+    assert fetched.stdout.strip() == str(tmp_path / "adapter")
+    base = AutoModelForCausalLM.from_pretrained(SHIPPED, dtype=torch.float32)
+    ids = torch.arange(12)[None]
+    before = base(ids).logits
+    tuned = PeftModel.from_pretrained(base, tmp_path / "adapter")
+    assert not torch.equal(tuned(ids).logits, before)
+    manifest = json.loads((tmp_path / "adapter" / "manifest.json").read_text())
+    assert manifest["spec"]["asked"]["adapter"]["rank"] == 4
+    assert manifest["certificate"]["passed"]
+
+
+def test_an_uploaded_file_is_named_by_its_id(service: Serving, few_rows: Path) -> None:
+    uploaded = service.run("files", "upload", few_rows)
+    assert uploaded.stdout.startswith("file-")
+    asked = service.run("jobs", "create", uploaded.stdout.strip(), "--set", "max_steps=1", "--epochs", "1")
+    job = asked.stdout.strip()
+    assert job.startswith("ftjob-")
+    assert service.run("jobs", "watch", job).returncode == 0
+
+
+def test_a_job_is_cancelled(service: Serving) -> None:
+    job = service.run("jobs", "create", ROWS, "--epochs", "50").stdout.strip()
+    assert service.run("jobs", "cancel", job).returncode == 0
+    watched = service.run("jobs", "watch", job)
+    assert watched.returncode == 1
+    assert "cancelled" in watched.stderr
+    refused = service.run("adapters", "download", job, "--to", service.home / "none")
+    assert refused.returncode == 1
+    assert "cancelled" in refused.stderr
+
+
+def test_a_failed_job_ends_the_watch_with_its_reason(service: Serving, tmp_path: Path) -> None:
+    (tmp_path / "bad.jsonl").write_text(ROWS.read_text() + '{"messages": []}\n')
+    watched = service.run("jobs", "create", tmp_path / "bad.jsonl", "--watch")
+    assert watched.returncode == 1
+    assert re.search(r"Error: ftjob-\w+ failed: .*1501", watched.stderr)
+
+
+def test_the_services_refusals_are_printed_as_they_are(service: Serving) -> None:
+    refused = service.run("jobs", "create", "file-unknown", "--model", "olora-tinny")
+    assert refused.returncode == 1
+    assert re.match(r"Error: .*olora-tinny.*did you mean 'olora-tiny'", refused.stderr)
+
+
+def test_a_taken_port_is_one_sentence(service: Serving, tmp_path: Path) -> None:
+    refused = olora(tmp_path, "serve", "--port", str(service.port))
+    assert refused.returncode == 1
+    assert str(service.port) in refused.stderr
+    assert "--port" in refused.stderr
+    assert "Traceback" not in refused.stderr
+    assert service.process.poll() is None
+
+
+def test_a_worker_that_dies_is_started_again_and_its_job_goes_on(service: Serving, few_rows: Path) -> None:
+    wait_for(lambda: only_worker(service), what="a worker")
+    first = only_worker(service)
+    below = [first, *descendants(first)]
+    os.kill(first, signal.SIGKILL)
+    wait_for(lambda: only_worker(service) not in (0, first), 90, "a new worker")
+    wait_for(lambda: not any(map(lives, below)), 20, "the end of the old worker's processes")
+    assert "Worker cpu was ended by SIGKILL; it starts again in 1 s" in service.log.read_text()
+    done = service.run("jobs", "create", few_rows, "--epochs", "1", "--set", "max_steps=1", "--watch")
+    assert done.returncode == 0, done.stderr
+
+
+def test_the_halves_run_alone(tmp_path: Path) -> None:
+    with serving(tmp_path, "--no-worker") as api:
+        assert descendants(api.process.pid) == {}
+        assert httpx.get(f"{api.url[:-3]}/readyz").json()["ready"]
+
+
+def test_without_tls_the_world_is_warned_of(tmp_path: Path) -> None:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    with serving(tmp_path, "--no-worker", "--host", "127.0.0.1") as quiet:
+        assert "TLS" not in quiet.log.read_text()
+    with serving(tmp_path, "--no-worker", "--host", "0.0.0.0", "--port", str(port)) as loud:
+        assert "TLS" in loud.log.read_text()
+
+
+def test_ctrl_c_ends_everything(tmp_path: Path) -> None:
+    with serving(tmp_path) as service:
+        wait_for(lambda: only_worker(service), what="a worker")
+        below = descendants(service.process.pid)
+        service.process.send_signal(signal.SIGINT)
+        assert service.process.wait(130) == 0
+        assert not any(map(lives, below))
+        assert "Traceback" not in service.log.read_text()
+
+
+def test_a_stop_gives_the_job_back_and_the_next_start_goes_on(tmp_path: Path, few_rows: Path) -> None:
+    with serving(tmp_path) as service:
+        job = endless_job(service, few_rows)
+        wait_for(lambda: steps(service, job) > 0, 120, "the first step")
+        below = descendants(service.process.pid)
+        assert any("worker.trainer" in line for line in below.values())
+        service.process.send_signal(signal.SIGTERM)
+        assert service.process.wait(130) == 0
+        assert not any(map(lives, below))
+        reached = steps_in(tmp_path)
+    with serving(tmp_path) as again:
+        wait_for(lambda: steps(again, job) > reached, 120, "a further step")
+        events = get(again, f"fine_tuning/jobs/{job}/events?limit=100")["data"]
+        assert [e["message"] for e in events].count("Fine-tuning job started") == 1
+        assert get(again, f"fine_tuning/jobs/{job}")["olora"]["failures"] == 0
+        assert again.run("jobs", "cancel", job).returncode == 0
+
+
+def test_killing_the_service_leaves_no_process_behind(tmp_path: Path, few_rows: Path) -> None:
+    with serving(tmp_path) as service:
+        job = endless_job(service, few_rows)
+        wait_for(lambda: steps(service, job) > 0, 120, "the first step")
+        below = descendants(service.process.pid)
+        assert len(below) >= 2
+        service.process.kill()
+        service.process.wait()
+        wait_for(lambda: not any(map(lives, below)), 10, "the end of its processes")
+
+
+def endless_job(service: Serving, rows: Path) -> str:
+    asked = service.run("jobs", "create", rows, "--epochs", "50", "-s", "dtype=float32", "-s", "batch_size=1")
+    return asked.stdout.strip()
+
+
+def get(service: Serving, path: str) -> dict:  # type: ignore[type-arg]
+    key = (service.home / "api_key").read_text().strip()
+    answer = httpx.get(f"{service.url}/{path}", headers={"Authorization": f"Bearer {key}"}, timeout=30)
+    return answer.json()  # type: ignore[no-any-return]
+
+
+def steps(service: Serving, job: str) -> int:
+    return int(get(service, f"fine_tuning/jobs/{job}")["olora"]["step"])
+
+
+def steps_in(home: Path) -> int:
+    """What the rows say once nothing runs any more."""
+    import sqlite3
+
+    with sqlite3.connect(home / "olora.db") as database:
+        return int(database.execute("SELECT max(step) FROM jobs").fetchone()[0])

@@ -1,0 +1,90 @@
+"""`olora train`: one run from a file, without the service, and on from where it was stopped."""
+
+import json
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.cli.running import ROOT, ROWS, environment, olora, wait_for
+
+pytestmark = pytest.mark.slow
+
+
+def write_spec(folder: Path, output: str, seed: int = 5) -> Path:
+    rows = ROWS.read_text().splitlines(keepends=True)
+    (folder / "train.jsonl").write_text("".join(rows[:40]))
+    (folder / "valid.jsonl").write_text("".join(rows[40:50]))
+    spec = folder / f"{output}.yaml"
+    spec.write_text(
+        "model: olora-tiny\n"
+        "training_file: train.jsonl\n"
+        "validation_file: valid.jsonl\n"
+        f"output: {output}\n"
+        "adapter: {method: olora, rank: 4}\n"
+        "hyperparameters: {n_epochs: 2, batch_size: 2, dtype: float32}\n"
+        f"seed: {seed}\n"
+    )
+    return spec
+
+
+def weights(folder: Path) -> bytes:
+    return (folder / "adapter" / "adapter_model.safetensors").read_bytes()
+
+
+def interrupted(spec: Path, home: Path, number: signal.Signals) -> str:
+    """Trains until a few steps are done, then stops it. Returns what it said."""
+    log = home / "train.log"
+    with log.open("wb") as output:
+        process = subprocess.Popen(
+            [sys.executable, "-m", "cli.main", "train", str(spec)],
+            cwd=ROOT,
+            env=environment(home),
+            stdout=output,
+            stderr=output,
+        )
+    wait_for(lambda: "step 4/40" in log.read_text() or process.poll() is not None, 200, "the fourth step")
+    process.send_signal(number)
+    assert process.wait(60) == 130, log.read_text()
+    return log.read_text()
+
+
+def test_an_interrupted_run_goes_on_to_the_same_bytes(tmp_path: Path) -> None:
+    through = olora(tmp_path, "train", write_spec(tmp_path, "through"), timeout=250)
+    assert through.returncode == 0, through.stderr
+    assert through.stdout.strip() == str(tmp_path / "through" / "adapter")
+    assert "step 40/40" in through.stderr
+    assert "Certified" in through.stderr
+    assert "Validation loss" in through.stderr
+
+    spec = write_spec(tmp_path, "stopped")
+    said = interrupted(spec, tmp_path, signal.SIGINT)
+    assert "the same command goes on" in said
+    assert not (tmp_path / "stopped" / "adapter").exists()
+    again = olora(tmp_path, "train", spec, timeout=250)
+    assert again.returncode == 0, again.stderr
+    assert "Going on from step-" in again.stderr
+    assert "step 40/40" in again.stderr
+    assert weights(tmp_path / "stopped") == weights(tmp_path / "through")
+
+    manifest = json.loads((tmp_path / "stopped" / "adapter" / "manifest.json").read_text())
+    assert manifest["certificate"]["passed"]
+
+    refused = olora(tmp_path, "train", spec)
+    assert refused.returncode == 1
+    assert "finished already" in refused.stderr
+    assert "--fresh" in refused.stderr
+
+
+def test_an_unfinished_run_is_not_mixed_with_another(tmp_path: Path) -> None:
+    interrupted(write_spec(tmp_path, "out"), tmp_path, signal.SIGTERM)
+    other = write_spec(tmp_path, "out", seed=6)
+    refused = olora(tmp_path, "train", other)
+    assert refused.returncode == 1
+    assert "another spec" in refused.stderr
+    fresh = olora(tmp_path, "train", other, "--fresh", timeout=250)
+    assert fresh.returncode == 0, fresh.stderr
+    assert "Going on" not in fresh.stderr
+    assert json.loads((tmp_path / "out" / "run.json").read_text())["asked"]["seed"] == 6
