@@ -88,12 +88,12 @@ def load_base(folder: Path, *, name: str, device: str = "cpu", dtype: torch.dtyp
 def check_folder(folder: Path, name: str) -> None:
     """Refuses a folder that cannot be loaded safely, saying what is wrong with it."""
     if not folder.is_dir():
-        raise ModelError(f"Base model '{name}' is not there: {folder} is not a folder.")
+        raise ModelError(f"Base model '{name}' is not there: its folder does not exist.")
     if not (folder / "config.json").is_file():
-        reason = "it has no config.json"
+        reason = "its folder has no config.json"
         if (folder / "adapter_config.json").is_file():
-            reason = "it holds an adapter; give the base model it was trained on"
-        raise ModelError(f"Base model '{name}' cannot be loaded from {folder}: {reason}.")
+            reason = "its folder holds an adapter; give the base model it was trained on"
+        raise ModelError(f"Base model '{name}' cannot be loaded: {reason}.")
     config = _read_json(folder / "config.json", name)
     if "transformers_weights" in config or "/" in str(config.get("attn_implementation", "")):
         raise ModelError(
@@ -104,8 +104,8 @@ def check_folder(folder: Path, name: str) -> None:
         raise ModelError(f"Base model '{name}' has an adapter_config.json in its folder; merge or remove it.")
     if not any((folder / file).is_file() for file in TOKENIZER_FILES):
         raise ModelError(
-            f"Base model '{name}' has no tokenizer in {folder}; copy tokenizer.json and "
-            "tokenizer_config.json there."
+            f"Base model '{name}' has no tokenizer; copy tokenizer.json and "
+            "tokenizer_config.json into its folder."
         )
     for path in weight_files(folder, name):
         try:
@@ -135,7 +135,7 @@ def weight_files(folder: Path, name: str | None = None) -> list[Path]:
     pickles = sorted(p.name for pattern in ("*.bin", "*.pt", "*.pth", "*.ckpt") for p in folder.glob(pattern))
     found = f"{pickles[0]} is a pickle, which can run code when it is opened" if pickles else "none is there"
     raise ModelError(
-        f"Base model '{name}' has no model.safetensors in {folder}: {found}. Convert the model with "
+        f"Base model '{name}' has no model.safetensors in its folder: {found}. Convert the model with "
         "save_pretrained of a current transformers and copy its folder."
     )
 

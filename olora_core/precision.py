@@ -26,7 +26,9 @@ def compute_dtype(spec: TrainSpec, folder: Path, device: str = "cpu") -> torch.d
     if asked != "auto":
         return DTYPES[asked]
     try:
-        config = AutoConfig.from_pretrained(folder, local_files_only=True).get_text_config()
+        config = AutoConfig.from_pretrained(
+            folder, local_files_only=True, trust_remote_code=False
+        ).get_text_config()
     except (OSError, ValueError) as error:
         raise ModelError(f"Base model '{spec.model}' has no readable config.json: {error}") from None
     if config.dtype not in (torch.bfloat16, torch.float16):

@@ -75,7 +75,7 @@ def test_a_sharded_checkpoint_is_loaded_and_a_missing_shard_named(folder: Path) 
 
 
 def test_a_missing_folder_and_a_missing_config_are_named(folder: Path, tmp_path: Path) -> None:
-    with pytest.raises(ModelError, match="is not a folder"):
+    with pytest.raises(ModelError, match="its folder does not exist"):
         load_base(tmp_path / "nowhere", name="m")
     (folder / "config.json").unlink()
     with pytest.raises(ModelError, match=r"has no config\.json"):
