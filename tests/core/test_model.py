@@ -154,7 +154,7 @@ def test_a_missing_or_broken_tokenizer_is_named(folder: Path) -> None:
         load_base(folder, name="m")
     for path in folder.glob("tokenizer*"):
         path.unlink()
-    with pytest.raises(ModelError, match=r"no tokenizer .*tokenizer\.json"):
+    with pytest.raises(ModelError, match=r"no tokenizer; .*tokenizer\.json"):
         load_base(folder, name="m")
 
 
