@@ -15,6 +15,7 @@ from sqlalchemy.sql.functions import FunctionElement
 from .errors import SchemaBehind
 
 BUSY_SECONDS = 30
+FROZEN_SECONDS = 30
 POOL_SIZE = 16
 MIGRATION_LOCK = 0x6F6C6F7261
 """PostgreSQL's advisory lock that a migration holds."""
@@ -52,7 +53,13 @@ def make_engine(url: str, *, foreign_keys: bool = True) -> Engine:
         pool_size=POOL_SIZE,
         max_overflow=0,
         pool_pre_ping=True,
-        connect_args={"connect_timeout": 5, "keepalives_idle": 15, "tcp_user_timeout": 30_000},
+        connect_args={
+            "connect_timeout": 5,
+            "keepalives_idle": 15,
+            "tcp_user_timeout": 30_000,
+            # A process that freezes, or is cut off, in the middle of a transaction gives up its rows.
+            "options": f"-c idle_in_transaction_session_timeout={1000 * FROZEN_SECONDS}",
+        },
     )
 
 
