@@ -33,7 +33,7 @@ from .archive import pack
 from .lease import DATABASE_AWAY, Lease
 from .process import Ended, TrainerProcess
 from .protocol import Order
-from .strays import remove_strays
+from .strays import checkpoint_folder, remove_strays, result_folder
 
 logger = logging.getLogger(__name__)
 Result = TypeVar("Result")
@@ -139,14 +139,22 @@ class Attempt:
         """The whole attempt, to a row that says how it ended. Raises LeaseLost."""
         with self.lease:
             try:
-                self._do()
-            except _Failed as failure:
-                self._fail(failure.error)
-            except _Stopped as stop:
-                self._stopped(stop.wish)
-            except _Crashed as crash:
+                self._do_and_end()
+            except LeaseLost:
                 self.trainer.kill()
-                self._hand_back(crash.reason, crash.message, crashed=True)
+                self._remove_strays(self.claim.attempt)
+                raise
+
+    def _do_and_end(self) -> None:
+        try:
+            self._do()
+        except _Failed as failure:
+            self._fail(failure.error)
+        except _Stopped as stop:
+            self._stopped(stop.wish)
+        except _Crashed as crash:
+            self.trainer.kill()
+            self._hand_back(crash.reason, crash.message, crashed=True)
 
     def _do(self) -> None:
         try:
@@ -354,7 +362,8 @@ class Attempt:
                 self._note("info", f"Decided: {reason}")
 
     def _store_checkpoint(self, step: int, folder: Path, metrics: dict[str, Any]) -> None:
-        key = self._checkpoint_key(step)
+        self._saved[step] += 1  # what a row names is not written again
+        key = checkpoint_folder(self.claim.job_id, step, self.claim.attempt, self._saved[step])
         try:
             self.storage.put_folder(key, folder)
         except StorageError as error:
@@ -372,12 +381,6 @@ class Attempt:
             self.storage.delete_folder(pruned)
         shutil.rmtree(folder.parent, ignore_errors=True)  # `folder` is alone in it
 
-    def _checkpoint_key(self, step: int) -> str:
-        """Never the same twice: what a row names is not written again."""
-        key = f"jobs/{self.claim.job_id}/checkpoints/{step}-a{self.claim.attempt}"
-        self._saved[step] += 1
-        return key if self._saved[step] == 1 else f"{key}-{self._saved[step]}"
-
     # --- after the training ----------------------------------------------------------------------------
 
     def _publish(self, job: Job, finished: dict[str, Any]) -> None:
@@ -388,7 +391,7 @@ class Attempt:
         table = self._ask(lambda session: jobs.metrics_csv(session, job.id))
         (results / METRICS_FILE).write_text(table)
         pack(Path(finished["folder"]), results / ADAPTER_FILE)
-        prefix = f"jobs/{job.id}/results/a{self.claim.attempt}"
+        prefix = result_folder(job.id, self.claim.attempt)
         self.storage.put_folder(prefix, results)
         files = [_result_file(results / name, prefix) for name in (METRICS_FILE, ADAPTER_FILE)]
         model = jobs.model_name(self.claim.spec.model, self.settings.organization, job.suffix, job.id)
@@ -431,10 +434,9 @@ class Attempt:
         else:
             self._hand_back("released", "The worker was stopped.", crashed=False)
 
-    def _remove_strays(self) -> None:
-        """Only while this attempt holds the job, or once it has ended."""
+    def _remove_strays(self, attempt: int | None = None) -> None:
         try:
-            remove_strays(self.read, self.storage, self.claim.job_id)
+            remove_strays(self.read, self.storage, self.claim.job_id, attempt=attempt)
         except (StorageError, *DATABASE_AWAY):
             logger.warning("Attempt %s could not tidy up the storage.", self.run_name, exc_info=True)
 

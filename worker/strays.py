@@ -1,4 +1,6 @@
-"""What a killed attempt left in the storage without any row naming it."""
+"""What an attempt left in the storage without any row naming it: an attempt stores before it names."""
+
+import re
 
 from sqlalchemy import select
 from sqlalchemy.orm import Session
@@ -8,12 +10,24 @@ from store.models import Checkpoint, File, Job
 from store.session import Sessions
 
 
-def remove_strays(read: Sessions, storage: Storage, job_id: str) -> None:
+def checkpoint_folder(job_id: str, step: int, attempt: int, copy: int) -> str:
+    """Where a checkpoint is stored; `copy` counts those of the same step."""
+    name = f"{step}-a{attempt}" if copy == 1 else f"{step}-a{attempt}-{copy}"
+    return f"jobs/{job_id}/checkpoints/{name}"
+
+
+def result_folder(job_id: str, attempt: int) -> str:
+    return f"jobs/{job_id}/results/a{attempt}"
+
+
+def remove_strays(read: Sessions, storage: Storage, job_id: str, *, attempt: int | None = None) -> None:
     """Removes the job's stored folders that no row names.
 
-    Only for whoever holds the job, or once it has ended: an attempt stores before it names.
+    All of them, for whoever holds the job, or once it has ended; an `attempt` that lost it removes its own.
     """
     stored = {key.rpartition("/")[0] for key in storage.list(f"jobs/{job_id}")}
+    if attempt is not None:
+        stored = {folder for folder in stored if re.search(rf"[-/]a{attempt}(-\d+)?$", folder)}
     if stored:
         with read.begin() as session:
             named = _named(session, job_id)

@@ -96,7 +96,6 @@ class Supervisor:
                 attempt.run()
             except LeaseLost as lost:
                 logger.warning("%s", lost.message)
-                attempt.trainer.kill()
             except Exception:
                 # Nothing was written; the lease runs out and the job goes to another attempt.
                 logger.exception("Attempt %s was given up.", name)

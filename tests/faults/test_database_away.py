@@ -6,11 +6,15 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import pytest
-from sqlalchemy import make_url
+from sqlalchemy import make_url, select
 
+from store import jobs
+from store.models import Job
+from store.session import make_engine
 from tests.faults.fleet import LEASE_SECONDS, Fleet
 from tests.faults.proxy import Door
 from tests.worker.service import Service, exists
+from worker.lease import DATABASE_AWAY
 from worker.supervise import Supervisor
 
 JOB = {"rows": 64, "n_epochs": 12}
@@ -40,6 +44,25 @@ def woken_again_and_again(supervisor: Supervisor) -> Iterator[None]:
     done.set()
     thread.join(60)
     assert not thread.is_alive()
+
+
+def test_a_worker_that_freezes_inside_a_transaction_loses_its_row(
+    production: Fleet, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    service = production.service
+    job_id = service.queue(**JOB)
+    monkeypatch.setattr("store.session.FROZEN_SECONDS", 1)
+    frozen = make_engine(service.settings.database_url)
+    with frozen.connect() as connection:
+        with service.write.begin() as session:
+            assert jobs.claim(session, owner="frozen", lease_seconds=0.1)
+        connection.execute(select(Job.id).where(Job.id == job_id).with_for_update())
+        service.wait(job_id, lambda job: job.status == "queued", "the sweep", seconds=10)
+        with pytest.raises(DATABASE_AWAY):
+            connection.execute(select(Job.id))
+    frozen.dispose()
+    [warning] = service.warnings(job_id)
+    assert "was lost" in warning
 
 
 def test_a_job_outlives_its_database(production: Fleet, door: Door) -> None:
