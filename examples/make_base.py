@@ -15,6 +15,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,6 @@ from transformers import (
     LlamaConfig,
     LlamaForCausalLM,
     PreTrainedTokenizerFast,
-    get_linear_schedule_with_warmup,
 )
 
 from examples.corpus import digest, documents, modules
@@ -56,13 +56,23 @@ CHAT_TEMPLATE = """\
 
 @dataclass(frozen=True)
 class Recipe:
-    steps: int
     batch: int = 8  # windows of CONTEXT tokens
-    learning_rate: float = 3e-3  # reached after the warm-up, then linear to zero
-    warmup_steps: int = 200
+    # The learning rate goes in straight lines through these points: steps done, rate.
+    learning_rates: tuple[tuple[int, float], ...] = ((0, 0.0), (200, 3e-3), (3750, 1.164e-3), (4500, 0.0))
     weight_decay: float = 0.1  # matrices only
     clip: float = 1.0
     seed: int = 0
+
+    @property
+    def steps(self) -> int:
+        return self.learning_rates[-1][0]
+
+    def learning_rate(self, done: int) -> float:
+        """For the step that follows `done` steps."""
+        for (start, first), (stop, last) in pairwise(self.learning_rates):
+            if done < stop:
+                return first + (last - first) * (done - start) / (stop - start)
+        return 0.0
 
 
 # The tokenizer
@@ -160,7 +170,7 @@ def make_optimizer(model: LlamaForCausalLM, recipe: Recipe) -> torch.optim.AdamW
         {"params": matrices, "weight_decay": recipe.weight_decay},
         {"params": vectors, "weight_decay": 0.0},
     ]
-    return torch.optim.AdamW(groups, lr=recipe.learning_rate, betas=(0.9, 0.95), fused=True)
+    return torch.optim.AdamW(groups, betas=(0.9, 0.95), fused=True)
 
 
 def loss_of(model: LlamaForCausalLM, ids: Tensor, autocast: bool) -> Tensor:
@@ -187,8 +197,7 @@ def train(recipe: Recipe, autocast: bool, export_every: int) -> None:
     torch.manual_seed(recipe.seed)
     model = make_model(tokenizer)
     optimizer = make_optimizer(model, recipe)
-    schedule = get_linear_schedule_with_warmup(optimizer, recipe.warmup_steps, recipe.steps)
-    first_step = load_state(model, optimizer, schedule, recipe)
+    first_step = load_state(model, optimizer, recipe)
     print(f"corpus {digest()}")
     print(f"{sum(map(len, docs)):,} tokens to train on, {held_out.numel():,} held out")
     print(f"{model.num_parameters():,} parameters, validation loss {measure(model, sample)}", flush=True)
@@ -198,15 +207,16 @@ def train(recipe: Recipe, autocast: bool, export_every: int) -> None:
         loss = loss_of(model, ids, autocast)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), recipe.clip)
+        for group in optimizer.param_groups:
+            group["lr"] = recipe.learning_rate(step - 1)
         optimizer.step()
-        schedule.step()
         optimizer.zero_grad(set_to_none=True)
         if step % 50 == 0:
             seconds = (time.monotonic() - started) / (step - first_step)
             print(f"step {step}/{recipe.steps}  loss {loss.item():.3f}  {seconds:.3f} s a step", flush=True)
         if step % export_every == 0:
             print(f"step {step}  validation loss {measure(model, sample)}", flush=True)
-            save_state(model, optimizer, schedule, recipe, step)
+            save_state(model, optimizer, recipe, step)
             export(model, tokenizer)
     export(model, tokenizer)
     print(f"whole held-out set: fp32 {measure(model, held_out)}", flush=True)
@@ -218,40 +228,27 @@ def measure(model: LlamaForCausalLM, held_out: Tensor) -> str:
     return f"{validation_loss(model, held_out):.4f}"
 
 
-def save_state(
-    model: LlamaForCausalLM,
-    optimizer: torch.optim.Optimizer,
-    schedule: torch.optim.lr_scheduler.LRScheduler,
-    recipe: Recipe,
-    step: int,
-) -> None:
+def save_state(model: LlamaForCausalLM, optimizer: torch.optim.Optimizer, recipe: Recipe, step: int) -> None:
     BUILD.mkdir(exist_ok=True)
     state = {
         "step": step,
         "recipe": vars(recipe),
         "model": model.state_dict(),
         "optimizer": optimizer.state_dict(),
-        "schedule": schedule.state_dict(),
     }
     torch.save(state, BUILD / "state.pt.part")
     os.replace(BUILD / "state.pt.part", BUILD / "state.pt")
 
 
-def load_state(
-    model: LlamaForCausalLM,
-    optimizer: torch.optim.Optimizer,
-    schedule: torch.optim.lr_scheduler.LRScheduler,
-    recipe: Recipe,
-) -> int:
+def load_state(model: LlamaForCausalLM, optimizer: torch.optim.Optimizer, recipe: Recipe) -> int:
     """The step an earlier run of the same recipe got to; 0 when there is none."""
     if not (BUILD / "state.pt").exists():
         return 0
     state = torch.load(BUILD / "state.pt", weights_only=True)
     if state["recipe"] != vars(recipe):
-        raise SystemExit("examples/.build holds a run of another recipe: give the same options, or --fresh")
+        raise SystemExit("examples/.build holds a run of another recipe: give --fresh to forget it")
     model.load_state_dict(state["model"])
     optimizer.load_state_dict(state["optimizer"])
-    schedule.load_state_dict(state["schedule"])
     return int(state["step"])
 
 
@@ -282,7 +279,6 @@ def speak_to_older_readers(path: Path) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="Makes examples/base.")
-    parser.add_argument("--steps", type=int, default=6000)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--export-every", type=int, default=250, help="steps between checkpoints")
     parser.add_argument("--fp32", action="store_true", help="compute in fp32, not in bf16")
@@ -291,7 +287,7 @@ def main() -> None:
     torch.set_num_threads(args.threads)
     if args.fresh:
         shutil.rmtree(BUILD, ignore_errors=True)
-    train(Recipe(steps=args.steps), autocast=not args.fp32, export_every=args.export_every)
+    train(Recipe(), autocast=not args.fp32, export_every=args.export_every)
 
 
 if __name__ == "__main__":
