@@ -71,7 +71,7 @@ class Trouble(Exception):
 @contextmanager
 def service(settings: Settings) -> Iterator[str]:
     """`olora serve` on a free port; yields its address, and stops it however the block ends."""
-    port = settings.port
+    port = settings.port or free_port(settings.host)
     if not is_free(settings.host, port):
         port = free_port(settings.host)
         console.print(f"Port {settings.port} is taken; using {port}.")

@@ -66,7 +66,7 @@ def build(stage: str, folder: Path) -> Image:
     image = Image(
         folder / "app", inherited | {"PATH": f"{folder / 'venv' / 'bin'}{os.pathsep}{os.environ['PATH']}"}
     )
-    image.app.mkdir()
+    image.app.mkdir(parents=True)
     for word, rest in instructions(stage):
         _carry_out(image, word, rest)
     return image

@@ -1,9 +1,12 @@
 """The images' own install and start commands, in a clean virtual environment."""
 
+import os
 import re
+import shutil
 import signal
 import socket
 import subprocess
+import tempfile
 import time
 import urllib.request
 from collections.abc import Iterator
@@ -12,9 +15,11 @@ from pathlib import Path
 
 import pytest
 
+from tests.cli.running import ROWS, olora
 from tests.deploy.dockerfile import ROOT, Image, build, instructions
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
+ROOM_BYTES = 4 * 2**30
 
 
 def free_port() -> int:
@@ -35,7 +40,7 @@ def started(image: Image, log: Path, **settings: str) -> Iterator[subprocess.Pop
     try:
         yield process
         process.send_signal(signal.SIGTERM)
-        assert process.wait(30) == 0, log.read_text()
+        assert process.wait(60) == 0, log.read_text()
     finally:
         if process.poll() is None:
             process.kill()
@@ -54,16 +59,55 @@ def health(port: int, process: subprocess.Popen[bytes], log: Path) -> int:
     raise AssertionError(f"no answer in a minute:\n{log.read_text()}")
 
 
-def test_the_api_image_installs_starts_and_answers_without_torch(tmp_path: Path) -> None:
-    image = build("api", tmp_path)
-    names = ("torch", "transformers", "worker", "psycopg", "uvicorn")
-    found = image.python(f"from importlib.util import find_spec; print([n for n in {names} if find_spec(n)])")
-    assert found == "['psycopg', 'uvicorn']"
+@pytest.fixture(scope="module")
+def workshop() -> Iterator[Path]:
+    """A folder for two environments; in memory where there is plenty, for one of them holds torch."""
+    memory = Path("/dev/shm")
+    plenty = memory.is_dir() and shutil.disk_usage(memory).free > ROOM_BYTES
+    runs = plenty and not os.statvfs(memory).f_flag & os.ST_NOEXEC
+    with tempfile.TemporaryDirectory(dir=memory if runs else None) as folder:
+        yield Path(folder)
+
+
+@pytest.fixture(scope="module")
+def api_image(workshop: Path) -> Image:
+    return build("api", workshop / "api")
+
+
+@pytest.fixture(scope="module")
+def worker_image(workshop: Path) -> Image:
+    return build("worker", workshop / "worker")
+
+
+def held(image: Image, *names: str) -> list[str]:
+    """Those of the modules that the image has."""
+    code = f"from importlib.util import find_spec; print(*[n for n in {names} if find_spec(n)])"
+    return image.python(code).split()
+
+
+def test_the_api_image_starts_and_answers_without_torch(api_image: Image, tmp_path: Path) -> None:
+    assert held(api_image, "torch", "transformers", "worker", "psycopg", "uvicorn") == ["psycopg", "uvicorn"]
     port, log = free_port(), tmp_path / "api.log"
-    home = {"home": str(tmp_path / "home"), "models_dir": str(tmp_path), "host": "127.0.0.1"}
-    with started(image, log, port=str(port), **home) as process:
+    with started(api_image, log, **places(tmp_path), port=str(port)) as process:
         assert health(port, process, log) == 200
     assert "Traceback" not in log.read_text()
+
+
+def test_both_images_together_train_an_adapter(api_image: Image, worker_image: Image, tmp_path: Path) -> None:
+    assert held(worker_image, "torch", "psycopg", "api", "uvicorn", "openai") == ["torch", "psycopg"]
+    port, rows = free_port(), tmp_path / "rows.jsonl"
+    shared = places(tmp_path) | {"port": str(port), "api_key": "the-key-of-both"}
+    rows.write_text("".join(ROWS.read_text().splitlines(keepends=True)[:12]))
+    with started(api_image, tmp_path / "api.log", **shared) as process:
+        health(port, process, tmp_path / "api.log")
+        with started(worker_image, tmp_path / "worker.log", **shared):
+            home = Path(shared.pop("home"))
+            asked = olora(home, "jobs", "create", rows, "--epochs", "1", "--rank", "2", "--watch", **shared)
+    assert asked.returncode == 0, asked.stderr + (tmp_path / "worker.log").read_text()
+
+
+def places(folder: Path) -> dict[str, str]:
+    return {"home": str(folder / "home"), "models_dir": str(folder / "models"), "host": "127.0.0.1"}
 
 
 def test_both_images_install_from_the_one_lock() -> None:
