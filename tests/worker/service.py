@@ -42,19 +42,19 @@ class Service:
     def storage(self) -> Storage:
         return storage(self.settings)
 
-    def upload(self, data: bytes) -> str:
+    def upload(self, data: bytes, project: str = PROJECT) -> str:
         """A training file, checked as an upload is. Returns its id."""
         file_id = new_file_id()
         with self.storage.writer(file_key(file_id)) as writer:
             writer.write(data)
         with self.write.begin() as session:
-            if session.get(Project, PROJECT) is None:
-                session.add(Project(id=PROJECT, name=PROJECT))
+            if session.get(Project, project) is None:
+                session.add(Project(id=project, name=project))
                 session.flush()
             record_file(
                 session,
                 file_id=file_id,
-                project_id=PROJECT,
+                project_id=project,
                 filename="data.jsonl",
                 purpose="fine-tune",
                 bytes=writer.bytes,
@@ -71,16 +71,18 @@ class Service:
         validation: bytes | None = None,
         model: str = "tiny",
         options: dict[str, Any] | None = None,
+        project: str = PROJECT,
         **hyperparameters: Any,
     ) -> str:
         """A job in `validating_files`. Returns its id."""
-        training, held_out = self.upload(data or chat_rows(rows)), validation and self.upload(validation)
+        training = self.upload(data or chat_rows(rows), project)
+        held_out = self.upload(validation, project) if validation else None
         asked = {"batch_size": 4, "n_epochs": 2, **hyperparameters}
         spec = read_spec(model=model, hyperparameters=asked, seed=7)
         with self.write.begin() as session:
             return jobs.create(
                 session,
-                project_id=PROJECT,
+                project_id=project,
                 spec=spec,
                 training_file=_row(session, File, training),
                 validation_file=_row(session, File, held_out) if held_out else None,

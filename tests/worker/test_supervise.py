@@ -94,7 +94,8 @@ def test_its_owner_reads_the_whole_story(service: Service, supervisor: Superviso
     assert [part in message for part, message in zip(beginning, told, strict=False)] == [True] * 4
     assert any(message.startswith("Decided: learning_rate") for message in told)
     assert any(message.startswith("Before the training: validation loss") for message in told)
-    assert sum(message.startswith("Step ") for message in told) == 16
+    metrics = [event.data or {} for event in service.events(job_id) if event.type == "metrics"]
+    assert {data["step"] for data in metrics} == set(range(1, 17))
     assert any("full validation loss" in message for message in told)
     assert told[-2].startswith("New fine-tuned model created: ft:tiny:")
     assert "successfully completed" in told[-1]
@@ -151,6 +152,27 @@ def test_the_shipped_base_model_is_trained_on_the_shipped_examples(
 
 def test_without_jobs_nothing_happens(service: Service, supervisor: Supervisor) -> None:
     assert supervisor.run_until_idle() == 0
+
+
+def test_a_trainer_that_has_seen_one_projects_data_never_sees_anothers(service: Service) -> None:
+    supervisor = Supervisor(service.settings)
+    service.queue(model="nothing")
+    supervisor.run_until_idle()
+    first = trainer_pid(supervisor)
+    service.queue(model="nothing", project="another")
+    supervisor.run_until_idle()
+    assert trainer_pid(supervisor) != first
+    assert not exists(first)
+    supervisor.close()
+
+
+def test_an_idle_worker_gives_its_trainers_memory_back(service: Service) -> None:
+    supervisor = Supervisor(service.settings.model_copy(update={"idle_seconds": 0.5}))
+    service.queue(model="nothing")
+    supervisor.run_until_idle()
+    pid = trainer_pid(supervisor)
+    wait_until(lambda: not exists(pid), "the end of the trainer", seconds=10)
+    supervisor.close()
 
 
 def test_a_cancelled_job_stops_at_its_next_step(service: Service, supervisor: Supervisor) -> None:
