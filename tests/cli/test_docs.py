@@ -8,6 +8,8 @@ import pytest
 from typer.main import get_command
 
 from cli.main import app
+from cli.train import read_run
+from olora_core.specs import read_spec
 from store.settings import Settings, settings_table
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -77,6 +79,14 @@ def test_the_readme_opens_with_the_three_commands() -> None:
 def test_the_readme_calls_the_api_on_its_first_screen() -> None:
     lines = (ROOT / "README.md").read_text(encoding="utf-8").splitlines()
     assert any("fine_tuning.jobs.create(" in line for line in lines[:40])
+
+
+def test_the_spec_file_of_the_readme_can_be_read(tmp_path: Path) -> None:
+    [code] = blocks(ROOT / "README.md", "yaml")
+    (tmp_path / "spec.yaml").write_text(code)
+    run = read_run(tmp_path / "spec.yaml")
+    assert (ROOT / run.training_file).is_file()
+    read_spec(model=run.model, adapter=run.adapter, hyperparameters=run.hyperparameters, seed=run.seed)
 
 
 def test_make_help_explains_every_target() -> None:
