@@ -29,6 +29,11 @@ SERVER_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 """What vLLM's `--max-lora-rank` takes."""
 SERVED_TOGETHER = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 """Layers that servers fuse into one: a partner without an adapter is written as zeros."""
+TOKENIZER_PARTS = (
+    *("tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt"),
+    *("spiece.model", "chat_template*"),
+)
+"""The base's own files go along as they are: a newer library writes what an older server cannot read."""
 PACKAGES = ("olora", "torch", "transformers", "safetensors")
 
 
@@ -76,7 +81,7 @@ def export_adapter(base: Base, adapters: Mapping[str, Adapter], folder: Path, st
     save_file(_named(padded), aside / TENSORS, metadata={"format": "pt"})
     save_file(_on_disk(adapter_tensors(adapters)), aside / NATIVE, metadata={"format": "pt"})
     _write_json(aside / CONFIG, adapter_config(base.name, rank, endings, transposed))
-    base.tokenizer.save_pretrained(aside)
+    _copy_tokenizer(base.folder, aside)
     _write_json(aside / MANIFEST, _manifest(base, export, story))
     (aside / CARD).write_text(model_card(base, export, story), encoding="utf-8")
     aside.rename(folder)
@@ -89,6 +94,13 @@ def record_certificate(folder: Path, certificate: Mapping[str, Any]) -> None:
     _write_json(folder / MANIFEST, manifest | {"certificate": dict(certificate)})
     card = (folder / CARD).read_text(encoding="utf-8")
     _write(folder / CARD, card.rstrip("\n") + "\n\n" + _certificate_section(certificate))
+
+
+def _copy_tokenizer(base: Path, folder: Path) -> None:
+    for pattern in TOKENIZER_PARTS:
+        for path in sorted(base.glob(pattern)):
+            if path.is_file():
+                shutil.copyfile(path, folder / path.name)
 
 
 # --- the pairs ---------------------------------------------------------------------------------------------

@@ -186,6 +186,8 @@ def test_the_tokenizer_and_its_template_come_along(llama: Base, tmp_path: Path) 
     assert tokenizer.chat_template == llama.tokenizer.chat_template
     text = "def f():\n    return 'ä'"
     assert tokenizer(text).input_ids == llama.tokenizer(text).input_ids
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        assert (tmp_path / "adapter" / name).read_bytes() == (llama.folder / name).read_bytes()
 
 
 def test_native_tensors_are_the_methods_own(llama: Base, tmp_path: Path) -> None:
