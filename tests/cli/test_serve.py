@@ -5,6 +5,10 @@ import os
 import re
 import signal
 import socket
+import sqlite3
+import subprocess
+import sys
+import zipfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -14,7 +18,7 @@ import torch
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
-from tests.cli.running import ROWS, SHIPPED, Serving, descendants, lives, olora, serving, wait_for
+from tests.cli.running import ROOT, ROWS, SHIPPED, Serving, descendants, lives, olora, serving, wait_for
 
 pytestmark = pytest.mark.slow
 
@@ -89,6 +93,28 @@ def test_an_uploaded_file_is_named_by_its_id(service: Serving, few_rows: Path) -
     job = asked.stdout.strip()
     assert job.startswith("ftjob-")
     assert service.run("jobs", "watch", job).returncode == 0
+
+
+def test_the_calls_of_the_readme_work_as_they_stand(service: Serving, few_rows: Path, tmp_path: Path) -> None:
+    page = (ROOT / "README.md").read_text(encoding="utf-8")
+    ask, ask_for_more, fetch = re.findall(r"^```python\n(.*?)^```$", page, re.MULTILINE | re.DOTALL)
+    ended = "client.fine_tuning.jobs.retrieve(job.id).status in ('succeeded', 'failed', 'cancelled')"
+    wait = f"while not {ended}:\n    __import__('time').sleep(0.5)\n"
+    code = ask + ask_for_more + wait + fetch
+    for theirs, ours in (
+        ("http://127.0.0.1:8000/v1", service.url),
+        (".olora/api_key", str(service.home / "api_key")),
+        ("examples/docstrings/train.jsonl", str(few_rows)),
+    ):
+        assert theirs in code
+        code = code.replace(theirs, ours)
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, timeout=200
+    )
+    assert done.returncode == 0, done.stderr
+    assert "Created fine-tuning job" in done.stdout
+    with zipfile.ZipFile(tmp_path / "adapter.zip") as adapter:
+        assert "adapter_model.safetensors" in adapter.namelist()
 
 
 def test_a_job_is_cancelled(service: Serving) -> None:
@@ -208,7 +234,5 @@ def steps(service: Serving, job: str) -> int:
 
 def steps_in(home: Path) -> int:
     """What the rows say once nothing runs any more."""
-    import sqlite3
-
     with sqlite3.connect(home / "olora.db") as database:
         return int(database.execute("SELECT max(step) FROM jobs").fetchone()[0])
