@@ -13,7 +13,7 @@ from celery import Celery
 from sqlalchemy import ColumnElement, Engine, and_, case, or_, select, update
 from sqlalchemy.orm import Session
 
-from . import jobs
+from . import claims, jobs
 from .files import Storage, purge_files, storage, to_purge
 from .models import File, Job
 from .queue import celery_app, remove_leftovers, wake
@@ -108,12 +108,12 @@ class Dispatcher(threading.Thread):
                     return
 
     def _sweep(self) -> None:
-        if self._any(jobs.lease_is_over()):
+        if self._any(claims.lease_is_over()):
             with self._sessions.begin() as session:
                 jobs.sweep(session, self.settings)
 
     def _note_wake_ups(self) -> None:
-        if not self._any(and_(jobs.claimable(), wake_up_due())):
+        if not self._any(and_(claims.claimable(), wake_up_due())):
             return
         with self._sessions.begin() as session:
             self._owed = max(self._owed, take_wake_ups(session))
@@ -162,9 +162,9 @@ def take_wake_ups(session: Session) -> int:
 
     One for each job that never had any, up to a limit; a single one for all that had one before.
     """
-    fresh = select(Job.seq).where(jobs.claimable(), Job.dispatches == 0).order_by(Job.seq)
+    fresh = select(Job.seq).where(claims.claimable(), Job.dispatches == 0).order_by(Job.seq)
     first = _note(session, Job.dispatches == 0, Job.seq.in_(fresh.limit(MOST_WAKE_UPS)))
-    again = _note(session, jobs.claimable(), Job.dispatches > 0, wake_up_due())
+    again = _note(session, claims.claimable(), Job.dispatches > 0, wake_up_due())
     return first or min(again, 1)
 
 

@@ -20,9 +20,10 @@ from sqlalchemy.orm import Session
 
 from olora_core.errors import CheckpointError, OloraError
 from olora_core.specs import TrainSpec
-from store import jobs
+from store import claims, fine_tuned, jobs, progress
 from store.bases import fetch_base, find_base
 from store.errors import LeaseLost, StorageError, StoreError
+from store.events import Note
 from store.files import Storage
 from store.models import Attempt as AttemptRow
 from store.models import Checkpoint, Job
@@ -86,7 +87,7 @@ class _Unrecorded:
 
     steps: list[dict[str, Any]] = dataclasses.field(default_factory=list)
     evaluations: list[dict[str, Any]] = dataclasses.field(default_factory=list)
-    events: list[jobs.Note] = dataclasses.field(default_factory=list)
+    events: list[Note] = dataclasses.field(default_factory=list)
     resolved: TrainSpec | None = None
     total_steps: int | None = None
 
@@ -96,7 +97,7 @@ class Attempt:
 
     def __init__(
         self,
-        claim: jobs.Claim,
+        claim: claims.Claim,
         *,
         taken_at: float,
         settings: Settings,
@@ -223,7 +224,7 @@ class Attempt:
         One whose bytes are not what was stored is passed over. Whoever asks for the next one has refused
         the one before.
         """
-        stored = self._ask(lambda session: jobs.stored_checkpoints(session, self.claim.job_id))
+        stored = self._ask(lambda session: progress.stored_checkpoints(session, self.claim.job_id))
         for position, checkpoint in enumerate(stored):
             path = self.folder / f"resume-{position}"
             if self._verifies(checkpoint, path):
@@ -314,8 +315,8 @@ class Attempt:
         match message:
             case Ended():
                 raise _Crashed("trainer_lost", message.sentence)
-            case {"progress": progress}:
-                return self._take_in(progress["kind"], progress)
+            case {"progress": said}:
+                return self._take_in(said["kind"], said)
             case {"stopped": {"wish": wish}}:
                 raise _Stopped(wish)
             case {"crashed": {"message": sentence}}:
@@ -328,8 +329,8 @@ class Attempt:
                 logger.info("Trainer %s is ready on %s.", pid, device)
         return None
 
-    def _take_in(self, kind: str, progress: dict[str, Any]) -> dict[str, Any] | None:
-        values = {name: value for name, value in progress.items() if name != "kind"}
+    def _take_in(self, kind: str, said: dict[str, Any]) -> dict[str, Any] | None:
+        values = {name: value for name, value in said.items() if name != "kind"}
         self._evaluating = kind == "Phase" and values["name"] == "evaluating"
         match kind:
             case "Step":
@@ -352,13 +353,13 @@ class Attempt:
         return None
 
     def _note(self, level: str, message: str, data: dict[str, Any] | None = None) -> None:
-        self._unrecorded.events.append(jobs.Note(level, message, data))
+        self._unrecorded.events.append(Note(level, message, data))
 
-    def _resolved(self, progress: dict[str, Any]) -> None:
-        self._unrecorded.resolved = TrainSpec.model_validate(progress["spec"])
-        self._unrecorded.total_steps = progress["total_steps"]
+    def _resolved(self, said: dict[str, Any]) -> None:
+        self._unrecorded.resolved = TrainSpec.model_validate(said["spec"])
+        self._unrecorded.total_steps = said["total_steps"]
         if not self.claim.resolved:
-            for reason in progress["why"]:
+            for reason in said["why"]:
                 self._note("info", f"Decided: {reason}")
 
     def _store_checkpoint(self, step: int, folder: Path, metrics: dict[str, Any]) -> None:
@@ -375,7 +376,7 @@ class Attempt:
             # A commit whose answer was lost is tried again; it must not be named twice.
             if session.scalar(select(Checkpoint.id).where(Checkpoint.storage_key == key)) is not None:
                 return []
-            return jobs.add_checkpoint(session, self.claim, step, metrics, key)
+            return progress.add_checkpoint(session, self.claim, step, metrics, key)
 
         for pruned in self._persist(named):
             self.storage.delete_folder(pruned)
@@ -388,13 +389,13 @@ class Attempt:
         self._flush()
         results = self.folder / "results"
         results.mkdir()
-        table = self._ask(lambda session: jobs.metrics_csv(session, job.id))
+        table = self._ask(lambda session: progress.metrics_csv(session, job.id))
         (results / METRICS_FILE).write_text(table)
         pack(Path(finished["folder"]), results / ADAPTER_FILE)
         prefix = result_folder(job.id, self.claim.attempt)
         self.storage.put_folder(prefix, results)
         files = [_result_file(results / name, prefix) for name in (METRICS_FILE, ADAPTER_FILE)]
-        model = jobs.model_name(self.claim.spec.model, self.settings.organization, job.suffix, job.id)
+        model = fine_tuned.model_name(self.claim.spec.model, self.settings.organization, job.suffix, job.id)
         self._end(
             lambda session: jobs.succeed(
                 session,
@@ -417,7 +418,7 @@ class Attempt:
         self._recorded_at = time.monotonic()
         if said != _Unrecorded():
             fields = {field.name: getattr(said, field.name) for field in dataclasses.fields(said)}
-            self._persist(lambda session: jobs.record(session, self.claim, **fields))
+            self._persist(lambda session: progress.record(session, self.claim, **fields))
 
     def _newest_may_grow(self) -> bool:
         """A step's evaluation is told right after it, and belongs into the same event."""
@@ -481,7 +482,7 @@ class Attempt:
 
     def _renew(self) -> str | None:
         with self.write.begin() as session:
-            return jobs.renew(session, self.claim, self.settings.lease_seconds)
+            return claims.renew(session, self.claim, self.settings.lease_seconds)
 
     def _look(self) -> str | None:
         mine = select(Job.requested).where(

@@ -10,7 +10,7 @@ import threading
 import time
 import uuid
 
-from store import jobs
+from store import claims
 from store.errors import LeaseLost
 from store.files import storage
 from store.session import make_engine, read_sessions, sessions
@@ -74,7 +74,7 @@ class Supervisor:
     def _run_next(self) -> bool:
         taken_at = time.monotonic()
         with self.write() as session:
-            claim = jobs.claim(session, owner=self.owner, lease_seconds=self.settings.lease_seconds)
+            claim = claims.claim(session, owner=self.owner, lease_seconds=self.settings.lease_seconds)
             session.commit()
         if claim is None:
             return False

@@ -12,6 +12,8 @@ from starlette.responses import Response, StreamingResponse
 
 from store import jobs
 from store.errors import UnknownCursor
+from store.events import events_since
+from store.events import list_events as page_of_events
 from store.models import Event
 
 from ..deps import After, Call, CallDep, Limit
@@ -48,7 +50,7 @@ async def list_events(
 def _page(call: Call, job_id: str, after: str | None, limit: int) -> Page[EventObject]:
     with call.reading() as session:
         job = jobs.get_job(session, call.project_id, job_id)
-        page = jobs.list_events(session, job.id, after=after, limit=limit)
+        page = page_of_events(session, job.id, after=after, limit=limit)
         return Page[EventObject].of([EventObject.of(row) for row in page.data], page.has_more)
 
 
@@ -87,7 +89,7 @@ def _news(call: Call, job_id: str, seq: int) -> tuple[list[Event], str]:
     """The status is read first: once it says that the job has ended, its last event is there to be read."""
     with call.reading() as session:
         status = jobs.get_job(session, call.project_id, job_id).status
-        return list(jobs.events_since(session, job_id, seq, BATCH)), status
+        return list(events_since(session, job_id, seq, BATCH)), status
 
 
 def _message(kind: str, data: str, event_id: str | None = None) -> str:

@@ -7,7 +7,7 @@ from sqlalchemy.orm import Session
 from starlette.responses import Response
 
 from olora_core.specs import TrainSpec
-from store import bases, files, jobs
+from store import bases, files, jobs, progress
 from store.errors import FileUnusable, JobStateError
 from store.errors import NotFound as NotStored
 from store.models import File, Job
@@ -141,7 +141,7 @@ def list_checkpoints(
 ) -> Page[CheckpointObject]:
     with call.reading() as session:
         job = jobs.get_job(session, call.project_id, job_id)
-        page = jobs.list_checkpoints(session, job.id, after=after, limit=limit)
+        page = progress.list_checkpoints(session, job.id, after=after, limit=limit)
         return Page[CheckpointObject].of(
             [CheckpointObject.of(row, job, call.settings.organization) for row in page.data], page.has_more
         )

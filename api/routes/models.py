@@ -3,7 +3,7 @@
 from fastapi import APIRouter
 
 from olora_core.errors import ModelError
-from store import bases, jobs
+from store import bases, fine_tuned
 from store.models import Model
 
 from ..deps import CallDep
@@ -17,7 +17,7 @@ router = APIRouter(prefix="/v1/models", tags=["models"])
 @router.get("")
 def list_models(call: CallDep) -> ModelList:
     with call.reading() as session:
-        own = jobs.list_models(session, call.project_id)
+        own = fine_tuned.list_models(session, call.project_id)
     listed = [_base(ref) for ref in bases.base_models(call.settings)]
     return ModelList(data=listed + [_fine_tuned(row, call.settings.organization) for row in own])
 
@@ -28,7 +28,7 @@ def retrieve_model(model: str, call: CallDep) -> ModelObject:
         return _base(bases.find_base(call.settings, model))
     except ModelError:
         with call.reading() as session:
-            own = jobs.get_model(session, call.project_id, model)
+            own = fine_tuned.get_model(session, call.project_id, model)
             return _fine_tuned(own, call.settings.organization)
 
 
@@ -42,7 +42,7 @@ def delete_model(model: str, call: CallDep) -> Deleted:
             param="model",
         )
     with call.writing() as session:
-        jobs.delete_model(session, call.project_id, model)
+        fine_tuned.delete_model(session, call.project_id, model)
     call.nudge()
     return Deleted(id=model, object="model")
 

@@ -7,7 +7,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from olora_core.specs import MAX_SEED, TrainSpec, read_spec
-from store.jobs import model_name
+from store.fine_tuned import model_name
 from store.models import Checkpoint, Event, Job
 
 from ..errors import BadRequest, misfit

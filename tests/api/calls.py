@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 from starlette.testclient import TestClient
 
 from olora_core.specs import Facts, TrainSpec, resolve
-from store import jobs
+from store import claims, fine_tuned, jobs, progress
 from store.files import storage
 from store.session import make_engine, sessions
 from store.settings import Settings
@@ -108,9 +108,9 @@ class Attempt:
         # On PostgreSQL a claim passes over a row that the dispatcher holds at that moment.
         self.claim = eventually(self._claim)
 
-    def _claim(self) -> jobs.Claim | None:
+    def _claim(self) -> claims.Claim | None:
         with self.sessions.begin() as session:
-            return jobs.claim(session, owner="test", lease_seconds=300)
+            return claims.claim(session, owner="test", lease_seconds=300)
 
     def resolved(self) -> TrainSpec:
         facts = Facts(examples=12, hidden_size=192, context_length=256)
@@ -123,14 +123,14 @@ class Attempt:
             for step in range(1, steps + 1)
         ]
         with self.sessions.begin() as session:
-            jobs.record(session, self.claim, steps=measured, resolved=self.resolved(), total_steps=steps)
-            jobs.add_checkpoint(session, self.claim, steps, {"loss": 2.0 / steps}, f"checkpoints/{steps}")
+            progress.record(session, self.claim, steps=measured, resolved=self.resolved(), total_steps=steps)
+            progress.add_checkpoint(session, self.claim, steps, {"loss": 2.0 / steps}, f"checkpoints/{steps}")
 
     def succeed(self, adapter: bytes | None = None) -> None:
         stored = storage(self.settings)
         adapter = zipped(**{"adapter_model.safetensors": b"weights"}) if adapter is None else adapter
         with self.sessions.begin() as session:
-            table = jobs.metrics_csv(session, self.claim.job_id).encode()
+            table = progress.metrics_csv(session, self.claim.job_id).encode()
         files = []
         for name, content in (("step_metrics.csv", table), ("adapter.zip", adapter)):
             key = f"results/{self.claim.job_id}/{name}"
@@ -143,7 +143,7 @@ class Attempt:
                 session,
                 self.claim,
                 files=files,
-                model=jobs.model_name(found.model, "olora", found.suffix, found.id),
+                model=fine_tuned.model_name(found.model, "olora", found.suffix, found.id),
                 certificate={"max_abs_logit_diff": 1e-6, "passed": True},
                 trained_tokens=1234,
             )

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 import pytest
 from sqlalchemy import make_url, select
 
-from store import jobs
+from store import claims
 from store.models import Job
 from store.session import make_engine
 from tests.faults.fleet import LEASE_SECONDS, Fleet
@@ -55,7 +55,7 @@ def test_a_worker_that_freezes_inside_a_transaction_loses_its_row(
     frozen = make_engine(service.settings.database_url)
     with frozen.connect() as connection:
         with service.write.begin() as session:
-            assert jobs.claim(session, owner="frozen", lease_seconds=0.1)
+            assert claims.claim(session, owner="frozen", lease_seconds=0.1)
         connection.execute(select(Job.id).where(Job.id == job_id).with_for_update())
         service.wait(job_id, lambda job: job.status == "queued", "the sweep", seconds=10)
         with pytest.raises(DATABASE_AWAY):

@@ -9,7 +9,8 @@ from sqlalchemy.orm import Session
 
 from olora_core import formats
 from olora_core.specs import TrainSpec
-from store import files, jobs
+from store import claims, files, jobs
+from store.events import events_since
 from store.models import Base, File, Job, Project
 from store.session import Sessions
 
@@ -63,9 +64,9 @@ def job(sessions: Sessions, project_id: str = "p", *, status: str = "queued", **
     return made
 
 
-def claimed(sessions: Sessions, owner: str = "worker-1", lease_seconds: float = 60) -> jobs.Claim:
+def claimed(sessions: Sessions, owner: str = "worker-1", lease_seconds: float = 60) -> claims.Claim:
     with sessions.begin() as session:
-        claim = jobs.claim(session, owner=owner, lease_seconds=lease_seconds)
+        claim = claims.claim(session, owner=owner, lease_seconds=lease_seconds)
     assert claim is not None
     return claim
 
@@ -78,7 +79,7 @@ def reread(sessions: Sessions, job_id: str) -> Job:
 def messages(sessions: Sessions, job_id: str) -> list[str]:
     """The texts of a job's events, oldest first."""
     with sessions() as session:
-        return [event.message for event in jobs.events_since(session, job_id)]
+        return [event.message for event in events_since(session, job_id)]
 
 
 def everything(sessions: Sessions) -> str:

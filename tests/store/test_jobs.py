@@ -11,8 +11,9 @@ from sqlalchemy import select
 
 from olora_core.errors import DataError
 from olora_core.specs import Facts, resolve
-from store import files, jobs
+from store import claims, files, fine_tuned, jobs, progress
 from store.errors import FileUnusable, JobStateError, LeaseLost, NotFound, UnknownCursor
+from store.events import Note, events_since, list_events
 from store.models import Attempt, Event, File, Job, Metric, new_id
 from store.session import Sessions, db_now, make_engine
 from store.session import sessions as make_sessions
@@ -26,7 +27,7 @@ RESULTS = (
 MODEL = "ft:olora-tiny:olora::AbCdEfGh"
 
 
-def succeed(sessions: Sessions, claim: jobs.Claim, model: str = MODEL) -> Job:
+def succeed(sessions: Sessions, claim: claims.Claim, model: str = MODEL) -> Job:
     with sessions.begin() as session:
         return jobs.succeed(
             session,
@@ -38,16 +39,18 @@ def succeed(sessions: Sessions, claim: jobs.Claim, model: str = MODEL) -> Job:
         )
 
 
-def hand_back(sessions: Sessions, claim: jobs.Claim, *, crashed: bool) -> Job:
+def hand_back(sessions: Sessions, claim: claims.Claim, *, crashed: bool) -> Job:
     with sessions.begin() as session:
         return jobs.hand_back(
             session, claim, reason="trainer_died", message="The trainer died.", crashed=crashed
         )
 
 
-def add_checkpoint(sessions: Sessions, claim: jobs.Claim, step: int) -> list[str]:
+def add_checkpoint(sessions: Sessions, claim: claims.Claim, step: int) -> list[str]:
     with sessions.begin() as session:
-        return jobs.add_checkpoint(session, claim, step, {"loss": 0.5}, f"jobs/{claim.job_id}/ckpt-{step}")
+        return progress.add_checkpoint(
+            session, claim, step, {"loss": 0.5}, f"jobs/{claim.job_id}/ckpt-{step}"
+        )
 
 
 def expire(sessions: Sessions, job_id: str) -> None:
@@ -73,7 +76,7 @@ def test_a_job_that_goes_well_tells_its_owner_what_clients_expect(
         assert jobs.admit(session, settings) == 1
     claim = making.claimed(sessions)
     with sessions.begin() as session:
-        jobs.record(session, claim, steps=[making.step(60, 0.7345, valid_loss=1.4567, total_steps=200)])
+        progress.record(session, claim, steps=[making.step(60, 0.7345, valid_loss=1.4567, total_steps=200)])
     job = succeed(sessions, claim)
     assert making.messages(sessions, job.id) == [
         f"Created fine-tuning job: {job.id}",
@@ -98,7 +101,7 @@ def test_the_csv_comes_first_among_the_result_files(sessions: Sessions) -> None:
         results = [files.get_file(session, "p", file_id) for file_id in job.result_files]
         assert [file.filename for file in results] == ["step_metrics.csv", "adapter.zip"]
         assert {file.purpose for file in results} == {"fine-tune-results"}
-        assert jobs.get_model(session, "p", MODEL).job_id == job.id
+        assert fine_tuned.get_model(session, "p", MODEL).job_id == job.id
 
 
 def test_times_are_filled_in_when_the_session_is_gone(sessions: Sessions) -> None:
@@ -112,9 +115,9 @@ def test_a_metrics_event_carries_the_numbers(sessions: Sessions) -> None:
     claim = making.claimed(sessions)
     measured = making.step(3, tokens=90, valid_loss=0.9, valid_accuracy=0.6)
     with sessions.begin() as session:
-        jobs.record(session, claim, steps=[measured], total_steps=20)
+        progress.record(session, claim, steps=[measured], total_steps=20)
     with sessions() as session:
-        event = jobs.list_events(session, claim.job_id).data[0]
+        event = list_events(session, claim.job_id).data[0]
     assert event.type == "metrics"
     assert event.data == {
         "step": 3,
@@ -133,11 +136,11 @@ def test_the_whole_validation_file_joins_its_step(sessions: Sessions) -> None:
     claim = making.claimed(sessions)
     evaluation = {"step": 2, "loss": 0.8, "accuracy": 0.7}
     with sessions.begin() as session:
-        jobs.record(session, claim, steps=[making.step(1), making.step(2)], evaluations=[evaluation])
+        progress.record(session, claim, steps=[making.step(1), making.step(2)], evaluations=[evaluation])
     with sessions.begin() as session:  # told again after a crash
-        jobs.record(session, claim, evaluations=[evaluation])
+        progress.record(session, claim, evaluations=[evaluation])
     with sessions() as session:
-        events = [e for e in jobs.events_since(session, claim.job_id) if e.type == "metrics"]
+        events = [e for e in events_since(session, claim.job_id) if e.type == "metrics"]
     assert [event.message for event in events] == [
         "Step 1/20: training loss=0.50",
         "Step 2/20: training loss=0.50, full validation loss=0.80",
@@ -150,9 +153,9 @@ def test_the_whole_validation_file_may_come_after_its_step(sessions: Sessions) -
     making.job(sessions)
     claim = making.claimed(sessions)
     with sessions.begin() as session:
-        jobs.record(session, claim, steps=[making.step(2)])
+        progress.record(session, claim, steps=[making.step(2)])
     with sessions.begin() as session:
-        jobs.record(session, claim, evaluations=[{"step": 2, "loss": 0.8, "accuracy": 0.7}])
+        progress.record(session, claim, evaluations=[{"step": 2, "loss": 0.8, "accuracy": 0.7}])
     with sessions() as session:
         values = session.scalars(select(Metric.values)).one()
     assert (values["train_loss"], values["full_valid_loss"]) == (0.5, 0.8)
@@ -162,9 +165,9 @@ def test_the_result_file_has_one_row_per_step(sessions: Sessions) -> None:
     making.job(sessions)
     claim = making.claimed(sessions)
     with sessions.begin() as session:
-        jobs.record(session, claim, steps=[making.step(2, valid_loss=0.9), making.step(1, math.nan)])
+        progress.record(session, claim, steps=[making.step(2, valid_loss=0.9), making.step(1, math.nan)])
     with sessions() as session:
-        rows = list(csv.reader(io.StringIO(jobs.metrics_csv(session, claim.job_id))))
+        rows = list(csv.reader(io.StringIO(progress.metrics_csv(session, claim.job_id))))
     assert rows == [
         ["step", "train_loss", "train_accuracy", "valid_loss", "valid_mean_token_accuracy"],
         ["1", "", "0.75", "", ""],
@@ -177,8 +180,8 @@ def test_a_number_that_is_not_finite_becomes_null_and_a_warning(sessions: Sessio
     making.job(sessions)
     claim = making.claimed(sessions)
     with sessions.begin() as session:
-        jobs.record(session, claim, steps=[making.step(4, value)])
-        jobs.add_checkpoint(session, claim, 4, {"loss": value}, "jobs/j/ckpt-4")
+        progress.record(session, claim, steps=[making.step(4, value)])
+        progress.add_checkpoint(session, claim, 4, {"loss": value}, "jobs/j/ckpt-4")
     with sessions() as session:
         for data in session.scalars(select(Event.data).where(Event.data.is_not(None))):
             json.dumps(data, allow_nan=False)
@@ -186,14 +189,14 @@ def test_a_number_that_is_not_finite_becomes_null_and_a_warning(sessions: Sessio
         assert "Step 4" in warning.message
         assert "train_loss" in warning.message
         assert session.scalars(select(Metric.values)).one()["train_loss"] is None
-        assert jobs.list_checkpoints(session, claim.job_id).data[0].metrics["train_loss"] is None
+        assert progress.list_checkpoints(session, claim.job_id).data[0].metrics["train_loss"] is None
 
 
 def test_the_end_is_estimated_from_the_last_steps(sessions: Sessions) -> None:
     making.job(sessions)
     claim = making.claimed(sessions)
     with sessions.begin() as session:
-        jobs.record(session, claim, steps=[making.step(n, seconds=2.0) for n in (1, 2)], total_steps=12)
+        progress.record(session, claim, steps=[making.step(n, seconds=2.0) for n in (1, 2)], total_steps=12)
     job = making.reread(sessions, claim.job_id)
     assert job.estimated_finish is not None
     assert job.estimated_finish - time.time() == pytest.approx(20, abs=3)
@@ -206,8 +209,8 @@ def test_what_the_first_attempt_resolved_the_second_one_keeps(sessions: Sessions
     resolved, _ = resolve(making.SPEC, Facts(examples=40, hidden_size=192, context_length=256))
     other, _ = resolve(making.SPEC, Facts(examples=4000, hidden_size=192, context_length=256))
     with sessions.begin() as session:
-        jobs.record(session, first, resolved=resolved)
-        jobs.record(session, first, resolved=other)
+        progress.record(session, first, resolved=resolved)
+        progress.record(session, first, resolved=other)
     hand_back(sessions, first, crashed=False)
     second = making.claimed(sessions)
     assert second.resolved
@@ -337,7 +340,7 @@ def test_a_second_delivery_does_nothing(sessions: Sessions) -> None:
     before = making.everything(sessions)
     for _ in range(10):
         with sessions.begin() as session:
-            assert jobs.claim(session, owner="late", lease_seconds=60) is None
+            assert claims.claim(session, owner="late", lease_seconds=60) is None
     assert making.everything(sessions) == before
 
 
@@ -346,7 +349,7 @@ def test_an_idle_worker_waits_for_no_writer(sqlite_url: str) -> None:
     with engine.begin():  # BEGIN IMMEDIATE: any other writer waits for up to 30 s
         start = time.monotonic()
         with make_sessions(engine).begin() as session:
-            assert jobs.claim(session, owner="idle", lease_seconds=60) is None
+            assert claims.claim(session, owner="idle", lease_seconds=60) is None
         assert time.monotonic() - start < 5
     engine.dispose()
 
@@ -376,7 +379,7 @@ def test_a_job_that_rests_is_not_claimed(sessions: Sessions) -> None:
     with sessions.begin() as session:
         session.merge(job).not_before = db_now() + 60
     with sessions.begin() as session:
-        assert jobs.claim(session, owner="w", lease_seconds=60) is None
+        assert claims.claim(session, owner="w", lease_seconds=60) is None
     rest_is_over(sessions, job.id)
     assert making.claimed(sessions).job_id == job.id
 
@@ -396,9 +399,9 @@ def test_a_loser_changes_nothing(sessions: Sessions, settings: Settings) -> None
     before = making.everything(sessions)
     with sessions() as session:
         for write in (
-            lambda: jobs.renew(session, loser, 60),
-            lambda: jobs.record(session, loser, steps=[making.step(1)], events=[jobs.Note("info", "!")]),
-            lambda: jobs.add_checkpoint(session, loser, 1, {}, "jobs/j/ckpt-1"),
+            lambda: claims.renew(session, loser, 60),
+            lambda: progress.record(session, loser, steps=[making.step(1)], events=[Note("info", "!")]),
+            lambda: progress.add_checkpoint(session, loser, 1, {}, "jobs/j/ckpt-1"),
             lambda: jobs.fail(session, loser, DataError("no")),
             lambda: jobs.cancelled(session, loser),
             lambda: jobs.hand_back(session, loser, reason="r", message="m", crashed=True),
@@ -439,10 +442,10 @@ def test_renewing_prolongs_the_lease_and_tells_the_wish(sessions: Sessions, sett
     job = making.job(sessions)
     claim = making.claimed(sessions, lease_seconds=1)
     with sessions.begin() as session:
-        assert jobs.renew(session, claim, 60) is None
+        assert claims.renew(session, claim, 60) is None
         jobs.cancel(session, job)
     with sessions.begin() as session:
-        assert jobs.renew(session, claim, 60) == "cancel"
+        assert claims.renew(session, claim, 60) == "cancel"
         assert jobs.sweep(session, settings) == 0
 
 
@@ -453,11 +456,11 @@ def test_redone_steps_leave_no_second_row_and_no_second_event(sessions: Sessions
     making.job(sessions)
     first = making.claimed(sessions)
     with sessions.begin() as session:
-        jobs.record(session, first, steps=[making.step(n) for n in (1, 2, 3)])
+        progress.record(session, first, steps=[making.step(n) for n in (1, 2, 3)])
     hand_back(sessions, first, crashed=False)
     second = making.claimed(sessions)
     with sessions.begin() as session:
-        jobs.record(session, second, steps=[making.step(n, 0.1) for n in (2, 3, 4)])
+        progress.record(session, second, steps=[making.step(n, 0.1) for n in (2, 3, 4)])
     with sessions() as session:
         rows = session.execute(select(Metric.step, Metric.values).order_by(Metric.step)).all()
         steps = session.scalars(select(Event.message).where(Event.type == "metrics").order_by(Event.seq))
@@ -486,7 +489,7 @@ def test_a_crash_counts_rests_and_tells_where_the_job_goes_on(sessions: Sessions
     claim = making.claimed(sessions)
     add_checkpoint(sessions, claim, 40)
     with sessions.begin() as session:
-        jobs.record(session, claim, steps=[making.step(57)])
+        progress.record(session, claim, steps=[making.step(57)])
     job = hand_back(sessions, claim, crashed=True)
     assert (job.status, job.failures) == ("queued", 1)
     assert 0 < job.not_before - time.time() < 2  # type: ignore[operator]
@@ -578,9 +581,9 @@ def test_two_checkpoints_are_kept(sessions: Sessions) -> None:
     prefix = f"jobs/{claim.job_id}/ckpt"
     assert pruned == [[], [], [f"{prefix}-10"], [f"{prefix}-20"]]
     with sessions() as session:
-        assert [c.step for c in jobs.stored_checkpoints(session, claim.job_id)] == [40, 30]
-        assert [c.step for c in jobs.list_checkpoints(session, claim.job_id).data] == [40, 30]
-        latest = jobs.latest_checkpoint(session, claim.job_id)
+        assert [c.step for c in progress.stored_checkpoints(session, claim.job_id)] == [40, 30]
+        assert [c.step for c in progress.list_checkpoints(session, claim.job_id).data] == [40, 30]
+        latest = progress.latest_checkpoint(session, claim.job_id)
         assert latest is not None
         assert latest.step == 40
 
@@ -590,9 +593,11 @@ def test_a_checkpoint_made_again_replaces_its_forerunner(sessions: Sessions) -> 
     claim = making.claimed(sessions)
     add_checkpoint(sessions, claim, 10)
     with sessions.begin() as session:
-        assert jobs.add_checkpoint(session, claim, 10, {}, "jobs/again") == [f"jobs/{claim.job_id}/ckpt-10"]
+        assert progress.add_checkpoint(session, claim, 10, {}, "jobs/again") == [
+            f"jobs/{claim.job_id}/ckpt-10"
+        ]
     with sessions() as session:
-        assert [c.storage_key for c in jobs.stored_checkpoints(session, claim.job_id)] == ["jobs/again"]
+        assert [c.storage_key for c in progress.stored_checkpoints(session, claim.job_id)] == ["jobs/again"]
 
 
 def test_a_pruned_checkpoint_is_not_found(sessions: Sessions) -> None:
@@ -600,12 +605,12 @@ def test_a_pruned_checkpoint_is_not_found(sessions: Sessions) -> None:
     claim = making.claimed(sessions)
     add_checkpoint(sessions, claim, 1)
     with sessions() as session:
-        first = jobs.list_checkpoints(session, claim.job_id).data[0]
-        assert jobs.get_checkpoint(session, claim.job_id, first.id).step == 1
+        first = progress.list_checkpoints(session, claim.job_id).data[0]
+        assert progress.get_checkpoint(session, claim.job_id, first.id).step == 1
     for step in (2, 3):
         add_checkpoint(sessions, claim, step)
     with sessions() as session, pytest.raises(NotFound):
-        jobs.get_checkpoint(session, claim.job_id, first.id)
+        progress.get_checkpoint(session, claim.job_id, first.id)
 
 
 # --- cancelling ----------------------------------------------------------------------------------------
@@ -618,7 +623,7 @@ def test_a_waiting_job_is_cancelled_at_once(sessions: Sessions, settings: Settin
         assert jobs.cancel(session, job).status == "cancelled"
     with sessions.begin() as session:
         jobs.admit(session, settings)
-        assert jobs.claim(session, owner="w", lease_seconds=60) is None
+        assert claims.claim(session, owner="w", lease_seconds=60) is None
     assert making.reread(sessions, job.id).finished_at is not None
 
 
@@ -657,7 +662,7 @@ def test_a_job_that_has_ended_cannot_be_cancelled(sessions: Sessions) -> None:
         jobs.cancel(session, job)
     failing = making.job(sessions)
     with sessions.begin() as session:
-        claim = jobs.claim(session, owner="w", lease_seconds=60)
+        claim = claims.claim(session, owner="w", lease_seconds=60)
         assert claim is not None
         jobs.fail(session, claim, DataError("Line 3 holds nothing.", param="training_file"))
     assert making.reread(sessions, failing.id).error == {
@@ -695,17 +700,17 @@ def test_walking_the_events_neither_repeats_nor_skips_while_new_ones_come(sessio
 
     def take(number: int) -> None:
         with sessions.begin() as session:
-            jobs.record(session, claim, steps=[making.step(number)])
+            progress.record(session, claim, steps=[making.step(number)])
 
     for number in range(1, 11):
         take(number)
     with sessions() as session:
-        there = [event.id for event in jobs.events_since(session, claim.job_id)]
+        there = [event.id for event in events_since(session, claim.job_id)]
     walked: list[str] = []
     number = 11
     while True:
         with sessions() as session:
-            page = jobs.list_events(session, claim.job_id, after=walked[-1] if walked else None, limit=3)
+            page = list_events(session, claim.job_id, after=walked[-1] if walked else None, limit=3)
         walked += [event.id for event in page.data]
         take(number)  # arrives while the client walks
         number += 1
@@ -721,13 +726,13 @@ def test_following_the_events_misses_none(sessions: Sessions) -> None:
     last = 0
     for number in range(1, 5):
         with sessions.begin() as session:
-            jobs.record(session, claim, steps=[making.step(number)])
+            progress.record(session, claim, steps=[making.step(number)])
         with sessions() as session:
-            for event in jobs.events_since(session, claim.job_id, last, limit=2):
+            for event in events_since(session, claim.job_id, last, limit=2):
                 seen.append(event.message)
                 last = event.seq
     with sessions() as session:
-        seen += [event.message for event in jobs.events_since(session, claim.job_id, last)]
+        seen += [event.message for event in events_since(session, claim.job_id, last)]
     assert seen == making.messages(sessions, claim.job_id)
 
 
@@ -738,9 +743,9 @@ def test_an_unknown_cursor_is_an_error_also_when_it_belongs_to_somebody_else(ses
             jobs.list_jobs(session, "a", after="ftjob-nothing")
         with pytest.raises(UnknownCursor):
             jobs.list_jobs(session, "a", after=other.id)
-        event = jobs.events_since(session, other.id)[0]
+        event = events_since(session, other.id)[0]
         with pytest.raises(UnknownCursor):
-            jobs.list_events(session, job.id, after=event.id)
+            list_events(session, job.id, after=event.id)
 
 
 def test_jobs_are_listed_newest_first_and_by_project(sessions: Sessions) -> None:
@@ -792,20 +797,20 @@ def test_another_projects_job_is_not_found(sessions: Sessions) -> None:
 )
 def test_a_model_is_named_as_clients_expect(base: str, suffix: str | None, begins: str) -> None:
     job_id = new_id("ftjob-")
-    assert jobs.model_name(base, "olora", suffix, job_id) == begins + job_id[-8:]
+    assert fine_tuned.model_name(base, "olora", suffix, job_id) == begins + job_id[-8:]
 
 
 def test_deleting_a_model_takes_its_adapter_and_keeps_the_jobs_record(sessions: Sessions) -> None:
     making.job(sessions)
     job = succeed(sessions, making.claimed(sessions))
     with sessions() as session, pytest.raises(NotFound):
-        jobs.delete_model(session, "other", MODEL)
+        fine_tuned.delete_model(session, "other", MODEL)
     with sessions.begin() as session:
-        jobs.delete_model(session, "p", MODEL)
+        fine_tuned.delete_model(session, "p", MODEL)
     with sessions() as session:
-        assert jobs.list_models(session, "p") == []
+        assert fine_tuned.list_models(session, "p") == []
         with pytest.raises(NotFound):
-            jobs.get_model(session, "p", MODEL)
+            fine_tuned.get_model(session, "p", MODEL)
         files.get_file(session, "p", job.result_files[0])
         with pytest.raises(NotFound):
             files.get_file(session, "p", job.result_files[1])

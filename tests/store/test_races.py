@@ -9,7 +9,7 @@ from typing import Any
 
 from sqlalchemy import func, select, update
 
-from store import jobs
+from store import claims, jobs, progress
 from store.errors import LeaseLost
 from store.models import Attempt, Checkpoint, Event, Job, Metric, Model
 from store.session import Sessions, db_now, make_engine, sessions
@@ -26,7 +26,7 @@ def _claim_everything(url: str, owner: str, barrier: Barrier) -> None:
     barrier.wait(60)
     while True:
         with made.begin() as session:
-            if jobs.claim(session, owner=owner, lease_seconds=60) is None:
+            if claims.claim(session, owner=owner, lease_seconds=60) is None:
                 break
     engine.dispose()
 
@@ -61,13 +61,13 @@ def test_one_job_again_and_again_goes_to_one_of_eight(sessions: Sessions) -> Non
     rounds = 25
     job = making.job(sessions)
     barrier = threading.Barrier(CLAIMERS)
-    wins: list[tuple[int, jobs.Claim]] = []
+    wins: list[tuple[int, claims.Claim]] = []
 
     def take_part(owner: str) -> None:
         for number in range(rounds):
             barrier.wait(60)
             with sessions.begin() as session:
-                claim = jobs.claim(session, owner=owner, lease_seconds=60)
+                claim = claims.claim(session, owner=owner, lease_seconds=60)
             barrier.wait(60)
             if claim is not None:
                 wins.append((number, claim))
@@ -90,20 +90,20 @@ def _work(
     """A worker that often falls asleep for longer than its lease, and never notices by itself."""
     while not stop.is_set():
         with made.begin() as session:
-            claim = jobs.claim(session, owner=owner, lease_seconds=0.15)
+            claim = claims.claim(session, owner=owner, lease_seconds=0.15)
         if claim is None:
             time.sleep(0.01)
             continue
         try:
             with made() as session:
-                checkpoint = jobs.latest_checkpoint(session, claim.job_id)
+                checkpoint = progress.latest_checkpoint(session, claim.job_id)
             for number in range(checkpoint.step + 1 if checkpoint else 1, 6):
                 if chance.random() < 0.25:
                     time.sleep(0.3)
                 with made.begin() as session:
-                    jobs.renew(session, claim, 0.15)
-                    jobs.record(session, claim, steps=[making.step(number)])
-                    jobs.add_checkpoint(session, claim, number, {}, f"jobs/{claim.job_id}/{number}")
+                    claims.renew(session, claim, 0.15)
+                    progress.record(session, claim, steps=[making.step(number)])
+                    progress.add_checkpoint(session, claim, number, {}, f"jobs/{claim.job_id}/{number}")
             with made.begin() as session:
                 jobs.succeed(
                     session,
@@ -157,7 +157,7 @@ def test_without_the_fence_the_same_run_goes_wrong(
     sessions: Sessions, settings: Settings, monkeypatch: Any
 ) -> None:
     """The control: the checks above can see the fault that they are there for."""
-    monkeypatch.setattr(jobs, "_mine", lambda claim: Job.id == claim.job_id)
+    monkeypatch.setattr(claims, "_mine", lambda claim: Job.id == claim.job_id)
     _run_with_sleepers(sessions, settings, count=6, seconds=8)
     with sessions() as session:
         models = Counter(session.scalars(select(Model.job_id)))
@@ -173,7 +173,7 @@ def test_cancelling_against_succeeding_leaves_one_end(sessions: Sessions) -> Non
         barrier = threading.Barrier(2)
         ends: list[str] = []
 
-        def finish(claim: jobs.Claim = claim, barrier: threading.Barrier = barrier) -> None:
+        def finish(claim: claims.Claim = claim, barrier: threading.Barrier = barrier) -> None:
             barrier.wait(30)
             with sessions.begin() as session:
                 name = f"ft:{claim.job_id}"

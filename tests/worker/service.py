@@ -15,7 +15,8 @@ from sqlalchemy.orm import Session
 
 from olora_core.formats import validate
 from olora_core.specs import read_spec
-from store import jobs
+from store import jobs, progress
+from store.events import events_since
 from store.files import Storage, file_key, new_file_id, record_file, storage
 from store.models import Attempt, Checkpoint, Event, File, Job, Metric, Project
 from store.session import Sessions, make_engine, sessions
@@ -110,7 +111,7 @@ class Service:
     def events(self, job_id: str) -> Sequence[Event]:
         """Oldest first."""
         with self.write() as session:
-            return jobs.events_since(session, job_id)
+            return events_since(session, job_id)
 
     def warnings(self, job_id: str) -> list[str]:
         return [event.message for event in self.events(job_id) if event.level == "warn"]
@@ -118,7 +119,7 @@ class Service:
     def checkpoints(self, job_id: str) -> Sequence[Checkpoint]:
         """Those that are stored, the furthest first."""
         with self.write() as session:
-            return jobs.stored_checkpoints(session, job_id)
+            return progress.stored_checkpoints(session, job_id)
 
     def attempts(self, job_id: str) -> Sequence[Attempt]:
         with self.write() as session:

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from store import jobs
+from store import claims, progress
 from tests.worker.service import Service
 from worker.strays import checkpoint_folder, remove_strays, result_folder
 
@@ -15,11 +15,11 @@ def job_id(service: Service, tmp_path: Path) -> str:
     job_id = service.queue()
     (tmp_path / "state.json").write_text("{}")
     with service.write.begin() as session:
-        claim = jobs.claim(session, owner="here", lease_seconds=60)
+        claim = claims.claim(session, owner="here", lease_seconds=60)
         assert claim is not None
         assert claim.job_id == job_id
         for step, attempt in ((8, 1), (16, 12)):
-            jobs.add_checkpoint(session, claim, step, {}, checkpoint_folder(job_id, step, attempt, 1))
+            progress.add_checkpoint(session, claim, step, {}, checkpoint_folder(job_id, step, attempt, 1))
     for folder in (*named(job_id), *strays(job_id)):
         service.storage.put_folder(folder, tmp_path)
     return job_id

@@ -1,0 +1,128 @@
+"""Who works on a job: claims, leases and the fence.
+
+A claim raises `attempt` and sets a lease by the database's clock. Whoever claimed writes only through
+`write_as`, which holds while the attempt is his and the job is running.
+"""
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from sqlalchemy import ColumnElement, Engine, and_, func, or_, select, update
+from sqlalchemy.orm import Session
+
+from olora_core.specs import TrainSpec
+
+from .errors import LeaseLost
+from .events import Note, tell
+from .models import Attempt, File, Job, Project
+from .session import db_now, reader
+
+Wish = Literal["cancel"]
+
+
+@dataclass(frozen=True)
+class Claim:
+    """An attempt that holds a job. `spec` has its "auto" values resolved if an earlier attempt did so."""
+
+    job_id: str
+    attempt: int
+    owner: str
+    project_id: str
+    spec: TrainSpec
+    resolved: bool
+    training_key: str
+    validation_key: str | None
+
+
+def claimable() -> ColumnElement[bool]:
+    """Queued, and rested if it crashed."""
+    return and_(Job.status == "queued", or_(Job.not_before.is_(None), Job.not_before <= db_now()))
+
+
+def lease_is_over() -> ColumnElement[bool]:
+    return and_(Job.status == "running", or_(Job.lease_until.is_(None), Job.lease_until < db_now()))
+
+
+def claim(session: Session, *, owner: str, lease_seconds: float) -> Claim | None:
+    """Takes the best claimable job: highest priority, then the project that waited longest, then age.
+
+    One conditional UPDATE; of several who try, one gets the job. None when there is nothing to do.
+    Call it first in its transaction.
+    """
+    if not _worth_trying(session):
+        return None
+    best = (
+        select(Job.seq)
+        .join(Project, Project.id == Job.project_id)
+        .where(claimable())
+        .order_by(Job.priority.desc(), Project.last_turn_at, Job.seq)
+        .limit(1)
+        .with_for_update(skip_locked=True, of=Job)
+    )
+    job = session.scalar(
+        update(Job)
+        .where(Job.seq == best.scalar_subquery(), Job.status == "queued")
+        .values(
+            status="running",
+            attempt=Job.attempt + 1,
+            lease_owner=owner,
+            lease_until=db_now() + lease_seconds,
+            started_at=func.coalesce(Job.started_at, db_now()),
+            not_before=None,
+        )
+        .returning(Job)
+        .execution_options(populate_existing=True)
+    )
+    if job is None:
+        return None
+    session.execute(update(Project).where(Project.id == job.project_id).values(last_turn_at=db_now()))
+    session.add(Attempt(job_id=job.id, attempt=job.attempt, owner=owner))
+    if job.attempt == 1:
+        tell(session, job.id, Note("info", "Fine-tuning job started"))
+    return _claim_of(session, job, owner)
+
+
+def _worth_trying(session: Session) -> bool:
+    """On SQLite a look that takes no lock, so that idle workers do not stand in the writers' way."""
+    engine = session.get_bind()
+    if not isinstance(engine, Engine) or engine.dialect.name != "sqlite":
+        return True
+    with reader(engine).connect() as connection:
+        return connection.scalar(select(Job.seq).where(claimable()).limit(1)) is not None
+
+
+def _claim_of(session: Session, job: Job, owner: str) -> Claim:
+    wanted = select(File).where(File.id.in_([job.training_file, job.validation_file]))
+    keys = {file.id: file.storage_key for file in session.scalars(wanted)}
+    return Claim(
+        job_id=job.id,
+        attempt=job.attempt,
+        owner=owner,
+        project_id=job.project_id,
+        spec=TrainSpec.model_validate(job.resolved or job.spec),
+        resolved=job.resolved is not None,
+        training_key=keys[job.training_file] or "",
+        validation_key=keys[job.validation_file] if job.validation_file else None,
+    )
+
+
+def renew(session: Session, claim: Claim, lease_seconds: float) -> Wish | None:
+    """Holds the job for longer. Returns the owner's wish. Raises LeaseLost."""
+    job = write_as(session, claim, lease_until=db_now() + lease_seconds)
+    return "cancel" if job.requested == "cancel" else None
+
+
+def write_as(session: Session, claim: Claim, **values: Any) -> Job:
+    """The fenced UPDATE that every write of an attempt begins with; it also locks the row.
+
+    Raises LeaseLost when the job is no longer this attempt's.
+    """
+    fenced = update(Job).where(_mine(claim)).values(**{"status": "running", **values}).returning(Job)
+    job = session.scalar(fenced.execution_options(populate_existing=True))
+    if job is None:
+        raise LeaseLost(claim.job_id, claim.attempt)
+    return job
+
+
+def _mine(claim: Claim) -> ColumnElement[bool]:
+    return and_(Job.id == claim.job_id, Job.attempt == claim.attempt, Job.status == "running")

@@ -1,0 +1,54 @@
+"""Fine-tuned models: the names of succeeded jobs' adapters."""
+
+import re
+from collections.abc import Sequence
+
+from sqlalchemy import select, update
+from sqlalchemy.orm import Session
+
+from .errors import NotFound
+from .models import File, Job, Model
+from .session import db_now, settle
+
+
+def model_name(base: str, organization: str, suffix: str | None, job_id: str) -> str:
+    """`ft:<base>:<organization>:<suffix or empty>:<8 characters of the job's id>`, without a slash.
+
+    A job's name is known from its beginning, so that its checkpoints can be called after it.
+    """
+    return f"ft:{slug(base)}:{organization}:{slug(suffix or '')}:{job_id[-8:]}"
+
+
+def slug(text: str) -> str:
+    """`meta-llama/Llama-3.2-1B` → `meta-llama--llama-3.2-1b`"""
+    return re.sub(r"[^a-z0-9._-]+", "-", text.replace("/", "--").lower())
+
+
+def list_models(session: Session, project_id: str) -> Sequence[Model]:
+    """The project's fine-tuned models, newest first."""
+    rows = select(Model).where(Model.project_id == project_id, Model.deleted_at.is_(None))
+    return session.scalars(rows.order_by(Model.seq.desc())).all()
+
+
+def get_model(session: Session, project_id: str, model_id: str) -> Model:
+    """Raises NotFound, also for another project's model and for a deleted one."""
+    rows = select(Model).where(
+        Model.id == model_id, Model.project_id == project_id, Model.deleted_at.is_(None)
+    )
+    model = session.scalar(rows)
+    if model is None:
+        raise NotFound(f"The model '{model_id}' does not exist.", param="model", code="model_not_found")
+    return model
+
+
+def delete_model(session: Session, project_id: str, model_id: str) -> Model:
+    """The model and its adapter file go, the job keeps its record. Raises NotFound."""
+    model = get_model(session, project_id, model_id)
+    model.deleted_at = db_now()
+    job = session.scalar(select(Job).where(Job.id == model.job_id))
+    adapters = job.result_files[1:] if job else []
+    session.execute(
+        update(File).where(File.id.in_(adapters), File.deleted_at.is_(None)).values(deleted_at=db_now())
+    )
+    settle(session, model)
+    return model

@@ -1,0 +1,253 @@
+"""What an attempt leaves behind while it trains: metrics, events, checkpoints. All of it is fenced."""
+
+import csv
+import io
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from sqlalchemy import Select, case, func, insert, select
+from sqlalchemy.orm import Session
+
+from olora_core.specs import TrainSpec
+
+from .claims import Claim, write_as
+from .errors import NotFound
+from .events import Note, Notice, event_row, tell
+from .models import Checkpoint, Event, Job, Metric, new_id
+from .pages import Page, read_page
+from .session import db_now
+
+KEPT_CHECKPOINTS = 2
+CSV_HEADER = ("step", "train_loss", "train_accuracy", "valid_loss", "valid_mean_token_accuracy")
+METRIC_NAMES = {
+    "loss": "train_loss",
+    "accuracy": "train_mean_token_accuracy",
+    "valid_accuracy": "valid_mean_token_accuracy",
+    "full_valid_accuracy": "full_valid_mean_token_accuracy",
+}
+"""The trainer's names of a step's numbers, and those that clients read."""
+SHOWN = (
+    "step",
+    "total_steps",
+    "train_loss",
+    "train_mean_token_accuracy",
+    "valid_loss",
+    "valid_mean_token_accuracy",
+    "full_valid_loss",
+    "full_valid_mean_token_accuracy",
+    "tokens",
+    "seconds",
+)
+"""What a metrics event carries of a step: OpenAI's names, and what a progress bar needs for its speed."""
+
+
+def record(
+    session: Session,
+    claim: Claim,
+    *,
+    steps: Sequence[Mapping[str, Any]] = (),
+    evaluations: Sequence[Mapping[str, Any]] = (),
+    events: Sequence[Notice] = (),
+    resolved: TrainSpec | None = None,
+    total_steps: int | None = None,
+    estimated_finish: float | None = None,
+) -> None:
+    """Writes down progress. A step that was recorded before, by whichever attempt, leaves no second trace.
+
+    `steps` carry the names of the trainer's `Step` (step, loss, accuracy, valid_loss, seconds, …),
+    `evaluations` those of its `Evaluated` (step, loss, accuracy over the whole validation file).
+    What the first attempt resolved, stays. Raises LeaseLost.
+    """
+    reached = max((int(step["step"]) for step in steps), default=0)
+    job = write_as(session, claim, step=_greatest(Job.step, reached))
+    if total_steps is not None:
+        job.total_steps = total_steps
+    if resolved is not None and job.resolved is None:
+        job.resolved = resolved.model_dump(mode="json")
+    notes = list(events)
+    new = _new_metrics(session, job, steps, evaluations, notes)
+    tell(session, job.id, *notes)
+    _tell_metrics(session, job, new)
+    if estimated_finish is not None:
+        job.estimated_finish = estimated_finish
+    elif steps:
+        _estimate(session, job)
+    session.flush()
+
+
+def _greatest(column: Any, value: int) -> Any:
+    """The larger of the two, in words that both databases know."""
+    return case((column < value, value), else_=column)
+
+
+def _new_metrics(
+    session: Session,
+    job: Job,
+    steps: Sequence[Mapping[str, Any]],
+    evaluations: Sequence[Mapping[str, Any]],
+    notes: list[Notice],
+) -> list[dict[str, Any]]:
+    """Inserts what is new and returns it; `notes` grows by a warning for each number that is not finite."""
+    rows = {row.step: row for row in _metric_rows(session, job.id, [*steps, *evaluations])}
+    new: dict[int, dict[str, Any]] = {}
+    for step in steps:
+        number = int(step["step"])
+        if number not in rows and number not in new:
+            new[number] = finite(_named(step), number, notes)
+    for evaluation in evaluations:
+        number = int(evaluation["step"])
+        measured = finite(
+            {"full_valid_loss": evaluation["loss"], "full_valid_mean_token_accuracy": evaluation["accuracy"]},
+            number,
+            notes,
+        )
+        if number in new:
+            new[number].update(measured)
+        elif number not in rows or "full_valid_loss" not in rows[number].values:
+            known = rows[number].values if number in rows else {"step": number}
+            new[number] = {**known, **measured}
+    for number, values in new.items():
+        if number in rows:
+            rows[number].values = values
+        else:
+            session.add(Metric(job_id=job.id, step=number, values=values))
+    return [new[number] for number in sorted(new)]
+
+
+def _metric_rows(session: Session, job_id: str, measured: Iterable[Mapping[str, Any]]) -> Sequence[Metric]:
+    numbers = {int(values["step"]) for values in measured}
+    if not numbers:
+        return []
+    return session.scalars(select(Metric).where(Metric.job_id == job_id, Metric.step.in_(numbers))).all()
+
+
+def _named(step: Mapping[str, Any]) -> dict[str, Any]:
+    return {METRIC_NAMES.get(name, name): value for name, value in step.items() if value is not None}
+
+
+def finite(values: Mapping[str, Any], step: int, notes: list[Notice]) -> dict[str, Any]:
+    """NaN and Infinity are not JSON: they become null, and a warning."""
+    clean = dict(values)
+    for name, value in values.items():
+        if isinstance(value, float) and not math.isfinite(value):
+            clean[name] = None
+            notes.append(Note("warn", f"Step {step}: {name} is not a finite number ({value})."))
+    return clean
+
+
+def _tell_metrics(session: Session, job: Job, new: Sequence[dict[str, Any]]) -> None:
+    rows = []
+    for values in new:
+        data = {name: values[name] for name in SHOWN if name in values}
+        data.setdefault("total_steps", job.total_steps)
+        rows.append(event_row(job.id, "info", "metrics", step_sentence(data), data))
+    if rows:
+        session.execute(insert(Event), rows)
+
+
+def step_sentence(data: Mapping[str, Any]) -> str:
+    """`Step 60/200: training loss=0.73, validation loss=1.46`"""
+    names = (
+        ("train_loss", "training loss"),
+        ("valid_loss", "validation loss"),
+        ("full_valid_loss", "full validation loss"),
+    )
+    losses = [
+        f"{words}={'nan' if data[name] is None else format(data[name], '.2f')}"
+        for name, words in names
+        if name in data
+    ]
+    return f"Step {data['step']}/{data.get('total_steps') or '?'}: {', '.join(losses)}"
+
+
+def _estimate(session: Session, job: Job) -> None:
+    """From the mean duration of the last twenty steps."""
+    if not job.total_steps:
+        return
+    last = select(Metric.values).where(Metric.job_id == job.id).order_by(Metric.step.desc()).limit(20)
+    seconds = [v["seconds"] for v in session.scalars(last) if isinstance(v.get("seconds"), int | float)]
+    if seconds:
+        left = max(0, job.total_steps - job.step) * sum(seconds) / len(seconds)
+        job.estimated_finish = db_now() + left
+
+
+def add_checkpoint(
+    session: Session, claim: Claim, step: int, metrics: Mapping[str, Any], storage_key: str
+) -> list[str]:
+    """Records a stored checkpoint. Returns the storage keys that no row names any more: two are kept.
+
+    Progress beyond every earlier checkpoint sets the count of failures back. Raises LeaseLost.
+    """
+    job = write_as(session, claim, step=_greatest(Job.step, step))
+    furthest = session.scalar(select(func.max(Checkpoint.step)).where(Checkpoint.job_id == job.id))
+    if furthest is None or step > furthest:
+        job.failures = 0
+    notes: list[Notice] = []
+    checkpoint = Checkpoint(
+        id=new_id("ftckpt_"),
+        job_id=job.id,
+        attempt=claim.attempt,
+        step=step,
+        metrics=finite(_named({"step": step, **metrics}), step, notes),
+        storage_key=storage_key,
+    )
+    session.add(checkpoint)
+    session.flush()
+    return _prune(session, job.id)
+
+
+def _prune(session: Session, job_id: str) -> list[str]:
+    pruned = []
+    steps: set[int] = set()
+    for checkpoint in stored_checkpoints(session, job_id):
+        if checkpoint.step in steps or len(steps) == KEPT_CHECKPOINTS:
+            assert checkpoint.storage_key is not None
+            pruned.append(checkpoint.storage_key)
+            checkpoint.storage_key = None
+        steps.add(checkpoint.step)
+    session.flush()
+    return pruned
+
+
+def list_checkpoints(
+    session: Session, job_id: str, *, after: str | None = None, limit: int = 10
+) -> Page[Checkpoint]:
+    """Those that are still stored, newest first."""
+    rows = select(Checkpoint).where(Checkpoint.storage_key.is_not(None))
+    return read_page(session, rows, Checkpoint, within=Checkpoint.job_id == job_id, after=after, limit=limit)
+
+
+def get_checkpoint(session: Session, job_id: str, checkpoint_id: str) -> Checkpoint:
+    """Raises NotFound, also for one that was pruned."""
+    rows = _stored(job_id).where(Checkpoint.id == checkpoint_id)
+    checkpoint = session.scalar(rows)
+    if checkpoint is None:
+        raise NotFound(f"No such checkpoint: {checkpoint_id}.", param="checkpoint_id")
+    return checkpoint
+
+
+def latest_checkpoint(session: Session, job_id: str) -> Checkpoint | None:
+    """The furthest one that is stored."""
+    return session.scalar(_stored(job_id).limit(1))
+
+
+def stored_checkpoints(session: Session, job_id: str) -> Sequence[Checkpoint]:
+    """All that can be resumed from, the furthest first."""
+    return session.scalars(_stored(job_id)).all()
+
+
+def _stored(job_id: str) -> Select[Checkpoint]:
+    rows = select(Checkpoint).where(Checkpoint.job_id == job_id, Checkpoint.storage_key.is_not(None))
+    return rows.order_by(Checkpoint.step.desc(), Checkpoint.seq.desc())
+
+
+def metrics_csv(session: Session, job_id: str) -> str:
+    """The result file: one row per step; an empty cell where a step has no number."""
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(CSV_HEADER)
+    columns = ("train_loss", "train_mean_token_accuracy", "valid_loss", "valid_mean_token_accuracy")
+    for metric in session.scalars(select(Metric).where(Metric.job_id == job_id).order_by(Metric.step)):
+        writer.writerow([metric.step, *(metric.values.get(name, "") for name in columns)])
+    return text.getvalue()
