@@ -67,8 +67,15 @@ def test_nothing_starts_before_the_schema_is_there() -> None:
         needs = SERVICES[name]["depends_on"]
         assert needs["migrate"]["condition"] == "service_completed_successfully"
         assert needs["redis"]["condition"] == needs["postgres"]["condition"] == "service_healthy"
-    assert "healthcheck" in SERVICES["redis"]
-    assert "healthcheck" in SERVICES["postgres"]
+
+
+def test_everything_that_stays_up_has_a_health_check() -> None:
+    for name, service in SERVICES.items():
+        if service.get("restart") == "no":
+            continue
+        # The API's is in its image.
+        assert "healthcheck" in service or service["build"]["target"] == "api", name
+    assert "HEALTHCHECK" in (ROOT / "Dockerfile").read_text().partition("AS api")[2].partition("FROM")[0]
 
 
 def test_redis_keeps_what_it_is_given() -> None:
