@@ -17,7 +17,6 @@ from olora_core.errors import SpecError
 from olora_core.specs import MAX_SEED, TrainSpec, nearest, read_spec, spec_error
 
 from .progress import TrainingBar
-from .workers import POLITE
 
 console = Console(stderr=True)
 RUN_FILE = "run.json"
@@ -190,7 +189,7 @@ def _train(
     """Drives the core. False when Ctrl-C or SIGTERM stopped the run, after a checkpoint."""
     with TrainingBar(console) as bar, _stop_signals() as stopping:
         bar.phase("loading torch")
-        os.environ |= POLITE | os.environ
+        os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # as for the service's trainer
         import torch
 
         from olora_core.model import load_base

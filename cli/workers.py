@@ -21,10 +21,6 @@ STOP_GRACE_SECONDS = 120.0
 """From TERM to KILL. A running job needs a step and a checkpoint to go back to the queue."""
 LOG_BYTES = 10 * 2**20
 
-POLITE = {"OMP_WAIT_POLICY": "PASSIVE"}
-"""Training threads that wait for each other sleep instead of spinning: on two cores that are shared with
-anything else, spinning made a step seven times slower. Must be set before torch is loaded."""
-
 Say = Callable[[str], None]
 
 
@@ -91,7 +87,7 @@ class Workers:
             # Its own session: Ctrl-C reaches this process alone, which then stops the workers in order.
             worker.process = subprocess.Popen(
                 worker_command(self._settings, name=worker.name),
-                env=worker_environment(POLITE | os.environ, parent=os.getpid(), gpu=worker.gpu),
+                env=worker_environment(os.environ, parent=os.getpid(), gpu=worker.gpu),
                 stdin=subprocess.DEVNULL,
                 stdout=output,
                 stderr=subprocess.STDOUT if output else None,

@@ -29,7 +29,6 @@ from rich.table import Table
 from rich.text import Text
 
 from cli.progress import TrainingBar
-from cli.workers import POLITE
 from store.settings import Settings, get_settings
 from worker.launch import worker_environment
 
@@ -216,7 +215,7 @@ def download(client: OpenAI, job: Any, to: Path) -> Path:
 def show(folder: Path, job: Any) -> None:
     """Loads base and adapter, checks the certificate, and shows what was learned. Raises Trouble."""
     console.print("Loading the adapter in PEFT, on the untouched base ...")
-    os.environ |= POLITE | os.environ
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # threads that wait sleep, and let others work
     warnings.filterwarnings("ignore", category=FutureWarning)  # what PEFT and transformers say to each other
     import torch
     from peft import PeftModel

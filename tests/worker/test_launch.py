@@ -94,3 +94,8 @@ def test_a_trainer_knows_the_machine_and_none_of_the_services_addresses_and_keys
 )
 def test_the_end_of_a_trainer_is_told_in_words(code: int, words: str) -> None:
     assert words in Ended(code).sentence
+
+
+def test_training_threads_sleep_while_they_wait_unless_the_machine_says_otherwise() -> None:
+    assert trainer_environment({})["OMP_WAIT_POLICY"] == "PASSIVE"
+    assert trainer_environment({"OMP_WAIT_POLICY": "ACTIVE"})["OMP_WAIT_POLICY"] == "ACTIVE"
