@@ -90,7 +90,9 @@ def test_the_spec_file_of_the_readme_can_be_read(tmp_path: Path) -> None:
 
 
 def test_make_help_explains_every_target() -> None:
-    shown = subprocess.run(["make", "--no-print-directory", "help"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    shown = subprocess.run(
+        ["make", "--no-print-directory", "help"], cwd=ROOT, capture_output=True, text=True, check=True
+    ).stdout
     assert {line.split()[1] for line in shown.splitlines()} == targets()
     assert {"quickstart", "serve", "test", "check", "fix", "bench", "help"} <= targets()
 
