@@ -76,6 +76,8 @@ def test_stopping_it_stops_what_it_started(tmp_path: Path, number: signal.Signal
             stdin=subprocess.DEVNULL,
             stdout=output,
             stderr=output,
+            # As at a terminal: whoever runs the tests in the background had Ctrl-C ignored.
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
         )
     try:
         wait_for(lambda: b"job started" in log.read_bytes() or process.poll() is not None, 120, "the job")
