@@ -14,11 +14,12 @@ class OloraError(Exception):
     """An expected trouble: `code` for programs, `message` for people, `param` for the place."""
 
     code = "error"
+    param: str | None = None
 
     def __init__(self, message: str, *, param: str | None = None, code: str | None = None) -> None:
         super().__init__(message)
         self.message = message
-        self.param = param
+        self.param = param or type(self).param
         self.code = code or type(self).code
 
 
@@ -38,6 +39,7 @@ class ModelError(OloraError):
     """The base model cannot be loaded or adapted."""
 
     code = "model_not_available"
+    param = "model"
 
 
 class CheckpointError(OloraError):

@@ -2,13 +2,13 @@
 
 import hashlib
 import json
-import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 
+import regex
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import nn
@@ -16,9 +16,11 @@ from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
+    PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
+from transformers import __version__ as transformers_version
 from transformers.pytorch_utils import Conv1D
 from transformers.utils import logging
 
@@ -29,6 +31,7 @@ from .specs import nearest
 INDEX = "model.safetensors.index.json"
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json", "spiece.model")
 PAD_CANDIDATES = ("<|finetune_right_pad_id|>", "<|pad|>", "<pad>", "[PAD]", "<|endoftext|>", "<unk>")
+MATCH_SECONDS = 0.2
 ALL_LINEAR = ("auto", "all-linear")
 
 
@@ -62,9 +65,9 @@ def load_base(folder: Path, *, name: str, device: str = "cpu", dtype: torch.dtyp
     `dtype=None` keeps the checkpoint's own. Raises ModelError with the remedy.
     """
     folder = Path(folder)
-    check_folder(folder, name)
+    config = load_config(folder, name)
     tokenizer = _load_tokenizer(folder, name)
-    model, unused = _load_model(folder, name, dtype)
+    model, unused = _load_model(folder, name, config, dtype)
     model.to(device).requires_grad_(False)
     notes = _adopt_pad_token(tokenizer)
     if unused:
@@ -155,14 +158,27 @@ def _load_tokenizer(folder: Path, name: str) -> PreTrainedTokenizerBase:
         return AutoTokenizer.from_pretrained(str(folder), trust_remote_code=False, local_files_only=True)
     except Exception as error:  # a foreign folder fails in any way at all
         raise ModelError(
-            f"The tokenizer of base model '{name}' cannot be loaded: {_first_line(error)}"
+            f"The tokenizer of base model '{name}' cannot be loaded: {_told(error, folder)}"
         ) from error
 
 
-def _load_model(folder: Path, name: str, dtype: torch.dtype | None) -> tuple[PreTrainedModel, list[str]]:
+def load_config(folder: Path, name: str) -> PreTrainedConfig:
+    """The model's configuration, from a folder that `check_folder` lets pass. Raises ModelError."""
+    check_folder(folder, name)
+    try:
+        return AutoConfig.from_pretrained(str(folder), trust_remote_code=False, local_files_only=True)
+    except Exception as error:  # a foreign folder fails in any way at all
+        raise ModelError(
+            f"Base model '{name}' is not one that transformers {transformers_version} knows: "
+            f"{_told(error, folder)}"
+        ) from error
+
+
+def _load_model(
+    folder: Path, name: str, config: PreTrainedConfig, dtype: torch.dtype | None
+) -> tuple[PreTrainedModel, list[str]]:
     """The model, and the names of tensors in its files that it does not use."""
     try:
-        config = AutoConfig.from_pretrained(str(folder), trust_remote_code=False, local_files_only=True)
         with _no_progress_bar():
             model, report = AutoModelForCausalLM.from_pretrained(
                 str(folder),
@@ -178,7 +194,7 @@ def _load_model(folder: Path, name: str, dtype: torch.dtype | None) -> tuple[Pre
     except Exception as error:  # a foreign folder fails in any way at all
         raise ModelError(
             f"Base model '{name}' is not a causal language model that transformers can load: "
-            f"{_first_line(error)}"
+            f"{_told(error, folder)}"
         ) from error
     # transformers fills what a checkpoint lacks with random numbers and goes on.
     if missing := sorted(report["missing_keys"]):
@@ -197,8 +213,10 @@ def _no_progress_bar() -> Iterator[None]:
             logging.enable_progress_bar()
 
 
-def _first_line(error: Exception) -> str:
-    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+def _told(error: Exception, folder: Path) -> str:
+    """The first line of a library's error, without the server's paths."""
+    line = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+    return line.replace(f"{folder}/", "").replace(str(folder), "its folder")
 
 
 def _shortened(names: Sequence[str], most: int = 4) -> str:
@@ -247,8 +265,7 @@ def target_sites(model: PreTrainedModel, target_modules: str | Sequence[str]) ->
         if not chosen:
             raise _no_match(model, "target_modules = 'auto' finds no linear layer inside the model's blocks")
     elif isinstance(target_modules, str):
-        pattern = re.compile(target_modules)
-        chosen = _chosen(model, lambda name: pattern.fullmatch(name) is not None)
+        chosen = _chosen(model, _full_match(target_modules))
         if not chosen:
             raise _no_match(
                 model,
@@ -266,6 +283,29 @@ def target_sites(model: PreTrainedModel, target_modules: str | Sequence[str]) ->
             wanted.update(matched)
         chosen = [name for name in _linear_layers(model) if name in wanted]
     return [_site(model, name, stacks) for name in chosen]
+
+
+def _full_match(pattern: str) -> Callable[[str], bool]:
+    """Whether a whole path matches. Raises SpecError for a pattern that takes for ever to try."""
+    try:
+        compiled = regex.compile(pattern)
+    except regex.error as error:
+        raise SpecError(
+            f"adapter.target_modules: '{pattern}' is not a regular expression ({error}).",
+            param="adapter.target_modules",
+        ) from None
+
+    def matches(name: str) -> bool:
+        try:
+            return compiled.fullmatch(name, timeout=MATCH_SECONDS) is not None
+        except TimeoutError:
+            raise SpecError(
+                f"adapter.target_modules: the regular expression '{pattern}' takes too long to try on "
+                f"'{name}'; write it without nested repetition, or give a list of names.",
+                param="adapter.target_modules",
+            ) from None
+
+    return matches
 
 
 def ends_in(name: str, ending: str) -> bool:

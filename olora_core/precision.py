@@ -5,9 +5,8 @@ from functools import cache
 from pathlib import Path
 
 import torch
-from transformers import AutoConfig
 
-from .errors import ModelError
+from .model import load_config
 from .specs import TrainSpec
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -25,12 +24,7 @@ def compute_dtype(spec: TrainSpec, folder: Path, device: str = "cpu") -> torch.d
     asked = spec.hyperparameters.dtype
     if asked != "auto":
         return DTYPES[asked]
-    try:
-        config = AutoConfig.from_pretrained(
-            folder, local_files_only=True, trust_remote_code=False
-        ).get_text_config()
-    except (OSError, ValueError) as error:
-        raise ModelError(f"Base model '{spec.model}' has no readable config.json: {error}") from None
+    config = load_config(folder, spec.model).get_text_config()
     if config.dtype not in (torch.bfloat16, torch.float16):
         return torch.float32
     width = config.hidden_size

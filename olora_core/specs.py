@@ -16,6 +16,8 @@ from .errors import SpecError
 
 Auto = Literal["auto"]
 MAX_SEED = 2**31 - 1
+MAX_LEARNING_RATE = 10.0
+MAX_CONTEXT = 2**20
 MAX_EXPORT_RANK = 512
 """The widest pair that servers accept (vLLM's largest `--max-lora-rank`)."""
 REFERENCE_WIDTH = 4096
@@ -140,10 +142,10 @@ class Hyperparameters(Spec):
     batch_size: Auto | Annotated[int, Field(ge=1, le=256)] = Field(
         default="auto", description="Examples in one optimizer step."
     )
-    learning_rate_multiplier: Auto | Annotated[float, Field(gt=0, le=1000)] = Field(
+    learning_rate_multiplier: Auto | Annotated[float, Field(gt=0)] = Field(
         default="auto", description="Times the method's own rate for a model of this size."
     )
-    learning_rate: Auto | Annotated[float, Field(gt=0, le=10)] = Field(
+    learning_rate: Auto | Annotated[float, Field(gt=0, le=MAX_LEARNING_RATE)] = Field(
         default="auto", description="Absolute peak rate, instead of the multiplier."
     )
     schedule: Literal["linear", "cosine", "constant"] = Field(
@@ -152,7 +154,7 @@ class Hyperparameters(Spec):
     warmup_ratio: float = Field(default=0.03, ge=0, le=1, description="Share of the steps that warm up.")
     weight_decay: float = Field(default=0.0, ge=0, le=1, description="AdamW's decoupled weight decay.")
     max_grad_norm: float = Field(default=1.0, gt=0, description="The gradient's norm is clipped to this.")
-    context_length: Auto | Annotated[int, Field(ge=16, le=1_048_576)] = Field(
+    context_length: Auto | Annotated[int, Field(ge=16, le=MAX_CONTEXT)] = Field(
         default="auto", description="Tokens of an example that are kept; auto: the model's own context."
     )
     max_steps: int | None = Field(default=None, ge=1, description="Stop after this many optimizer steps.")
@@ -205,7 +207,9 @@ def read_spec(
     """
     if type != "supervised":
         raise SpecError(f"method.type '{type}' is not available; use 'supervised'.", param="method.type")
-    adapter_values = {ADAPTER_ALIASES.get(k, k): v for k, v in (adapter or {}).items()}
+    adapter_values: dict[str, Any] = {}
+    for name, value in (adapter or {}).items():
+        _put(adapter_values, ADAPTER_ALIASES.get(name, name), value, f"adapter.{name}")
     places = dict.fromkeys(adapter_values, "adapter")
     training_values: dict[str, Any] = {}
     for name, value in (hyperparameters or {}).items():
@@ -217,7 +221,7 @@ def read_spec(
             param=f"{prefix}.learning_rate",
         )
     method = adapter_values.setdefault("method", DEFAULT_METHOD)
-    if method not in ADAPTER_SPECS:
+    if not isinstance(method, str) or method not in ADAPTER_SPECS:
         raise SpecError(
             f"adapter.method {method!r} is unknown{nearest(str(method), ADAPTER_SPECS)}. "
             f"Available: {', '.join(ADAPTER_SPECS)}.",
@@ -261,10 +265,15 @@ def _route_hyperparameter(
         raise SpecError(
             f"{prefix}.{name} is unknown{nearest(name, known_hyperparameters())}.", param=f"{prefix}.{name}"
         )
+    _put(values, key, value, f"{prefix}.{name}")
+
+
+def _put(values: dict[str, Any], key: str, value: Any, place: str) -> None:
+    """An option may stand in two places, with one value."""
     if key in values and values[key] != value:
         raise SpecError(
-            f"{prefix}.{name} = {value!r} contradicts {key} = {values[key]!r} given elsewhere; give it once.",
-            param=f"{prefix}.{name}",
+            f"{place} = {value!r} contradicts {key} = {values[key]!r} given elsewhere; give it once.",
+            param=place,
         )
     values[key] = value
 
@@ -288,10 +297,13 @@ def _read_seed(seed: Any) -> int:
 
 
 def _read(model: type[SpecT], values: Mapping[str, Any], place_of: Any) -> SpecT:
-    for name in values:
+    for name, value in values.items():
+        param = f"{place_of(name)}.{name}"
         if name not in model.model_fields:
-            param = f"{place_of(name)}.{name}"
             raise SpecError(f"{param} is unknown{nearest(name, model.model_fields)}.", param=param)
+        # Python counts true as 1, pydantic too.
+        if isinstance(value, bool) and model.model_fields[name].annotation is not bool:
+            raise SpecError(f"{param} takes a value, not true or false.", param=param)
     try:
         return model.model_validate(dict(values))
     except ValidationError as error:
@@ -320,7 +332,7 @@ def spec_error(error: ValidationError, place_of: Any = lambda name: "") -> SpecE
 
 def nearest(name: str, known: Any) -> str:
     """` (did you mean 'x'?)`, or nothing when no known name is near."""
-    matches = difflib.get_close_matches(name.lower(), list(known), n=1, cutoff=0.6)
+    matches = difflib.get_close_matches(str(name).lower(), list(known), n=1, cutoff=0.6)
     return f" (did you mean '{matches[0]}'?)" if matches else ""
 
 
@@ -360,7 +372,11 @@ def learning_rate_for(adapter: AdapterSpec, hidden_size: int) -> float:
 
 
 def resolve(spec: TrainSpec, facts: Facts) -> tuple[TrainSpec, list[str]]:
-    """Turns every "auto" into a number. Returns the spec and one sentence for each decision."""
+    """Turns every "auto" into a number. Returns the spec and one sentence for each decision.
+
+    Raises SpecError when a number that follows from the request does not fit: what is resolved keeps to the
+    bounds of what may be asked for.
+    """
     asked, why = spec.hyperparameters, []
     chosen: dict[str, Any] = {}
 
@@ -401,4 +417,6 @@ def resolve(spec: TrainSpec, facts: Facts) -> tuple[TrainSpec, list[str]]:
             f"{facts.context_length} tokens.",
             param="hyperparameters.context_length",
         )
-    return spec.model_copy(update={"hyperparameters": asked.model_copy(update=chosen)}), why
+    values = asked.model_dump() | chosen
+    hyperparameters = _read(Hyperparameters, values, lambda name: "hyperparameters")
+    return spec.model_copy(update={"hyperparameters": hyperparameters}), why

@@ -44,7 +44,7 @@ from .precision import DTYPES, compute_dtype
 from .progress import Evaluated, Finished, Note, Phase, Progress, Resolved, Saved, Step, result_of
 from .randomness import Randomness
 from .schedule import schedule_of
-from .specs import Facts, Hyperparameters, TrainSpec, resolve
+from .specs import MAX_CONTEXT, Facts, Hyperparameters, TrainSpec, resolve
 
 __all__ = [
     "Evaluated",
@@ -186,7 +186,7 @@ def context_length(base: Base) -> int:
     """The longest example that the model can read."""
     limit = getattr(base.model.config.get_text_config(), "max_position_embeddings", None)
     if limit:
-        return limit
+        return min(limit, MAX_CONTEXT)
     named = base.tokenizer.model_max_length  # a huge number when nobody named one
     return named if named <= 2**20 else UNKNOWN_CONTEXT
 
@@ -318,8 +318,7 @@ def steps(run: Run, folder: Path, checkpoint_seconds: float) -> Wishes:
     """Steps, with the whole validation file at the start and at every epoch's end, and checkpoints."""
     saved_at = time.monotonic()
     while True:
-        at_boundary = run.step % run.steps_per_epoch == 0 or run.step == run.total_steps
-        if at_boundary and run.evaluated_at != run.step:
+        if at_epoch_end(run) and run.evaluated_at != run.step:
             yield from evaluate_fully(run)
             if run.step:
                 yield save(run, folder)
@@ -327,9 +326,16 @@ def steps(run: Run, folder: Path, checkpoint_seconds: float) -> Wishes:
         if run.step == run.total_steps:
             return
         wish = yield take_step(run)
-        if wish == "save" or time.monotonic() - saved_at >= checkpoint_seconds:
+        is_due = time.monotonic() - saved_at >= checkpoint_seconds
+        # At an epoch's end a checkpoint follows anyway, after the evaluation.
+        if wish == "save" or (is_due and not at_epoch_end(run)):
             yield save(run, folder)
             saved_at = time.monotonic()
+
+
+def at_epoch_end(run: Run) -> bool:
+    """Also at the very start, and at the last step."""
+    return run.step % run.steps_per_epoch == 0 or run.step == run.total_steps
 
 
 def take_step(run: Run) -> Step:
@@ -358,7 +364,8 @@ def take_step(run: Run) -> Step:
     if not (math.isfinite(mean) and math.isfinite(grad_norm)):
         raise TrainingError(
             f"Step {step} is not finite: loss {mean}, gradient norm {grad_norm}. Lower the learning rate "
-            f"(now {run.hyperparameters.learning_rate:g}); checkpoints of earlier steps are intact."
+            f"(now {run.hyperparameters.learning_rate:g}); checkpoints of earlier steps are intact.",
+            param="hyperparameters.learning_rate",
         )
     seconds = time.perf_counter() - began
     run.step, run.tokens, run.trained_tokens = step, run.tokens + tokens, run.trained_tokens + trained
@@ -518,12 +525,12 @@ def restore(run: Run, folder: Path) -> None:
 
 
 def checkpoint_metrics(run: Run) -> dict[str, float]:
-    """The newest figures, under OpenAI's names."""
+    """What was measured at the newest step, under OpenAI's names."""
     step, loss, accuracy, _ = run.history[-1]
     metrics = {"step": step, "train_loss": loss, "train_mean_token_accuracy": accuracy}
-    if run.glances:
+    if run.glances and run.glances[-1][0] == step:
         _, metrics["valid_loss"], metrics["valid_mean_token_accuracy"] = run.glances[-1]
-    if run.evaluations and run.evaluations[-1].step:
+    if run.evaluations and run.evaluations[-1].step == step:
         metrics["full_valid_loss"] = run.evaluations[-1].loss
         metrics["full_valid_mean_token_accuracy"] = run.evaluations[-1].accuracy
     return metrics

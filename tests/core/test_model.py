@@ -3,6 +3,7 @@
 import hashlib
 import json
 import shutil
+import time
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,8 @@ from olora_core.adapter import attach
 from olora_core.errors import ModelError, SpecError
 from olora_core.methods.lora import LoRAAdapter
 from olora_core.model import Base, fused_experts, load_base, target_sites
+from olora_core.precision import compute_dtype
+from olora_core.specs import read_spec
 
 from .conftest import END, make_gpt2, make_llama, make_tokenizer, save_base
 
@@ -300,3 +303,23 @@ def test_a_model_that_bears_adapters_is_refused(llama: Base) -> None:
     attach(llama.model, {name: LoRAAdapter(torch.zeros(2, 32), torch.zeros(32, 2), scale=1.0)})
     with pytest.raises(ValueError, match="detach"):
         target_sites(llama.model, "auto")
+
+
+def test_an_error_tells_nothing_of_where_the_folder_lies(folder: Path) -> None:
+    config = json.loads((folder / "config.json").read_text())
+    for content, words in (("{", "not JSON"), (json.dumps(config | {"model_type": "klingon"}), "klingon")):
+        (folder / "config.json").write_text(content)
+        with pytest.raises(ModelError, match=words) as refused:
+            compute_dtype(read_spec(model="m"), folder)
+        assert str(folder.parent) not in refused.value.message
+        assert "\n" not in refused.value.message
+        assert refused.value.param == "model"
+
+
+def test_a_pattern_that_takes_for_ever_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = make_llama()
+    monkeypatch.setattr("olora_core.model.MATCH_SECONDS", 0.01)
+    started = time.monotonic()
+    with pytest.raises(SpecError, match="takes too long"):
+        target_sites(model, r"(.|\w|[a-z._0-9])+[0-9][0-9]")
+    assert time.monotonic() - started < 5

@@ -318,3 +318,44 @@ def test_what_the_model_or_batch_cannot_hold_is_refused(asked, name) -> None:
 def test_specs_and_formats_leave_torch_unloaded() -> None:
     program = "import sys, olora_core.specs, olora_core.formats; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", program]).returncode == 0
+
+
+@pytest.mark.parametrize("rate", [1e-300, 1e-6, 1.0, 10.0])
+def test_a_resolved_spec_keeps_to_the_bounds_of_a_request(rate: float) -> None:
+    resolved, _ = resolve(spec({"learning_rate": rate}), FACTS)
+    assert TrainSpec.model_validate(resolved.model_dump(mode="json")) == resolved
+
+
+def test_a_multiplier_that_leads_to_an_impossible_rate_is_refused() -> None:
+    with pytest.raises(SpecError, match=r"learning_rate = 1000\.0 does not fit") as refused:
+        resolve(spec({"learning_rate_multiplier": 1e6}), FACTS)
+    assert refused.value.param == "hyperparameters.learning_rate"
+
+
+@pytest.mark.parametrize("method", [["olora"], {}, None, 3])
+def test_a_method_that_is_no_name_is_refused(method: object) -> None:
+    with pytest.raises(SpecError, match="Available: olora, lora"):
+        read_spec(model="m", adapter={"method": method})
+
+
+def test_an_option_and_its_alias_contradict_each_other_also_within_the_adapter() -> None:
+    with pytest.raises(SpecError, match="contradicts rank = 4") as refused:
+        read_spec(model="m", adapter={"rank": 4, "lora_r": 8})
+    assert refused.value.param == "adapter.lora_r"
+    assert read_spec(model="m", adapter={"rank": 4, "lora_r": 4}).adapter.rank == 4
+
+
+@pytest.mark.parametrize(
+    ("adapter", "hyperparameters", "param"),
+    [
+        ({"rank": True}, {}, "adapter.rank"),
+        ({}, {"n_epochs": True}, "hyperparameters.n_epochs"),
+        ({}, {1: 2}, "hyperparameters.1"),
+    ],
+)
+def test_true_is_no_number_and_a_number_is_no_name(
+    adapter: dict[str, object], hyperparameters: dict[str, object], param: str
+) -> None:
+    with pytest.raises(SpecError) as refused:
+        read_spec(model="m", adapter=adapter, hyperparameters=hyperparameters)
+    assert refused.value.param == param

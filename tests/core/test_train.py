@@ -302,7 +302,7 @@ def test_a_wish_to_save_is_granted_next(llama, training, tmp_path) -> None:
 def test_checkpoints_at_every_epochs_end_and_after_the_given_seconds(run, tmp_path) -> None:
     assert [p.step for p in run(spec_for()) if isinstance(p, Saved)] == [3, 6]
     said = run(spec_for(n_epochs=1), checkpoint_seconds=0.0, folder=tmp_path / "often")
-    assert [p.step for p in said if isinstance(p, Saved)] == [1, 2, 3, 3]
+    assert [p.step for p in said if isinstance(p, Saved)] == [1, 2, 3]
     kept = sorted(path.name for path in (tmp_path / "often" / "checkpoints").iterdir())
     assert kept == ["step-00000002", "step-00000003"]
 
@@ -524,3 +524,12 @@ def test_bf16_training_follows_fp32_closely(run, bf16_llama, base_folders, metho
     fp32 = losses(run(spec_for(method), base=wide))
     bf16 = losses(run(spec_for(method, dtype="bfloat16"), base=bf16_llama))
     assert bf16 == pytest.approx(fp32, rel=0.02)
+
+
+def test_a_checkpoint_tells_what_was_measured_at_its_own_step(run, validation) -> None:
+    said = run(spec_for(n_epochs=1), validation=validation, checkpoint_seconds=0)
+    seen = {p.step: p.valid_loss for p in said if isinstance(p, Step)}
+    saved = [p for p in said if isinstance(p, Saved)]
+    assert [p.step for p in saved] == [1, 2, 3]
+    assert [p.metrics.get("valid_loss") for p in saved] == [seen[p.step] for p in saved]
+    assert ["full_valid_loss" in p.metrics for p in saved] == [False, False, True]
