@@ -2,6 +2,7 @@
 
 import ipaddress
 import logging
+import shlex
 import signal
 import socket
 import sys
@@ -219,7 +220,8 @@ def _greet(settings: "Settings") -> None:
     _say(f"Home: {settings.home}   Ctrl-C stops everything.\n\nTo paste:")
     _say(f'  client = openai.OpenAI(base_url="{url}", api_key="{key}")')
     _say(f'  curl {url}/models -H "Authorization: Bearer {key}"')
-    _say(f"  OLORA_HOME={settings.home} {_command()} jobs list --base-url {url}\n")
+    home, command = shlex.quote(str(settings.home)), shlex.quote(_command())
+    _say(f"  OLORA_HOME={home} {command} jobs list --base-url {url}\n")
 
 
 def _command() -> str:
