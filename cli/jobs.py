@@ -9,6 +9,7 @@ import httpx
 import typer
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from .client import BaseUrl, ServiceError, connect, send
 from .files import send_file
@@ -87,15 +88,34 @@ def list_jobs(
     """List the newest jobs."""
     with connect(base_url) as client:
         jobs = send(client, "GET", "fine_tuning/jobs", params={"limit": limit})["data"]
-    table = Table("job", "status", "created", "model", "result", box=None)
+    _print_jobs(jobs, Console())
+
+
+def _print_jobs(jobs: list[dict[str, Any]], to: Console) -> None:
+    """A table that keeps ids whole; on a pipe a line for each job, with tabs, for grep and awk."""
+    if not to.is_terminal:
+        for job in jobs:
+            created = time.strftime("%Y-%m-%dT%H:%M", time.localtime(job["created_at"]))
+            cells = [job["id"], job["status"], created, job["model"], _result(job)]
+            to.file.write("\t".join(cells) + "\n")
+        return
+    table = Table(box=None, pad_edge=False)
+    table.add_column("job", no_wrap=True, min_width=max((len(job["id"]) for job in jobs), default=0))
+    table.add_column("status", no_wrap=True)
+    table.add_column("created", no_wrap=True)
+    table.add_column("model", overflow="fold")
+    table.add_column("result", overflow="fold")
     for job in jobs:
-        status = job["status"]
-        result = job["fine_tuned_model"] or (job.get("error") or {}).get("message") or ""
         created = time.strftime("%Y-%m-%d %H:%M", time.localtime(job["created_at"]))
-        table.add_row(
-            job["id"], f"[{STYLES.get(status, 'default')}]{status}", created, job["model"], _plain(result)
-        )
-    Console(soft_wrap=True).print(table)
+        status = Text(job["status"], style=STYLES.get(job["status"], ""))
+        table.add_row(job["id"], status, created, Text(job["model"]), Text(_result(job)))
+    to.print(table, crop=False)
+
+
+def _result(job: dict[str, Any]) -> str:
+    """The model it made, or why it made none; on one line."""
+    result = job["fine_tuned_model"] or (job.get("error") or {}).get("message") or ""
+    return " ".join(result.split())
 
 
 def _plain(text: str) -> str:
@@ -124,11 +144,15 @@ def _watch(client: httpx.Client, job_id: str) -> None:
     try:
         job = _follow(client, job_id)
     except KeyboardInterrupt:
-        console.print(f"\nNo longer watching; the job goes on. Again: olora jobs watch {job_id}")
+        again = f"olora jobs watch {job_id}"
+        console.print(
+            f"\nNo longer watching; the job goes on. Again: {again}", highlight=False, soft_wrap=True
+        )
         raise typer.Exit(130) from None
     if job["status"] == "succeeded":
-        console.print(f"[green]succeeded[/green]: {_plain(job['fine_tuned_model'])}", highlight=False)
-        console.print(f"Fetch it: olora adapters download {job_id}", highlight=False)
+        made = _plain(job["fine_tuned_model"])
+        console.print(f"[green]succeeded[/green]: {made}", highlight=False, soft_wrap=True)
+        console.print(f"Fetch it: olora adapters download {job_id}", highlight=False, soft_wrap=True)
         return
     if job["status"] == "failed":
         raise ServiceError(f"{job_id} failed: {(job['error'] or {}).get('message', 'no reason was given')}")
