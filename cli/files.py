@@ -37,7 +37,7 @@ def send_file(client: httpx.Client, path: Path, purpose: str = "fine-tune") -> d
     except OSError as error:
         raise ServiceError(f"{path} cannot be read: {error.strerror}.") from None
     bar = Progress(
-        TextColumn("uploading {task.description}"),
+        TextColumn("uploading {task.description}", markup=False),
         BarColumn(),
         DownloadColumn(),
         TransferSpeedColumn(),
@@ -50,5 +50,7 @@ def send_file(client: httpx.Client, path: Path, purpose: str = "fine-tune") -> d
         answer: dict[str, Any] = send(
             client, "POST", "files", data={"purpose": purpose}, files={"file": (path.name, counted)}
         )
-    console.print(f"{path.name}: {answer['bytes']:,} bytes, {answer['status']}", highlight=False)
+    console.print(
+        f"{path.name}: {answer['bytes']:,} bytes, {answer['status']}", markup=False, highlight=False
+    )
     return answer
