@@ -2,6 +2,8 @@
 
 import tempfile
 import zipfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Annotated
 
@@ -29,16 +31,29 @@ def download(
 ) -> None:
     """Download a job's adapter into a folder; prints the folder."""
     folder = to or Path(job)
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+    with _writing(folder):
+        taken = folder.exists() and (not folder.is_dir() or any(folder.iterdir()))
+    if taken:
         raise ServiceError(f"{folder} exists already and is not empty; name another folder with --to.")
     with connect(base_url) as client, tempfile.TemporaryFile() as archive:
-        _fetch(client, f"fine_tuning/jobs/{job}/adapter", archive)
-        with zipfile.ZipFile(archive) as zipped:
+        _fetch(client, f"fine_tuning/jobs/{job}/adapter", archive, folder)
+        with _writing(folder), zipfile.ZipFile(archive) as zipped:
             zipped.extractall(folder)
     typer.echo(str(folder))
 
 
-def _fetch(client: httpx.Client, path: str, to: IO[bytes]) -> None:
+@contextmanager
+def _writing(folder: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise ServiceError(
+            f"{folder} cannot be written: {error.strerror or error}. Name another folder with --to."
+        ) from None
+
+
+def _fetch(client: httpx.Client, path: str, to: IO[bytes], folder: Path) -> None:
+    """Makes the folder once the adapter is known to be there, and before it travels."""
     bar = Progress(
         TextColumn("downloading"),
         BarColumn(),
@@ -49,6 +64,8 @@ def _fetch(client: httpx.Client, path: str, to: IO[bytes]) -> None:
     )
     with bar, client.stream("GET", path) as response:
         raise_for(response)
+        with _writing(folder):
+            folder.mkdir(parents=True, exist_ok=True)
         size = int(response.headers.get("content-length", 0)) or None
         task = bar.add_task("", total=size)
         for chunk in response.iter_bytes(1 << 20):

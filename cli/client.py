@@ -41,7 +41,11 @@ def connect(base_url: str | None) -> Iterator[httpx.Client]:
     key = settings.api_key.get_secret_value() if settings.api_key else _kept_key(settings.key_file)
     timeout = httpx.Timeout(UPLOAD_TIMEOUT, connect=5)
     headers = {"Authorization": f"Bearer {key}"}
-    with httpx.Client(base_url=url, headers=headers, timeout=timeout, follow_redirects=True) as client:
+    try:
+        client = httpx.Client(base_url=url, headers=headers, timeout=timeout, follow_redirects=True)
+    except httpx.InvalidURL as error:
+        raise ServiceError(f"{url} is no address of a service ({error}); look at --base-url.") from None
+    with client:
         try:
             yield client
         except httpx.TransportError as error:
@@ -72,7 +76,10 @@ def send(client: httpx.Client, method: str, path: str, **options: Any) -> Any:
     """One request; the answer's JSON. Raises ServiceError with the service's own sentence."""
     response = client.request(method, path, **options)
     raise_for(response)
-    return response.json()
+    try:
+        return response.json()
+    except ValueError:
+        raise _not_this_service(response) from None
 
 
 def raise_for(response: httpx.Response) -> None:
@@ -83,8 +90,12 @@ def raise_for(response: httpx.Response) -> None:
         error = response.json()["error"]
         message, code, param = error["message"], error.get("code"), error.get("param")
     except (ValueError, KeyError, TypeError):
-        raise ServiceError(
-            f"{response.request.url} answered {response.status_code} {response.reason_phrase}, "
-            "not as this service does; look at --base-url."
-        ) from None
+        raise _not_this_service(response) from None
     raise ServiceError(message, code=code, param=param)
+
+
+def _not_this_service(response: httpx.Response) -> ServiceError:
+    return ServiceError(
+        f"{response.request.url} answered {response.status_code} {response.reason_phrase}, "
+        "not as this service does; look at --base-url."
+    )

@@ -3,7 +3,10 @@
 A command loads what it needs when it runs, so that `olora --help` answers at once.
 """
 
+import os
 import sys
+import traceback
+from typing import NoReturn
 
 import typer
 from rich.console import Console
@@ -12,6 +15,8 @@ from rich.text import Text
 from olora_core.errors import OloraError
 
 from . import adapters, files, jobs, serve, train
+
+LONGEST_REASON = 300
 
 app = typer.Typer(
     help="Self-hosted fine-tuning: OpenAI's API, your machines, adapters that load everywhere.",
@@ -29,14 +34,48 @@ app.add_typer(adapters.app, name="adapters", help="Fetch what a job has trained.
 
 
 def main() -> None:
-    """Runs a command; expected trouble ends it with one sentence and exit code 1."""
+    """Runs a command; trouble ends it with one sentence and exit code 1."""
     from store.errors import StoreError
 
     try:
         app()
     except (OloraError, StoreError) as error:
-        Console(stderr=True, soft_wrap=True).print(Text(f"Error: {error}", style="red"))
-        sys.exit(1)
+        _end(str(error))
+    except Exception as error:
+        if _tells_more():
+            traceback.print_exc()
+        _end(_of_the_system(error) if isinstance(error, OSError) else _unexpected(error))
+
+
+def _end(sentence: str) -> NoReturn:
+    Console(stderr=True, soft_wrap=True).print(Text(f"Error: {sentence}", style="red"))
+    sys.exit(1)
+
+
+def _of_the_system(error: OSError) -> str:
+    """The place that the system refused, where it names one."""
+    if error.filename is None or error.strerror is None:
+        return _unexpected(error)
+    place = error.filename if isinstance(error.filename, int) else os.fsdecode(error.filename)
+    return f"{place} cannot be read or written: {error.strerror}. Mend this place, or name another one."
+
+
+def _unexpected(error: Exception) -> str:
+    reason = " ".join(str(error).split())[:LONGEST_REASON].rstrip(".")
+    return (
+        f"This was not expected: {type(error).__name__}{': ' if reason else ''}{reason}. "
+        "The same command with OLORA_LOG_LEVEL=debug shows where it happened."
+    )
+
+
+def _tells_more() -> bool:
+    from store.errors import StoreError
+    from store.settings import get_settings
+
+    try:
+        return get_settings().log_level == "debug"
+    except StoreError:
+        return False
 
 
 if __name__ == "__main__":

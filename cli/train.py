@@ -10,7 +10,7 @@ from types import FrameType
 from typing import Annotated, Any
 
 import typer
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
 from rich.console import Console
 
 from olora_core.errors import SpecError
@@ -24,6 +24,14 @@ RUN_FILE = "run.json"
 STOPPED = 130
 
 
+def _with_text_names(values: Any) -> Any:
+    """YAML reads `1:` as a number; as a name it is unknown like any other, and the spec says so."""
+    return {str(name): value for name, value in values.items()} if isinstance(values, dict) else values
+
+
+Named = Annotated[dict[str, Any], BeforeValidator(_with_text_names)]
+
+
 class RunFile(BaseModel):
     """What `olora train` reads: a spec and where its files are."""
 
@@ -33,8 +41,8 @@ class RunFile(BaseModel):
     training_file: Path
     validation_file: Path | None = None
     output: Path
-    adapter: dict[str, Any] = Field(default_factory=dict)
-    hyperparameters: dict[str, Any] = Field(default_factory=dict)
+    adapter: Named = Field(default_factory=dict)
+    hyperparameters: Named = Field(default_factory=dict)
     seed: int = Field(default=0, ge=0, le=MAX_SEED)
 
 
@@ -75,7 +83,9 @@ def train(
         )
     spec = _recorded(output, asked)
     _check_data(training, validation)
-    if not _train(spec, asked, _base_folder(run.model, here), training, validation, output, device):
+    folder = _base_folder(run.model, here)
+    _make(output)
+    if not _train(spec, asked, folder, training, validation, output, device):
         console.print("Stopped; the same command goes on from the last checkpoint.")
         raise typer.Exit(STOPPED)
     typer.echo(str(adapter))
@@ -145,18 +155,39 @@ def _recorded(output: Path, asked: TrainSpec) -> TrainSpec:
     """The spec to train: what an unfinished run in `output` resolved, or as asked."""
     if not (output / RUN_FILE).exists():
         return asked
-    recorded = json.loads((output / RUN_FILE).read_text(encoding="utf-8"))
-    if TrainSpec.model_validate(recorded["asked"]) != asked:
+    try:
+        recorded = json.loads((output / RUN_FILE).read_text(encoding="utf-8"))
+        before, resolved = (TrainSpec.model_validate(recorded[name]) for name in ("asked", "resolved"))
+    except (ValueError, KeyError, TypeError):
+        raise SpecError(
+            f"{output / RUN_FILE} does not say what the unfinished run was; name another output, or say "
+            "--fresh to begin anew.",
+            param="output",
+        ) from None
+    if before != asked:
         raise SpecError(
             f"{output} holds an unfinished run of another spec; name another output, or say --fresh to "
             "begin anew.",
             param="output",
         )
-    return TrainSpec.model_validate(recorded["resolved"])
+    return resolved
+
+
+def _make(output: Path) -> None:
+    """The output folder. Raises SpecError when it cannot be made, or nothing can be written there."""
+    try:
+        output.mkdir(parents=True, exist_ok=True)
+        writable = os.access(output, os.W_OK | os.X_OK)
+    except (OSError, ValueError) as error:  # ValueError: a name with a null byte
+        reason = getattr(error, "strerror", None) or error
+        raise SpecError(
+            f"output: {output} cannot be made: {reason}. Name another folder.", param="output"
+        ) from None
+    if not writable:
+        raise SpecError(f"output: nothing can be written to {output}. Name another folder.", param="output")
 
 
 def _record(output: Path, asked: TrainSpec, resolved: TrainSpec) -> None:
-    output.mkdir(parents=True, exist_ok=True)
     aside = output / f"{RUN_FILE}.part"
     content = {"asked": asked.model_dump(mode="json"), "resolved": resolved.model_dump(mode="json")}
     aside.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
@@ -205,7 +236,6 @@ def _train(
         resume = _newest_checkpoint(output)
         if resume is not None:
             bar.say(f"Going on from {resume.name}.")
-        output.mkdir(parents=True, exist_ok=True)
         progress = run_training(spec, base, training, validation, output, resume=resume)
         wish: str | None = None
         while True:

@@ -3,10 +3,16 @@
 import subprocess
 import sys
 import time
+from io import StringIO
 from pathlib import Path
 
+import httpx
 import pytest
+import typer
+from rich.console import Console
 
+from cli import jobs, main
+from store.settings import get_settings
 from tests.cli.running import ROOT, ROWS, olora
 
 HEAVY = ("torch", "transformers", "fastapi", "uvicorn", "celery", "sqlalchemy", "alembic", "openai")
@@ -109,6 +115,11 @@ def test_a_download_spares_a_folder_that_holds_something(tmp_path: Path) -> None
             "model: olora-tiny\ntraining_file: ROWS\noutput: out\nhyperparameters: {bath_size: 2}\n",
             ["batch_size"],
         ),
+        (
+            "model: olora-tiny\ntraining_file: ROWS\noutput: out\nhyperparameters: {1: 2}\n",
+            ["hyperparameters.1 is unknown"],
+        ),
+        ("model: olora-tiny\ntraining_file: ROWS\noutput: out\nadapter: {1: 2}\n", ["adapter.1 is unknown"]),
         ("model: olora-huge\ntraining_file: ROWS\noutput: out\n", ["olora-huge", "olora-tiny"]),
         ("model: olora-tiny\ntraining_file: spec.yaml\noutput: out\n", ["JSON"]),
         ("model: olora-tiny\ntraining_file: ROWS\noutput: out\nseed: -1\n", ["seed"]),
@@ -125,3 +136,106 @@ def test_a_spec_file_that_does_not_fit_is_explained(tmp_path: Path, content: str
 
 def test_a_spec_file_that_is_not_there_is_named(tmp_path: Path) -> None:
     assert "none.yaml" in refusal(tmp_path, "train", tmp_path / "none.yaml")
+
+
+@pytest.mark.parametrize("option", [[], ["--fresh"]])
+@pytest.mark.parametrize("output", ["spec.yaml", "spec.yaml/below", "/proc/x", "o" * 300])
+def test_an_output_that_cannot_be_made_is_named(tmp_path: Path, output: str, option: list[str]) -> None:
+    spec = tmp_path / "spec.yaml"
+    spec.write_text(f"model: olora-tiny\ntraining_file: {ROWS}\noutput: {output}\n")
+    sentence = refusal(tmp_path, "train", spec, *option)
+    assert output in sentence
+    assert "ame another" in sentence
+
+
+def test_a_damaged_record_of_a_run_is_named(tmp_path: Path) -> None:
+    spec = tmp_path / "spec.yaml"
+    spec.write_text(f"model: olora-tiny\ntraining_file: {ROWS}\noutput: out\n")
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "run.json").write_text('{"asked": ')
+    sentence = refusal(tmp_path, "train", spec)
+    assert str(tmp_path / "out" / "run.json") in sentence
+    assert "--fresh" in sentence
+
+
+def test_a_path_that_the_system_refuses_is_named(tmp_path: Path) -> None:
+    long = "n" * 300
+    assert long in refusal(tmp_path, "jobs", "create", long, api_key="k")
+    assert long in refusal(tmp_path, "files", "upload", long, api_key="k")
+    assert long in refusal(tmp_path, "adapters", "download", "ftjob-1", "--to", long, api_key="k")
+
+
+def test_an_address_that_is_none_is_named(tmp_path: Path) -> None:
+    sentence = refusal(tmp_path, "jobs", "list", "--base-url", "http://[::1", api_key="k")
+    assert "--base-url" in sentence
+
+
+def test_what_nobody_expected_is_one_sentence_and_the_trace_is_for_those_who_ask(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def broken() -> None:
+        raise TypeError("two\nlines")
+
+    monkeypatch.setattr(main, "app", broken)
+    with pytest.raises(SystemExit, match="1"):
+        main.main()
+    [sentence] = capsys.readouterr().err.splitlines()
+    assert "TypeError: two lines" in sentence
+    assert "OLORA_LOG_LEVEL=debug" in sentence
+
+    monkeypatch.setenv("OLORA_LOG_LEVEL", "debug")
+    get_settings.cache_clear()
+    with pytest.raises(SystemExit, match="1"):
+        main.main()
+    assert "Traceback" in capsys.readouterr().err
+
+
+LISTED = [
+    {
+        "id": "ftjob-" + "i" * 24,
+        "status": "failed",
+        "created_at": 1_700_000_000,
+        "model": "Qwen/Qwen3-0.6B-Base",
+        "fine_tuned_model": None,
+        "error": {"message": "Line 1501 of the [training] file\nhas no assistant message to learn from."},
+    }
+]
+
+
+@pytest.mark.parametrize("width", [200, 80, 30])
+def test_the_list_of_jobs_keeps_ids_whole_on_any_terminal(width: int) -> None:
+    console = Console(file=StringIO(), width=width, force_terminal=True, color_system=None)
+    jobs._print_jobs(LISTED, console)
+    shown = console.file.getvalue()  # type: ignore[attr-defined]
+    assert LISTED[0]["id"] in shown
+    if width >= 80:
+        assert "…" not in shown
+        assert "failed" in shown
+        assert max(map(len, shown.splitlines())) <= width
+
+
+def test_the_list_of_jobs_is_a_line_each_on_a_pipe() -> None:
+    console = Console(file=StringIO(), width=80)
+    jobs._print_jobs(LISTED * 2, console)
+    lines = console.file.getvalue().splitlines()  # type: ignore[attr-defined]
+    assert len(lines) == 2
+    cells = lines[0].split("\t")
+    assert cells[:2] == [LISTED[0]["id"], "failed"]
+    assert cells[3:] == [
+        "Qwen/Qwen3-0.6B-Base",
+        "Line 1501 of the [training] file has no assistant message to learn from.",
+    ]
+    assert " " not in "".join(cells[:4]), "awk counts columns by blanks"
+
+
+def test_ctrl_c_leaves_the_watch_with_a_command_in_one_piece(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def interrupted(client: httpx.Client, job_id: str) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(jobs, "_follow", interrupted)
+    monkeypatch.setattr(jobs, "console", Console(stderr=True, width=40))
+    with httpx.Client() as client, pytest.raises(typer.Exit):
+        jobs._watch(client, LISTED[0]["id"])
+    assert f"olora jobs watch {LISTED[0]['id']}\n" in capsys.readouterr().err

@@ -74,6 +74,8 @@ def test_a_job_is_asked_for_watched_and_downloaded(service: Serving, few_rows: P
     assert job in listed
     assert "succeeded" in listed
 
+    refused = service.run("adapters", "download", job, "--to", "/proc/none")
+    assert re.fullmatch(r"Error: /proc/none cannot be written: .* --to\.", refused.stderr.strip())
     fetched = service.run("adapters", "download", job, "--to", tmp_path / "adapter")
     assert fetched.stdout.strip() == str(tmp_path / "adapter")
     base = AutoModelForCausalLM.from_pretrained(SHIPPED, dtype=torch.float32)
@@ -86,8 +88,11 @@ def test_a_job_is_asked_for_watched_and_downloaded(service: Serving, few_rows: P
     assert manifest["certificate"]["passed"]
 
 
-def test_an_uploaded_file_is_named_by_its_id(service: Serving, few_rows: Path) -> None:
-    uploaded = service.run("files", "upload", few_rows)
+def test_an_uploaded_file_is_named_by_its_id(service: Serving, few_rows: Path, tmp_path: Path) -> None:
+    odd_name = tmp_path / "[b] few.jsonl"
+    odd_name.write_bytes(few_rows.read_bytes())
+    uploaded = service.run("files", "upload", odd_name)
+    assert odd_name.name in uploaded.stderr
     assert uploaded.stdout.startswith("file-")
     asked = service.run("jobs", "create", uploaded.stdout.strip(), "--set", "max_steps=1", "--epochs", "1")
     job = asked.stdout.strip()
@@ -166,6 +171,16 @@ def test_the_halves_run_alone(tmp_path: Path) -> None:
     with serving(tmp_path, "--no-worker") as api:
         assert descendants(api.process.pid) == {}
         assert httpx.get(f"{api.url[:-3]}/readyz").json()["ready"]
+
+
+def test_the_pasted_command_works_in_a_home_with_a_space(tmp_path: Path) -> None:
+    with serving(tmp_path / "my home", "--no-worker") as service:
+        [command] = re.findall(r"OLORA_HOME=.* jobs list .*", service.log.read_text())
+        path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+        done = subprocess.run(
+            command, shell=True, env={"PATH": path}, capture_output=True, text=True, timeout=60
+        )
+        assert (done.returncode, done.stderr) == (0, "")
 
 
 def test_without_tls_the_world_is_warned_of(tmp_path: Path) -> None:
