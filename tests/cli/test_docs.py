@@ -5,12 +5,15 @@ import subprocess
 from pathlib import Path
 
 import pytest
+from sqlalchemy import text as sql
 from typer.main import get_command
 
 from cli.main import app
 from cli.train import read_run
 from olora_core.specs import read_spec
-from store.settings import Settings, settings_table
+from store.keys import find_key, first_key
+from store.session import make_engine, migrate, sessions
+from store.settings import Settings, read_settings, settings_table
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGES = sorted([ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").glob("*.md")])
@@ -87,6 +90,41 @@ def test_the_spec_file_of_the_readme_can_be_read(tmp_path: Path) -> None:
     run = read_run(tmp_path / "spec.yaml")
     assert (ROOT / run.training_file).is_file()
     read_spec(model=run.model, adapter=run.adapter, hyperparameters=run.hyperparameters, seed=run.seed)
+
+
+def test_the_page_on_another_key_tells_what_happens() -> None:
+    text = (ROOT / "docs" / "operations.md").read_text(encoding="utf-8")
+    [statement] = re.findall(r'"(UPDATE keys [^"]*)"', text)
+    settings = read_settings()
+    settings.home.mkdir()
+    migrate(settings.database_url)
+    engine = make_engine(settings.database_url)
+
+    def start(key: str | None) -> str | None:
+        with sessions(engine).begin() as session:
+            return first_key(session, read_settings(api_key=key))
+
+    def holds(token: str | None) -> bool:
+        with sessions(engine)() as session:
+            return find_key(session, token or "") is not None
+
+    made = start(None)
+    start("first-value")
+    assert holds(made)
+    assert holds("first-value")
+    start("second-value")
+    assert holds(made)
+    assert not holds("first-value")
+    settings.key_file.unlink()
+    with engine.begin() as connection:
+        connection.execute(sql(statement))
+    assert not holds(made)
+    assert holds("second-value")
+    another = start(None)
+    assert another not in (None, made)
+    assert holds(another)
+    assert not holds("second-value")
+    engine.dispose()
 
 
 def test_make_help_explains_every_target() -> None:
