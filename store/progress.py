@@ -93,8 +93,9 @@ def _new_metrics(
     new: dict[int, dict[str, Any]] = {}
     for step in steps:
         number = int(step["step"])
-        if number not in rows and number not in new:
-            new[number] = finite(_named(step), number, notes)
+        known = rows[number].values if number in rows else {}
+        if "train_loss" not in known and number not in new:
+            new[number] = {**known, **finite(_named(step), number, notes)}
     for evaluation in evaluations:
         number = int(evaluation["step"])
         measured = finite(

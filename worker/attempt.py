@@ -346,7 +346,7 @@ class Attempt:
             case "Resolved":
                 self._resolved(values)
             case "Saved":
-                self._flush()
+                self._flush(hold_newest=self._newest_may_grow())
                 self._store_checkpoint(values["step"], Path(values["folder"]), values["metrics"])
             case "Finished":
                 return values
@@ -411,9 +411,13 @@ class Attempt:
     # --- the row ---------------------------------------------------------------------------------------
 
     def _flush(self, *, hold_newest: bool = False) -> None:
-        """Records what was said since the last time; of the steps all but the newest, if that is held."""
+        """Records what was said since the last time; of the steps all but the newest, if that is held.
+
+        One whose evaluation is here already is complete, and not held.
+        """
         said, self._unrecorded = self._unrecorded, _Unrecorded()
-        if hold_newest and said.steps:
+        evaluated = {evaluation["step"] for evaluation in said.evaluations}
+        if hold_newest and said.steps and said.steps[-1]["step"] not in evaluated:
             self._unrecorded.steps.append(said.steps.pop())
         self._recorded_at = time.monotonic()
         if said != _Unrecorded():

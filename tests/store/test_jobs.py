@@ -149,13 +149,17 @@ def test_the_whole_validation_file_joins_its_step(sessions: Sessions) -> None:
     assert events[1].data["full_valid_mean_token_accuracy"] == 0.7
 
 
-def test_the_whole_validation_file_may_come_after_its_step(sessions: Sessions) -> None:
+@pytest.mark.parametrize("first", ["step", "evaluation"])
+def test_the_whole_validation_file_may_come_after_its_step_or_before(sessions: Sessions, first: str) -> None:
     making.job(sessions)
     claim = making.claimed(sessions)
-    with sessions.begin() as session:
-        progress.record(session, claim, steps=[making.step(2)])
-    with sessions.begin() as session:
-        progress.record(session, claim, evaluations=[{"step": 2, "loss": 0.8, "accuracy": 0.7}])
+    parts: list[dict[str, Any]] = [
+        {"steps": [making.step(2)]},
+        {"evaluations": [{"step": 2, "loss": 0.8, "accuracy": 0.7}]},
+    ]
+    for part in parts if first == "step" else parts[::-1]:
+        with sessions.begin() as session:
+            progress.record(session, claim, **part)
     with sessions() as session:
         values = session.scalars(select(Metric.values)).one()
     assert (values["train_loss"], values["full_valid_loss"]) == (0.5, 0.8)

@@ -102,6 +102,18 @@ def test_its_owner_reads_the_whole_story(service: Service, supervisor: Superviso
     assert service.warnings(job_id) == []
 
 
+def test_a_step_is_told_once_also_where_a_checkpoint_falls_on_it(
+    service: Service, supervisor: Supervisor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    often = service.settings.model_copy(update={"checkpoint_seconds": 0.001})
+    monkeypatch.setattr(supervisor, "settings", often)
+    job_id = service.queue(rows=32, validation=chat_rows(10, first=100))
+    supervisor.run_until_idle()
+    metrics = [event.data or {} for event in service.events(job_id) if event.type == "metrics"]
+    assert [data["step"] for data in metrics] == list(range(1, 17))
+    assert [data["step"] for data in metrics if "full_valid_loss" in data] == [8, 16]
+
+
 def test_two_checkpoints_are_kept_and_nothing_else(service: Service, supervisor: Supervisor) -> None:
     job_id = service.queue(rows=32, n_epochs=4)
     supervisor.run_until_idle()
