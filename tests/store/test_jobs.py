@@ -5,6 +5,7 @@ import io
 import json
 import math
 import time
+from typing import Any
 
 import pytest
 from sqlalchemy import select
