@@ -42,7 +42,9 @@ def _lease_by_database(values: dict[str, Any]) -> float:
 class Settings(BaseSettings):
     """How this service runs. Change nothing and it runs alone in `~/.olora`."""
 
-    model_config = SettingsConfigDict(env_prefix=PREFIX, extra="ignore", frozen=True, validate_default=True)
+    model_config = SettingsConfigDict(
+        env_prefix=PREFIX, env_ignore_empty=True, extra="ignore", frozen=True, validate_default=True
+    )
 
     home: Path = Field(
         default=Path("~/.olora"),
@@ -224,12 +226,13 @@ def get_settings() -> Settings:
 
 def unknown_variables(environ: Mapping[str, str]) -> list[str]:
     """One sentence for each OLORA_ variable that is no setting."""
-    known = [PREFIX + name.upper() for name in Settings.model_fields]
+    known = [name.upper() for name in Settings.model_fields]
     sentences = []
     for name in sorted(environ):
-        if name.startswith(PREFIX) and not name.startswith(NOT_SETTINGS) and name not in known:
-            near = difflib.get_close_matches(name, known, n=1)
-            hint = f" Did you mean {near[0]}?" if near else ""
+        own = name.removeprefix(PREFIX)  # the prefix, which all share, makes no two of them alike
+        if name.startswith(PREFIX) and not name.startswith(NOT_SETTINGS) and own not in known:
+            near = difflib.get_close_matches(own, known, n=1, cutoff=0.7)
+            hint = f" Did you mean {PREFIX}{near[0]}?" if near else ""
             sentences.append(f"{name} is not a setting and is ignored.{hint}")
     return sentences
 

@@ -81,6 +81,21 @@ def test_an_unknown_variable_is_named_with_the_nearest(
     assert unknown_variables({"OLORA_PORT": "1", "OLORA_TEST_REDIS_URL": "x", "HOME": "/"}) == []
 
 
+@pytest.mark.parametrize("name", ["OLORA_FOO", "OLORA_X", "OLORA_VERBOSE"])
+def test_a_name_that_is_near_to_none_is_only_said_to_be_unknown(name: str) -> None:
+    assert unknown_variables({name: "1"}) == [f"{name} is not a setting and is ignored."]
+
+
+def test_an_empty_variable_is_one_that_is_not_set(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.delenv("OLORA_HOME")
+    unset = read_settings()
+    for name in Settings.model_fields:
+        monkeypatch.setenv(f"OLORA_{name.upper()}", "")
+    assert read_settings() == unset
+    assert unset.home == tmp_path / ".olora"
+
+
 def test_every_setting_is_described() -> None:
     table = settings_table()
     assert len(table) == len(Settings.model_fields)
