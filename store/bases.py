@@ -1,6 +1,8 @@
 """Base models: the shipped one, folders of the operator, and Hugging Face ids on the operator's list."""
 
+import os
 import re
+import unicodedata
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -27,7 +29,7 @@ HUB_FILES = (
     "*.jinja",
 )
 """What is fetched of a hub model: weights in safetensors, configuration, tokenizer. Never code."""
-_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}")
+_MAX_ID = 256
 _HUB_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,95}(/[A-Za-z0-9][A-Za-z0-9._-]{0,95})?")
 
 
@@ -58,9 +60,10 @@ def find_base(settings: Settings, model_id: str) -> BaseModelRef:
     for ref in base_models(settings):
         if ref.id == model_id:
             return ref
-    if _NAME.fullmatch(model_id) and settings.models_dir and (settings.models_dir / model_id).is_dir():
-        problem = what_is_missing(settings.models_dir / model_id)
-        raise ModelError(f"Base model {model_id!r} cannot be used: {problem}", param="model")
+    for folder in _folders(settings):
+        if folder.name == model_id:
+            problem = what_is_missing(folder)
+            raise ModelError(f"Base model {model_id!r} cannot be used: {problem}", param="model")
     if _HUB_ID.fullmatch(model_id) and any(fnmatchcase(model_id, p) for p in settings.allowed_hub_models):
         return BaseModelRef(model_id, "hub", None, 0)
     known = [ref.id for ref in base_models(settings)]
@@ -95,6 +98,8 @@ def fetch_base(ref: BaseModelRef, settings: Settings) -> Path:
 
 def what_is_missing(folder: Path) -> str | None:
     """What keeps a folder from being a base model, with the remedy; None when nothing does."""
+    if not os.access(folder, os.R_OK | os.X_OK):
+        return "its folder cannot be read by the service; let the service's user read it."
     if not (folder / "config.json").is_file():
         return "its folder has no config.json; save it with `model.save_pretrained(folder)`."
     if not any(folder.glob("*.safetensors")):
@@ -109,12 +114,25 @@ def _on_disk(settings: Settings) -> list[BaseModelRef]:
     refs = []
     if what_is_missing(SHIPPED_FOLDER) is None:
         refs.append(_ref(SHIPPED_ID, "shipped", SHIPPED_FOLDER))
-    if settings.models_dir is not None and settings.models_dir.is_dir():
-        for folder in sorted(settings.models_dir.iterdir()):
-            taken = folder.name == SHIPPED_ID and refs
-            if not taken and _NAME.fullmatch(folder.name) and what_is_missing(folder) is None:
-                refs.append(_ref(folder.name, "folder", folder))
+    for folder in _folders(settings):
+        taken = folder.name == SHIPPED_ID and refs
+        if not taken and what_is_missing(folder) is None:
+            refs.append(_ref(folder.name, "folder", folder))
     return refs
+
+
+def _folders(settings: Settings) -> list[Path]:
+    """The operator's folders whose names can be ids. An id is looked for among them, never made a path."""
+    if settings.models_dir is None or not settings.models_dir.is_dir():
+        return []
+    found = sorted(settings.models_dir.iterdir())
+    return [folder for folder in found if _can_be_id(folder.name) and folder.is_dir()]
+
+
+def _can_be_id(name: str) -> bool:
+    """Any text does but that of hidden folders, of `ft:` (fine-tuned models), and what is not text."""
+    broken = any(unicodedata.category(sign) in ("Cc", "Cs") for sign in name)
+    return len(name) <= _MAX_ID and not broken and not name.startswith((".", "ft:"))
 
 
 def _ref(model_id: str, kind: Literal["shipped", "folder"], folder: Path) -> BaseModelRef:

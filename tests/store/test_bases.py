@@ -1,5 +1,6 @@
 """Base models: which there are, and what keeps a folder from being one."""
 
+import os
 import shutil
 from pathlib import Path
 
@@ -40,6 +41,39 @@ def test_each_usable_folder_is_a_base_model(tmp_path: Path, models_dir: Path) ->
     settings = settings_with(tmp_path, models_dir=models_dir)
     assert [ref.id for ref in base_models(settings)] == ["olora-tiny", "good"]
     assert fetch_base(find_base(settings, "good"), settings) == models_dir / "good"
+
+
+@pytest.mark.parametrize("name", ["with space & ü", "日本語", "-dash", "a+b (2)", "a" * 255, "%2e%2e", "ft"])
+def test_a_folder_is_a_base_model_under_its_own_name(tmp_path: Path, models_dir: Path, name: str) -> None:
+    shutil.copytree(models_dir / "good", models_dir / name)
+    settings = settings_with(tmp_path, models_dir=models_dir)
+    assert name in [ref.id for ref in base_models(settings)]
+    assert fetch_base(find_base(settings, name), settings) == models_dir / name
+    (models_dir / name / "model.safetensors").unlink()
+    with pytest.raises(ModelError, match="cannot be used"):
+        find_base(settings, name)
+
+
+@pytest.mark.parametrize("name", [".git", "ft:olora-tiny:olora::12345678", "two\nlines", "byte\udcff"])
+def test_a_folder_whose_name_is_no_id_is_passed_over(tmp_path: Path, models_dir: Path, name: str) -> None:
+    shutil.copytree(models_dir / "good", models_dir / name)
+    settings = settings_with(tmp_path, models_dir=models_dir)
+    assert [ref.id for ref in base_models(settings)] == ["olora-tiny", "good"]
+    with pytest.raises(ModelError, match="not available"):
+        find_base(settings, name)
+
+
+def test_a_folder_that_may_not_be_read_does_no_harm(
+    tmp_path: Path, models_dir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """`lost+found`, for one, where OLORA_MODELS_DIR is a disk of its own."""
+    (models_dir / "lost+found").mkdir()
+    may = os.access
+    monkeypatch.setattr(os, "access", lambda path, mode: path.name != "lost+found" and may(path, mode))
+    settings = settings_with(tmp_path, models_dir=models_dir)
+    assert [ref.id for ref in base_models(settings)] == ["olora-tiny", "good"]
+    with pytest.raises(ModelError, match="cannot be read by the service"):
+        find_base(settings, "lost+found")
 
 
 @pytest.mark.parametrize(
