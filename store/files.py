@@ -18,11 +18,12 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, BinaryIO, Literal, Self
 
-from sqlalchemy import ColumnElement, and_, or_, select
+from sqlalchemy import ColumnElement, Text, and_, cast, or_, select
 from sqlalchemy.orm import Session
 
 from .errors import Damaged, FileInUse, NotFound, StorageError, StorageFull, TooLarge
-from .models import File, Job, new_id
+from .home import make_folder, private
+from .models import File, Job, Model, new_id
 from .pages import Page, read_page
 from .session import Sessions, db_now, settle
 from .settings import Settings
@@ -88,7 +89,7 @@ class Writer:
         with _disk_errors():
             self._file.flush()
             os.fsync(self._file.fileno())
-            self._target.parent.mkdir(parents=True, exist_ok=True)
+            make_folder(self._target.parent)
             os.rename(self._part, self._target)
             _sync_folder(self._target.parent)
 
@@ -99,7 +100,7 @@ class Storage:
     def __init__(self, root: Path) -> None:
         self.root = Path(os.path.realpath(root))
         with _disk_errors():
-            (self.root / INCOMING).mkdir(parents=True, exist_ok=True, mode=0o700)
+            make_folder(self.root / INCOMING)
 
     def writer(self, key: str, *, max_bytes: int | None = None) -> Writer:
         """`with storage.writer(key) as writer: writer.write(chunk)`; nothing is visible before the end."""
@@ -231,7 +232,7 @@ def _new_part(incoming: Path) -> tuple[Path, BinaryIO]:
     """A new, locked file to write to. The lock dies with its process and says so to the cleaner."""
     while True:
         part = incoming / f"{uuid.uuid4().hex}{PART}"
-        file = part.open("xb")
+        file = open(part, "xb", opener=private)
         fcntl.flock(file, fcntl.LOCK_EX)
         # Between open and lock the cleaner may have taken it for abandoned.
         with contextlib.suppress(FileNotFoundError):
@@ -351,7 +352,7 @@ def list_files(
 def delete_file(session: Session, project_id: str, file_id: str) -> File:
     """Takes a file off the list; after the commit `purge_files` removes its bytes.
 
-    Raises NotFound, and FileInUse while a job that has not ended needs it.
+    Raises NotFound, and FileInUse while a job that has not ended needs it or a model is made of it.
     """
     get_file(session, project_id, file_id)
     # Locked before the jobs are read: a job being created holds the same lock until it is there to be seen.
@@ -363,8 +364,23 @@ def delete_file(session: Session, project_id: str, file_id: str) -> File:
         raise FileInUse(
             f"File {file_id} is in use by job {job_id}; wait for its end or cancel it first.", param="file_id"
         )
+    model_id = _model_of(session, file)
+    if model_id is not None:
+        raise FileInUse(
+            f"File {file_id} is the adapter of the model '{model_id}'; delete the model instead, and the "
+            f"file goes with it: DELETE /v1/models/{model_id}.",
+            param="file_id",
+        )
     _mark_deleted(session, file)
     return file
+
+
+def _model_of(session: Session, file: File) -> str | None:
+    """The model whose adapter this file is: the second of its job's result files."""
+    named = cast(Job.result_files, Text).contains(file.id, autoescape=True)
+    rows = select(Model.id, Job.result_files).join(Job, Job.id == Model.job_id)
+    rows = rows.where(Model.project_id == file.project_id, Model.deleted_at.is_(None), named)
+    return next((model_id for model_id, results in session.execute(rows) if file.id in results[1:]), None)
 
 
 def _mark_deleted(session: Session, file: File) -> None:

@@ -12,6 +12,7 @@ from sqlalchemy.exc import IntegrityError
 from sqlalchemy.orm import Session
 
 from .errors import SettingsError
+from .home import make_folder
 from .models import Key, Project, new_id
 from .session import db_now, settle
 from .settings import Settings
@@ -109,7 +110,7 @@ def _read_key_file(path: Path) -> str:
 
 
 def _write_key_file(path: Path, token: str) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+    make_folder(path.parent)
     aside = path.with_name(f"{path.name}.{secrets.token_hex(4)}.part")
     descriptor = os.open(aside, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
     with os.fdopen(descriptor, "w") as file:

@@ -19,6 +19,7 @@ from kombu.entity import Queue
 from kombu.transport import TRANSPORT_ALIASES, filesystem, virtual
 from kombu.utils.json import dumps, loads
 
+from .home import make_folder
 from .settings import Settings
 
 log = logging.getLogger(__name__)
@@ -71,7 +72,7 @@ def _transport_options(settings: Settings) -> dict[str, Any]:
         return REDIS_OPTIONS
     messages, control = folder / "messages", folder / "control"
     for made in (messages, control):
-        made.mkdir(parents=True, exist_ok=True, mode=0o700)
+        make_folder(made)
     return {
         "data_folder_in": str(messages),
         "data_folder_out": str(messages),

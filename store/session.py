@@ -13,6 +13,7 @@ from sqlalchemy.orm import Session, sessionmaker
 from sqlalchemy.sql.functions import FunctionElement
 
 from .errors import SchemaBehind
+from .home import make_folder, private
 
 BUSY_SECONDS = 30
 FROZEN_SECONDS = 30
@@ -66,7 +67,10 @@ def make_engine(url: str, *, foreign_keys: bool = True) -> Engine:
 def _sqlite_engine(url: str, foreign_keys: bool) -> Engine:
     database = make_url(url).database
     if database:
-        Path(database).parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+        make_folder(Path(database).parent)
+        # SQLite gives its journals the mode of this file. What cannot be made here, it tells by itself.
+        with contextlib.suppress(OSError), open(database, "xb", opener=private):
+            pass
     engine = create_engine(url, pool_size=POOL_SIZE, max_overflow=0, connect_args={"timeout": BUSY_SECONDS})
 
     @event.listens_for(engine, "connect")
@@ -139,7 +143,7 @@ def migration_lock(connection: Connection) -> Iterator[None]:
             connection.execute(text("SELECT pg_advisory_unlock(:lock)"), {"lock": MIGRATION_LOCK})
             connection.commit()
         return
-    with open(f"{connection.engine.url.database}.migrating", "w") as file:
+    with open(f"{connection.engine.url.database}.migrating", "w", opener=private) as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         yield
 
@@ -159,5 +163,5 @@ def require_current_schema(engine: Engine) -> None:
     if not schema_is_current(engine):
         raise SchemaBehind(
             "The database's schema is not the one that this version needs. "
-            "Start the service with `olora serve`, which migrates it, or run `alembic upgrade head`."
+            "Run `olora migrate`, or start the service with `olora serve`, which migrates it."
         )

@@ -47,7 +47,7 @@ def test_a_database_that_was_never_migrated_stops_the_start_with_the_remedy(home
     home.mkdir()
     said = refused_start(environment(home))
     assert "olora serve" in said
-    assert "alembic upgrade head" in said
+    assert "`olora migrate`" in said
 
 
 def test_a_database_of_an_older_version_stops_the_start(home: Path, sqlite_url: str) -> None:
@@ -55,7 +55,7 @@ def test_a_database_of_an_older_version_stops_the_start(home: Path, sqlite_url: 
     with engine.begin() as connection:
         connection.execute(text("UPDATE alembic_version SET version_num = '0000'"))
     engine.dispose()
-    assert "alembic upgrade head" in refused_start(environment(home, database_url=sqlite_url))
+    assert "`olora migrate`" in refused_start(environment(home, database_url=sqlite_url))
 
 
 def test_a_database_that_is_away_stops_the_start(home: Path, free_port: int) -> None:

@@ -4,6 +4,7 @@ import hashlib
 import os
 import shutil
 import signal
+import stat
 import subprocess
 import sys
 import threading
@@ -66,6 +67,25 @@ def test_what_is_written_is_counted_hashed_and_read_back(store: Storage) -> None
     with store.open("files/file-a") as file:
         assert file.read() == b"one two"
     assert store.size("files/file-a") == 7
+
+
+def test_what_is_stored_is_its_owners_alone(tmp_path: Path, adapter: Path) -> None:
+    store = Storage(tmp_path / "new" / "storage")
+    write(store, "files/file-a", b"private")
+    store.put_folder("checkpoints/job/1", adapter)
+    made = [tmp_path / "new", *(tmp_path / "new").rglob("*")]
+    assert len(made) > 8
+    for path in made:
+        assert stat.S_IMODE(path.stat().st_mode) == (0o700 if path.is_dir() else 0o600), path
+
+
+def test_the_mode_of_a_home_that_is_there_stays(tmp_path: Path) -> None:
+    (tmp_path / "storage").mkdir()
+    for folder in (tmp_path, tmp_path / "storage"):
+        folder.chmod(0o750)
+    write(Storage(tmp_path / "storage"), "files/file-a", b"private")
+    for folder in (tmp_path, tmp_path / "storage"):
+        assert stat.S_IMODE(folder.stat().st_mode) == 0o750
 
 
 def test_nothing_is_visible_before_the_end(store: Storage) -> None:

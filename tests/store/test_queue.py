@@ -223,7 +223,7 @@ def test_what_nobody_reads_any_more_is_removed(folder_settings: Settings) -> Non
 def test_the_queue_folder_is_its_owners_alone(folder_settings: Settings) -> None:
     celery_app(folder_settings)
     assert folder_settings.queue_folder
-    for name in ("messages", "control"):
+    for name in (".", "messages", "control"):
         assert (folder_settings.queue_folder / name).stat().st_mode & 0o077 == 0
 
 

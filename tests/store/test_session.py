@@ -1,5 +1,6 @@
 """Transactions lose nothing; the schema is what the models say."""
 
+import stat
 import subprocess
 import sys
 import threading
@@ -41,7 +42,7 @@ def test_migrations_give_exactly_the_models_schema(empty_database_url: str) -> N
 def test_a_schema_that_is_behind_is_refused_with_the_remedy(empty_database_url: str) -> None:
     engine = make_engine(empty_database_url)
     assert not schema_is_current(engine)
-    with pytest.raises(SchemaBehind, match=r"olora serve.*alembic upgrade head"):
+    with pytest.raises(SchemaBehind, match=r"`olora migrate`.*`olora serve`"):
         require_current_schema(engine)
     migrate(empty_database_url)
     require_current_schema(engine)
@@ -92,6 +93,31 @@ def test_a_write_in_a_reading_transaction_is_an_error(engine: Engine) -> None:
         connection.execute(
             text("INSERT INTO projects (id, name, created_at, last_turn_at) VALUES ('p', 'p', 0, 0)")
         )
+
+
+def test_a_database_file_is_its_owners_alone(tmp_path: Path) -> None:
+    path = tmp_path / "new" / "home" / "olora.db"
+    migrate(f"sqlite:///{path}")
+    engine = make_engine(f"sqlite:///{path}")
+    with engine.connect() as connection:
+        connection.execute(text("CREATE TABLE t (id integer)"))
+        connection.commit()
+        made = {entry.name: stat.S_IMODE(entry.stat().st_mode) for entry in path.parent.iterdir()}
+    engine.dispose()
+    assert {"olora.db", "olora.db-wal", "olora.db-shm"} <= set(made)
+    assert set(made.values()) == {0o600}
+    for folder in (path.parent, path.parent.parent):
+        assert stat.S_IMODE(folder.stat().st_mode) == 0o700
+
+
+def test_the_mode_of_a_database_that_is_there_stays(tmp_path: Path) -> None:
+    path = tmp_path / "olora.db"
+    path.touch()
+    path.chmod(0o640)
+    tmp_path.chmod(0o750)
+    migrate(f"sqlite:///{path}")
+    assert stat.S_IMODE(path.stat().st_mode) == 0o640
+    assert stat.S_IMODE(tmp_path.stat().st_mode) == 0o750
 
 
 def test_readers_do_not_wait_for_a_writer(engine: Engine, read_sessions: Sessions) -> None:
