@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import sys
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from threading import Event
@@ -100,7 +101,7 @@ async def read_body(request: Request) -> Body:
         values = json.loads(raw.decode("utf-8-sig"), parse_constant=_refuse_constant)
     except UnicodeDecodeError:
         raise BadRequest("The body is not UTF-8; send a JSON object in UTF-8.") from None
-    except (json.JSONDecodeError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:
         raise BadRequest(f"The body is not JSON: {_where(error)}. Send a JSON object.") from None
     if not isinstance(values, dict):
         raise BadRequest(f"The body must be a JSON object, not {_kind(values)}.")
@@ -111,7 +112,9 @@ async def read_body(request: Request) -> Body:
 def _where(error: Exception) -> str:
     if isinstance(error, json.JSONDecodeError):
         return f"{error.msg} (line {error.lineno}, column {error.colno})"
-    return "it nests too deep"
+    if isinstance(error, RecursionError):
+        return "it nests too deep"
+    return f"it holds a number of more than {sys.get_int_max_str_digits()} digits"
 
 
 def _refuse_constant(name: str) -> Any:

@@ -5,7 +5,7 @@ StoreError
 ├── SchemaBehind         the database was made by an older version
 ├── NotFound             no such file, job, checkpoint or model in this project
 ├── UnknownCursor        `after` names nothing that the list holds
-├── FileInUse            the file belongs to a job that has not ended
+├── FileInUse            the file belongs to a job that has not ended, or to a model
 ├── FileUnusable         the file cannot be used for this
 ├── JobStateError        the job's status does not allow this
 ├── LeaseLost            the row belongs to another attempt: write nothing, stop
@@ -49,19 +49,19 @@ class NotFound(StoreError):
 
 
 class UnknownCursor(StoreError):
-    """`after` names nothing that the list holds."""
+    """`after` names nothing that the list holds. `param` is how the caller gave it."""
 
     code = "invalid_cursor"
 
-    def __init__(self, after: str) -> None:
+    def __init__(self, after: str, param: str = "after") -> None:
         super().__init__(
-            f"after = {after!r} names nothing in this list; use the id of the last item you got.",
-            param="after",
+            f"{param} = {after!r} names nothing in this list; use the id of the last item you got.",
+            param=param,
         )
 
 
 class FileInUse(StoreError):
-    """The file belongs to a job that has not ended."""
+    """The file belongs to a job that has not ended, or to a model."""
 
     code = "file_in_use"
 

@@ -41,7 +41,8 @@ async def list_events(
     """
     if not stream:
         return await run_in_threadpool(_page, call, job_id, after, limit)
-    seq = await run_in_threadpool(_start, call, job_id, last_event_id or after)
+    param = "Last-Event-ID" if last_event_id else "after"
+    seq = await run_in_threadpool(_start, call, job_id, last_event_id or after, param)
     return StreamingResponse(
         _stream(call, job_id, seq), media_type="text/event-stream", headers={"x-accel-buffering": "no"}
     )
@@ -54,7 +55,7 @@ def _page(call: Call, job_id: str, after: str | None, limit: int) -> Page[EventO
         return Page[EventObject].of([EventObject.of(row) for row in page.data], page.has_more)
 
 
-def _start(call: Call, job_id: str, after: str | None) -> int:
+def _start(call: Call, job_id: str, after: str | None, param: str) -> int:
     """The sequence number to go on from. Raises NotFound, and UnknownCursor for another job's event."""
     with call.reading() as session:
         job = jobs.get_job(session, call.project_id, job_id)
@@ -62,7 +63,7 @@ def _start(call: Call, job_id: str, after: str | None) -> int:
             return 0
         seq = session.scalar(select(Event.seq).where(Event.id == after, Event.job_id == job.id))
         if seq is None:
-            raise UnknownCursor(after)
+            raise UnknownCursor(after, param)
         return seq
 
 

@@ -181,10 +181,8 @@ def _why_no_adapter(job: Job) -> str:
         return f"Job {job.id} has failed and has no adapter: {(job.error or {}).get('message')}"
     if job.status == "cancelled":
         return f"Job {job.id} was cancelled and has no adapter; create it again to train one."
-    return (
-        f"Job {job.id} is {job.status} (step {job.step} of {job.total_steps or 'some'}); "
-        "its adapter can be downloaded once it has succeeded."
-    )
+    reached = f" (step {job.step} of {job.total_steps})" if job.total_steps else ""
+    return f"Job {job.id} is {job.status}{reached}; its adapter can be downloaded once it has succeeded."
 
 
 def _object(row: Job, call: Call) -> JobObject:

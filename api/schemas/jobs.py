@@ -12,6 +12,9 @@ from store.models import Checkpoint, Event, Job
 
 from ..errors import BadRequest, misfit
 
+MAX_SECONDS = 2**31 - 1
+"""68 years; a worker adds its clock to it, in which far larger numbers have no place."""
+
 
 class Request(BaseModel):
     """Takes the names it knows, in the types it says."""
@@ -35,7 +38,10 @@ class JobOptions(Request):
 
     priority: int = Field(default=0, ge=0, le=9, description="Jobs of a higher priority are started first.")
     max_seconds: int | None = Field(
-        default=None, ge=1, description="The job fails when its attempts together have taken this long."
+        default=None,
+        ge=1,
+        le=MAX_SECONDS,
+        description="The job fails when its attempts together have taken this long.",
     )
 
 

@@ -1,12 +1,15 @@
 """Jobs: what the answer says at every stage, in OpenAI's fields and in ours."""
 
 import io
+import shutil
 import zipfile
 from typing import Any
+from urllib.parse import quote
 
 import pytest
 from starlette.testclient import TestClient
 
+from store.bases import SHIPPED_FOLDER
 from store.settings import Settings
 
 from .calls import (
@@ -260,7 +263,13 @@ def test_without_success_there_is_no_adapter_and_the_answer_says_why(
         return str(answer.json()["error"]["message"])
 
     made = settled(client, created(client)["id"])
-    assert "is queued" in refusal(made["id"])
+    assert f"Job {made['id']} is queued; its adapter" in refusal(made["id"])
+    attempt = Attempt(settings)
+    assert f"Job {made['id']} is running; its adapter" in refusal(made["id"])
+    attempt.train(3)
+    attempt.close()
+    assert f"Job {made['id']} is running (step 3 of 3); its adapter" in refusal(made["id"])
+    made = settled(client, created(client)["id"])
     client.post(f"/v1/fine_tuning/jobs/{made['id']}/cancel")
     assert "was cancelled" in refusal(made["id"])
     failed = settled(client, created(client, training_file=uploaded(client, chat_file(2)))["id"])
@@ -287,6 +296,33 @@ def test_a_deleted_model_takes_its_adapter_along_and_leaves_the_jobs_record(
     assert client.get(f"/v1/files/{done['result_files'][0]}/content").status_code == 200
     names = lambda: [path.name for path in settings.storage_folder.rglob("*") if path.is_file()]  # noqa: E731
     eventually(lambda: "adapter.zip" not in names())
+
+
+@BOTH_DATABASES
+def test_the_adapters_file_stays_as_long_as_its_model(client: TestClient, settings: Settings) -> None:
+    done = finished(client, settings)
+    table, adapter = done["result_files"]
+    name = done["fine_tuned_model"]
+    refused = client.delete(f"/v1/files/{adapter}")
+    assert (refused.status_code, refused.json()["error"]["code"]) == (400, "file_in_use")
+    assert f"delete the model instead, and the file goes with it: DELETE /v1/models/{name}." in refused.text
+    assert client.get(f"/v1/fine_tuning/jobs/{done['id']}/adapter").status_code == 200
+    assert client.delete(f"/v1/files/{table}").json()["deleted"] is True
+    assert client.delete(f"/v1/models/{name}").json()["deleted"] is True
+    assert client.get(f"/v1/files/{adapter}").status_code == 404
+    assert client.delete(f"/v1/files/{adapter}").status_code == 404
+
+
+def test_a_folder_of_any_name_is_listed_and_trained(client: TestClient, settings: Settings) -> None:
+    assert settings.models_dir is not None
+    name = "with space & ü"
+    shutil.copytree(SHIPPED_FOLDER, settings.models_dir / name)
+    assert name in [model["id"] for model in client.get("/v1/models").json()["data"]]
+    assert client.get(f"/v1/models/{quote(name)}").json()["id"] == name
+    assert client.delete(f"/v1/models/{quote(name)}").status_code == 403
+    done = finished(client, settings, model=name)
+    assert done["model"] == name
+    assert done["fine_tuned_model"] == f"ft:with-space-:olora::{done['id'][-8:]}"
 
 
 def test_base_models_are_listed_and_stay(client: TestClient) -> None:

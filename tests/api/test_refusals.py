@@ -241,6 +241,7 @@ BAD_BODIES = (
     bad("metadata-deep", {"metadata": DEEP}, "metadata" + "[0]" * 24, "nests deeper than 32 levels"),
     bad("wandb", {"integrations": [{"type": "wandb"}]}, "integrations", "not available yet"),
     bad("priority-10", {"olora": {"priority": 10}}, "olora.priority", "less than or equal to 9"),
+    bad("seconds-huge", {"olora": {"max_seconds": 10**400}}, "olora.max_seconds", "less than or equal to"),
     bad("option-typo", {"olora": {"priorty": 1}}, "olora.priorty", "did you mean 'priority'?"),
 )
 
@@ -271,6 +272,8 @@ BAD_JSON = (
     pytest.param(b'{"suffix": "\\ud800"}', "broken character", id="surrogate"),
     pytest.param(b'{"seed": NaN}', "NaN", id="not-a-number"),
     pytest.param(b"[" * 100_000, "nests too deep", id="nested"),
+    pytest.param(b'{"seed": %s}' % (b"9" * 6000), "more than 4300 digits", id="digits"),
+    pytest.param(b'{"a": {"b": [-%s]}}' % (b"9" * 6000), "more than 4300 digits", id="digits-inside"),
 )
 
 
@@ -408,7 +411,11 @@ def test_pages_of_events_and_checkpoints_refuse_unknown_cursors(client: TestClie
             answer = client.get(f"/v1/fine_tuning/jobs/{made}/{list_name}?{query}")
             assert answer.status_code == 400
             assert answer.json()["error"]["param"] == query.partition("=")[0]
-    assert client.get(f"/v1/fine_tuning/jobs/{made}/events?stream=true&after=ftevent-none").status_code == 400
+    url = f"/v1/fine_tuning/jobs/{made}/events?stream=true"
+    assert client.get(f"{url}&after=ftevent-none").json()["error"]["param"] == "after"
+    answer = client.get(url, headers={"Last-Event-ID": "nope"})
+    assert_refused(answer, code="invalid_cursor", param="Last-Event-ID", says=("Last-Event-ID = 'nope'",))
+    assert "after" not in answer.text
 
 
 def test_a_job_that_has_ended_cannot_be_cancelled(client: TestClient) -> None:
