@@ -144,10 +144,11 @@ def _prepare(settings: "Settings") -> None:
     """Home and schema. Raises StoreError or ServeError."""
     from sqlalchemy.exc import SQLAlchemyError
 
+    from store.home import make_folder
     from store.session import migrate
 
     try:
-        settings.home.mkdir(parents=True, exist_ok=True)
+        make_folder(settings.home)
     except OSError as error:
         raise ServeError(f"OLORA_HOME = {settings.home} cannot be made: {error.strerror}.") from None
     try:

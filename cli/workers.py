@@ -98,9 +98,11 @@ class Workers:
                 output.close()
 
     def _open_log(self) -> IO[bytes] | None:
+        from store.home import make_folder
+
         if self._log is None:
             return None
-        self._log.parent.mkdir(parents=True, exist_ok=True)
+        make_folder(self._log.parent)
         if self._log.exists() and self._log.stat().st_size > LOG_BYTES:
             os.replace(self._log, self._log.with_suffix(".old.log"))
         return self._log.open("ab")

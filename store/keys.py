@@ -42,6 +42,7 @@ def first_key(session: Session, settings: Settings) -> str | None:
     made = None
     if settings.key_file.exists():
         token = _read_key_file(settings.key_file)
+        _refuse_revoked(session, token, f"{settings.key_file} holds a key that was revoked; delete the file")
     else:
         token = made = new_token()
         _write_key_file(settings.key_file, token)  # before the row, so that no key is ever unreachable
@@ -53,12 +54,20 @@ def first_key(session: Session, settings: Settings) -> str | None:
 def _keep_environment_key(session: Session, project: Project, token: str) -> None:
     if find_key(session, token) is not None:
         return
+    _refuse_revoked(session, token, "OLORA_API_KEY is a key that was revoked; set another")
     key = session.get(Key, ENVIRONMENT_KEY)
     if key is None:
         key = Key(id=ENVIRONMENT_KEY, project_id=project.id, name="OLORA_API_KEY", digest=digest_of(token))
         session.add(key)
     key.digest, key.revoked_at = digest_of(token), None
     session.flush()
+
+
+def _refuse_revoked(session: Session, token: str, what: str) -> None:
+    """Whoever revoked a key does not want it back. The environment's own may come and go."""
+    same = select(Key.id).where(Key.digest == digest_of(token), Key.id != ENVIRONMENT_KEY)
+    if session.scalar(same) is not None:
+        raise SettingsError(f"{what}, and the next start goes on with a new one.")
 
 
 def default_project(session: Session) -> Project:

@@ -7,6 +7,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import IO
 
+from store.home import make_folder
+
 LOCK = "lock"
 
 
@@ -56,7 +58,7 @@ def _taken(lock: IO[str]) -> bool:
 @contextmanager
 def _turn(parent: Path) -> Iterator[None]:
     """One at a time makes or removes folders, so that none is seen before it is locked."""
-    parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+    make_folder(parent)
     with (parent / ".turn").open("w") as turn:
         fcntl.flock(turn, fcntl.LOCK_EX)
         yield

@@ -1,5 +1,6 @@
 """The command line answers at once, and in sentences."""
 
+import stat
 import subprocess
 import sys
 import time
@@ -239,3 +240,10 @@ def test_ctrl_c_leaves_the_watch_with_a_command_in_one_piece(
     with httpx.Client() as client, pytest.raises(typer.Exit):
         jobs._watch(client, LISTED[0]["id"])
     assert f"olora jobs watch {LISTED[0]['id']}\n" in capsys.readouterr().err
+
+
+def test_a_fresh_home_is_its_owners_alone(tmp_path: Path) -> None:
+    home = tmp_path / "a" / "home"
+    assert olora(home, "migrate").returncode == 0
+    assert [stat.S_IMODE(path.stat().st_mode) for path in (home.parent, home)] == [0o700, 0o700]
+    assert stat.S_IMODE((home / "olora.db").stat().st_mode) == 0o600

@@ -137,3 +137,18 @@ def test_settings_never_show_a_key_or_a_password(home: Path) -> None:
 def test_the_home_holds_the_key_file_and_nothing_half_written(settings: Settings, sessions: Sessions) -> None:
     first(sessions, settings)
     assert [path.name for path in settings.home.iterdir() if "key" in path.name] == ["api_key"]
+
+
+def test_a_revoked_key_does_not_come_back(sessions: Sessions, settings: Settings) -> None:
+    token = first(sessions, settings)
+    assert token is not None
+    with sessions.begin() as session:
+        key = keys.find_key(session, token)
+        assert key is not None
+        keys.revoke_key(session, key)
+    with pytest.raises(SettingsError, match=r"was revoked; delete the file"):
+        first(sessions, settings)
+    with pytest.raises(SettingsError, match=r"OLORA_API_KEY is a key that was revoked"):
+        first(sessions, read_settings(home=settings.home, api_key=token))
+    settings.key_file.unlink()
+    assert first(sessions, settings) not in (None, token)
