@@ -19,7 +19,11 @@ from .specs import nearest
 
 Format = Literal["chat", "completion", "preference", "text"]
 Severity = Literal["error", "warning", "note"]
-TRAINABLE: tuple[Format, ...] = ("chat", "completion")
+TRAINABLE: dict[str, tuple[Format, ...]] = {
+    "supervised": ("chat", "completion"),
+    "dpo": ("preference",),
+}
+"""What each method.type trains on."""
 ROLES = ("system", "developer", "user", "assistant", "tool", "function")
 KEPT_PROBLEMS = 50
 MAX_LINE_BYTES = 16 * 2**20
@@ -98,19 +102,23 @@ def check_for_training(
     role: Literal["training", "validation"],
     minimum_rows: int,
     training_format: str | None = None,
+    type: str = "supervised",
 ) -> OloraError | None:
-    """The error that makes a job with this file fail, or None. Names the line and the remedy."""
+    """The error that makes a job of this method.type with this file fail, or None.
+
+    Names the line and the remedy.
+    """
     code, param = f"invalid_{role}_file", f"{role}_file"
     first = report.fatal or (report.errors[0] if report.errors else None)
     if first is not None:
         more = report.error_count - 1
         rest = f" (and {more} more error{'s' if more > 1 else ''})" if more > 0 else ""
         return DataError(f"{first.sentence}{rest}", code=code, param=param)
-    if report.format not in TRAINABLE:
+    if report.format not in TRAINABLE[type]:
         return DataError(
-            f"The {role} file holds {report.format or 'unknown'} data, which method supervised does not "
-            'train on. Use lines of {"messages": […]} or of {"prompt": …, "completion": …}.',
-            code=code,
+            f"The {role} file holds {report.format or 'unknown'} data, which method {type} does not "
+            f"train on. {_other_way(report.format, type)}",
+            code="unexpected_file_format",
             param=param,
         )
     if training_format is not None and report.format != training_format:
@@ -128,6 +136,18 @@ def check_for_training(
             param=param,
         )
     return None
+
+
+def _other_way(found: Format | None, type: str) -> str:
+    """What to do about a format that the method does not train on."""
+    lines = {
+        "supervised": '{"messages": […]} or of {"prompt": …, "completion": …}',
+        "dpo": '{"input": {"messages": […]}, "preferred_output": […], "non_preferred_output": […]} or of '
+        '{"prompt": …, "chosen": …, "rejected": …}',
+    }
+    fitting = [other for other, formats in TRAINABLE.items() if found in formats]
+    method = f'Train it with method.type "{fitting[0]}", or use' if fitting else "Use"
+    return f"{method} lines of {lines[type]}."
 
 
 def read_records(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
@@ -298,6 +318,8 @@ def _check_line(line: _Line, findings: _Findings) -> None:
         _check_chat(record, add)
     elif found == "completion":
         _check_completion(record, add)
+    elif found == "preference":
+        _check_preference(record, add)
     if _uses_role(record, "developer"):
         findings.note_once(line.number, "developer_role", "Role 'developer' is trained as 'system'.")
 
@@ -386,14 +408,13 @@ _DECODER = json.JSONDecoder(parse_constant=_refuse_constant, parse_float=_finite
 
 # --- formats -------------------------------------------------------------------------------------------
 
-PREFERENCE_KEYS = (
-    "preferred_output",
-    "non_preferred_output",
-    "preferred_completion",
-    "non_preferred_completion",
-    "chosen",
-    "rejected",
+PREFERENCE_SPELLINGS = (
+    ("preferred_output", "non_preferred_output"),
+    ("preferred_completion", "non_preferred_completion"),
+    ("chosen", "rejected"),
 )
+"""The better and the worse answer: OpenAI's guide, its older clients, TRL."""
+PREFERENCE_KEYS = tuple(key for spelling in PREFERENCE_SPELLINGS for key in spelling)
 
 
 def detect_format(record: Mapping[str, Any]) -> Format | None:
@@ -504,12 +525,130 @@ def _check_completion(record: dict[str, Any], add: Add) -> None:
             )
 
 
-def _check_other_keys(record: dict[str, Any], known: tuple[str, ...], add: Add) -> None:
+@dataclass(frozen=True)
+class Preference:
+    """One prompt with a better and a worse answer, whichever way they were spelled."""
+
+    prompt: Any
+    """A string, or a list of messages; the answers likewise."""
+    chosen: Any
+    rejected: Any
+    tools: Any
+    functions: Any
+
+
+def read_preference(record: Mapping[str, Any]) -> Preference:
+    """The pair of a record that passed its check."""
+    better, worse = _preference_spelling(record)
+    around = record["input"] if "input" in record else record
+    prompt = around["messages"] if "input" in record else record["prompt"]
+    return Preference(prompt, record[better], record[worse], around.get("tools"), around.get("functions"))
+
+
+def _preference_spelling(record: Mapping[str, Any]) -> tuple[str, str]:
+    return next(spelling for spelling in PREFERENCE_SPELLINGS if any(key in record for key in spelling))
+
+
+INPUT_KEYS = ("messages", "tools", "parallel_tool_calls", "functions")
+
+
+def _check_preference(record: dict[str, Any], add: Add) -> None:
+    """Either spelling of the prompt goes with any spelling of the answers."""
+    better, worse = _preference_spelling(record)
+    missing = [key for key in (better, worse) if key not in record]
+    if "input" not in record and "prompt" not in record:
+        missing.insert(0, "prompt" if better == "chosen" else "input")
+    for key in missing:
+        add(
+            f"$.{key}",
+            "missing_key",
+            f"'{key}' is missing.",
+            f"Give each line a prompt, {better} and {worse}.",
+        )
+    if missing:
+        return
+    if "input" in record:
+        _check_other_keys(record, ("input", better, worse), add)
+        around, path = record["input"], "$.input.messages"
+        if not isinstance(around, dict):
+            add("$.input", "data_type", f"'input' is {_named(around)}.", 'Make it {"messages": […]}.')
+            return
+        _check_other_keys(around, INPUT_KEYS, add, "$.input")
+        _check_tools(around, add, "$.input")
+        prompt = around.get("messages")
+    else:
+        _check_other_keys(record, ("prompt", better, worse, "tools"), add)
+        _check_tools(record, add)
+        prompt, path = record["prompt"], "$.prompt"
+    _check_pair(prompt, path, {f"$.{key}": record[key] for key in (better, worse)}, add)
+
+
+def _check_pair(prompt: Any, path: str, answers: dict[str, Any], add: Add) -> None:
+    """A prompt and its two answers by their paths: all of them strings, or all lists of messages."""
+    sides, messages_only = list(answers.values()), path != "$.prompt"
+    if not messages_only and all(isinstance(value, str) for value in (prompt, *sides)):
+        for place, answer in answers.items():
+            if not answer.strip():
+                add(
+                    place,
+                    "empty_answer",
+                    "the answer is empty, so the pair is left out.",
+                    "Write it, or leave the line out.",
+                    "warning",
+                )
+    elif all(isinstance(value, list) for value in (prompt, *sides)):
+        if not prompt:
+            add(
+                path,
+                "missing_messages_list",
+                "the prompt holds no message.",
+                'Write [{"role": "user", "content": …}].',
+            )
+        _check_messages(prompt, path, add)
+        for place, answer in answers.items():
+            _check_messages(answer, place, add, _call_ids(prompt))
+            _check_assistant(answer, place, add)
+            _check_answer_roles(answer, place, add)
+    else:
+        wish = list if messages_only or isinstance(prompt, list) else str
+        everything = {path: prompt, **answers}
+        place, value = next(((k, v) for k, v in everything.items() if not isinstance(v, wish)))
+        add(
+            place,
+            "data_type",
+            f"this is {_named(value)}, and the prompt and both answers are of one kind.",
+            "Make all three lists of messages."
+            if messages_only
+            else "Make all three strings, or all three lists of messages.",
+        )
+        return
+    if sides[0] == sides[1]:
+        better, worse = (place.removeprefix("$.") for place in answers)
+        add(
+            "$",
+            "equal_preference",
+            f"{better} and {worse} are equal, so there is nothing to prefer.",
+            "Give two different answers, or leave the line out.",
+        )
+
+
+def _check_answer_roles(messages: list[Any], path: str, add: Add) -> None:
+    for i, message in enumerate(messages):
+        if isinstance(message, dict) and message.get("role") in ("system", "developer", "user"):
+            add(
+                f"{path}[{i}].role",
+                "unrecognized_role",
+                f"an answer holds no '{message['role']}' message.",
+                "Move it to the prompt.",
+            )
+
+
+def _check_other_keys(record: dict[str, Any], known: tuple[str, ...], add: Add, path: str = "$") -> None:
     for key in record:
         if key not in known:
             hint = nearest(key, known)
             add(
-                f"$.{key}",
+                f"{path}.{key}",
                 "unrecognized_key",
                 f"'{key}' is not part of the format{hint} and is ignored.",
                 "",
@@ -693,18 +832,18 @@ def _is_zero(weight: Any) -> bool:
     return weight == 0 and not isinstance(weight, bool)
 
 
-def _check_tools(record: dict[str, Any], add: Add) -> None:
+def _check_tools(record: dict[str, Any], add: Add, path: str = "$") -> None:
     for key, name_of in (("tools", _tool_name), ("functions", _function_name)):
         tools = record.get(key)
         if tools is None:
             continue
         if not isinstance(tools, list):
-            add(f"$.{key}", "data_type", f"'{key}' is {_named(tools)}.", "Make it a list.")
+            add(f"{path}.{key}", "data_type", f"'{key}' is {_named(tools)}.", "Make it a list.")
             continue
         for i, tool in enumerate(tools):
             if not isinstance(name_of(tool), str):
                 add(
-                    f"$.{key}[{i}]",
+                    f"{path}.{key}[{i}]",
                     "data_type",
                     "the tool has no function with a name.",
                     'Write {"type": "function", "function": {"name": …, "parameters": {…}}}.',
@@ -726,7 +865,9 @@ def _call_ids(messages: list[Any]) -> list[str]:
 
 
 def _uses_role(record: dict[str, Any], role: str) -> bool:
-    lists = (record.get("messages"), record.get("prompt"))
+    around = record.get("input")
+    asked = around.get("messages") if isinstance(around, dict) else None
+    lists = (record.get("messages"), record.get("prompt"), asked)
     messages = [m for group in lists if isinstance(group, list) for m in group]
     return any(isinstance(m, dict) and m.get("role") == role for m in messages)
 

@@ -296,7 +296,7 @@ def bad_data(name: str, code: str, *says: str, training: bytes = chat_file(), va
 BAD_DATA = (
     bad_data("rows", "invalid_n_examples", "7 example(s)", "at least 10", "Add 3", training=chat_file(7)),
     bad_data("answer", "invalid_training_file", "Line 12", "no assistant", "Add the", training=UNANSWERED),
-    bad_data("preferences", "invalid_training_file", "preference data", training=PREFERENCES),
+    bad_data("preferences", "unexpected_file_format", "preference data", training=PREFERENCES),
     bad_data("formats", "invalid_validation_file", "completion format", validation=completion_file()),
     bad_data("validation", "invalid_validation_file", "Line 1", "no assistant", validation=jsonl(NO_ANSWER)),
 )

@@ -345,12 +345,71 @@ def test_the_first_error_and_the_number_of_the_others_fail_the_job() -> None:
     assert "and 2 more errors" in error.message
 
 
-def test_preference_data_do_not_fit_supervised_training() -> None:
-    error = check_for_training(
-        report_of({"prompt": "a", "chosen": "b", "rejected": "c"}), role="training", minimum_rows=1
-    )
+QUESTION, GOOD, BAD = CHAT["messages"][:1], CHAT["messages"][1:], [{"role": "assistant", "content": "go"}]
+PREFERENCES = {
+    "openai": {"input": {"messages": QUESTION}, "preferred_output": GOOD, "non_preferred_output": BAD},
+    "older openai": {
+        "input": {"messages": QUESTION, "tools": [], "parallel_tool_calls": True},
+        "preferred_completion": GOOD,
+        "non_preferred_completion": BAD,
+    },
+    "trl strings": {"prompt": "hi", "chosen": "hello", "rejected": "go"},
+    "trl messages": {"prompt": QUESTION, "chosen": GOOD, "rejected": BAD},
+}
+
+
+@pytest.mark.parametrize("spelling", PREFERENCES)
+def test_every_spelling_of_a_preference_trains_dpo_and_nothing_else(spelling: str) -> None:
+    report = report_of(PREFERENCES[spelling])
+    assert (report.format, report.error_count, report.warning_count) == ("preference", 0, 0)
+    assert check_for_training(report, role="training", minimum_rows=1, type="dpo") is None
+    error = check_for_training(report, role="training", minimum_rows=1)
     assert error is not None
-    assert "preference" in error.message
+    assert (error.code, error.param) == ("unexpected_file_format", "training_file")
+    assert "preference data" in error.message
+    assert 'method.type "dpo"' in error.message
+
+
+@pytest.mark.parametrize("row", [CHAT, {"prompt": "a", "completion": "b"}])
+def test_rows_without_a_preference_do_not_fit_dpo(row: dict[str, object]) -> None:
+    error = check_for_training(report_of(row), role="validation", minimum_rows=1, type="dpo")
+    assert error is not None
+    assert (error.code, error.param) == ("unexpected_file_format", "validation_file")
+    assert 'method.type "supervised"' in error.message
+    assert "non_preferred_output" in error.message
+
+
+OPENAI, STRINGS = PREFERENCES["openai"], PREFERENCES["trl strings"]
+ASKED_BACK = [*GOOD, {"role": "user", "content": "and?"}]
+
+
+@pytest.mark.parametrize(
+    ("row", "path", "code"),
+    [
+        (OPENAI | {"non_preferred_output": GOOD}, "$", "equal_preference"),
+        (STRINGS | {"rejected": "hello"}, "$", "equal_preference"),
+        (OPENAI | {"input": {}}, "$.input.messages", "data_type"),
+        (OPENAI | {"input": "hi"}, "$.input", "data_type"),
+        (OPENAI | {"input": {"messages": []}}, "$.input.messages", "missing_messages_list"),
+        (OPENAI | {"input": {"messages": QUESTION, "tools": 3}}, "$.input.tools", "data_type"),
+        (OPENAI | {"preferred_output": "hello"}, "$.preferred_output", "data_type"),
+        (OPENAI | {"preferred_output": []}, "$.preferred_output", "example_missing_assistant_message"),
+        (OPENAI | {"preferred_output": ASKED_BACK}, "$.preferred_output[1].role", "unrecognized_role"),
+        (STRINGS | {"chosen": GOOD}, "$.chosen", "data_type"),
+        (STRINGS | {"prompt": 3}, "$.prompt", "data_type"),
+        ({"prompt": "hi", "chosen": "hello"}, "$.rejected", "missing_key"),
+        ({"chosen": "hello", "rejected": "go"}, "$.prompt", "missing_key"),
+        ({"preferred_output": GOOD, "non_preferred_output": BAD}, "$.input", "missing_key"),
+    ],
+)
+def test_what_is_wrong_with_a_preference_is_named(row: dict[str, object], path: str, code: str) -> None:
+    assert only_error(row) == (1, path, code)
+
+
+def test_an_empty_answer_of_a_preference_is_a_warning() -> None:
+    report = report_of(STRINGS | {"rejected": " "})
+    assert report.error_count == 0
+    assert [(p.path, p.code) for p in report.warnings] == [("$.rejected", "empty_answer")]
 
 
 def test_a_validation_file_has_the_training_files_format() -> None:

@@ -244,7 +244,7 @@ def test_a_job_names_both_files_it_checks(sessions: Sessions) -> None:
             "invalid_n_examples",
             "Training file has 7 example(s), but must have at least 10",
         ),
-        ([making.PREFERENCE] * 10, "invalid_training_file", "preference"),
+        ([making.PREFERENCE] * 10, "unexpected_file_format", "preference"),
         (
             [{"messages": [{"role": "user", "content": "hello"}]}] * 10,
             "invalid_training_file",
