@@ -21,7 +21,7 @@ from transformers import PreTrainedTokenizerBase
 from transformers.utils.chat_template_utils import render_jinja_template
 
 from .errors import DataError, ModelError
-from .formats import plain_text, read_records
+from .formats import detect_format, plain_text, read_preference, read_records
 from .progress import Note, Phase
 
 IGNORED = -100
@@ -33,7 +33,10 @@ Span = tuple[int, int]
 
 @dataclass(frozen=True)
 class Examples:
-    """Tokenised rows, laid end to end. Row i is `offsets[i]:offsets[i + 1]`."""
+    """Tokenised examples of one row each, or of two: the better answer's, then the worse one's.
+
+    Rows are laid end to end. Row i is `offsets[i]:offsets[i + 1]`.
+    """
 
     tokens: np.ndarray
     """(total,) uint32."""
@@ -42,7 +45,9 @@ class Examples:
     offsets: np.ndarray
     """(rows + 1,) int64."""
     lines: np.ndarray
-    """(rows,) int64, the line of the file that each row comes from."""
+    """(examples,) int64, the line of the file that each example comes from."""
+    sides: int = 1
+    """Rows of an example: 2 where one answer is preferred to another."""
 
     def __len__(self) -> int:
         return len(self.lines)
@@ -51,14 +56,25 @@ class Examples:
         part = slice(self.offsets[i], self.offsets[i + 1])
         return self.tokens[part], self.trained[part]
 
+    def example(self, i: int) -> list[tuple[np.ndarray, np.ndarray]]:
+        """Its rows."""
+        return [self.row(self.sides * i + side) for side in range(self.sides)]
+
     @cached_property
     def lengths(self) -> np.ndarray:
-        return np.diff(self.offsets)
+        """(examples,) tokens of the longest row."""
+        return np.diff(self.offsets).reshape(-1, self.sides).max(axis=1)
 
     @cached_property
     def trained_lengths(self) -> np.ndarray:
-        """(rows,) number of trained tokens."""
-        return np.add.reduceat(self.trained.astype(np.int64), self.offsets[:-1])
+        """(examples,) number of trained tokens."""
+        rows = np.add.reduceat(self.trained.astype(np.int64), self.offsets[:-1])
+        return rows.reshape(-1, self.sides).sum(axis=1)
+
+    @cached_property
+    def weights(self) -> np.ndarray:
+        """(examples,) what each counts in a mean loss: its trained tokens, or one for a pair."""
+        return self.trained_lengths if self.sides == 1 else np.ones(len(self), dtype=np.int64)
 
     @cached_property
     def digest(self) -> str:
@@ -68,13 +84,23 @@ class Examples:
             hashed.update(np.ascontiguousarray(array).tobytes())
         return hashed.hexdigest()
 
-    def row_digests(self) -> list[bytes]:
-        return [hashlib.sha256(self.row(i)[0].tobytes()).digest() for i in range(len(self))]
+    def example_digests(self) -> list[bytes]:
+        return [
+            b"".join(hashlib.sha256(tokens.tobytes()).digest() for tokens, _ in self.example(i))
+            for i in range(len(self))
+        ]
 
-    def first(self, rows: int) -> "Examples":
-        """The first rows alone."""
-        end = self.offsets[min(rows, len(self))]
-        return Examples(self.tokens[:end], self.trained[:end], self.offsets[: rows + 1], self.lines[:rows])
+    def first(self, examples: int) -> "Examples":
+        """The first examples alone."""
+        rows = self.sides * min(examples, len(self))
+        end = self.offsets[rows]
+        return Examples(
+            self.tokens[:end],
+            self.trained[:end],
+            self.offsets[: rows + 1],
+            self.lines[:examples],
+            self.sides,
+        )
 
 
 # --- records to examples -------------------------------------------------------------------------------
@@ -90,8 +116,8 @@ def tokenise(
 ) -> Generator[Phase, None, tuple[Examples, list[Note]]]:
     """Reads a validated file. Yields progress; returns the examples and what its owner should know of them.
 
-    Rows are cut at `context_length` tokens; rows without a trained token are left out. Raises DataError,
-    naming the line, for what cannot be trained on.
+    Rows are cut at `context_length` tokens; examples with a row without a trained token are left out.
+    Raises DataError, naming the line, for what cannot be trained on.
     """
     if not tokenizer.is_fast:
         raise ModelError(
@@ -100,13 +126,14 @@ def tokenise(
         )
     total, rows = _count_lines(path), _Rows(role)
     chat = ChatTemplate(tokenizer, end_tokens)
-    drafts = (_draft(line, record, chat) for line, record in read_records(path))
+    drafts = (_drafts(line, record, chat) for line, record in read_records(path))
     while batch := list(islice(drafts, ROWS_AT_ONCE)):
-        encodings = tokenizer([d.text for d in batch], add_special_tokens=False, verbose=False).encodings
-        for draft, encoding in zip(batch, encodings, strict=True):
-            ids, trained = _encode(draft, encoding, tokenizer, end_tokens)
-            rows.add(draft.line, ids, trained, context_length, tokenizer.bos_token_id, end_tokens)
-        yield Phase("tokenising", min(batch[-1].line, total), total)
+        texts = [draft.text for sides in batch for draft in sides]
+        encodings = iter(tokenizer(texts, add_special_tokens=False, verbose=False).encodings)
+        for sides in batch:
+            encoded = [_encode(draft, next(encodings), tokenizer, end_tokens) for draft in sides]
+            rows.add(sides[0].line, encoded, context_length, tokenizer.bos_token_id, end_tokens)
+        yield Phase("tokenising", min(batch[-1][0].line, total), total)
     return rows.examples(context_length)
 
 
@@ -127,13 +154,34 @@ def _count_lines(path: Path) -> int:
         return sum(chunk.count(b"\n") for chunk in iter(lambda: file.read(2**20), b"")) + 1
 
 
+def _drafts(line: int, record: dict[str, Any], chat: "ChatTemplate") -> list[_Draft]:
+    """The rows of an example: one, or those of the better and of the worse answer to one prompt."""
+    if detect_format(record) != "preference":
+        return [_draft(line, record, chat)]
+    pair = read_preference(record)
+    around = {"prompt": pair.prompt, "tools": pair.tools, "functions": pair.functions}
+    drafts = []
+    for answer in (pair.chosen, pair.rejected):
+        draft = _draft(line, around | {"completion": answer}, chat)
+        drafts.append(draft if _says_something(answer) else _Draft(line, draft.text, [], raw=False))
+    return drafts
+
+
+def _says_something(answer: str | list[dict[str, Any]]) -> bool:
+    """Whether there is more to prefer, or not, than the end of a turn."""
+    if isinstance(answer, str):
+        return bool(answer.strip())
+    called = ("tool_calls", "function_call")
+    return any(plain_text(m.get("content")).strip() or any(m.get(key) for key in called) for m in answer)
+
+
 def _draft(line: int, record: dict[str, Any], chat: "ChatTemplate") -> _Draft:
     prompt, completion = record.get("prompt"), record.get("completion")
     if isinstance(prompt, str) and isinstance(completion, str):
         text = prompt + completion
         return _Draft(line, text, [(len(prompt), len(text))], raw=True)
     if prompt is not None:
-        messages = [{**message, "weight": 0} for message in prompt] + completion
+        messages = [*({**message, "weight": 0} for message in prompt), *record["completion"]]
     else:
         messages = record["messages"]
     tools = record.get("tools") or [
@@ -204,18 +252,42 @@ class _Rows:
         self.tokens: list[np.ndarray] = []
         self.trained: list[np.ndarray] = []
         self.lines: list[int] = []
+        self.sides = 1
         self.cut: list[int] = []
+        self.equal: list[int] = []
         self.dropped: list[int] = []
         self.dropped_by_cut = 0
 
     def add(
         self,
         line: int,
-        ids: list[int],
-        trained: np.ndarray,
+        sides: list[tuple[list[int], np.ndarray]],
         context_length: int,
         bos: int | None,
         end_tokens: frozenset[int],
+    ) -> None:
+        """One example's rows, token ids and which of them are trained: kept together, or none of them."""
+        for ids, trained in sides:
+            self._check(line, ids, trained, bos, end_tokens)
+            trained[:1] = False
+        had_answers = all(trained.any() for _, trained in sides)
+        if any(len(ids) > context_length for ids, _ in sides):
+            self.cut.append(line)
+        kept = [(ids[:context_length], trained[:context_length]) for ids, trained in sides]
+        if not all(trained.any() for _, trained in kept):
+            self.dropped.append(line)
+            self.dropped_by_cut += int(had_answers)
+            return
+        if len(kept) == 2 and kept[0][0] == kept[1][0]:
+            self.equal.append(line)
+            return
+        self.sides = len(kept)
+        self.tokens += [np.asarray(ids, dtype=np.uint32) for ids, _ in kept]
+        self.trained += [trained for _, trained in kept]
+        self.lines.append(line)
+
+    def _check(
+        self, line: int, ids: list[int], trained: np.ndarray, bos: int | None, end_tokens: frozenset[int]
     ) -> None:
         if bos is not None and ids[:2] == [bos, bos]:
             raise self.error(
@@ -229,18 +301,6 @@ class _Rows:
                 "has no end-of-turn token among its trained tokens, so the tuned model would never stop. Use "
                 "a chat template that writes the model's end-of-turn token after each answer.",
             )
-        trained[:1] = False
-        had_answer = trained.any()
-        if len(ids) > context_length:
-            self.cut.append(line)
-        kept = trained[:context_length]
-        if not kept.any():
-            self.dropped.append(line)
-            self.dropped_by_cut += int(had_answer)
-            return
-        self.tokens.append(np.asarray(ids[:context_length], dtype=np.uint32))
-        self.trained.append(kept)
-        self.lines.append(line)
 
     def error(self, line: int, what: str) -> DataError:
         return DataError(
@@ -268,6 +328,7 @@ class _Rows:
             np.concatenate(self.trained),
             np.cumsum(lengths, dtype=np.int64),
             np.asarray(self.lines, dtype=np.int64),
+            self.sides,
         )
         return examples, self.notes(examples, context_length)
 
@@ -298,6 +359,15 @@ class _Rows:
                     f"token{reason}.",
                     "no_trained_token",
                     self.dropped,
+                )
+            )
+        if self.equal:
+            notes.append(
+                lines_note(
+                    f"{_examples(len(self.equal))} of the {self.role} file left out, whose two answers are "
+                    "the same tokens.",
+                    "equal_preference",
+                    self.equal,
                 )
             )
         if repeated := _repeated(examples):
@@ -331,7 +401,7 @@ def _repeated(examples: Examples) -> list[int]:
     """Lines whose tokens an earlier line has too."""
     seen: set[bytes] = set()
     repeated = []
-    for line, digest in zip(examples.lines.tolist(), examples.row_digests(), strict=True):
+    for line, digest in zip(examples.lines.tolist(), examples.example_digests(), strict=True):
         if digest in seen:
             repeated.append(line)
         seen.add(digest)
@@ -340,8 +410,8 @@ def _repeated(examples: Examples) -> list[int]:
 
 def overlap_note(training: Examples, validation: Examples) -> Note | None:
     """Validation rows that are trained on tell nothing; names their lines."""
-    known = set(training.row_digests())
-    digests = validation.row_digests()
+    known = set(training.example_digests())
+    digests = validation.example_digests()
     lines = [line for line, d in zip(validation.lines.tolist(), digests, strict=True) if d in known]
     if not lines:
         return None
@@ -555,6 +625,8 @@ class MicroBatch:
     """(trained,) int64: which of the rows × length hidden states predict a trained token."""
     targets: Tensor
     """(trained,) int64: those tokens."""
+    trained_by_row: tuple[int, ...]
+    """How many of those belong to each example's row, in their order."""
     tokens: int
     """Without padding."""
 
@@ -585,10 +657,13 @@ def steps_per_epoch(examples: int, batch_size: int) -> int:
 def micro_batches(
     examples: Examples, rows: np.ndarray, *, size: int, packing: bool, pad_token: int
 ) -> Iterator[MicroBatch]:
-    """Splits one optimizer batch into forward passes of rows of similar length."""
+    """Splits one optimizer batch into forward passes of `size` examples of similar length.
+
+    The rows of an example stay together, one after the other.
+    """
     by_length = rows[np.argsort(-examples.lengths[rows], kind="stable")]
     for start in range(0, len(by_length), size):
-        part = [examples.row(int(i)) for i in by_length[start : start + size]]
+        part = [row for i in by_length[start : start + size] for row in examples.example(int(i))]
         yield _packed(part) if packing else _padded(part, pad_token)
 
 
@@ -629,5 +704,6 @@ def _micro_batch(
         position_ids,
         positions=torch.from_numpy(trained - 1),
         targets=torch.from_numpy(labels.reshape(-1)[trained]),
+        trained_by_row=tuple(int(trained.sum()) for _, trained in rows),
         tokens=sum(len(tokens) for tokens, _ in rows),
     )
