@@ -9,16 +9,21 @@ from transformers import GenerationConfig
 
 from .data import Examples, end_of_turn_tokens, micro_batches, normalised
 from .errors import ModelError
-from .losses import evaluating, task_loss
+from .losses import Loss, evaluating, task_loss
 from .model import Base
 from .progress import Phase
 
 
 def evaluate(
-    base: Base, examples: Examples, *, micro_batch_size: int, every_logit: bool
+    base: Base,
+    examples: Examples,
+    *,
+    micro_batch_size: int,
+    every_logit: bool,
+    loss_of_batch: Loss = task_loss,
 ) -> Generator[Phase, None, tuple[float, float]]:
-    """Mean loss (nats per trained token) and token accuracy over all examples; yields progress."""
-    total, correct, trained = 0.0, 0, 0
+    """Mean loss (nats per trained token, or per pair) and accuracy over all examples; yields progress."""
+    total, correct, weight = 0.0, 0, 0
     batches = micro_batches(
         examples,
         np.arange(len(examples)),
@@ -30,13 +35,13 @@ def evaluate(
     for batch in batches:
         # Set for each batch, since whoever drives a generator may do other things between two of them.
         with evaluating(base.model), torch.no_grad():
-            loss = task_loss(base.model, batch.to(base.device), every_logit=every_logit)
+            loss = loss_of_batch(base.model, batch.to(base.device), every_logit=every_logit)
         total += loss.total.item()
         correct += int(loss.correct)
-        trained += batch.trained_tokens
+        weight += loss.weight
         done = min(done + micro_batch_size, len(examples))
         yield Phase("evaluating", done, len(examples))
-    return total / trained, correct / trained
+    return total / weight, correct / weight
 
 
 def generate(base: Base, messages: list[dict[str, Any]], max_new_tokens: int) -> str:

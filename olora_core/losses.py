@@ -1,19 +1,22 @@
-"""The supervised loss: cross-entropy summed over the trained tokens of a micro-batch.
+"""The losses of a micro-batch: cross-entropy of its trained tokens, or DPO of its pairs; sums of either.
 
-Whoever calls divides by the trained tokens of the whole optimizer batch, so that a batch gives the same
-gradient however it is cut into micro-batches.
+Whoever calls divides by the trained tokens, or the pairs, of the whole optimizer batch, so that a batch gives
+the same gradient however it is cut into micro-batches.
 """
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import NamedTuple
+from functools import partial
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 from transformers import PreTrainedModel
 
+from .adapter import adapters_off, attached
 from .data import MicroBatch
+from .specs import TrainSpec
 
 SEGMENT_TOLERANCE = 1e-2
 """How far a packed example's logits may be from those it has alone, as a share of the largest |logit|.
@@ -26,15 +29,64 @@ class TaskLoss(NamedTuple):
     """One micro-batch's loss, without any penalty."""
 
     total: Tensor
-    """Scalar fp32: nats, summed over the trained tokens."""
+    """Scalar, nats: the sum over the trained tokens in fp32, or over the pairs in fp64."""
     correct: Tensor
-    """Scalar int64: trained tokens that the model itself finds likeliest."""
+    """Scalar int64: trained tokens that the model itself finds likeliest, or pairs it ranks right."""
+    weight: int
+    """How many trained tokens or pairs these are."""
     logits: Tensor | None
     """(rows, length, vocabulary) when asked for."""
+    margin: Tensor | None = None
+    """Scalar fp64, of pairs: the sum of what the better answer's reward exceeds the worse one's by."""
+
+
+class Loss(Protocol):
+    """One kind of training: how a micro-batch is judged."""
+
+    def __call__(self, model: PreTrainedModel, batch: MicroBatch, *, every_logit: bool) -> TaskLoss: ...
+
+
+def loss_of(spec: TrainSpec) -> Loss:
+    """The loss of a resolved spec's type."""
+    if spec.type == "dpo":
+        return partial(preference_loss, beta=spec.hyperparameters.beta)
+    return task_loss
 
 
 def task_loss(model: PreTrainedModel, batch: MicroBatch, *, every_logit: bool) -> TaskLoss:
-    """Runs the model on a micro-batch.
+    """The supervised loss. `every_logit` is as for `_forward`."""
+    chosen, logits = _forward(model, batch, every_logit)
+    total = F.cross_entropy(chosen.float(), batch.targets, reduction="sum")
+    correct = (chosen.detach().argmax(dim=-1) == batch.targets).sum()
+    return TaskLoss(total, correct, batch.trained_tokens, logits)
+
+
+def preference_loss(model: PreTrainedModel, batch: MicroBatch, *, beta: float, every_logit: bool) -> TaskLoss:
+    """DPO (arXiv 2305.18290, equation 7): rows 2i and 2i + 1 hold the better and the worse answer.
+
+    `-log sigmoid(beta ((log p(c) - log p_ref(c)) - (log p(r) - log p_ref(r))))`, where p_ref is the model
+    with its adapters off: the same weights and the same micro-batch, so that an adapter that changes nothing
+    gives log 2 to the last bit.
+    """
+    with adapters_off(model), torch.no_grad():
+        reference = _answer_log_probs(_forward(model, batch, every_logit)[0], batch)
+    chosen, logits = _forward(model, batch, every_logit)
+    # (pairs, 2) log-ratios to the reference, in nats
+    ratios = (_answer_log_probs(chosen, batch) - reference).view(-1, 2)
+    margins = beta * (ratios[:, 0] - ratios[:, 1])
+    total = -F.logsigmoid(margins).double().sum()
+    margins = margins.detach()
+    return TaskLoss(total, (margins > 0).sum(), len(margins), logits, margins.double().sum())
+
+
+def _answer_log_probs(chosen: Tensor, batch: MicroBatch) -> Tensor:
+    """(rows,) fp32: log-probability of each row's trained tokens, summed in an order that never varies."""
+    of_tokens = -F.cross_entropy(chosen.float(), batch.targets, reduction="none")
+    return torch.stack([row.sum() for row in of_tokens.split(batch.trained_by_row)])
+
+
+def _forward(model: PreTrainedModel, batch: MicroBatch, every_logit: bool) -> tuple[Tensor, Tensor | None]:
+    """(trained, vocabulary) logits of the trained tokens; and all logits, or None.
 
     With `every_logit` the model builds all logits, as methods with `needs_logits` want them. Without, the
     LM head sees only the positions that predict a trained token: the same values for less work, allowed
@@ -42,14 +94,19 @@ def task_loss(model: PreTrainedModel, batch: MicroBatch, *, every_logit: bool) -
     """
     if every_logit:
         logits = model(**_inputs(batch)).logits
-        chosen = logits.flatten(0, 1).index_select(0, batch.positions)
-    else:
-        hidden = model.get_decoder()(**_inputs(batch)).last_hidden_state
-        logits = None
-        chosen = model.get_output_embeddings()(hidden.flatten(0, 1).index_select(0, batch.positions))
-    total = F.cross_entropy(chosen.float(), batch.targets, reduction="sum")
-    correct = (chosen.detach().argmax(dim=-1) == batch.targets).sum()
-    return TaskLoss(total, correct, logits)
+        return logits.flatten(0, 1).index_select(0, batch.positions), logits
+    hidden = model.get_decoder()(**_inputs(batch)).last_hidden_state
+    return model.get_output_embeddings()(hidden.flatten(0, 1).index_select(0, batch.positions)), None
+
+
+def set_training(model: PreTrainedModel, spec: TrainSpec) -> None:
+    """The modes of a step: all of the model in training, or for DPO its adapters alone.
+
+    Dropout of the base's own would move the policy away from its reference before anything is learned.
+    """
+    model.train(spec.type != "dpo")
+    for layer in attached(model):
+        layer.adapter.train()
 
 
 def _inputs(batch: MicroBatch) -> dict[str, Tensor | bool]:
@@ -94,10 +151,11 @@ def _probe_tokens(model: PreTrainedModel, length: int) -> Tensor:
 
 @contextmanager
 def evaluating(model: PreTrainedModel) -> Iterator[None]:
-    """Inside, the model is in eval mode; afterwards in the mode it was in."""
-    before = model.training
+    """Inside, the model is in eval mode; afterwards each of its modules in the mode it was in."""
+    trained = [module for module in model.modules() if module.training]
     model.eval()
     try:
         yield
     finally:
-        model.train(before)
+        for module in trained:
+            module.training = True

@@ -42,7 +42,7 @@ class Resolved:
 
 @dataclass(frozen=True)
 class Step:
-    """One optimizer step, told after it. `loss` is nats per trained token, without any penalty."""
+    """One optimizer step, told after it. `loss` is nats per trained token or pair, without any penalty."""
 
     step: int
     total_steps: int
@@ -50,7 +50,8 @@ class Step:
     """Passes over the data so far, this step included."""
     loss: float
     accuracy: float
-    """Share of this step's trained tokens that the model would have chosen itself."""
+    """Share of this step's trained tokens that the model would have chosen itself, or of its pairs whose
+    better answer has gained more on the base than the worse one."""
     trained_tokens: int
     tokens: int
     """Without padding."""
@@ -63,6 +64,8 @@ class Step:
     valid_loss: float | None = None
     """Over a small, fixed part of the validation file."""
     valid_accuracy: float | None = None
+    reward_margin: float | None = None
+    """Of pairs: mean of beta times that gain's lead."""
 
 
 @dataclass(frozen=True)
