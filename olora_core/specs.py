@@ -8,7 +8,7 @@ import difflib
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Annotated, Any, ClassVar, Literal, TypeVar
+from typing import Annotated, Any, ClassVar, Literal, TypeVar, cast, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
@@ -114,6 +114,8 @@ class LoRASpec(AdapterSpec):
 AnyAdapterSpec = Annotated[OLoRASpec | LoRASpec, Field(discriminator="method")]
 ADAPTER_SPECS: dict[str, type[AdapterSpec]] = {"olora": OLoRASpec, "lora": LoRASpec}
 DEFAULT_METHOD = "olora"
+AUTO_BETA = 0.1
+"""The value of most of the DPO paper's experiments."""
 
 
 def check_export_rank(spec: AdapterSpec) -> None:
@@ -167,13 +169,22 @@ class Hyperparameters(Spec):
     dtype: Literal["auto", "float32", "bfloat16"] = Field(
         default="auto", description="Compute precision; auto times both on the device at hand."
     )
+    beta: Auto | Annotated[float, Field(gt=0, le=2)] | None = Field(
+        default=None, description="dpo alone: how firmly the model is held to the base; auto is 0.1."
+    )
+
+
+TrainingType = Literal["supervised", "dpo"]
 
 
 class TrainSpec(Spec):
     """One training run, without its files: what the core is asked for."""
 
     model: str = Field(min_length=1, description="Id of the base model.")
-    type: Literal["supervised"] = "supervised"
+    type: TrainingType = Field(
+        default="supervised",
+        description="Learn answers, or which of two answers to prefer (DPO, arXiv 2305.18290).",
+    )
     adapter: AnyAdapterSpec = Field(default_factory=OLoRASpec)
     hyperparameters: Hyperparameters = Field(default_factory=Hyperparameters)
     seed: int = Field(default=0, ge=0, le=MAX_SEED)
@@ -205,8 +216,10 @@ def read_spec(
 
     Raises SpecError, naming the place, what is allowed and the nearest known name.
     """
-    if type != "supervised":
-        raise SpecError(f"method.type '{type}' is not available; use 'supervised'.", param="method.type")
+    if type not in get_args(TrainingType):
+        raise SpecError(
+            f"method.type '{type}' is not available; use 'supervised' or 'dpo'.", param="method.type"
+        )
     adapter_values: dict[str, Any] = {}
     for name, value in (adapter or {}).items():
         _put(adapter_values, ADAPTER_ALIASES.get(name, name), value, f"adapter.{name}")
@@ -220,6 +233,13 @@ def read_spec(
             "learning_rate and learning_rate_multiplier exclude each other; give one of them.",
             param=f"{prefix}.learning_rate",
         )
+    if type == "dpo" and training_values.get("beta") is None:
+        training_values["beta"] = "auto"
+    if type != "dpo" and training_values.get("beta") is not None:
+        raise SpecError(
+            f"{prefix}.beta is for method.type 'dpo', and this is '{type}'; leave it out, or ask for dpo.",
+            param=f"{prefix}.beta",
+        )
     method = adapter_values.setdefault("method", DEFAULT_METHOD)
     if not isinstance(method, str) or method not in ADAPTER_SPECS:
         raise SpecError(
@@ -231,6 +251,7 @@ def read_spec(
     check_export_rank(read_adapter)
     return TrainSpec(
         model=model,
+        type=cast(TrainingType, type),
         adapter=read_adapter,
         hyperparameters=_read(Hyperparameters, training_values, lambda name: prefix),
         seed=_read_seed(seed),
@@ -388,6 +409,7 @@ def resolve(spec: TrainSpec, facts: Facts) -> tuple[TrainSpec, list[str]]:
     decide("n_epochs", auto_epochs(facts.examples), f"from {facts.examples} examples")
     decide("batch_size", auto_batch_size(facts.examples), "0.2 % of the examples, from 4 to 256")
     decide("context_length", facts.context_length, "the model's own context")
+    decide("beta", AUTO_BETA, "DPO's usual value")
     decide("dtype", facts.dtype, "the faster one on this device")
     own_rate = learning_rate_for(spec.adapter, facts.hidden_size)
     if asked.learning_rate == "auto":

@@ -36,7 +36,15 @@ from .errors import CheckpointError, SpecError, TrainingError
 from .evaluate import evaluate
 from .export import Story, export_adapter, record_certificate
 from .formats import check_for_training, validate
-from .losses import evaluating, head_is_plain, packing_is_exact, task_loss
+from .losses import (
+    Loss,
+    evaluating,
+    head_is_plain,
+    loss_of,
+    packing_is_exact,
+    set_training,
+    task_loss,
+)
 from .methods import METHODS, Method, Outputs
 from .methods.base import Schedule, placing
 from .model import Base, target_sites
@@ -148,12 +156,12 @@ def read_data(
         "context_length": context_length(base) if kept == "auto" else kept,
         "end_tokens": end_of_turn_tokens(base.tokenizer, base.model.generation_config.eos_token_id),
     }
-    training_format = checked_format(training, "training")
+    training_format = checked_format(training, "training", spec.type)
     examples, said = yield from tokenise(training, base.tokenizer, role="training", **arguments)
     hashes = {"training": file_hash(training)}
     held_out = None
     if validation is not None:
-        checked_format(validation, "validation", training_format)
+        checked_format(validation, "validation", spec.type, training_format)
         held_out, more = yield from tokenise(validation, base.tokenizer, role="validation", **arguments)
         hashes["validation"] = file_hash(validation)
         overlap = overlap_note(examples, held_out)
@@ -161,11 +169,11 @@ def read_data(
     return Data(examples, held_out, hashes, said)
 
 
-def checked_format(path: Path, role: Any, training_format: str | None = None) -> str | None:
+def checked_format(path: Path, role: Any, type: str, training_format: str | None = None) -> str | None:
     """The file's format, after its structural check."""
     with path.open("rb") as file:
         report = validate(file)
-    error = check_for_training(report, role=role, minimum_rows=1, training_format=training_format)
+    error = check_for_training(report, role=role, minimum_rows=1, training_format=training_format, type=type)
     if error is not None:
         raise error
     return report.format
@@ -215,7 +223,7 @@ class Run:
     seconds: float = 0.0
     """Spent in steps, without evaluations and checkpoints."""
     history: list[tuple[int, float, float, int]] = field(default_factory=list)
-    """(step, loss, accuracy, trained tokens) of each step."""
+    """(step, loss, accuracy, trained tokens or pairs) of each step."""
     glances: list[tuple[int, float, float]] = field(default_factory=list)
     """(step, loss, accuracy) over the first validation rows."""
     evaluations: list[Evaluated] = field(default_factory=list)
@@ -227,6 +235,10 @@ class Run:
     @property
     def hyperparameters(self) -> Hyperparameters:
         return self.spec.hyperparameters
+
+    @cached_property
+    def loss(self) -> Loss:
+        return loss_of(self.spec)
 
     @cached_property
     def parameters(self) -> list[nn.Parameter]:
@@ -342,10 +354,10 @@ def take_step(run: Run) -> Step:
     """One optimizer step; the order of the method's hooks is part of their contract."""
     began, step, rows = time.perf_counter(), run.step + 1, run.rows(run.step + 1)
     rate = write_learning_rates(run, step)
-    run.base.model.train()
+    set_training(run.base.model, run.spec)
     try:
         with run.random:
-            loss, correct, tokens = accumulate(run, rows)
+            sums, tokens = accumulate(run, rows)
     except torch.OutOfMemoryError:
         raise TrainingError(
             f"Step {step} does not fit into the device's memory; lower hyperparameters.micro_batch_size "
@@ -358,9 +370,10 @@ def take_step(run: Run) -> Step:
     run.method.after_step(step, run.optimizer)
     run.optimizer.zero_grad(set_to_none=True)
     trained = int(run.data.training.trained_lengths[rows].sum())
+    weight = int(run.data.training.weights[rows].sum())
     # The one wait for the device in a step, when all of its work is queued.
-    total, hits, grad_norm = torch.stack([loss, correct.double(), norm.double()]).tolist()
-    mean = total / trained
+    *means, grad_norm = torch.cat([sums / weight, norm.double()[None]]).tolist()
+    mean, accuracy, margin = means
     if not (math.isfinite(mean) and math.isfinite(grad_norm)):
         raise TrainingError(
             f"Step {step} is not finite: loss {mean}, gradient norm {grad_norm}. Lower the learning rate "
@@ -370,14 +383,14 @@ def take_step(run: Run) -> Step:
     seconds = time.perf_counter() - began
     run.step, run.tokens, run.trained_tokens = step, run.tokens + tokens, run.trained_tokens + trained
     run.seconds += seconds
-    run.history.append((step, mean, hits / trained, trained))
+    run.history.append((step, mean, accuracy, weight))
     seen = glance(run)
     return Step(
         step=step,
         total_steps=run.total_steps,
         epoch=step / run.steps_per_epoch,
         loss=mean,
-        accuracy=hits / trained,
+        accuracy=accuracy,
         trained_tokens=trained,
         tokens=tokens,
         learning_rate=rate,
@@ -386,6 +399,7 @@ def take_step(run: Run) -> Step:
         memory_bytes=peak_memory(run.base.device),
         valid_loss=seen[0] if seen else None,
         valid_accuracy=seen[1] if seen else None,
+        reward_margin=margin if run.spec.type == "dpo" else None,
     )
 
 
@@ -398,24 +412,23 @@ def write_learning_rates(run: Run, step: int) -> float:
     return peak * multiplier
 
 
-def accumulate(run: Run, rows: np.ndarray) -> tuple[Tensor, Tensor, int]:
-    """Gradients of one optimizer batch. Returns its summed loss (fp64), correct tokens, and tokens."""
-    trained = int(run.data.training.trained_lengths[rows].sum())
+def accumulate(run: Run, rows: np.ndarray) -> tuple[Tensor, int]:
+    """Gradients of one optimizer batch. Returns (3,) fp64, the sums of loss, hits and margin; and tokens."""
+    weight = int(run.data.training.weights[rows].sum())
     batches = list(batches_of(run, rows))
-    total = torch.zeros((), dtype=torch.float64, device=run.base.device)
-    correct = torch.zeros((), dtype=torch.int64, device=run.base.device)
+    sums = torch.zeros(3, dtype=torch.float64, device=run.base.device)
     for cpu_batch in batches:
         batch = cpu_batch.to(run.base.device)
-        task = task_loss(run.base.model, batch, every_logit=run.every_logit)
+        task = run.loss(run.base.model, batch, every_logit=run.every_logit)
         penalty = run.method.penalty(
-            Outputs(task.logits, batch.labels, task.total / batch.trained_tokens),
+            Outputs(task.logits, batch.labels, task.total / task.weight),
             lambda batch=batch: base_logits(run.base, batch),
         )
-        loss = task.total / trained
+        loss = task.total / weight
         (loss if penalty is None else loss + penalty / len(batches)).backward()
-        total += task.total.detach()
-        correct += task.correct
-    return total, correct, sum(batch.tokens for batch in batches)
+        margin = torch.zeros_like(task.total) if task.margin is None else task.margin
+        sums += torch.stack([task.total.detach().double(), task.correct.double(), margin.double()])
+    return sums, sum(batch.tokens for batch in batches)
 
 
 def batches_of(run: Run, rows: np.ndarray) -> Iterator[MicroBatch]:
@@ -465,7 +478,9 @@ def evaluate_fully(run: Run) -> Generator[Phase | Evaluated, None, None]:
 
 def evaluation(run: Run, examples: Examples) -> Generator[Phase, None, tuple[float, float]]:
     size = run.hyperparameters.micro_batch_size
-    return evaluate(run.base, examples, micro_batch_size=size, every_logit=run.every_logit)
+    return evaluate(
+        run.base, examples, micro_batch_size=size, every_logit=run.every_logit, loss_of_batch=run.loss
+    )
 
 
 # --- checkpoints ---------------------------------------------------------------------------------------
@@ -572,12 +587,12 @@ def certificate_rows(data: Data) -> list[list[int]]:
 def final_metrics(run: Run) -> dict[str, Any]:
     """What the job and the model card keep of the run."""
     last_epoch = run.history[-((run.step - 1) % run.steps_per_epoch + 1) :]
-    trained = sum(tokens for *_, tokens in last_epoch)
+    weight = sum(weight for *_, weight in last_epoch)
     before, after = (run.evaluations[0], run.evaluations[-1]) if run.evaluations else (None, None)
     return {
         "steps": run.step,
-        "train_loss": sum(loss * tokens for _, loss, _, tokens in last_epoch) / trained,
-        "train_accuracy": sum(accuracy * tokens for _, _, accuracy, tokens in last_epoch) / trained,
+        "train_loss": sum(loss * of for _, loss, _, of in last_epoch) / weight,
+        "train_accuracy": sum(accuracy * of for _, _, accuracy, of in last_epoch) / weight,
         "valid_loss_before": before.loss if before else None,
         "valid_loss_after": after.loss if after else None,
         "valid_accuracy_before": before.accuracy if before else None,

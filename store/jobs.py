@@ -115,13 +115,16 @@ def _what_is_wrong_with_files(
     training = _report_of(session, job.training_file, "training_file")
     if not isinstance(training, Report):
         return training
-    error = check_for_training(training, role="training", minimum_rows=settings.min_examples)
+    type = job.spec["type"]
+    error = check_for_training(training, role="training", minimum_rows=settings.min_examples, type=type)
     if error is not None or job.validation_file is None:
         return error
     validation = _report_of(session, job.validation_file, "validation_file")
     if not isinstance(validation, Report):
         return validation
-    return check_for_training(validation, role="validation", minimum_rows=1, training_format=training.format)
+    return check_for_training(
+        validation, role="validation", minimum_rows=1, training_format=training.format, type=type
+    )
 
 
 def _report_of(session: Session, file_id: str, param: str) -> Report | StoreError:

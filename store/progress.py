@@ -36,10 +36,11 @@ SHOWN = (
     "valid_mean_token_accuracy",
     "full_valid_loss",
     "full_valid_mean_token_accuracy",
+    "reward_margin",
     "tokens",
     "seconds",
 )
-"""What a metrics event carries of a step: OpenAI's names, and what a progress bar needs for its speed."""
+"""What a metrics event carries of a step: OpenAI's names, DPO's own figure, and what tells the speed."""
 
 
 def record(

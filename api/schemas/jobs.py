@@ -26,10 +26,14 @@ class SupervisedRequest(Request):
     hyperparameters: dict[str, Any] | None = None
 
 
+class DpoRequest(Request):
+    hyperparameters: dict[str, Any] | None = None
+
+
 class MethodRequest(Request):
-    type: str = Field(description="'supervised'.")
+    type: str = Field(description="'supervised' or 'dpo'.")
     supervised: SupervisedRequest | None = None
-    dpo: dict[str, Any] | None = Field(default=None, description="Not available yet.")
+    dpo: DpoRequest | None = None
     reinforcement: dict[str, Any] | None = Field(default=None, description="Not available yet.")
 
 
@@ -57,7 +61,7 @@ class CreateJob(Request):
     integrations: list[Any] | None = Field(default=None, description="Not available yet; [] or null.")
     method: MethodRequest | None = None
     hyperparameters: dict[str, Any] | None = Field(
-        default=None, description="As in method.supervised.hyperparameters, where newer callers put them."
+        default=None, description="As in the method's own hyperparameters, where newer callers put them."
     )
     adapter: dict[str, Any] | None = Field(
         default=None, description='What to train: {"method": "olora", "rank": 16, …}.'
@@ -84,19 +88,21 @@ def read_create(values: dict[str, Any]) -> CreateJob:
 def spec_of(request: CreateJob) -> TrainSpec:
     """What to train. Raises SpecError or BadRequest, naming the place."""
     method = request.method or MethodRequest(type="supervised")
-    for other in ("dpo", "reinforcement"):
+    for other in ("supervised" if method.type == "dpo" else "dpo", "reinforcement"):
         if getattr(method, other) is not None and method.type != other:
             raise BadRequest(
                 f"method.{other} does not go with method.type '{method.type}'; leave it out.",
                 param=f"method.{other}",
             )
-    new = (method.supervised and method.supervised.hyperparameters) or {}
+    own = method.dpo if method.type == "dpo" else method.supervised
+    place = f"method.{method.type}.hyperparameters"
+    new = (own and own.hyperparameters) or {}
     old = request.hyperparameters or {}
     for name in new.keys() & old.keys():
         if new[name] != old[name]:
             raise BadRequest(
                 f"hyperparameters.{name} = {old[name]!r} contradicts "
-                f"method.supervised.hyperparameters.{name} = {new[name]!r}; give it once.",
+                f"{place}.{name} = {new[name]!r}; give it once.",
                 param=f"hyperparameters.{name}",
             )
     return read_spec(
@@ -105,7 +111,7 @@ def spec_of(request: CreateJob) -> TrainSpec:
         hyperparameters={**old, **new},
         adapter=request.adapter,
         seed=secrets.randbelow(MAX_SEED + 1) if request.seed is None else request.seed,
-        prefix="method.supervised.hyperparameters" if new and not old else "hyperparameters",
+        prefix=place if new and not old else "hyperparameters",
     )
 
 
@@ -145,6 +151,7 @@ def _fields_at(place: list[str]) -> list[str]:
         "": CreateJob,
         "method": MethodRequest,
         "method.supervised": SupervisedRequest,
+        "method.dpo": DpoRequest,
         "olora": JobOptions,
     }
     return list(models[".".join(place)].model_fields)

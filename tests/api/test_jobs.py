@@ -22,6 +22,7 @@ from .calls import (
     eventually,
     finished,
     job,
+    jsonl,
     settled,
     uploaded,
 )
@@ -138,6 +139,31 @@ def test_completions_are_trained_too(client: TestClient) -> None:
     files = {"training_file": uploaded(client, completion_file())}
     files["validation_file"] = uploaded(client, completion_file(2))
     assert settled(client, created(client, **files)["id"])["status"] == "queued"
+
+
+PAIRS = jsonl(*[{"prompt": f"{n} + 1 =", "chosen": f" {n + 1}", "rejected": " 0"} for n in range(12)])
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        {"method": {"type": "dpo", "dpo": {"hyperparameters": {"beta": 0.2, "n_epochs": 2}}}},
+        {"method": {"type": "dpo", "dpo": {}}, "hyperparameters": {"beta": 0.2, "n_epochs": 2}},
+    ],
+)
+def test_preferences_are_trained_by_dpo(body: dict[str, Any], client: TestClient) -> None:
+    made = created(client, training_file=uploaded(client, PAIRS), **body)
+    assert made["method"]["type"] == "dpo"
+    assert made["method"].keys() == {"type", "dpo"}
+    for place in (made["hyperparameters"], made["method"]["dpo"]["hyperparameters"]):
+        assert (place["beta"], place["n_epochs"], place["batch_size"]) == (0.2, 2, "auto")
+    assert settled(client, made["id"])["status"] == "queued"
+
+
+def test_answers_do_not_fit_dpo(client: TestClient) -> None:
+    ended = settled(client, created(client, method={"type": "dpo"})["id"])
+    assert (ended["status"], ended["error"]["code"]) == ("failed", "unexpected_file_format")
+    assert "preferred_output" in ended["error"]["message"]
 
 
 def test_the_job_of_the_highest_priority_runs_first(client: TestClient, settings: Settings) -> None:

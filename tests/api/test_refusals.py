@@ -184,7 +184,22 @@ BAD_BODIES = (
     bad("unknown-field", {"hyperparams": {}}, "hyperparams", "unknown", "did you mean 'hyperparameters'?"),
     bad("status", {"status": "succeeded"}, "status", "status is unknown"),
     misfit("unknown-method", "method.type", "superwised", "'superwised'", "use 'supervised'"),
-    misfit("dpo", "method.type", "dpo", "not available"),
+    misfit("reinforcement", "method.type", "reinforcement", "not available"),
+    misfit("beta-without-dpo", "hyperparameters.beta", 0.1, "method.type 'dpo'"),
+    bad(
+        "large-beta",
+        {"method": {"type": "dpo", "dpo": {"hyperparameters": {"beta": 3}}}},
+        "method.dpo.hyperparameters.beta",
+        "less than or equal to 2",
+        code="invalid_request",
+    ),
+    bad(
+        "dpo-typo",
+        {"method": {"type": "dpo", "dpo": {"hyperparams": {}}}},
+        "method.dpo.hyperparams",
+        "did you mean 'hyperparameters'?",
+    ),
+    bad("supervised-dpo", {"method": {"type": "dpo", "supervised": {}}}, "method.supervised", "leave it out"),
     bad("no-method-type", {"method": {}}, "method.type", "missing"),
     bad("two-methods", {"method": {**SUPERVISED, "dpo": {}}}, "method.dpo", "leave it out"),
     bad(

@@ -292,7 +292,7 @@ def errors_have_their_classes(world: World) -> None:
     assert error.param == "hyperparameters.n_epochs"
     error = expect(
         openai.BadRequestError,
-        lambda: create(model="olora-tiny", training_file=training, method={"type": "dpo", "dpo": {}}),
+        lambda: create(model="olora-tiny", training_file=training, method={"type": "reinforcement"}),
     )
     assert error.param == "method.type"
     error = expect(

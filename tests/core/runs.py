@@ -24,13 +24,30 @@ def chat_rows(count: int = ROWS) -> list[dict[str, Any]]:
     ]
 
 
+def preference_rows(count: int = ROWS) -> list[dict[str, Any]]:
+    """The same questions, each with the answer above and another one."""
+    return [
+        {
+            "input": {"messages": row["messages"][:1]},
+            "preferred_output": row["messages"][1:],
+            "non_preferred_output": [{"role": "assistant", "content": "pqr"[i % 3] * (1 + 4 * i % 11)}],
+        }
+        for i, row in enumerate(chat_rows(count))
+    ]
+
+
 def write_rows(path: Path, rows: Iterable[dict[str, Any]]) -> Path:
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return path
 
 
 def spec_for(
-    method: str = "olora", *, seed: int = 5, adapter: Any = None, **hyperparameters: Any
+    method: str = "olora",
+    *,
+    type: str = "supervised",
+    seed: int = 5,
+    adapter: Any = None,
+    **hyperparameters: Any,
 ) -> TrainSpec:
     """A spec whose every number is small."""
     chosen = {
@@ -42,6 +59,7 @@ def spec_for(
     } | hyperparameters
     return read_spec(
         model="tiny",
+        type=type,
         hyperparameters=chosen,
         adapter={"method": method, "rank": 4, "alpha": 4} | (adapter or {}),
         seed=seed,
@@ -65,6 +83,7 @@ __all__ = [
     "chat_rows",
     "losses",
     "one",
+    "preference_rows",
     "spec_for",
     "train",
     "write_rows",

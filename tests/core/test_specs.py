@@ -113,7 +113,7 @@ def test_every_suggested_name_is_accepted(name) -> None:
         "dtype": "auto",
         "context_length": "auto",
     }
-    spec({name: values.get(name, 1)})
+    read_spec(model="m", type="dpo", hyperparameters={name: values.get(name, 1)})  # takes all of them
 
 
 def test_an_unknown_option_of_the_adapter_names_the_nearest() -> None:
@@ -201,8 +201,35 @@ def test_a_seed_is_an_integer_of_31_bits(seed) -> None:
 
 def test_other_training_types_are_refused() -> None:
     with pytest.raises(SpecError) as caught:
-        read_spec(model="m", type="dpo")
+        read_spec(model="m", type="reinforcement")
     assert caught.value.param == "method.type"
+
+
+def test_dpo_has_a_beta_and_supervised_training_has_none() -> None:
+    asked = read_spec(model="m", type="dpo")
+    assert asked.hyperparameters.beta == "auto"
+    resolved, why = resolve(asked, Facts(100, 192, 128))
+    assert resolved.hyperparameters.beta == 0.1
+    assert any("beta = 0.1" in sentence for sentence in why)
+    for given in ({"beta": 2}, {"beta": 0.01}):
+        assert read_spec(model="m", type="dpo", hyperparameters=given).hyperparameters.beta == given["beta"]
+    supervised, why = resolve(read_spec(model="m", hyperparameters={"beta": None}), Facts(100, 192, 128))
+    assert supervised.hyperparameters.beta is None
+    assert not any("beta" in sentence for sentence in why)
+
+
+@pytest.mark.parametrize("beta", [0, -0.1, 2.01, "much"])
+def test_betas_that_do_not_fit_are_refused(beta) -> None:
+    with pytest.raises(SpecError) as caught:
+        read_spec(model="m", type="dpo", hyperparameters={"beta": beta})
+    assert caught.value.param == "hyperparameters.beta"
+
+
+@pytest.mark.parametrize("beta", [0.1, "auto"])
+def test_beta_is_refused_by_name_without_dpo(beta) -> None:
+    with pytest.raises(SpecError, match="ask for dpo") as caught:
+        read_spec(model="m", hyperparameters={"beta": beta})
+    assert caught.value.param == "hyperparameters.beta"
 
 
 @pytest.mark.parametrize("method", ADAPTER_SPECS)

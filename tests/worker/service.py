@@ -73,13 +73,14 @@ class Service:
         model: str = "tiny",
         options: dict[str, Any] | None = None,
         project: str = PROJECT,
+        type: str = "supervised",
         **hyperparameters: Any,
     ) -> str:
         """A job in `validating_files`. Returns its id."""
         training = self.upload(data or chat_rows(rows), project)
         held_out = self.upload(validation, project) if validation else None
         asked = {"batch_size": 4, "n_epochs": 2, **hyperparameters}
-        spec = read_spec(model=model, hyperparameters=asked, seed=7)
+        spec = read_spec(model=model, type=type, hyperparameters=asked, seed=7)
         with self.write.begin() as session:
             return jobs.create(
                 session,

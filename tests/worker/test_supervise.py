@@ -3,6 +3,7 @@
 import csv
 import io
 import json
+import math
 import os
 import signal
 import threading
@@ -84,6 +85,29 @@ def test_a_job_becomes_a_certified_adapter(service: Service, supervisor: Supervi
     files = service.adapter(job_id)
     assert {"adapter_config.json", "adapter_model.safetensors", "manifest.json", "README.md"} <= files.keys()
     assert json.loads(files["manifest.json"])["certificate"]["passed"] is True
+
+
+def test_preferences_are_trained_by_dpo(service: Service, supervisor: Supervisor) -> None:
+    pairs = [
+        {"prompt": f"{n} + 1 =", "chosen": f" {n + 1}", "rejected": f" {n}, or something else"}
+        for n in range(42)
+    ]
+    lines = [json.dumps(pair).encode() + b"\n" for pair in pairs]
+    job_id = service.queue(data=b"".join(lines[:32]), validation=b"".join(lines[32:]), type="dpo")
+    assert supervisor.run_until_idle() == 1
+    job = service.job(job_id)
+    assert (job.status, job.error) == ("succeeded", None)
+    assert job.certificate is not None
+    assert job.certificate["passed"] is True
+    assert job.certificate["valid_loss_before"] == pytest.approx(math.log(2), rel=1e-6)
+    assert job.certificate["valid_loss_after"] < job.certificate["valid_loss_before"]
+    assert job.resolved is not None
+    assert (job.resolved["type"], job.resolved["hyperparameters"]["beta"]) == ("dpo", 0.1)
+    losses = service.losses(job_id)
+    assert losses[0] == pytest.approx(math.log(2), rel=1e-6)
+    assert losses[-1] < losses[0]
+    metrics = [event.data or {} for event in service.events(job_id) if event.type == "metrics"]
+    assert {data["step"]: data["reward_margin"] for data in metrics}[16] > 0
 
 
 def test_its_owner_reads_the_whole_story(service: Service, supervisor: Supervisor) -> None:
