@@ -29,6 +29,9 @@ def create(
     model: Annotated[str, typer.Option(help="Id of the base model.")] = "olora-tiny",
     validation_file: Annotated[str | None, typer.Option(help="A path, or a file id.")] = None,
     method: Annotated[str, typer.Option(help="How to adapt: olora or lora.")] = "olora",
+    training: Annotated[
+        str, typer.Option("--type", help="What to learn: supervised (answers) or dpo (preferences).")
+    ] = "supervised",
     rank: Annotated[int | None, typer.Option(help="Width of the factors; default: the method's own.")] = None,
     epochs: Annotated[int | None, typer.Option(help="Passes over the data; default: auto.")] = None,
     suffix: Annotated[str | None, typer.Option(help="A word in the model's name.")] = None,
@@ -47,7 +50,7 @@ def create(
     body: dict[str, Any] = {
         "model": model,
         "adapter": {"method": method} | ({"rank": rank} if rank is not None else {}),
-        "method": {"type": "supervised", "supervised": {"hyperparameters": hyperparameters}},
+        "method": {"type": training, training: {"hyperparameters": hyperparameters}},
         "suffix": suffix,
         "seed": seed,
     }

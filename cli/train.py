@@ -41,6 +41,7 @@ class RunFile(BaseModel):
     training_file: Path
     validation_file: Path | None = None
     output: Path
+    type: str = "supervised"
     adapter: Named = Field(default_factory=dict)
     hyperparameters: Named = Field(default_factory=dict)
     seed: int = Field(default=0, ge=0, le=MAX_SEED)
@@ -51,7 +52,7 @@ def train(
         Path,
         typer.Argument(
             metavar="SPEC.yaml",
-            help="model, training_file, validation_file, output, adapter, hyperparameters, seed.",
+            help="model, training_file, validation_file, output, type, adapter, hyperparameters, seed.",
         ),
     ],
     fresh: Annotated[
@@ -68,7 +69,11 @@ def train(
     """
     run = read_run(spec_file)
     asked = read_spec(
-        model=run.model, adapter=run.adapter, hyperparameters=run.hyperparameters, seed=run.seed
+        model=run.model,
+        type=run.type,
+        adapter=run.adapter,
+        hyperparameters=run.hyperparameters,
+        seed=run.seed,
     )
     here = spec_file.resolve().parent
     training = _existing(here / run.training_file, "training_file")
@@ -82,7 +87,7 @@ def train(
             f"{adapter} is finished already; name another output, or say --fresh.", param="output"
         )
     spec = _recorded(output, asked)
-    _check_data(training, validation)
+    _check_data(training, validation, spec.type)
     folder = _base_folder(run.model, here)
     _make(output)
     if not _train(spec, asked, folder, training, validation, output, device):
@@ -124,17 +129,19 @@ def _existing(path: Path, name: str) -> Path:
     return path
 
 
-def _check_data(training: Path, validation: Path | None) -> None:
+def _check_data(training: Path, validation: Path | None, type: str) -> None:
     """Raises DataError with the first bad line, before anything is loaded."""
     from olora_core.formats import check_for_training, validate
 
     with training.open("rb") as stream:
         report = validate(stream)
-    trouble = check_for_training(report, role="training", minimum_rows=1)
+    trouble = check_for_training(report, role="training", minimum_rows=1, type=type)
     if trouble is None and validation is not None:
         with validation.open("rb") as stream:
             other = validate(stream)
-        trouble = check_for_training(other, role="validation", minimum_rows=1, training_format=report.format)
+        trouble = check_for_training(
+            other, role="validation", minimum_rows=1, training_format=report.format, type=type
+        )
     if trouble is not None:
         raise trouble
 

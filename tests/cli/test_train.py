@@ -88,3 +88,20 @@ def test_an_unfinished_run_is_not_mixed_with_another(tmp_path: Path) -> None:
     assert fresh.returncode == 0, fresh.stderr
     assert "Going on" not in fresh.stderr
     assert json.loads((tmp_path / "out" / "run.json").read_text())["asked"]["seed"] == 6
+
+
+def test_preferences_are_trained_by_the_type_dpo(tmp_path: Path) -> None:
+    pairs = [{"prompt": f"{n} + 1 =", "chosen": f" {n + 1}", "rejected": " 0"} for n in range(12)]
+    (tmp_path / "pairs.jsonl").write_text("".join(json.dumps(pair) + "\n" for pair in pairs))
+    spec = tmp_path / "dpo.yaml"
+    content = "model: olora-tiny\ntraining_file: pairs.jsonl\noutput: dpo\nhyperparameters: {max_steps: 2}\n"
+    spec.write_text(content)
+    refused = olora(tmp_path, "train", spec)
+    assert refused.returncode == 1
+    assert 'method.type "dpo"' in " ".join(refused.stderr.split())
+    spec.write_text(f"{content}type: dpo\n")
+    done = olora(tmp_path, "train", spec, timeout=250)
+    assert done.returncode == 0, done.stderr
+    assert "beta = 0.1" in done.stderr
+    asked = json.loads((tmp_path / "dpo" / "adapter" / "manifest.json").read_text())["spec"]
+    assert json.dumps(asked).count('"dpo"') == 2
