@@ -16,7 +16,7 @@ from transformers.pytorch_utils import Conv1D
 
 from .adapter import Adapter, LowRank, adapter_tensors, bare_modules, is_linear, site_weight
 from .errors import SpecError
-from .model import Base, ends_in
+from .model import Base, ends_in, left_out, shortened
 from .specs import TrainSpec
 
 TENSORS = "adapter_model.safetensors"
@@ -244,6 +244,7 @@ def _manifest(base: Base, export: Export, story: Story) -> dict[str, Any]:
         "export": {
             "rank": export.rank,
             "target_modules": export.target_modules,
+            "left_out": left_out(base.model),
             "energy_kept": export.energy_kept,
             "max_lora_rank": server_rank(export.rank),
         },
@@ -349,7 +350,7 @@ python convert_lora_to_gguf.py --base BASE ADAPTER
 | batch size | {training.batch_size} |
 | learning rate | {_number(training.learning_rate)}, {training.schedule} schedule |
 | seed | {story.resolved.seed} |
-{_metric_rows(story.metrics)}
+{_left_out_row(base)}{_metric_rows(story.metrics)}
 {_loss_curve(story.losses)}
 `manifest.json` holds every setting, the hashes of data and base, and the certificate. `native/` holds the
 method's own tensors.
@@ -358,6 +359,13 @@ method's own tensors.
 
 def _number(value: Any) -> str:
     return f"{value:g}" if isinstance(value, float) else str(value)
+
+
+def _left_out_row(base: Base) -> str:
+    """What no adapter can change, so that nobody takes a base with experts for wholly adapted."""
+    kinds = left_out(base.model)
+    named = [f"{len(names)} {kind} ({shortened(names)})" for kind, names in kinds.items()]
+    return f"| left out | {'; '.join(named)} |\n" if named else ""
 
 
 def _metric_rows(metrics: Mapping[str, Any]) -> str:

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -12,6 +13,7 @@ import regex
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import nn
+from torch.nn.modules.conv import _ConvNd
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -21,10 +23,11 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 from transformers import __version__ as transformers_version
+from transformers import conversion_mapping as conversions
 from transformers.pytorch_utils import Conv1D
 from transformers.utils import logging
 
-from .adapter import Kind, Site, attached, is_linear, site_weight
+from .adapter import AdaptedLinear, Kind, Site, attached, bare_modules, is_linear, site_weight
 from .errors import ModelError, SpecError
 from .specs import nearest
 
@@ -33,6 +36,18 @@ TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model",
 PAD_CANDIDATES = ("<|finetune_right_pad_id|>", "<|pad|>", "<pad>", "[PAD]", "<|endoftext|>", "<unk>")
 MATCH_SECONDS = 0.2
 ALL_LINEAR = ("auto", "all-linear")
+LEFT_OUT = {
+    "experts": "fused expert tensors ({names}) are not linear layers and are not adapted.",
+    "routers": "routers ({names}) are not adapted unless they are linear layers and named.",
+    "layers": "layers ({names}) are not adapted, for PEFT would take their names for the experts'.",
+    "tensors": "matrices ({names}) are in no linear layer and are not adapted.",
+}
+"""What is said of each kind that `left_out` tells apart, after its number."""
+TAKEN_FOR_EXPERTS = {
+    "mixtral": ("gate", "w1", "w2", "w3"),
+    "qwen2_moe": ("gate", "gate_proj", "up_proj", "down_proj"),
+}
+"""Names that PEFT moves to the fused experts when it loads an adapter, wherever else a layer bears them."""
 
 
 @dataclass
@@ -72,7 +87,7 @@ def load_base(folder: Path, *, name: str, device: str = "cpu", dtype: torch.dtyp
     notes = _adopt_pad_token(tokenizer)
     if unused:
         notes.append(
-            f"{len(unused)} tensors of the checkpoint have no place in the model: {_shortened(unused)}."
+            f"{len(unused)} tensors of the checkpoint have no place in the model: {shortened(unused)}."
         )
     rows = model.get_input_embeddings().weight.shape[0]
     if (highest := max(tokenizer.get_vocab().values())) >= rows:
@@ -80,11 +95,10 @@ def load_base(folder: Path, *, name: str, device: str = "cpu", dtype: torch.dtyp
             f"The tokenizer of base model '{name}' has token {highest}, but the model embeds {rows} tokens; "
             "the tokenizer belongs to another model."
         )
-    if experts := fused_experts(model):
-        notes.append(
-            f"{len(experts)} fused expert tensors ({_shortened(experts)}) are not linear layers "
-            "and are not adapted."
-        )
+    notes += [
+        f"{len(names)} {LEFT_OUT[kind].format(names=shortened(names))}"
+        for kind, names in left_out(model).items()
+    ]
     return Base(model, tokenizer, folder, name, model.dtype, model.device, notes)
 
 
@@ -198,7 +212,7 @@ def _load_model(
         ) from error
     # transformers fills what a checkpoint lacks with random numbers and goes on.
     if missing := sorted(report["missing_keys"]):
-        raise ModelError(f"The weights of base model '{name}' lack {_shortened(missing)}.")
+        raise ModelError(f"The weights of base model '{name}' lack {shortened(missing)}.")
     return model, sorted(report["unexpected_keys"])
 
 
@@ -219,7 +233,7 @@ def _told(error: Exception, folder: Path) -> str:
     return line.replace(f"{folder}/", "").replace(str(folder), "its folder")
 
 
-def _shortened(names: Sequence[str], most: int = 4) -> str:
+def shortened(names: Sequence[str], most: int = 4) -> str:
     more = f" and {len(names) - most} more" if len(names) > most else ""
     return ", ".join(names[:most]) + more
 
@@ -244,15 +258,84 @@ def _adopt_pad_token(tokenizer: PreTrainedTokenizerBase) -> list[str]:
 
 def fused_experts(model: nn.Module) -> list[str]:
     """Names of parameters that hold the matrices of several experts in one 3-D tensor."""
-    return [name for name, parameter in model.named_parameters() if parameter.dim() == 3 and "expert" in name]
+    return [f"{path}.{name}" for path, name, _ in _fused(model)]
+
+
+def _fused(model: nn.Module) -> list[tuple[str, str, nn.Parameter]]:
+    """Path of the module, name and tensor; a convolution's kernel or a vector with extra axes is none."""
+    return [
+        (path, name, parameter)
+        for path, module in bare_modules(model)
+        for name, parameter in module.named_parameters(recurse=False)
+        if parameter.dim() == 3 and min(parameter.shape) > 1 and not isinstance(module, _ConvNd)
+    ]
+
+
+def left_out(model: nn.Module) -> dict[str, list[str]]:
+    """What target_modules = "auto" does not adapt inside the blocks, by kind (see LEFT_OUT).
+
+    A linear layer is given by its path, anything else by the name of its tensor. A layer that bears an
+    adapter, because it was named, is not left out.
+    """
+    found: dict[str, list[str]] = {kind: [] for kind in LEFT_OUT}
+    stacks = _block_stacks(model)
+    owners = {path for path, _, _ in _fused(model)}
+    routers = _routers(model)
+    adapted = {path for path, module in model.named_modules() if isinstance(module, AdaptedLinear)}
+    for path, module in bare_modules(model):
+        if path in adapted or _block_of(path, stacks)[0] is None or isinstance(module, nn.Embedding):
+            continue
+        if is_linear(module):
+            if path in routers:
+                found["routers"].append(path)
+            elif _taken_for_experts(model, path):
+                found["layers"].append(path)
+            continue
+        for name, parameter in module.named_parameters(recurse=False):
+            if sum(size > 1 for size in parameter.shape) < 2:  # a vector, whatever its axes
+                continue
+            kind = "experts" if path in owners else "routers" if path in routers else "tensors"
+            found[kind].append(f"{path}.{name}")
+    return {kind: names for kind, names in found.items() if names}
+
+
+def _routers(model: nn.Module) -> set[str]:
+    """Paths of the gates beside fused experts: a matrix with one row, or as many as there are experts.
+
+    Told by shape and place, since every family has a name of its own for them. A gate stands in the experts'
+    own block, or alone in a module there; the projections of a shared expert have siblings.
+    """
+    counts = {path.rpartition(".")[0]: parameter.shape[0] for path, _, parameter in _fused(model)}
+    matrices = {
+        path: site_weight(module).shape[0]
+        for path, module in bare_modules(model)
+        if counts
+        and isinstance(weight := getattr(module, "weight", None), torch.Tensor)
+        and weight.dim() == 2
+    }
+    siblings = Counter(path.rpartition(".")[0] for path in matrices)
+    return {
+        path
+        for path, rows in matrices.items()
+        for block, count in counts.items()
+        if path.startswith(f"{block}.") and rows in (1, count)
+        if (parent := path.rpartition(".")[0]) == block or siblings[parent] == 1
+    }
+
+
+def _taken_for_experts(model: nn.Module, path: str) -> bool:
+    """Whether PEFT would look for this layer's factors among the fused experts, and not load them."""
+    family = getattr(model.config, "model_type", None)
+    family = "mixtral" if family == "mixtral" else conversions._MODEL_TO_CONVERSION_PATTERN.get(family)
+    return path.rpartition(".")[2] in TAKEN_FOR_EXPERTS.get(family, ())
 
 
 def target_sites(model: PreTrainedModel, target_modules: str | Sequence[str]) -> list[Site]:
     """The layers to adapt, in model order.
 
-    "auto" (or "all-linear"): every linear layer of the transformer blocks. A list: each name matches the
-    layers whose path is it or ends in `.name`. Any other string: a regular expression for the whole path. The
-    rules are PEFT's. The model must bear no adapters.
+    "auto" (or "all-linear"): every linear layer of the transformer blocks but routers; `left_out` tells what
+    it does not take. A list: each name matches the layers whose path is it or ends in `.name`. Any other
+    string: a regular expression for the whole path. The rules are PEFT's. The model must bear no adapters.
 
     Raises SpecError for a name that matches nothing, and for one that matches what cannot be adapted.
     """
@@ -261,7 +344,8 @@ def target_sites(model: PreTrainedModel, target_modules: str | Sequence[str]) ->
     stacks = _block_stacks(model)
     if target_modules in ALL_LINEAR:
         chosen = [name for name in _linear_layers(model) if _block_of(name, stacks)[0] is not None]
-        chosen = [name for name in chosen if _obstacle(model, name) is None]
+        routers = _routers(model)
+        chosen = [name for name in chosen if name not in routers and _obstacle(model, name) is None]
         if not chosen:
             raise _no_match(model, "target_modules = 'auto' finds no linear layer inside the model's blocks")
     elif isinstance(target_modules, str):
@@ -337,6 +421,9 @@ def _obstacle(model: PreTrainedModel, name: str) -> str | None:
         return "its weight is tied to the token embedding"
     if weight.dim() != 2 or not weight.is_floating_point():
         return f"its weight is quantised ({weight.dtype})"
+    if _taken_for_experts(model, name):
+        family = model.config.model_type
+        return f"PEFT takes its name for the fused experts of a {family} and would not load its adapter"
     return None
 
 
