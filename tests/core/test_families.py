@@ -398,3 +398,19 @@ def test_a_router_that_is_a_linear_layer_may_be_named(folder: Path) -> None:
     adapter = spec_for("lora", adapter={"rank": 1}).adapter
     place(METHODS["lora"](adapter, seed=0, total_steps=1, schedule=lambda i, n: 1.0), base.model, sites)
     assert [name for name in left_out(base.model)["routers"] if name.endswith("_gate")] == []
+
+
+# --- the documentation -------------------------------------------------------------------------------------
+
+
+def test_the_documented_table_is_this_one() -> None:
+    text = (Path(__file__).parents[2] / "docs" / "models.md").read_text(encoding="utf-8")
+    rows = [line for line in text.splitlines() if line.startswith("| ")]
+    assert rows[1:] == [row_of(name, family) for name, family in FAMILIES.items()]
+
+
+def row_of(name: str, family: Family) -> str:
+    adapted = dict.fromkeys(ending.rpartition(".")[2] for ending in family.layers)
+    layers = ", ".join(f"`{layer}`" for layer in adapted)
+    packing = "as unpacked, within 1e-5" if family.packs else "refused"
+    return f"| {name} | {layers} | {', '.join(family.left_out) or 'nothing'} | {packing} |"
