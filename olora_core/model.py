@@ -290,6 +290,8 @@ def left_out(model: nn.Module) -> dict[str, list[str]]:
                 found["routers"].append(path)
             elif _taken_for_experts(model, path):
                 found["layers"].append(path)
+            elif _does_more(module):
+                found["tensors"].append(f"{path}.weight")
             continue
         for name, parameter in module.named_parameters(recurse=False):
             if sum(size > 1 for size in parameter.shape) < 2:  # a vector, whatever its axes
@@ -414,7 +416,7 @@ def _chosen(model: PreTrainedModel, matches: Callable[[str], bool]) -> list[str]
 def _obstacle(model: PreTrainedModel, name: str) -> str | None:
     """Why this layer cannot be adapted, or None."""
     module = model.get_submodule(name)
-    if not is_linear(module):
+    if not is_linear(module) or _does_more(module):
         return f"it is a {type(module).__name__}, not a linear layer"
     weight = module.weight
     if any(m.weight is weight for m in model.modules() if isinstance(m, nn.Embedding)):
@@ -425,6 +427,26 @@ def _obstacle(model: PreTrainedModel, name: str) -> str | None:
         family = model.config.model_type
         return f"PEFT takes its name for the fused experts of a {family} and would not load its adapter"
     return None
+
+
+@torch.no_grad()
+def _does_more(module: nn.Module) -> bool:
+    """Whether a family's own kind of linear layer gives something else than W x + bias.
+
+    Asked by calling it, for some only say otherwise what they inherit.
+    """
+    if not type(module).__module__.startswith("transformers.models."):
+        return False
+    weight = site_weight(module)
+    x = torch.ones(1, weight.shape[1], dtype=weight.dtype, device=weight.device)
+    try:
+        got = module(x)
+    except (RuntimeError, ValueError, IndexError):
+        return True
+    expected = nn.functional.linear(x, weight, module.bias)
+    if not isinstance(got, torch.Tensor) or got.shape != expected.shape:
+        return True
+    return bool((got - expected).float().norm() > 0.05 * expected.float().norm())  # bf16 rounds
 
 
 def _refusal(name: str, reason: str) -> SpecError:

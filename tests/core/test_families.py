@@ -17,10 +17,12 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import (
     AutoModelForCausalLM,
+    FalconConfig,
     Gemma2Config,
     Gemma3TextConfig,
     GPT2Config,
     GPTNeoXConfig,
+    Llama4TextConfig,
     LlamaConfig,
     MistralConfig,
     MixtralConfig,
@@ -398,6 +400,19 @@ def test_a_router_that_is_a_linear_layer_may_be_named(folder: Path) -> None:
     adapter = spec_for("lora", adapter={"rank": 1}).adapter
     place(METHODS["lora"](adapter, seed=0, total_steps=1, schedule=lambda i, n: 1.0), base.model, sites)
     assert [name for name in left_out(base.model)["routers"] if name.endswith("_gate")] == []
+
+
+def test_a_familys_own_linear_layer_is_adapted_only_if_it_is_one() -> None:
+    """Llama 4's router inherits from a linear layer and returns scores; Falcon's says W x in other words."""
+    router = AutoModelForCausalLM.from_config(
+        grouped(Llama4TextConfig, head_dim=HEAD, intermediate_size_mlp=INNER, num_local_experts=4)
+    )
+    with pytest.raises(SpecError, match=r"feed_forward\.router'.*it is a Llama4Router, not a linear layer"):
+        target_sites(router, ["router"])
+    names = [f"model.layers.{i}.feed_forward.router" for i in (0, 1)]
+    assert left_out(router)["routers"] == names
+    falcon = AutoModelForCausalLM.from_config(small(FalconConfig))
+    assert len(target_sites(falcon, "auto")) == 2 * 4
 
 
 # --- the documentation -------------------------------------------------------------------------------------
