@@ -346,7 +346,7 @@ class Attempt:
             case "Resolved":
                 self._resolved(values)
             case "Saved":
-                self._flush(hold_newest=self._newest_may_grow())
+                self._flush()  # what leads to a checkpoint is recorded before it: nobody will redo it
                 self._store_checkpoint(values["step"], Path(values["folder"]), values["metrics"])
             case "Finished":
                 return values
