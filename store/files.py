@@ -192,10 +192,8 @@ class Storage:
 
     def remove_part_leftovers(self) -> int:
         """Removes them. Returns how many there were."""
-        leftovers = self.part_leftovers()
-        for part in leftovers:
-            part.unlink(missing_ok=True)
-        return len(leftovers)
+        parts = list((self.root / INCOMING).glob(f"*{PART}"))
+        return sum(_is_abandoned(part, remove=True) for part in parts)
 
     def _manifest(self, prefix: str) -> dict[str, tuple[int, str]]:
         """Size and SHA-256 of each file of a stored folder."""
@@ -241,10 +239,12 @@ def _new_part(incoming: Path) -> tuple[Path, BinaryIO]:
         file.close()
 
 
-def _is_abandoned(part: Path) -> bool:
+def _is_abandoned(part: Path, *, remove: bool = False) -> bool:
     try:
         with part.open("rb") as file:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if remove:  # under the lock: a writer that was about to take it looks again, and makes another
+                part.unlink(missing_ok=True)
     except OSError:  # gone, or held by its writer
         return False
     return True

@@ -16,8 +16,8 @@ from tests.faults.fleet import LEASE_SECONDS, Fleet, Worker
 from tests.services import wait_until
 from tests.worker.service import Service, exists
 
-JOB = {"rows": 64, "n_epochs": 12}
-"""192 steps, a few seconds."""
+JOB = {"rows": 64, "n_epochs": 24}
+"""384 steps, a few seconds."""
 
 
 @dataclass
@@ -144,7 +144,7 @@ def test_a_message_that_comes_ten_times_starts_one_attempt(
     embedded.keep(2)
     job_id, worker = in_the_middle(embedded)
     embedded.wake(10)
-    assert worker.name in embedded.ping()
+    assert worker.name in embedded.ping(2.0)
     assert embedded.service.job(job_id).status == "running"
     embedded.service.wait_for_end(job_id)
     job = assert_as_if_nothing_had_happened(embedded.service, job_id, uninterrupted)
