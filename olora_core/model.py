@@ -256,13 +256,11 @@ def _adopt_pad_token(tokenizer: PreTrainedTokenizerBase) -> list[str]:
     ]
 
 
-def fused_experts(model: nn.Module) -> list[str]:
-    """Names of parameters that hold the matrices of several experts in one 3-D tensor."""
-    return [f"{path}.{name}" for path, name, _ in _fused(model)]
-
-
 def _fused(model: nn.Module) -> list[tuple[str, str, nn.Parameter]]:
-    """Path of the module, name and tensor; a convolution's kernel or a vector with extra axes is none."""
+    """Parameters that hold the matrices of several experts in one 3-D tensor.
+
+    Path of the module, name and tensor; a convolution's kernel or a vector with extra axes is none.
+    """
     return [
         (path, name, parameter)
         for path, module in bare_modules(model)

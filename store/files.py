@@ -186,14 +186,10 @@ class Storage:
         self.delete(f"{prefix}/{MANIFEST}")
         shutil.rmtree(self._path(prefix), ignore_errors=True)
 
-    def part_leftovers(self) -> Sequence[Path]:
-        """Half-written files whose writer has died; a living writer holds a lock on its own."""
-        return [part for part in (self.root / INCOMING).glob(f"*{PART}") if _is_abandoned(part)]
-
     def remove_part_leftovers(self) -> int:
-        """Removes them. Returns how many there were."""
+        """Removes half-written files whose writer has died; a living one holds a lock. Returns how many."""
         parts = list((self.root / INCOMING).glob(f"*{PART}"))
-        return sum(_is_abandoned(part, remove=True) for part in parts)
+        return sum(_remove_if_abandoned(part) for part in parts)
 
     def _manifest(self, prefix: str) -> dict[str, tuple[int, str]]:
         """Size and SHA-256 of each file of a stored folder."""
@@ -239,12 +235,12 @@ def _new_part(incoming: Path) -> tuple[Path, BinaryIO]:
         file.close()
 
 
-def _is_abandoned(part: Path, *, remove: bool = False) -> bool:
+def _remove_if_abandoned(part: Path) -> bool:
     try:
         with part.open("rb") as file:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            if remove:  # under the lock: a writer that was about to take it looks again, and makes another
-                part.unlink(missing_ok=True)
+            # Under the lock: a writer that was about to take it looks again, and makes another.
+            part.unlink(missing_ok=True)
     except OSError:  # gone, or held by its writer
         return False
     return True

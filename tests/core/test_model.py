@@ -14,7 +14,7 @@ from transformers import MixtralConfig, MixtralForCausalLM, PreTrainedTokenizerF
 from olora_core.adapter import attach
 from olora_core.errors import ModelError, SpecError
 from olora_core.methods.lora import LoRAAdapter
-from olora_core.model import Base, fused_experts, load_base, target_sites
+from olora_core.model import Base, left_out, load_base, target_sites
 from olora_core.precision import compute_dtype
 from olora_core.specs import read_spec
 
@@ -289,7 +289,7 @@ def test_fused_experts_are_refused_by_name_and_pointed_out(tmp_path: Path) -> No
         pad_token_id=0,
     )
     base = load_base(save_base(tmp_path, MixtralForCausalLM(config)), name="experts")
-    names = fused_experts(base.model)
+    names = left_out(base.model)["experts"]
     assert [name.rpartition(".")[2] for name in names] == ["gate_up_proj", "down_proj"]
     assert "2 fused expert tensors (model.layers.0." in base.notes[0]
     with pytest.raises(SpecError, match=r"down_proj'.*several experts"):
