@@ -7,11 +7,13 @@ import numpy as np
 import torch
 from transformers import GenerationConfig
 
-from .data import Examples, end_of_turn_tokens, micro_batches, normalised
+from .batches import micro_batches
 from .errors import ModelError
+from .examples import Examples
 from .losses import Loss, evaluating, task_loss
 from .model import Base
 from .progress import Phase
+from .templates import end_of_turn_tokens, normalised
 
 
 def evaluate(

@@ -15,7 +15,7 @@ from torch.nn import functional as F
 from transformers import PreTrainedModel
 
 from .adapter import adapters_off, attached
-from .data import MicroBatch
+from .batches import MicroBatch
 from .specs import TrainSpec
 
 SEGMENT_TOLERANCE = 1e-2

@@ -20,22 +20,14 @@ from torch import Tensor, nn
 
 from . import checkpoint
 from .adapter import Adapter, Site, adapter_tensors, adapters_off, detach, load_adapter_tensors
+from .batches import MicroBatch, epoch_order, micro_batches, steps_per_epoch
 from .certify import certify
 from .checkpoint import Snapshot
-from .data import (
-    Examples,
-    MicroBatch,
-    end_of_turn_tokens,
-    epoch_order,
-    micro_batches,
-    overlap_note,
-    steps_per_epoch,
-    tokenise,
-)
+from .data import Data, context_length, read_data
 from .errors import CheckpointError, SpecError, TrainingError
 from .evaluate import evaluate
+from .examples import Examples
 from .export import Story, export_adapter, record_certificate
-from .formats import check_for_training, validate
 from .losses import (
     Loss,
     evaluating,
@@ -52,7 +44,7 @@ from .precision import DTYPES, compute_dtype
 from .progress import Evaluated, Finished, Note, Phase, Progress, Resolved, Saved, Step, result_of
 from .randomness import Randomness
 from .schedule import schedule_of
-from .specs import MAX_CONTEXT, Facts, Hyperparameters, TrainSpec, resolve
+from .specs import Facts, Hyperparameters, TrainSpec, resolve
 
 __all__ = [
     "Evaluated",
@@ -72,8 +64,6 @@ SMALL_VALIDATIONS = 20
 """How often a run looks at the first validation rows."""
 CERTIFICATE_ROWS, CERTIFICATE_TOKENS = 16, 4096
 LOCAL_CHECKPOINTS = 2
-UNKNOWN_CONTEXT = 2048
-"""Tokens kept of an example when neither model nor tokenizer names a limit."""
 TINY_MULTIPLIER = 0.01
 
 Wishes = Generator[Progress, str | None, None]
@@ -120,18 +110,7 @@ def train(
         torch.set_num_threads(threads)
 
 
-# --- what is trained on --------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Data:
-    """The files of a run, tokenised."""
-
-    training: Examples
-    validation: Examples | None
-    hashes: dict[str, str]
-    """SHA-256 of each file by its role."""
-    notes: list[Note]
+# --- the run -------------------------------------------------------------------------------------------
 
 
 def check_dtype(spec: TrainSpec, base: Base) -> None:
@@ -147,59 +126,10 @@ def check_dtype(spec: TrainSpec, base: Base) -> None:
         )
 
 
-def read_data(
-    spec: TrainSpec, base: Base, training: Path, validation: Path | None
-) -> Generator[Phase, None, Data]:
-    """Validates and tokenises the files."""
-    kept = spec.hyperparameters.context_length
-    arguments = {
-        "context_length": context_length(base) if kept == "auto" else kept,
-        "end_tokens": end_of_turn_tokens(base.tokenizer, base.model.generation_config.eos_token_id),
-    }
-    training_format = checked_format(training, "training", spec.type)
-    examples, said = yield from tokenise(training, base.tokenizer, role="training", **arguments)
-    hashes = {"training": file_hash(training)}
-    held_out = None
-    if validation is not None:
-        checked_format(validation, "validation", spec.type, training_format)
-        held_out, more = yield from tokenise(validation, base.tokenizer, role="validation", **arguments)
-        hashes["validation"] = file_hash(validation)
-        overlap = overlap_note(examples, held_out)
-        said = [*said, *more, *([overlap] if overlap else [])]
-    return Data(examples, held_out, hashes, said)
-
-
-def checked_format(path: Path, role: Any, type: str, training_format: str | None = None) -> str | None:
-    """The file's format, after its structural check."""
-    with path.open("rb") as file:
-        report = validate(file)
-    error = check_for_training(report, role=role, minimum_rows=1, training_format=training_format, type=type)
-    if error is not None:
-        raise error
-    return report.format
-
-
-def file_hash(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
 def facts(base: Base, data: Data) -> Facts:
     dtype = "bfloat16" if base.dtype == torch.bfloat16 else "float32"
     width = base.model.config.get_text_config().hidden_size
     return Facts(len(data.training), width, context_length(base), dtype)
-
-
-def context_length(base: Base) -> int:
-    """The longest example that the model can read."""
-    limit = getattr(base.model.config.get_text_config(), "max_position_embeddings", None)
-    if limit:
-        return min(limit, MAX_CONTEXT)
-    named = base.tokenizer.model_max_length  # a huge number when nobody named one
-    return named if named <= 2**20 else UNKNOWN_CONTEXT
-
-
-# --- the run -------------------------------------------------------------------------------------------
 
 
 @dataclass

@@ -11,19 +11,12 @@ import torch
 from tokenizers import processors
 from transformers import PreTrainedTokenizerBase
 
-from olora_core.data import (
-    IGNORED,
-    Examples,
-    end_of_turn_tokens,
-    epoch_order,
-    micro_batches,
-    overlap_note,
-    steps_per_epoch,
-    tokenise,
-)
+from olora_core.batches import IGNORED, epoch_order, micro_batches, steps_per_epoch
 from olora_core.errors import DataError, ModelError
+from olora_core.examples import Examples, overlap_note, tokenise
 from olora_core.model import Base
 from olora_core.progress import Note, Phase
+from olora_core.templates import end_of_turn_tokens
 
 PLAIN_CHATML = """\
 {%- for message in messages -%}

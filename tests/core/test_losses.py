@@ -5,7 +5,8 @@ import pytest
 import torch
 from transformers import BloomConfig, BloomForCausalLM, Gemma2Config, Gemma2ForCausalLM, PreTrainedModel
 
-from olora_core.data import IGNORED, Examples, MicroBatch, micro_batches
+from olora_core.batches import IGNORED, MicroBatch, micro_batches
+from olora_core.examples import Examples
 from olora_core.losses import head_is_plain, packing_is_exact, task_loss
 from olora_core.model import Base
 

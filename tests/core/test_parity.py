@@ -14,7 +14,7 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer, get_linear_schedule_with_warmup
 
-from olora_core.data import epoch_order
+from olora_core.batches import epoch_order
 from olora_core.methods import METHODS
 from olora_core.model import load_base, target_sites
 from olora_core.specs import TrainSpec, read_spec

@@ -1,0 +1,112 @@
+"""Examples to micro-batches, in an order fixed by (seed, epoch)."""
+
+import hashlib
+from collections.abc import Iterator
+from dataclasses import dataclass, fields, replace
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from .examples import Examples
+
+IGNORED = -100
+"""The label of a token that is not trained."""
+
+
+@dataclass(frozen=True)
+class MicroBatch:
+    """What one forward pass sees."""
+
+    input_ids: Tensor
+    """(rows, length) int64."""
+    labels: Tensor
+    """(rows, length) int64; IGNORED where nothing is trained, so at every pad too."""
+    position_ids: Tensor | None
+    """(1, length) of a packed row, from 0 again at each example; None when each example has its own row."""
+    positions: Tensor
+    """(trained,) int64: which of the rows × length hidden states predict a trained token."""
+    targets: Tensor
+    """(trained,) int64: those tokens."""
+    trained_by_row: tuple[int, ...]
+    """How many of those belong to each example's row, in their order."""
+    tokens: int
+    """Without padding."""
+
+    @property
+    def trained_tokens(self) -> int:
+        return len(self.targets)
+
+    def to(self, device: torch.device) -> "MicroBatch":
+        moved = {
+            field.name: value.to(device, non_blocking=True)
+            for field in fields(self)
+            if isinstance(value := getattr(self, field.name), Tensor)
+        }
+        return replace(self, **moved)
+
+
+def epoch_order(examples: int, *, seed: int, epoch: int) -> np.ndarray:
+    """(examples,) the order of one pass over the data; a function of its arguments alone."""
+    digest = hashlib.sha256(f"order/{seed}/{epoch}".encode()).digest()
+    generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)
+    return torch.randperm(examples, generator=generator).numpy()
+
+
+def steps_per_epoch(examples: int, batch_size: int) -> int:
+    return -(-examples // batch_size)
+
+
+def micro_batches(
+    examples: Examples, rows: np.ndarray, *, size: int, packing: bool, pad_token: int
+) -> Iterator[MicroBatch]:
+    """Splits one optimizer batch into forward passes of `size` examples of similar length.
+
+    The rows of an example stay together, one after the other.
+    """
+    by_length = rows[np.argsort(-examples.lengths[rows], kind="stable")]
+    for start in range(0, len(by_length), size):
+        part = [row for i in by_length[start : start + size] for row in examples.example(int(i))]
+        yield _packed(part) if packing else _padded(part, pad_token)
+
+
+def _padded(rows: list[tuple[np.ndarray, np.ndarray]], pad_token: int) -> MicroBatch:
+    """Each row on its own, padded on the right.
+
+    No attention mask is needed: attention is causal, so no token sees the pads behind it.
+    """
+    longest = max(len(tokens) for tokens, _ in rows)
+    input_ids = np.full((len(rows), longest), pad_token, dtype=np.int64)
+    labels = np.full((len(rows), longest), IGNORED, dtype=np.int64)
+    for i, (tokens, trained) in enumerate(rows):
+        input_ids[i, : len(tokens)] = tokens
+        labels[i, : len(tokens)] = np.where(trained, tokens.astype(np.int64), IGNORED)
+    return _micro_batch(input_ids, labels, None, rows)
+
+
+def _packed(rows: list[tuple[np.ndarray, np.ndarray]]) -> MicroBatch:
+    """All rows end to end. Positions that start again tell transformers where attention must not cross."""
+    tokens = np.concatenate([tokens for tokens, _ in rows]).astype(np.int64)
+    trained = np.concatenate([trained for _, trained in rows])
+    positions = np.concatenate([np.arange(len(tokens), dtype=np.int64) for tokens, _ in rows])
+    labels = np.where(trained, tokens, IGNORED)
+    return _micro_batch(tokens[None], labels[None], torch.from_numpy(positions[None]), rows)
+
+
+def _micro_batch(
+    input_ids: np.ndarray,
+    labels: np.ndarray,
+    position_ids: Tensor | None,
+    rows: list[tuple[np.ndarray, np.ndarray]],
+) -> MicroBatch:
+    # Found here and not on the device, which would have to wait for the count.
+    trained = np.flatnonzero(labels != IGNORED)
+    return MicroBatch(
+        torch.from_numpy(input_ids),
+        torch.from_numpy(labels),
+        position_ids,
+        positions=torch.from_numpy(trained - 1),
+        targets=torch.from_numpy(labels.reshape(-1)[trained]),
+        trained_by_row=tuple(int(trained.sum()) for _, trained in rows),
+        tokens=sum(len(tokens) for tokens, _ in rows),
+    )
