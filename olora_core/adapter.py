@@ -60,6 +60,10 @@ class Adapter(nn.Module):
         # One draw of the dropout feeds every term of the update.
         return low_rank_product(self.drop(x), pair)
 
+    def beside(self, layer: nn.Module, x: Tensor) -> Tensor:
+        """`layer(x) + delta(x)`, for the frozen layer this is the change of."""
+        return layer(x) + self.delta(x)
+
     def pair(self) -> LowRank | None:
         """The exact low-rank form of the update; None when the method has none."""
         raise NotImplementedError
@@ -107,8 +111,7 @@ class AdaptedLinear(nn.Module):
         return self.base.bias
 
     def forward(self, x: Tensor) -> Tensor:
-        y = self.base(x)
-        return y + self.adapter.delta(x) if self.enabled else y
+        return self.adapter.beside(self.base, x) if self.enabled else self.base(x)
 
 
 def is_linear(module: nn.Module) -> bool:

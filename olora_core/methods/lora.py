@@ -5,7 +5,8 @@ import math
 import torch
 from torch import Tensor, nn
 
-from ..adapter import Adapter, LowRank, Site
+from ..adapter import Adapter, LowRank, Site, compute_dtype
+from ..products import LowRankProduct, is_plain
 from ..specs import LoRASpec
 from .base import Method, generator
 
@@ -18,6 +19,20 @@ class LoRAAdapter(Adapter):
         self.scale = scale
         self.A = nn.Parameter(A)
         self.B = nn.Parameter(B)
+
+    def delta(self, x: Tensor) -> Tensor:
+        return self._product(self.drop(x))
+
+    def beside(self, layer: nn.Module, x: Tensor) -> Tensor:
+        if is_plain(layer, x) and not (self.dropout and self.training):
+            return self._product(x, layer.weight, layer.bias)
+        return super().beside(layer, x)
+
+    def _product(self, x: Tensor, *frozen: Tensor | None) -> Tensor:
+        dtype = compute_dtype(x)
+        with torch.no_grad():
+            L, R = (factor.to(dtype) for factor in self.pair())
+        return LowRankProduct.apply(x.to(dtype), self.A, self.B, L, R, self.scale, *frozen)
 
     def pair(self) -> LowRank:
         return LowRank(self.scale * self.B, self.A)
