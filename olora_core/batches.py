@@ -1,7 +1,6 @@
 """Examples to micro-batches, in an order fixed by (seed, epoch)."""
 
 import hashlib
-from collections.abc import Iterator
 from dataclasses import dataclass, fields, replace
 
 import numpy as np
@@ -28,10 +27,15 @@ class MicroBatch:
     """(trained,) int64: which of the rows × length hidden states predict a trained token."""
     targets: Tensor
     """(trained,) int64: those tokens."""
+    lengths: tuple[int, ...]
+    """Tokens of each example's row, in their order."""
     trained_by_row: tuple[int, ...]
     """How many of those belong to each example's row, in their order."""
-    tokens: int
-    """Without padding."""
+
+    @property
+    def tokens(self) -> int:
+        """Without padding."""
+        return sum(self.lengths)
 
     @property
     def trained_tokens(self) -> int:
@@ -58,16 +62,51 @@ def steps_per_epoch(examples: int, batch_size: int) -> int:
 
 
 def micro_batches(
-    examples: Examples, rows: np.ndarray, *, size: int, packing: bool, pad_token: int
-) -> Iterator[MicroBatch]:
-    """Splits one optimizer batch into forward passes of `size` examples of similar length.
+    examples: Examples, rows: np.ndarray, *, size: int, tokens: int, packing: bool, pad_token: int
+) -> list[MicroBatch]:
+    """Splits one optimizer batch into forward passes of at most `size` examples and `tokens` tokens.
 
-    The rows of an example stay together, one after the other.
+    Padding counts as tokens; an example longer than `tokens` has a pass of its own. The rows of an example
+    stay together, one after the other.
     """
+    group = packed_groups if packing else padded_groups
+    batches = []
+    for part in group(examples, rows, size, tokens):
+        members = [row for i in part for row in examples.example(int(i))]
+        batches.append(_packed(members) if packing else _padded(members, pad_token))
+    return batches
+
+
+def padded_groups(examples: Examples, rows: np.ndarray, size: int, tokens: int) -> list[list[int]]:
+    """Examples of similar length together, the longest first."""
     by_length = rows[np.argsort(-examples.lengths[rows], kind="stable")]
-    for start in range(0, len(by_length), size):
-        part = [row for i in by_length[start : start + size] for row in examples.example(int(i))]
-        yield _packed(part) if packing else _padded(part, pad_token)
+    groups: list[list[int]] = []
+    for i in by_length.tolist():
+        # The first of a group is its longest, which all others are padded to.
+        room = groups and tokens // (examples.sides * int(examples.lengths[groups[-1][0]]))
+        if groups and len(groups[-1]) < min(size, room):
+            groups[-1].append(i)
+        else:
+            groups.append([i])
+    return groups
+
+
+def packed_groups(examples: Examples, rows: np.ndarray, size: int, tokens: int) -> list[list[int]]:
+    """Best fit, decreasing: each example, the longest first, joins the fullest row that still holds it."""
+    lengths = examples.row_tokens[rows]
+    groups: list[list[int]] = []
+    free: list[int] = []
+    for position in np.argsort(-lengths, kind="stable").tolist():
+        length = int(lengths[position])
+        fits = [g for g, left in enumerate(free) if left >= length and len(groups[g]) < size]
+        if fits:
+            best = min(fits, key=free.__getitem__)
+            groups[best].append(int(rows[position]))
+            free[best] -= length
+        else:
+            groups.append([int(rows[position])])
+            free.append(tokens - length)
+    return groups
 
 
 def _padded(rows: list[tuple[np.ndarray, np.ndarray]], pad_token: int) -> MicroBatch:
@@ -107,6 +146,6 @@ def _micro_batch(
         position_ids,
         positions=torch.from_numpy(trained - 1),
         targets=torch.from_numpy(labels.reshape(-1)[trained]),
+        lengths=tuple(len(tokens) for tokens, _ in rows),
         trained_by_row=tuple(int(trained.sum()) for _, trained in rows),
-        tokens=sum(len(tokens) for tokens, _ in rows),
     )

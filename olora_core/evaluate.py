@@ -10,39 +10,39 @@ from transformers import GenerationConfig
 from .batches import micro_batches
 from .errors import ModelError
 from .examples import Examples
-from .losses import Loss, evaluating, task_loss
+from .losses import Loss, task_loss
 from .model import Base
+from .passes import evaluating
 from .progress import Phase
 from .templates import end_of_turn_tokens, normalised
+
+ROWS_AT_ONCE = 256
+"""Examples that are cut into passes together."""
 
 
 def evaluate(
     base: Base,
     examples: Examples,
     *,
-    micro_batch_size: int,
-    every_logit: bool,
+    size: int,
+    tokens: int,
+    packing: bool,
     loss_of_batch: Loss = task_loss,
 ) -> Generator[Phase, None, tuple[float, float]]:
     """Mean loss (nats per trained token, or per pair) and accuracy over all examples; yields progress."""
-    total, correct, weight = 0.0, 0, 0
-    batches = micro_batches(
-        examples,
-        np.arange(len(examples)),
-        size=micro_batch_size,
-        packing=False,
-        pad_token=base.tokenizer.pad_token_id or 0,
-    )
-    done = 0
-    for batch in batches:
-        # Set for each batch, since whoever drives a generator may do other things between two of them.
-        with evaluating(base.model), torch.no_grad():
-            loss = loss_of_batch(base.model, batch.to(base.device), every_logit=every_logit)
-        total += loss.total.item()
-        correct += int(loss.correct)
-        weight += loss.weight
-        done = min(done + micro_batch_size, len(examples))
-        yield Phase("evaluating", done, len(examples))
+    total, correct, weight, done = 0.0, 0, 0, 0
+    for start in range(0, len(examples), ROWS_AT_ONCE):
+        rows = np.arange(start, min(start + ROWS_AT_ONCE, len(examples)))
+        pad = base.tokenizer.pad_token_id or 0
+        for batch in micro_batches(examples, rows, size=size, tokens=tokens, packing=packing, pad_token=pad):
+            # Set for each batch, since whoever drives a generator may do other things between two of them.
+            with evaluating(base.model), torch.no_grad():
+                loss = loss_of_batch(base.model, batch.to(base.device), base.passes)
+            total += loss.total.item()
+            correct += int(loss.correct)
+            weight += loss.weight
+            done += len(batch.lengths) // examples.sides
+            yield Phase("evaluating", done, len(examples))
     return total / weight, correct / weight
 
 

@@ -59,6 +59,11 @@ class Examples:
         return np.diff(self.offsets).reshape(-1, self.sides).max(axis=1)
 
     @cached_property
+    def row_tokens(self) -> np.ndarray:
+        """(examples,) tokens of all of its rows."""
+        return np.diff(self.offsets).reshape(-1, self.sides).sum(axis=1)
+
+    @cached_property
     def trained_lengths(self) -> np.ndarray:
         """(examples,) number of trained tokens."""
         rows = np.add.reduceat(self.trained.astype(np.int64), self.offsets[:-1])

@@ -4,27 +4,22 @@ Whoever calls divides by the trained tokens, or the pairs, of the whole optimize
 the same gradient however it is cut into micro-batches.
 """
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from functools import partial
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import PreTrainedModel
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from .adapter import adapters_off, attached
 from .batches import MicroBatch
+from .passes import Passes
 from .specs import TrainSpec
 
-SEGMENT_TOLERANCE = 1e-2
-"""How far a packed example's logits may be from those it has alone, as a share of the largest |logit|.
-
-Rounding stays below it in bf16; attention that crosses from one example to the next lies far above it.
-"""
-ROUNDINGS = 64
-"""How many units of rounding may lie between two logits that should be the same."""
+LOGITS_AT_ONCE = 2**23
+"""Logits that the fused loss holds at a time; fewer cost speed, more only memory."""
 
 
 class TaskLoss(NamedTuple):
@@ -43,27 +38,49 @@ class TaskLoss(NamedTuple):
 
 
 class Loss(Protocol):
-    """One kind of training: how a micro-batch is judged."""
+    """One kind of training: how a micro-batch is judged.
 
-    def __call__(self, model: PreTrainedModel, batch: MicroBatch, *, every_logit: bool) -> TaskLoss: ...
+    With `every_logit` the model builds all logits, as methods with `needs_logits` want them. Without, and
+    where the base has a plain head, that head sees only the positions that predict a trained token: the same
+    values for less work.
+    """
+
+    def __call__(
+        self, model: PreTrainedModel, batch: MicroBatch, passes: Passes, *, every_logit: bool = False
+    ) -> TaskLoss: ...
 
 
-def loss_of(spec: TrainSpec) -> Loss:
-    """The loss of a resolved spec's type."""
+def loss_of(spec: TrainSpec, *, evaluating: bool = False) -> Loss:
+    """The loss of a resolved spec's type; without label smoothing when it is to tell how good a model is."""
     if spec.type == "dpo":
         return partial(preference_loss, beta=spec.hyperparameters.beta)
-    return task_loss
+    return partial(task_loss, smoothing=0.0 if evaluating else spec.hyperparameters.label_smoothing)
 
 
-def task_loss(model: PreTrainedModel, batch: MicroBatch, *, every_logit: bool) -> TaskLoss:
-    """The supervised loss. `every_logit` is as for `_forward`."""
-    chosen, logits = _forward(model, batch, every_logit)
-    total = F.cross_entropy(chosen.float(), batch.targets, reduction="sum")
+def task_loss(
+    model: PreTrainedModel,
+    batch: MicroBatch,
+    passes: Passes,
+    *,
+    every_logit: bool = False,
+    smoothing: float = 0.0,
+) -> TaskLoss:
+    """The supervised loss. Label smoothing (arXiv 1512.00567, section 7) gives that share of each target's
+    probability to the whole vocabulary evenly."""
+    head = model.get_output_embeddings()
+    if passes.plain_head and not every_logit and type(head) is nn.Linear:
+        hidden = passes.hidden(model, batch)
+        total, correct = FrozenHeadLoss.apply(hidden, head.weight, head.bias, batch.targets, smoothing)
+        return TaskLoss(total, correct, batch.trained_tokens, None)
+    chosen, logits = _chosen(model, batch, passes, every_logit)
+    total = F.cross_entropy(chosen.float(), batch.targets, reduction="sum", label_smoothing=smoothing)
     correct = (chosen.detach().argmax(dim=-1) == batch.targets).sum()
     return TaskLoss(total, correct, batch.trained_tokens, logits)
 
 
-def preference_loss(model: PreTrainedModel, batch: MicroBatch, *, beta: float, every_logit: bool) -> TaskLoss:
+def preference_loss(
+    model: PreTrainedModel, batch: MicroBatch, passes: Passes, *, beta: float, every_logit: bool = False
+) -> TaskLoss:
     """DPO (arXiv 2305.18290, equation 7): rows 2i and 2i + 1 hold the better and the worse answer.
 
     `-log sigmoid(beta ((log p(c) - log p_ref(c)) - (log p(r) - log p_ref(r))))`, where p_ref is the model
@@ -71,8 +88,8 @@ def preference_loss(model: PreTrainedModel, batch: MicroBatch, *, beta: float, e
     gives log 2 to the last bit.
     """
     with adapters_off(model), torch.no_grad():
-        reference = _answer_log_probs(_forward(model, batch, every_logit)[0], batch)
-    chosen, logits = _forward(model, batch, every_logit)
+        reference = _answer_log_probs(_chosen(model, batch, passes, every_logit)[0], batch)
+    chosen, logits = _chosen(model, batch, passes, every_logit)
     # (pairs, 2) log-ratios to the reference, in nats
     ratios = (_answer_log_probs(chosen, batch) - reference).view(-1, 2)
     margins = beta * (ratios[:, 0] - ratios[:, 1])
@@ -87,18 +104,54 @@ def _answer_log_probs(chosen: Tensor, batch: MicroBatch) -> Tensor:
     return torch.stack([row.sum() for row in of_tokens.split(batch.trained_by_row)])
 
 
-def _forward(model: PreTrainedModel, batch: MicroBatch, every_logit: bool) -> tuple[Tensor, Tensor | None]:
-    """(trained, vocabulary) logits of the trained tokens; and all logits, or None.
+def _chosen(
+    model: PreTrainedModel, batch: MicroBatch, passes: Passes, every_logit: bool
+) -> tuple[Tensor, Tensor | None]:
+    """(trained, vocabulary) logits of the trained tokens; and all logits where they had to be built."""
+    if every_logit or not passes.plain_head:
+        chosen, logits = passes.logits(model, batch)
+        return chosen, logits if every_logit else None
+    return model.get_output_embeddings()(passes.hidden(model, batch)), None
 
-    With `every_logit` the model builds all logits, as methods with `needs_logits` want them. Without, the
-    LM head sees only the positions that predict a trained token: the same values for less work, allowed
-    where `head_is_plain`.
+
+class FrozenHeadLoss(torch.autograd.Function):
+    """Cross-entropy through a frozen LM head, summed, whose gradient is found on the way forward.
+
+    hidden (n, d), weight (V, d), bias (V) or None, targets (n) → the loss in nats, fp32, and how many targets
+    were the likeliest. The n×V logits are never held at once: of a piece of them, `(p − target) W` is kept.
     """
-    if every_logit:
-        logits = model(**_inputs(batch)).logits
-        return logits.flatten(0, 1).index_select(0, batch.positions), logits
-    hidden = model.get_decoder()(**_inputs(batch)).last_hidden_state
-    return model.get_output_embeddings()(hidden.flatten(0, 1).index_select(0, batch.positions)), None
+
+    @staticmethod
+    def forward(
+        ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, smoothing: float
+    ) -> tuple[Tensor, Tensor]:
+        total = torch.zeros((), dtype=torch.float32, device=hidden.device)
+        correct = torch.zeros((), dtype=torch.int64, device=hidden.device)
+        needs_gradient = ctx.needs_input_grad[0]
+        gradient = torch.empty_like(hidden) if needs_gradient else None
+        size = max(1, LOGITS_AT_ONCE // weight.shape[0])
+        for start in range(0, len(targets), size):
+            piece, wanted = slice(start, start + size), targets[start : start + size, None]
+            logits = F.linear(hidden[piece], weight, bias)
+            correct += (logits.argmax(dim=-1, keepdim=True) == wanted).sum()
+            log_p = torch.log_softmax(logits, dim=-1, dtype=torch.float32)
+            total -= (1 - smoothing) * log_p.gather(1, wanted).sum()
+            if smoothing:
+                total -= smoothing * log_p.mean(dim=-1).sum()
+            if gradient is not None:
+                p = log_p.exp_()
+                p.scatter_add_(1, wanted, torch.full_like(wanted, -(1 - smoothing), dtype=p.dtype))
+                if smoothing:
+                    p -= smoothing / weight.shape[0]
+                torch.mm(p.to(weight.dtype), weight, out=gradient[piece])
+        ctx.save_for_backward(gradient)
+        ctx.mark_non_differentiable(correct)
+        return total, correct
+
+    @staticmethod
+    def backward(ctx: Any, of_total: Tensor, of_correct: Tensor) -> tuple[Tensor | None, ...]:
+        (gradient,) = ctx.saved_tensors
+        return (gradient.float() * of_total).to(gradient.dtype), None, None, None, None
 
 
 def set_training(model: PreTrainedModel, spec: TrainSpec) -> None:
@@ -109,67 +162,7 @@ def set_training(model: PreTrainedModel, spec: TrainSpec) -> None:
     model.train(spec.type != "dpo")
     for layer in attached(model):
         layer.adapter.train()
-
-
-def _inputs(batch: MicroBatch) -> dict[str, Tensor | bool]:
-    inputs: dict[str, Tensor | bool] = {"input_ids": batch.input_ids, "use_cache": False}
-    if batch.position_ids is not None:
-        inputs["position_ids"] = batch.position_ids
-    return inputs
-
-
-@torch.no_grad()
-def head_is_plain(model: PreTrainedModel) -> bool:
-    """Whether logits are the LM head of the decoder's last hidden state and nothing more.
-
-    Found by comparing both ways bit for bit, since models cap or scale their logits under many names.
-    """
-    decoder, head = model.get_decoder(), model.get_output_embeddings()
-    if decoder is None or decoder is model or head is None:
-        return False
-    ids = _probe_tokens(model, 8)
-    with evaluating(model):
-        whole = model(input_ids=ids, use_cache=False).logits
-        parts = head(decoder(input_ids=ids, use_cache=False).last_hidden_state)
-    return whole.shape == parts.shape and torch.equal(whole, parts)
-
-
-@torch.no_grad()
-def packing_is_exact(model: PreTrainedModel) -> bool:
-    """Whether positions that start again keep one example of a row from attending to the one before it.
-
-    Also by two different examples before it: what leaks out of them differs, while all else rounds alike, so
-    that a model which hardly attends to them is found out as well.
-    """
-    ids = _probe_tokens(model, 12)
-    other = torch.cat([ids[:, 7:], ids[:, :2], ids[:, 7:]], dim=1)
-    positions = torch.cat([torch.arange(7), torch.arange(5)]).to(ids.device)[None]
-    with evaluating(model):
-        alone = model(input_ids=ids[:, 7:], use_cache=False).logits
-        packed, after_other = (
-            model(input_ids=row, position_ids=positions, use_cache=False).logits[:, 7:]
-            for row in (ids, other)
-        )
-    scale, roundings = alone.abs().max(), ROUNDINGS * torch.finfo(alone.dtype).eps
-    return bool(
-        (alone - packed).abs().max() <= SEGMENT_TOLERANCE * scale
-        and (after_other - packed).abs().max() <= min(SEGMENT_TOLERANCE, roundings) * scale
-    )
-
-
-def _probe_tokens(model: PreTrainedModel, length: int) -> Tensor:
-    """(1, length) distinct tokens where the vocabulary allows."""
-    vocabulary = model.get_input_embeddings().weight.shape[0]
-    return (torch.arange(length, device=model.device)[None] * 37 + 11) % vocabulary
-
-
-@contextmanager
-def evaluating(model: PreTrainedModel) -> Iterator[None]:
-    """Inside, the model is in eval mode; afterwards each of its modules in the mode it was in."""
-    trained = [module for module in model.modules() if module.training]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module in trained:
-            module.training = True
+    if spec.type == "dpo" and spec.hyperparameters.gradient_checkpointing is True:
+        for module in model.modules():
+            if isinstance(module, GradientCheckpointingLayer):
+                module.training = True  # of the block alone: only then does it checkpoint

@@ -27,8 +27,9 @@ from transformers import conversion_mapping as conversions
 from transformers.pytorch_utils import Conv1D
 from transformers.utils import logging
 
-from .adapter import AdaptedLinear, Kind, Site, attached, bare_modules, is_linear, site_weight
+from .adapter import AdaptedLinear, Kind, Site, adapters_off, attached, bare_modules, is_linear, site_weight
 from .errors import ModelError, SpecError
+from .passes import Passes, passes_of
 from .specs import nearest
 
 INDEX = "model.safetensors.index.json"
@@ -63,6 +64,12 @@ class Base:
     device: torch.device
     notes: list[str] = field(default_factory=list)
     """Sentences the owner of a job on this base should read."""
+
+    @cached_property
+    def passes(self) -> Passes:
+        """How the model is run forward."""
+        with adapters_off(self.model):
+            return passes_of(self.model)
 
     @cached_property
     def fingerprint(self) -> str:

@@ -161,10 +161,26 @@ class Hyperparameters(Spec):
     )
     max_steps: int | None = Field(default=None, ge=1, description="Stop after this many optimizer steps.")
     micro_batch_size: Auto | Annotated[int, Field(ge=1, le=256)] = Field(
-        default="auto", description="Examples in one forward pass; gradients accumulate up to batch_size."
+        default="auto",
+        description="Most examples in one forward pass; gradients accumulate up to batch_size.",
     )
-    packing: bool = Field(
-        default=False, description="Lay a micro-batch's examples end to end in one row, without padding."
+    micro_batch_tokens: Auto | Annotated[int, Field(ge=16, le=MAX_CONTEXT)] = Field(
+        default="auto",
+        description="Most tokens in one forward pass, padding included; auto: by an estimate of the memory.",
+    )
+    packing: Auto | bool = Field(
+        default="auto",
+        description="Lay a pass's examples end to end in one row, unpadded; auto: where that is exact.",
+    )
+    gradient_checkpointing: Auto | bool = Field(
+        default="auto",
+        description="Compute each block once more in the backward to save memory; auto: only if it must be.",
+    )
+    label_smoothing: float = Field(
+        default=0.0,
+        ge=0,
+        lt=1,
+        description="Share of each target's probability that is spread evenly (arXiv 1512.00567).",
     )
     dtype: Literal["auto", "float32", "bfloat16"] = Field(
         default="auto", description="Compute precision; auto times both on the device at hand."
@@ -323,7 +339,8 @@ def _read(model: type[SpecT], values: Mapping[str, Any], place_of: Any) -> SpecT
         if name not in model.model_fields:
             raise SpecError(f"{param} is unknown{nearest(name, model.model_fields)}.", param=param)
         # Python counts true as 1, pydantic too.
-        if isinstance(value, bool) and model.model_fields[name].annotation is not bool:
+        annotation = model.model_fields[name].annotation
+        if isinstance(value, bool) and bool not in (annotation, *get_args(annotation)):
             raise SpecError(f"{param} takes a value, not true or false.", param=param)
     try:
         return model.model_validate(dict(values))
@@ -424,10 +441,7 @@ def resolve(spec: TrainSpec, facts: Facts) -> tuple[TrainSpec, list[str]]:
         chosen["learning_rate_multiplier"] = asked.learning_rate / own_rate
     batch_size = chosen.get("batch_size", asked.batch_size)
     if asked.micro_batch_size == "auto":
-        chosen["micro_batch_size"] = min(batch_size, 8)
-        why.append(
-            f"micro_batch_size = {chosen['micro_batch_size']} (gradients accumulate up to {batch_size})"
-        )
+        chosen["micro_batch_size"] = batch_size
     elif asked.micro_batch_size > batch_size:
         raise SpecError(
             f"hyperparameters.micro_batch_size = {asked.micro_batch_size} exceeds batch_size = {batch_size}.",

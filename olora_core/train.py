@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from . import checkpoint
+from . import attention, checkpoint
 from .adapter import Adapter, Site, adapter_tensors, adapters_off, detach, load_adapter_tensors
 from .batches import MicroBatch, epoch_order, micro_batches, steps_per_epoch
 from .certify import certify
@@ -28,18 +28,12 @@ from .errors import CheckpointError, SpecError, TrainingError
 from .evaluate import evaluate
 from .examples import Examples
 from .export import Story, export_adapter, record_certificate
-from .losses import (
-    Loss,
-    evaluating,
-    head_is_plain,
-    loss_of,
-    packing_is_exact,
-    set_training,
-    task_loss,
-)
+from .losses import Loss, loss_of, set_training
 from .methods import METHODS, Method, Outputs
 from .methods.base import Schedule, placing
 from .model import Base, target_sites
+from .passes import evaluating
+from .plan import Plan, can_checkpoint, plan_passes, set_checkpointing
 from .precision import DTYPES, compute_dtype
 from .progress import Evaluated, Finished, Note, Phase, Progress, Resolved, Saved, Step, result_of
 from .randomness import Randomness
@@ -64,6 +58,8 @@ SMALL_VALIDATIONS = 20
 """How often a run looks at the first validation rows."""
 CERTIFICATE_ROWS, CERTIFICATE_TOKENS = 16, 4096
 LOCAL_CHECKPOINTS = 2
+FILL_STEPS = 20
+"""Steps whose passes are looked at to say how full they are."""
 TINY_MULTIPLIER = 0.01
 
 Wishes = Generator[Progress, str | None, None]
@@ -89,23 +85,27 @@ def train(
     Raises OloraErrors only for expected trouble; each says what to do.
     """
     asked, threads = spec, torch.get_num_threads()
+    attention_before = base.model.config._attn_implementation
     check_dtype(spec, base)
     sites = target_sites(base.model, spec.adapter.target_modules)
     data = yield from read_data(spec, base, training, validation)
     spec, why = resolve(spec, facts(base, data))
     try:
-        run = yield from start(asked, spec, base, data, sites)
+        run, plan = yield from start(asked, spec, base, data, sites)
         trained_parameters = sum(parameter.numel() for parameter in run.parameters)
         targets = [site.name for site in sites]
-        yield Resolved(spec, why, run.total_steps, len(data.training), trained_parameters, targets)
+        reasons = [*why, *plan.why]
+        yield Resolved(run.spec, reasons, run.total_steps, len(data.training), trained_parameters, targets)
         if resume is None:
-            yield from notes(run)
+            yield from notes(run, plan)
         else:
             restore(run, resume)
         yield from steps(run, folder, checkpoint_seconds)
         yield from finish(run, folder)
     finally:
         detach(base.model)
+        set_checkpointing(base.model, False)
+        base.model.set_attn_implementation(attention_before)
         base.model.eval()
         torch.set_num_threads(threads)
 
@@ -144,8 +144,11 @@ class Run:
     adapters: dict[str, Adapter]
     optimizer: torch.optim.Optimizer
     schedule: Schedule
-    every_logit: bool
     total_steps: int
+    micro_batch_tokens: int
+    """Of a pass, at most; smaller than the spec's once the device ran out of memory."""
+    checkpointing: bool
+    """Whether the blocks keep only their inputs."""
     random: Randomness
     step: int = 0
     tokens: int = 0
@@ -169,6 +172,11 @@ class Run:
     @cached_property
     def loss(self) -> Loss:
         return loss_of(self.spec)
+
+    @cached_property
+    def measure(self) -> Loss:
+        """The loss of evaluations."""
+        return loss_of(self.spec, evaluating=True)
 
     @cached_property
     def parameters(self) -> list[nn.Parameter]:
@@ -206,8 +214,8 @@ class Run:
 
 def start(
     asked: TrainSpec, spec: TrainSpec, base: Base, data: Data, sites: list[Site]
-) -> Generator[Phase, None, Run]:
-    """Puts the adapters in place and makes the optimizer."""
+) -> Generator[Phase, None, tuple[Run, Plan]]:
+    """Puts the adapters in place, plans the passes and makes the optimizer."""
     hyperparameters = spec.hyperparameters
     per_epoch = steps_per_epoch(len(data.training), hyperparameters.batch_size)
     total_steps = min(hyperparameters.n_epochs * per_epoch, hyperparameters.max_steps or math.inf)
@@ -219,13 +227,13 @@ def start(
         schedule=schedule,
         weight_decay=hyperparameters.weight_decay,
     )
-    every_logit = method.needs_logits or not head_is_plain(base.model)
-    if hyperparameters.packing and not packing_is_exact(base.model):
-        raise SpecError(
-            "hyperparameters.packing: this base model lets packed examples see each other; set it to false.",
-            param="hyperparameters.packing",
-        )
+    packing = base.passes.packing  # asked before the adapters come
     adapters = yield from placing(method, base.model, sites)
+    if packing == "segments":
+        base.model.set_attn_implementation(attention.NAME)
+    plan = plan_passes(spec, base, adapters, data.training, loss_of(spec), method.needs_logits)
+    passes = plan.spec.hyperparameters
+    set_checkpointing(base.model, passes.gradient_checkpointing)
     optimizer = torch.optim.AdamW(
         method.param_groups(adapters),
         lr=hyperparameters.learning_rate,
@@ -233,15 +241,28 @@ def start(
         eps=1e-8,
         fused=True,
     )
-    random = Randomness(spec.seed, base.device)
-    return Run(
-        asked, spec, base, data, method, adapters, optimizer, schedule, every_logit, total_steps, random
+    run = Run(
+        asked,
+        plan.spec,
+        base,
+        data,
+        method,
+        adapters,
+        optimizer,
+        schedule,
+        total_steps,
+        passes.micro_batch_tokens,
+        passes.gradient_checkpointing,
+        Randomness(spec.seed, base.device),
     )
+    return run, plan
 
 
-def notes(run: Run) -> Iterator[Note]:
+def notes(run: Run, plan: Plan) -> Iterator[Note]:
     """What the owner should know before the first step."""
     yield from run.data.notes
+    yield from plan.notes
+    yield fill_note(run)
     for sentence in (*run.base.notes, *run.method.notes):
         yield Note("warn", sentence)
     multiplier = run.asked.hyperparameters.learning_rate_multiplier
@@ -267,7 +288,7 @@ def steps(run: Run, folder: Path, checkpoint_seconds: float) -> Wishes:
                 saved_at = time.monotonic()
         if run.step == run.total_steps:
             return
-        wish = yield take_step(run)
+        wish = yield (yield from take_step(run))
         is_due = time.monotonic() - saved_at >= checkpoint_seconds
         # At an epoch's end a checkpoint follows anyway, after the evaluation.
         if wish == "save" or (is_due and not at_epoch_end(run)):
@@ -280,20 +301,25 @@ def at_epoch_end(run: Run) -> bool:
     return run.step % run.steps_per_epoch == 0 or run.step == run.total_steps
 
 
-def take_step(run: Run) -> Step:
+def take_step(run: Run) -> Generator[Note, None, Step]:
     """One optimizer step; the order of the method's hooks is part of their contract."""
     began, step, rows = time.perf_counter(), run.step + 1, run.rows(run.step + 1)
     rate = write_learning_rates(run, step)
     set_training(run.base.model, run.spec)
-    try:
-        with run.random:
-            sums, tokens = accumulate(run, rows)
-    except torch.OutOfMemoryError:
-        raise TrainingError(
-            f"Step {step} does not fit into the device's memory; lower hyperparameters.micro_batch_size "
-            f"(now {run.hyperparameters.micro_batch_size}) or context_length.",
-            code="out_of_memory",
-        ) from None
+    while True:
+        random_before = run.random.state
+        try:
+            with run.random:
+                sums, tokens = accumulate(run, rows)
+            break
+        except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
+            if not is_out_of_memory(error):
+                raise
+        # Nothing has moved yet: the step begins again, with less at a time.
+        run.random.state = random_before
+        run.optimizer.zero_grad(set_to_none=True)
+        run.method.step_again()
+        yield need_less(run, step, rows)
     norm = nn.utils.clip_grad_norm_(run.parameters, run.hyperparameters.max_grad_norm)
     run.method.after_backward(step)
     run.optimizer.step()
@@ -345,11 +371,11 @@ def write_learning_rates(run: Run, step: int) -> float:
 def accumulate(run: Run, rows: np.ndarray) -> tuple[Tensor, int]:
     """Gradients of one optimizer batch. Returns (3,) fp64, the sums of loss, hits and margin; and tokens."""
     weight = int(run.data.training.weights[rows].sum())
-    batches = list(batches_of(run, rows))
+    batches = batches_of(run, rows)
     sums = torch.zeros(3, dtype=torch.float64, device=run.base.device)
     for cpu_batch in batches:
         batch = cpu_batch.to(run.base.device)
-        task = run.loss(run.base.model, batch, every_logit=run.every_logit)
+        task = run.loss(run.base.model, batch, run.base.passes, every_logit=run.method.needs_logits)
         penalty = run.method.penalty(
             Outputs(task.logits, batch.labels, task.total / task.weight),
             lambda batch=batch: base_logits(run.base, batch),
@@ -361,13 +387,70 @@ def accumulate(run: Run, rows: np.ndarray) -> tuple[Tensor, int]:
     return sums, sum(batch.tokens for batch in batches)
 
 
-def batches_of(run: Run, rows: np.ndarray) -> Iterator[MicroBatch]:
+def batches_of(run: Run, rows: np.ndarray) -> list[MicroBatch]:
     return micro_batches(
         run.data.training,
         rows,
         size=run.hyperparameters.micro_batch_size,
+        tokens=run.micro_batch_tokens,
         packing=run.hyperparameters.packing,
         pad_token=run.base.tokenizer.pad_token_id or 0,
+    )
+
+
+def fill_note(run: Run) -> Note:
+    """How full the passes of the first steps are."""
+    steps = min(FILL_STEPS, run.total_steps)
+    batches = [batch for step in range(1, steps + 1) for batch in batches_of(run, run.rows(step))]
+    tokens = sum(batch.tokens for batch in batches)
+    padded = sum(batch.input_ids.numel() for batch in batches)
+    room = sum(max(run.micro_batch_tokens, batch.input_ids.numel()) for batch in batches)
+    packing = run.hyperparameters.packing
+    return Note(
+        "info",
+        f"{'Packed' if packing else 'Padded'} passes: {tokens / padded:.0%} of what they compute are the "
+        f"examples' tokens, {tokens / room:.0%} of the {run.micro_batch_tokens} they may hold; "
+        f"{len(batches) / steps:.1f} a step.",
+        {
+            "packing": packing,
+            "fill": tokens / padded,
+            "efficiency": tokens / room,
+            "passes": len(batches) / steps,
+        },
+    )
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Also as a CPU says it."""
+    return isinstance(error, torch.OutOfMemoryError | MemoryError) or "can't allocate memory" in str(error)
+
+
+def need_less(run: Run, step: int, rows: np.ndarray) -> Note:
+    """Halves what a pass holds, or checkpoints the blocks when it holds one example already.
+
+    Raises TrainingError when neither is left.
+    """
+    if run.base.device.type == "cuda":
+        torch.cuda.empty_cache()
+    batches = batches_of(run, rows)
+    largest = max(batch.input_ids.numel() for batch in batches)
+    if len(batches) < len(rows):
+        run.micro_batch_tokens = max(16, min(run.micro_batch_tokens, largest) // 2)
+        done = f"passes hold at most {run.micro_batch_tokens} tokens from here on, and gradients accumulate"
+    elif not run.checkpointing and can_checkpoint(run.base.model, run.spec):
+        run.checkpointing = True
+        set_checkpointing(run.base.model, True)
+        done = "blocks are computed once more in the backward from here on"
+    else:
+        raise TrainingError(
+            f"Step {step} does not fit into the device's memory, not even one example at a time ({largest} "
+            "tokens). Lower hyperparameters.context_length or adapter.rank, or use a larger device.",
+            code="out_of_memory",
+        )
+    return Note(
+        "warn",
+        f"Step {step} ran out of memory and begins again: {done}. The result does not change.",
+        {"step": step, "micro_batch_tokens": run.micro_batch_tokens, "checkpointing": run.checkpointing},
     )
 
 
@@ -375,9 +458,7 @@ def batches_of(run: Run, rows: np.ndarray) -> Iterator[MicroBatch]:
 def base_logits(base: Base, batch: MicroBatch) -> Tensor:
     """What the base says of a batch: adapters off, eval mode."""
     with adapters_off(base.model), evaluating(base.model):
-        logits = task_loss(base.model, batch, every_logit=True).logits
-    assert logits is not None
-    return logits
+        return base.passes.logits(base.model, batch)[1]
 
 
 def peak_memory(device: torch.device) -> int:
@@ -407,9 +488,13 @@ def evaluate_fully(run: Run) -> Generator[Phase | Evaluated, None, None]:
 
 
 def evaluation(run: Run, examples: Examples) -> Generator[Phase, None, tuple[float, float]]:
-    size = run.hyperparameters.micro_batch_size
     return evaluate(
-        run.base, examples, micro_batch_size=size, every_logit=run.every_logit, loss_of_batch=run.loss
+        run.base,
+        examples,
+        size=run.hyperparameters.micro_batch_size,
+        tokens=run.micro_batch_tokens,
+        packing=run.hyperparameters.packing,
+        loss_of_batch=run.measure,
     )
 
 
@@ -436,6 +521,8 @@ def snapshot(run: Run) -> Snapshot:
         "method": run.method.state_dict(),
         "optimizer": groups,
         "threads": torch.get_num_threads(),
+        "micro_batch_tokens": run.micro_batch_tokens,
+        "checkpointing": run.checkpointing,
         "tokens": run.tokens,
         "trained_tokens": run.trained_tokens,
         "seconds": run.seconds,
@@ -463,6 +550,8 @@ def restore(run: Run, folder: Path) -> None:
         run.glances = [tuple(entry) for entry in state["glances"]]
         run.evaluations = [Evaluated(**values) for values in state["evaluations"]]
         torch.set_num_threads(state["threads"])
+        run.micro_batch_tokens, run.checkpointing = state["micro_batch_tokens"], state["checkpointing"]
+        set_checkpointing(run.base.model, run.checkpointing)
     except (KeyError, ValueError, TypeError) as error:
         raise CheckpointError(
             f"Checkpoint '{folder.name}' does not fit this run: {error}. Start the run anew."

@@ -1,4 +1,4 @@
-"""What a method may do to a training run: one required hook, and seven that do nothing unless defined."""
+"""What a method may do to a training run: one required hook, and eight that do nothing unless defined."""
 
 import hashlib
 from collections.abc import Callable, Generator, Mapping
@@ -65,6 +65,9 @@ class Method(Generic[SpecT]):
     def penalty(self, outputs: Outputs, reference: Callable[[], Tensor]) -> Tensor | None:
         """A scalar added to this micro-batch's loss. `reference()` gives the base's logits for the batch."""
         return None
+
+    def step_again(self) -> None:
+        """The device ran out of memory: what this step's passes told so far is to be forgotten."""
 
     def after_backward(self, step: int) -> None:
         """Gradients are complete (accumulated, reduced, clipped); weights have not moved."""

@@ -100,7 +100,7 @@ def test_pad_and_end_may_be_the_same_token(tmp_path, tokenizer) -> None:
     tokenizer.pad_token = tokenizer.eos_token
     examples, _ = run(tmp_path, tokenizer, [chat(QUESTION, ANSWER), chat(("user", "?"), ANSWER)])
     (batch,) = micro_batches(
-        examples, np.array([0, 1]), size=2, packing=False, pad_token=tokenizer.pad_token_id
+        examples, np.array([0, 1]), size=2, tokens=4096, packing=False, pad_token=tokenizer.pad_token_id
     )
     trained_ends = (batch.labels == tokenizer.eos_token_id).sum(dim=1)
     assert trained_ends.tolist() == [1, 1]
@@ -261,7 +261,7 @@ def examples(tmp_path, tokenizer) -> Examples:
 @pytest.mark.parametrize("packing", [False, True])
 def test_micro_batches_hold_exactly_the_batchs_rows(examples, packing) -> None:
     rows = epoch_order(11, seed=0, epoch=0)[:7]
-    batches = list(micro_batches(examples, rows, size=3, packing=packing, pad_token=0))
+    batches = micro_batches(examples, rows, size=3, tokens=4096, packing=packing, pad_token=0)
     assert len(batches) == 3
     assert sum(b.tokens for b in batches) == examples.lengths[rows].sum()
     assert sum(b.trained_tokens for b in batches) == examples.trained_lengths[rows].sum()
@@ -269,20 +269,20 @@ def test_micro_batches_hold_exactly_the_batchs_rows(examples, packing) -> None:
 
 
 def test_micro_batches_pad_little(examples) -> None:
-    batches = list(micro_batches(examples, np.arange(11), size=1, packing=False, pad_token=0))
+    batches = micro_batches(examples, np.arange(11), size=1, tokens=4096, packing=False, pad_token=0)
     lengths = [b.input_ids.shape[1] for b in batches]
     assert lengths == sorted(examples.lengths.tolist(), reverse=True)
 
 
 def test_pads_are_not_trained_and_labels_stand_at_their_tokens(examples) -> None:
-    (batch,) = micro_batches(examples, np.arange(11), size=11, packing=False, pad_token=0)
+    (batch,) = micro_batches(examples, np.arange(11), size=11, tokens=4096, packing=False, pad_token=0)
     trained = batch.labels != IGNORED
     assert torch.equal(batch.labels[trained], batch.input_ids[trained])
     assert not trained[batch.input_ids == 0].any()
 
 
 def test_a_packed_row_starts_its_positions_again_at_each_example(examples) -> None:
-    (batch,) = micro_batches(examples, np.arange(4), size=4, packing=True, pad_token=0)
+    (batch,) = micro_batches(examples, np.arange(4), size=4, tokens=4096, packing=True, pad_token=0)
     assert batch.position_ids is not None
     starts = (batch.position_ids[0] == 0).nonzero().flatten().tolist()
     lengths = sorted(examples.lengths[:4].tolist(), reverse=True)

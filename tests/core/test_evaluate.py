@@ -18,10 +18,8 @@ from .runs import spec_for, write_rows
 from .test_losses import EXAMPLES, loss_by_transformers
 
 
-def result_of(
-    base: Base, examples: Examples, size: int, every_logit: bool
-) -> tuple[float, float, list[Phase]]:
-    going, phases = evaluate(base, examples, micro_batch_size=size, every_logit=every_logit), []
+def result_of(base: Base, examples: Examples, size: int, packing: bool) -> tuple[float, float, list[Phase]]:
+    going, phases = evaluate(base, examples, size=size, tokens=4096, packing=packing), []
     while True:
         try:
             phases.append(next(going))
@@ -29,10 +27,10 @@ def result_of(
             return *end.value, phases
 
 
-@pytest.mark.parametrize("every_logit", [False, True])
+@pytest.mark.parametrize("packing", [False, True])
 @pytest.mark.parametrize("size", [1, 3, 8])
-def test_the_loss_is_transformers_own_however_it_is_cut(llama, size, every_logit) -> None:
-    loss, accuracy, _ = result_of(llama, EXAMPLES, size, every_logit)
+def test_the_loss_is_transformers_own_however_it_is_cut(llama, size, packing) -> None:
+    loss, accuracy, _ = result_of(llama, EXAMPLES, size, packing)
     with torch.no_grad():
         expected = loss_by_transformers(llama.model) / EXAMPLES.trained_lengths.sum()
     assert loss == pytest.approx(expected, rel=1e-5)

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 import torch
@@ -17,6 +17,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import (
     AutoModelForCausalLM,
+    BloomConfig,
     FalconConfig,
     Gemma2Config,
     Gemma3TextConfig,
@@ -64,8 +65,8 @@ class Family:
     layers: Shapes
     """What "auto" adapts in every block, in the order of the model."""
     stack: str = "model.layers"
-    packs: bool = True
-    """Whether packed examples are kept apart; refused by name where they are not."""
+    packed_by: Literal["segments", "positions"] = "segments"
+    """What keeps packed examples apart: attention of our own, or transformers'."""
     left_out: dict[str, list[str]] = field(default_factory=dict)
     """Tensors that "auto" has to name as left out, by kind."""
 
@@ -130,7 +131,7 @@ FAMILIES = {
     "Mistral": Family(grouped(MistralConfig, **windowed), narrow | gated()),
     "Qwen2": Family(grouped(Qwen2Config), narrow | gated()),
     "Qwen3": Family(grouped(Qwen3Config, head_dim=HEAD), wide | gated()),
-    "Gemma 2": Family(gemma(Gemma2Config), wide | gated()),
+    "Gemma 2": Family(gemma(Gemma2Config), wide | gated(), packed_by="positions"),
     "Gemma 3": Family(gemma(Gemma3TextConfig), wide | gated()),
     "Phi-3": Family(
         grouped(Phi3Config),
@@ -156,7 +157,6 @@ FAMILIES = {
         {f"self_attn.{name}_proj": (WIDTH, WIDTH) for name in ("k", "v", "q", "out")}
         | {"fc1": (INNER, WIDTH), "fc2": (WIDTH, INNER)},
         stack="model.decoder.layers",
-        packs=False,
     ),
     "GPT-NeoX": Family(
         small(GPTNeoXConfig, intermediate_size=INNER),
@@ -259,6 +259,7 @@ def run_spec(**settings: Any) -> TrainSpec:
     """Every step sees all rows, so that losses of two steps can be compared."""
     adapter = {"rank": RANK, "alpha": RANK}
     chosen = {"n_epochs": STEPS, "batch_size": ROWS, "micro_batch_size": 4, "learning_rate": 5e-3}
+    chosen["packing"] = False
     return spec_for("olora", adapter=adapter, **chosen | settings)
 
 
@@ -304,14 +305,9 @@ def test_twenty_steps_lower_the_loss_and_leave_the_base_as_it_was(ran: Ran) -> N
     assert all(torch.equal(after[name], tensor) for name, tensor in ran.before.items())
 
 
-def test_packing_trains_the_same_or_is_refused_by_name(
-    family: Family, ran: Ran, training: Path, tmp_path: Path
-) -> None:
+def test_packing_trains_the_same(family: Family, ran: Ran, training: Path, tmp_path: Path) -> None:
     progress = train(run_spec(packing=True), ran.base, training, None, tmp_path)
-    if not family.packs:
-        with pytest.raises(SpecError, match=r"hyperparameters\.packing: .*set it to false"):
-            next(losses_of(progress))
-        return
+    assert ran.base.passes.packing == family.packed_by
     packed = losses_of(progress)
     assert [next(packed) for _ in range(4)] == pytest.approx(losses(ran.progress)[:4], rel=1e-5)
     progress.close()
@@ -415,6 +411,18 @@ def test_a_familys_own_linear_layer_is_adapted_only_if_it_is_one() -> None:
     assert len(target_sites(falcon, "auto")) == 2 * 4
 
 
+def test_packing_is_refused_by_name_where_examples_would_see_each_other(
+    training: Path, tmp_path: Path
+) -> None:
+    """BLOOM knows no positions."""
+    config = BloomConfig(vocab_size=VOCABULARY, hidden_size=WIDTH, n_layer=2, n_head=HEADS)
+    base = load_base(save_base(tmp_path / "base", AutoModelForCausalLM.from_config(config)), name="tiny")
+    with pytest.raises(SpecError, match=r"hyperparameters\.packing: .*set it to false"):
+        list(train(run_spec(packing=True), base, training, None, tmp_path / "run"))
+    progress = list(train(run_spec(packing="auto", n_epochs=1), base, training, None, tmp_path / "run"))
+    assert one(Resolved, progress).spec.hyperparameters.packing is False
+
+
 # --- the documentation -------------------------------------------------------------------------------------
 
 
@@ -427,5 +435,5 @@ def test_the_documented_table_is_this_one() -> None:
 def row_of(name: str, family: Family) -> str:
     adapted = dict.fromkeys(ending.rpartition(".")[2] for ending in family.layers)
     layers = ", ".join(f"`{layer}`" for layer in adapted)
-    packing = "as unpacked, within 1e-5" if family.packs else "refused"
+    packing = {"segments": "by segment", "positions": "by a mask"}[family.packed_by]
     return f"| {name} | {layers} | {', '.join(family.left_out) or 'nothing'} | {packing} |"

@@ -5,10 +5,14 @@ import pytest
 import torch
 from transformers import BloomConfig, BloomForCausalLM, Gemma2Config, Gemma2ForCausalLM, PreTrainedModel
 
+from olora_core import losses
 from olora_core.batches import IGNORED, MicroBatch, micro_batches
 from olora_core.examples import Examples
-from olora_core.losses import head_is_plain, packing_is_exact, task_loss
+from olora_core.losses import task_loss
 from olora_core.model import Base
+from olora_core.passes import head_is_plain, packing_is_exact, passes_of
+
+from .runs import spec_for
 
 
 def examples_of(lengths: list[int], vocabulary: int = 259) -> Examples:
@@ -28,7 +32,7 @@ ROWS = np.arange(8)
 
 
 def batches_of(size: int, *, packing: bool = False) -> list[MicroBatch]:
-    return list(micro_batches(EXAMPLES, ROWS, size=size, packing=packing, pad_token=0))
+    return micro_batches(EXAMPLES, ROWS, size=size, tokens=4096, packing=packing, pad_token=0)
 
 
 def loss_by_transformers(model: PreTrainedModel) -> float:
@@ -50,7 +54,8 @@ def test_the_loss_is_transformers_own(request, name, every_logit, packing, size)
     base: Base = request.getfixturevalue(name)
     with torch.no_grad():
         batches = batches_of(size, packing=packing)
-        ours = sum(task_loss(base.model, b, every_logit=every_logit).total.item() for b in batches)
+        parts = (task_loss(base.model, b, base.passes, every_logit=every_logit) for b in batches)
+        ours = sum(part.total.item() for part in parts)
         theirs = loss_by_transformers(base.model)
     assert ours == pytest.approx(theirs, rel=1e-5)
 
@@ -59,9 +64,9 @@ def gradient(model: PreTrainedModel, batches: list[MicroBatch]) -> torch.Tensor:
     """Accumulated gradient of one weight, normalised by the whole batch's trained tokens."""
     weight = model.get_decoder().layers[0].self_attn.q_proj.weight.requires_grad_(True)
     weight.grad = None
-    trained = sum(batch.trained_tokens for batch in batches)
+    trained, passes = sum(batch.trained_tokens for batch in batches), passes_of(model)
     for batch in batches:
-        (task_loss(model, batch, every_logit=False).total / trained).backward()
+        (task_loss(model, batch, passes).total / trained).backward()
     assert weight.grad is not None
     return weight.grad
 
@@ -74,10 +79,10 @@ def test_a_batch_gives_the_same_gradient_however_it_is_cut(llama: Base) -> None:
 
 def test_the_logits_are_there_when_asked_for(llama: Base) -> None:
     (batch,) = batches_of(8)
-    logits = task_loss(llama.model, batch, every_logit=True).logits
+    logits = task_loss(llama.model, batch, llama.passes, every_logit=True).logits
     assert logits is not None
     assert logits.shape == (*batch.input_ids.shape, 259)
-    assert task_loss(llama.model, batch, every_logit=False).logits is None
+    assert task_loss(llama.model, batch, llama.passes).logits is None
 
 
 def test_accuracy_counts_the_tokens_the_model_would_have_chosen(llama: Base) -> None:
@@ -85,7 +90,7 @@ def test_accuracy_counts_the_tokens_the_model_would_have_chosen(llama: Base) -> 
     with torch.no_grad():
         chosen = llama.model(input_ids=batch.input_ids).logits[:, :-1].argmax(-1)
         expected = ((chosen == batch.labels[:, 1:]) & (batch.labels[:, 1:] != IGNORED)).sum()
-        assert task_loss(llama.model, batch, every_logit=False).correct == expected
+        assert task_loss(llama.model, batch, llama.passes).correct == expected
 
 
 @pytest.mark.parametrize("name", ["llama", "tied_llama", "bf16_llama", "gpt2"])
@@ -132,3 +137,51 @@ def test_the_probes_leave_the_models_mode(llama: Base) -> None:
     llama.model.train()
     head_is_plain(llama.model)
     assert llama.model.training
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+@pytest.mark.parametrize("at_once", [1, 40, 10**6])
+def test_the_fused_head_is_the_formula(
+    monkeypatch: pytest.MonkeyPatch, smoothing: float, at_once: int
+) -> None:
+    """−Σ t log softmax(h Wᵀ) with t = (1 − ε) target + ε / V, and its gradient in h, in float64."""
+    monkeypatch.setattr(losses, "LOGITS_AT_ONCE", at_once)
+    torch.manual_seed(0)
+    hidden, weight = torch.randn(7, 6, requires_grad=True), torch.randn(13, 6)
+    targets = torch.randint(13, (7,))
+    total, correct = losses.FrozenHeadLoss.apply(hidden, weight, None, targets, smoothing)
+    (total * 0.3).backward()
+
+    h = hidden.detach().double().requires_grad_()
+    log_p = (h @ weight.double().T).log_softmax(-1)
+    wanted = (1 - smoothing) * torch.eye(13).double()[targets] + smoothing / 13
+    expected = -(wanted * log_p).sum()
+    (expected * 0.3).backward()
+    assert total.item() == pytest.approx(expected.item(), rel=1e-6)
+    assert torch.allclose(hidden.grad.double(), h.grad, rtol=1e-5, atol=1e-6)
+    assert correct == (log_p.argmax(-1) == targets).sum()
+
+
+def test_the_fused_head_keeps_no_logits(llama: Base) -> None:
+    (batch,) = batches_of(8)
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t.shape) or t, lambda t: t):
+        llama.model.get_input_embeddings().weight.requires_grad_(True)
+        total = task_loss(llama.model, batch, llama.passes).total
+    vocabulary = llama.model.config.vocab_size
+    assert total.grad_fn.name() == "FrozenHeadLossBackward"
+    assert not any(vocabulary in shape and batch.trained_tokens in shape for shape in kept)
+
+
+def test_label_smoothing_is_trained_on_and_not_measured_with(llama: Base) -> None:
+    (batch,) = batches_of(8)
+    smooth = spec_for(label_smoothing=0.2)
+    with torch.no_grad():
+        trained_on, measured = (
+            losses.loss_of(smooth, evaluating=evaluating)(llama.model, batch, llama.passes).total.item()
+            for evaluating in (False, True)
+        )
+        plain = task_loss(llama.model, batch, llama.passes).total.item()
+        by_all_logits = task_loss(llama.model, batch, llama.passes, every_logit=True, smoothing=0.2)
+    assert measured == plain != trained_on
+    assert trained_on == pytest.approx(by_all_logits.total.item(), rel=1e-6)

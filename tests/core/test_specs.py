@@ -112,6 +112,8 @@ def test_every_suggested_name_is_accepted(name) -> None:
         "lora_target_modules": "auto",
         "dtype": "auto",
         "context_length": "auto",
+        "micro_batch_tokens": "auto",
+        "label_smoothing": 0.1,
     }
     read_spec(model="m", type="dpo", hyperparameters={name: values.get(name, 1)})  # takes all of them
 
@@ -291,7 +293,6 @@ def test_every_auto_becomes_a_number_with_a_reason() -> None:
         "context_length",
         "dtype",
         "learning_rate",
-        "micro_batch_size",
     ]
 
 
@@ -324,9 +325,9 @@ def test_a_resolved_spec_is_left_as_it_is() -> None:
     assert resolve(once, Facts(5000, 4096, 512, "bfloat16")) == (once, [])
 
 
-def test_micro_batches_hold_at_most_eight() -> None:
+def test_a_pass_may_hold_the_whole_batch() -> None:
     resolved, _ = resolve(spec({"batch_size": 64}), FACTS)
-    assert resolved.hyperparameters.micro_batch_size == 8
+    assert resolved.hyperparameters.micro_batch_size == 64
 
 
 @pytest.mark.parametrize(
