@@ -5,19 +5,23 @@ backward is measured on short rows and scaled: the same for every family, method
 """
 
 import resource
+import weakref
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from .adapter import Adapter
 from .batches import micro_batches
-from .errors import SpecError
+from .errors import SpecError, TrainingError
 from .examples import Examples
 from .losses import LOGITS_AT_ONCE, Loss, set_training
 from .model import Base
@@ -29,6 +33,11 @@ IDEAL_TOKENS = {"cpu": 2048, "cuda": 16384}
 """Tokens of a pass beyond which a device gains no more speed."""
 USABLE = 0.8
 """Share of the free memory that is planned for; the rest is for fragments and for others."""
+LOGIT_BYTES = 10
+"""A logit in its own dtype, its gradient likewise, and once in fp32."""
+HEAD_BYTES = LOGIT_BYTES * LOGITS_AT_ONCE
+CPU_SLACK = 1.25
+"""glibc keeps pieces between tensors of many sizes; measured."""
 MEGABYTE = 2**20
 
 
@@ -42,21 +51,23 @@ class Estimate:
     """What the device could still give."""
     optimizer: int
     """Gradients and AdamW's two moments."""
-    saved: tuple[float, float, float]
-    """a + b T + c T L bytes are kept for the backward of T tokens in rows of L."""
+    passes: tuple[float, float, float]
+    """A pass of T tokens in rows of L takes a + b T + c T L bytes at its peak, beside the head's."""
     layers: int
     layer_input: int
     """Bytes a token: what a checkpointed layer keeps."""
     head: int
-    """The piece of logits that the loss holds at a time, at most."""
+    """Bytes a token of logits while the loss holds them."""
+    slack: float
+    """What the allocator takes for a byte that is asked for."""
 
     def activations(self, tokens: int, length: int, *, checkpointing: bool = False) -> int:
-        """Kept for the backward, and what the backward of one layer adds to it."""
-        a, b, c = self.saved
+        """The peak of one forward and backward."""
+        a, b, c = self.passes
         whole = a + b * tokens + c * tokens * length
-        layer = whole / max(1, self.layers)
-        kept = tokens * self.layer_input * self.layers + layer if checkpointing else whole
-        return int(kept + max(self.head, layer))
+        if checkpointing:
+            whole = whole / max(1, self.layers) + tokens * self.layer_input * self.layers
+        return int(self.slack * (whole + min(self.head * tokens, HEAD_BYTES)))
 
     def added(self, tokens: int, length: int, *, checkpointing: bool = False) -> int:
         """By training, to what is used."""
@@ -160,26 +171,39 @@ def estimate_memory(
     spec: TrainSpec, base: Base, adapters: Mapping[str, Adapter], loss: Loss, every_logit: bool
 ) -> Estimate:
     """Measures short passes of the base with its adapters, as a step makes them."""
-    used, free = memory_of(base.device)
     trained = sum(p.numel() * p.element_size() for a in adapters.values() for p in a.parameters())
     sides = 2 if spec.type == "dpo" else 1
-    set_training(base.model, spec)
-    points = [
-        (sides * length, length, _saved_bytes(spec, base, loss, every_logit, length, sides))
-        for length in _probe_lengths(base.model)
-    ]
-    matrix = np.array([[1, tokens, tokens * length] for tokens, length, _ in points], dtype=float)
-    a, b, c = np.linalg.lstsq(matrix, np.array([saved for *_, saved in points], dtype=float), rcond=None)[0]
-    config = base.model.config.get_text_config()
     vocabulary = base.model.get_input_embeddings().weight.shape[0]
+    fused = base.passes.plain_head and not every_logit and spec.type != "dpo"
+    head = LOGIT_BYTES * vocabulary if fused else 0
+    set_training(base.model, spec)
+    rows, peaks = [], []
+    for length in _probe_lengths(base.model):
+        tokens = sides * length
+        rows.append([1, tokens, tokens * length])
+        try:
+            peak = _peak_of_a_pass(base, loss, every_logit, length, sides)
+        except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
+            if not is_out_of_memory(error):
+                raise
+            raise TrainingError(
+                f"Not even {tokens} tokens of a pass fit into the device's memory beside base and adapter. "
+                "Lower adapter.rank, or use a larger device or a smaller base.",
+                code="out_of_memory",
+            ) from None
+        peaks.append(max(0, peak - min(head * tokens, HEAD_BYTES)))
+    a, b, c = np.linalg.lstsq(np.array(rows, dtype=float), np.array(peaks, dtype=float), rcond=None)[0]
+    used, free = memory_of(base.device)  # with what the libraries took for their first passes
+    config = base.model.config.get_text_config()
     return Estimate(
         used=used,
         free=free,
         optimizer=3 * trained,
-        saved=(float(max(0.0, a)), float(b), float(max(0.0, c))),
+        passes=(float(max(0.0, a)), float(b), float(max(0.0, c))),
         layers=getattr(config, "num_hidden_layers", None) or 1,
         layer_input=config.hidden_size * base.model.dtype.itemsize,
-        head=10 * max(LOGITS_AT_ONCE, vocabulary),  # bytes: logits twice in their dtype, once in fp32
+        head=head,
+        slack=CPU_SLACK if base.device.type == "cpu" else 1.1,
     )
 
 
@@ -189,30 +213,50 @@ def _probe_lengths(model: PreTrainedModel) -> tuple[int, ...]:
     return tuple(max(2, length // shrink) for length in PROBE_LENGTHS)
 
 
-def _saved_bytes(spec: TrainSpec, base: Base, loss: Loss, every_logit: bool, length: int, sides: int) -> int:
-    """What autograd keeps of one forward of `sides` rows of this length, beside the base and adapters."""
-    rows = np.arange(1, length + 1, dtype=np.uint32) % base.model.get_input_embeddings().weight.shape[0]
-    trained = np.arange(length) >= max(1, length // 2)
+def _peak_of_a_pass(base: Base, loss: Loss, every_logit: bool, length: int, sides: int) -> int:
+    """Bytes that one forward and backward of `sides` rows of this length holds at most."""
+    model, cuda = base.model, base.device.type == "cuda"
+    trained = np.arange(length) > 0  # every token that can be
     example = Examples(
-        np.tile(rows, sides),
+        np.tile(np.arange(length, dtype=np.uint32) % model.get_input_embeddings().weight.shape[0], sides),
         np.tile(trained, sides),
         np.arange(sides + 1, dtype=np.int64) * length,
         np.zeros(1, dtype=np.int64),
         sides,
     )
     (batch,) = micro_batches(example, np.arange(1), size=1, tokens=1, packing=False, pad_token=0)
-    known = {t.untyped_storage().data_ptr() for t in (*base.model.parameters(), *base.model.buffers())}
-    kept: dict[int, Tensor] = {}
+    if cuda:
+        torch.cuda.reset_peak_memory_stats(base.device)
+        before = torch.cuda.memory_allocated(base.device)
+    live = LiveBytes()
+    with torch.random.fork_rng(devices=[base.device] if cuda else []), live:
+        loss(model, batch.to(base.device), base.passes, every_logit=every_logit).total.backward()
+    model.zero_grad(set_to_none=True)
+    return torch.cuda.max_memory_allocated(base.device) - before if cuda else live.peak
 
-    def keep(tensor: Tensor) -> Tensor:
-        if type(tensor) is Tensor and (place := tensor.untyped_storage().data_ptr()) not in known:
-            kept.setdefault(place, tensor)
-        return tensor
 
-    on = [base.device] if base.device.type == "cuda" else []
-    with torch.random.fork_rng(devices=on), torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
-        loss(base.model, batch.to(base.device), base.passes, every_logit=every_logit)
-    return sum(tensor.untyped_storage().nbytes() for tensor in kept.values())
+class LiveBytes(TorchDispatchMode):
+    """Counts the bytes of all tensors made inside that are alive at once; a CPU keeps no such count."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.now = self.peak = 0
+        self._seen: set[int] = set()
+
+    def __torch_dispatch__(self, operation: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        known = {id(t.untyped_storage()) for t in tree_leaves((args, kwargs)) if type(t) is Tensor}
+        made = operation(*args, **(kwargs or {}))
+        for tensor in tree_leaves(made):
+            if type(tensor) is Tensor and id(storage := tensor.untyped_storage()) not in known | self._seen:
+                self._seen.add(id(storage))
+                self.now += storage.nbytes()
+                self.peak = max(self.peak, self.now)
+                weakref.finalize(storage, self._freed, id(storage), storage.nbytes())
+        return made
+
+    def _freed(self, place: int, size: int) -> None:
+        self._seen.discard(place)
+        self.now -= size
 
 
 def memory_of(device: torch.device) -> tuple[int, int]:
@@ -235,6 +279,11 @@ def _control_group_rest() -> list[int]:
     except OSError:
         return [2**62]
     return [max(0, int(limit) - int(now))] if limit.isdigit() else [2**62]
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Also as a CPU says it."""
+    return isinstance(error, torch.OutOfMemoryError | MemoryError) or "can't allocate memory" in str(error)
 
 
 # --- gradient checkpointing ----------------------------------------------------------------------------

@@ -33,7 +33,7 @@ from .methods import METHODS, Method, Outputs
 from .methods.base import Schedule, placing
 from .model import Base, target_sites
 from .passes import evaluating
-from .plan import Plan, can_checkpoint, plan_passes, set_checkpointing
+from .plan import Plan, can_checkpoint, is_out_of_memory, plan_passes, set_checkpointing
 from .precision import DTYPES, compute_dtype
 from .progress import Evaluated, Finished, Note, Phase, Progress, Resolved, Saved, Step, result_of
 from .randomness import Randomness
@@ -196,7 +196,7 @@ class Run:
         """What a checkpoint of this run belongs to."""
         held_out = self.data.validation
         return {
-            "spec": hashlib.sha256(self.spec.model_dump_json().encode()).hexdigest(),
+            "spec": hashlib.sha256(self.spec.model_dump_json(exclude_defaults=True).encode()).hexdigest(),
             "training data": self.data.training.digest,
             "validation data": None if held_out is None else held_out.digest,
             "base model": self.base.fingerprint,
@@ -418,11 +418,6 @@ def fill_note(run: Run) -> Note:
             "passes": len(batches) / steps,
         },
     )
-
-
-def is_out_of_memory(error: BaseException) -> bool:
-    """Also as a CPU says it."""
-    return isinstance(error, torch.OutOfMemoryError | MemoryError) or "can't allocate memory" in str(error)
 
 
 def need_less(run: Run, step: int, rows: np.ndarray) -> Note:
