@@ -80,7 +80,18 @@ class AdapterSpec(Spec):
         return self.rank
 
 
-class OLoRASpec(AdapterSpec):
+class FactorsSpec(AdapterSpec):
+    """What methods share that train two plain factors, A (r×in) and B (out×r)."""
+
+    lora_plus_ratio: float = Field(
+        default=1.0,
+        gt=0,
+        le=1024,
+        description="LoRA+: B's learning rate as a multiple of A's, which is the job's (arXiv 2402.12354).",
+    )
+
+
+class OLoRASpec(FactorsSpec):
     """OLoRA: factors that start from the thin QR of the pretrained weight (arXiv 2406.01775)."""
 
     summary: ClassVar[str] = "LoRA whose factors start from the QR decomposition of the pretrained weight."
@@ -98,7 +109,7 @@ class OLoRASpec(AdapterSpec):
         return 2 * self.rank
 
 
-class LoRASpec(AdapterSpec):
+class LoRASpec(FactorsSpec):
     """LoRA: a random and a zero factor beside the frozen weight (arXiv 2106.09685)."""
 
     summary: ClassVar[str] = "Two thin factors beside every frozen weight, one random, one zero."

@@ -1,6 +1,8 @@
 """LoRA (arXiv 2106.09685): `delta(x) = s B A x`, A random, B zero, s = α/r (rsLoRA, 2312.03732: α/√r)."""
 
 import math
+from collections.abc import Mapping
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -9,6 +11,7 @@ from ..adapter import Adapter, LowRank, Site, compute_dtype
 from ..products import LowRankProduct, is_plain
 from ..specs import LoRASpec
 from .base import Method, generator
+from .lora_plus import Factors, factor_groups
 
 
 class LoRAAdapter(Adapter):
@@ -39,7 +42,7 @@ class LoRAAdapter(Adapter):
 
 
 class LoRA(Method[LoRASpec]):
-    """Plain: no hook beside `adapter`."""
+    """Plain: beside `adapter`, only rates of their own for A and B, where asked for (LoRA+)."""
 
     def adapter(self, weight: Tensor, site: Site) -> LoRAAdapter:
         self.check_rank(site)
@@ -50,3 +53,6 @@ class LoRA(Method[LoRASpec]):
         A = torch.empty(self.spec.rank, in_features).uniform_(-bound, bound, generator=draw)
         B = torch.zeros(out_features, self.spec.rank)
         return LoRAAdapter(A, B, scale=self.spec.scale, dropout=self.spec.dropout)
+
+    def param_groups(self, adapters: Mapping[str, Adapter]) -> list[dict[str, Any]]:
+        return factor_groups(self, cast(Mapping[str, Factors], adapters).values(), self.spec.lora_plus_ratio)

@@ -5,16 +5,18 @@ evaluated as `s (B0 (A−A0) x + (B−B0) A x)`: the same function, but it does 
 is exactly 0 at the start, in any dtype.
 """
 
-from typing import Any
+from collections.abc import Mapping
+from typing import Any, cast
 
 import torch
 from torch import Tensor
 
-from ..adapter import LowRank, Site, full_precision
+from ..adapter import Adapter, LowRank, Site, full_precision
 from ..errors import ModelError
 from ..specs import OLoRASpec
 from .base import Method
 from .lora import LoRAAdapter
+from .lora_plus import Factors, factor_groups
 
 
 class OLoRAAdapter(LoRAAdapter):
@@ -35,7 +37,7 @@ class OLoRAAdapter(LoRAAdapter):
 
 
 class OLoRA(Method[OLoRASpec]):
-    """Plain: no hook beside `adapter`."""
+    """Plain: beside `adapter`, only rates of their own for A and B, where asked for (LoRA+)."""
 
     def __init__(self, spec: OLoRASpec, **run: Any) -> None:
         super().__init__(spec, **run)
@@ -51,6 +53,9 @@ class OLoRA(Method[OLoRASpec]):
         if not A0.sum().isfinite():  # every number of W went into A0
             raise ModelError(f"The weight of '{site.name}' is not finite; the base model is damaged.")
         return OLoRAAdapter(A0, B0, scale=self.spec.scale, dropout=self.spec.dropout)
+
+    def param_groups(self, adapters: Mapping[str, Adapter]) -> list[dict[str, Any]]:
+        return factor_groups(self, cast(Mapping[str, Factors], adapters).values(), self.spec.lora_plus_ratio)
 
 
 def qr_factors(weight: Tensor, rank: int) -> tuple[Tensor, Tensor]:

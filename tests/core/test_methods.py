@@ -450,13 +450,16 @@ def test_a_weight_that_is_not_finite_is_refused_by_name() -> None:
             olora_adapter(weight)
 
 
-def test_the_loss_falls_as_with_pefts_olora_step_by_step(token_rows: Tensor) -> None:
+@pytest.mark.parametrize("rslora", [False, True])
+def test_the_loss_falls_as_with_pefts_olora_step_by_step(token_rows: Tensor, rslora: bool) -> None:
     """PEFT moves the start into W; y and both gradients are the same functions."""
     targets = ["q_proj", "o_proj", "down_proj"]
-    config = LoraConfig(r=4, lora_alpha=6, init_lora_weights="olora", target_modules=targets)
+    config = LoraConfig(
+        r=4, lora_alpha=6, use_rslora=rslora, init_lora_weights="olora", target_modules=targets
+    )
     theirs = get_peft_model(make_llama(), config)
     mine = make_llama().requires_grad_(False)
-    place(make_method("olora"), mine, target_sites(mine, targets))
+    place(make_method("olora", rslora=rslora), mine, target_sites(mine, targets))
 
     def losses(model: nn.Module) -> list[float]:
         trained = [p for p in model.parameters() if p.requires_grad]
