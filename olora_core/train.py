@@ -162,6 +162,8 @@ class Run:
     evaluations: list[Evaluated] = field(default_factory=list)
     evaluated_at: int = -1
     """Step of the last full evaluation, or of the last that was due without a validation file."""
+    saved_at: int | None = None
+    """Step of the newest checkpoint."""
     order: tuple[int, np.ndarray] | None = None
     """An epoch and its order of examples, made when a step of it asks."""
 
@@ -321,21 +323,19 @@ def take_step(run: Run) -> Generator[Note, None, Step]:
         run.method.step_again()
         yield need_less(run, step, rows)
     norm = nn.utils.clip_grad_norm_(run.parameters, run.hyperparameters.max_grad_norm)
+    trained = int(run.data.training.trained_lengths[rows].sum())
+    weight = int(run.data.training.weights[rows].sum())
+    # The one wait for the device in a step: a step that is not finite must not move the weights.
+    *means, grad_norm = torch.cat([sums / weight, norm.double()[None]]).tolist()
+    mean, accuracy, margin = means
+    if not (math.isfinite(mean) and math.isfinite(grad_norm)):
+        raise not_finite(
+            run, f"Step {step} is not finite and was not applied: loss {mean}, gradient norm {grad_norm}."
+        )
     run.method.after_backward(step)
     run.optimizer.step()
     run.method.after_step(step, run.optimizer)
     run.optimizer.zero_grad(set_to_none=True)
-    trained = int(run.data.training.trained_lengths[rows].sum())
-    weight = int(run.data.training.weights[rows].sum())
-    # The one wait for the device in a step, when all of its work is queued.
-    *means, grad_norm = torch.cat([sums / weight, norm.double()[None]]).tolist()
-    mean, accuracy, margin = means
-    if not (math.isfinite(mean) and math.isfinite(grad_norm)):
-        raise TrainingError(
-            f"Step {step} is not finite: loss {mean}, gradient norm {grad_norm}. Lower the learning rate "
-            f"(now {run.hyperparameters.learning_rate:g}); checkpoints of earlier steps are intact.",
-            param="hyperparameters.learning_rate",
-        )
     seconds = time.perf_counter() - began
     run.step, run.tokens, run.trained_tokens = step, run.tokens + tokens, run.trained_tokens + trained
     run.seconds += seconds
@@ -356,6 +356,19 @@ def take_step(run: Run) -> Generator[Note, None, Step]:
         valid_loss=seen[0] if seen else None,
         valid_accuracy=seen[1] if seen else None,
         reward_margin=margin if run.spec.type == "dpo" else None,
+    )
+
+
+def not_finite(run: Run, what: str) -> TrainingError:
+    """`what` happened; what helps, and from where the run could go on."""
+    kept = "No checkpoint had been made yet."
+    if run.saved_at is not None:
+        kept = f"The last good checkpoint, of step {run.saved_at}, is kept."
+    return TrainingError(
+        f"{what} Lower the learning rate (now {run.hyperparameters.learning_rate:g}), or look at the data of "
+        f"that step for what is out of the ordinary. {kept}",
+        param="hyperparameters.learning_rate",
+        code="not_finite",
     )
 
 
@@ -469,6 +482,8 @@ def glance(run: Run) -> tuple[float, float] | None:
     if run.small_validation is None or run.step % every:
         return None
     seen = result_of(evaluation(run, run.small_validation))
+    if not math.isfinite(seen[0]):
+        raise not_finite(run, f"The validation loss after step {run.step} is {seen[0]}.")
     run.glances.append((run.step, *seen))
     return seen
 
@@ -478,6 +493,8 @@ def evaluate_fully(run: Run) -> Generator[Phase | Evaluated, None, None]:
     run.evaluated_at = run.step
     if run.data.validation is not None:
         loss, accuracy = yield from evaluation(run, run.data.validation)
+        if not math.isfinite(loss):
+            raise not_finite(run, f"The validation loss after step {run.step} is {loss}.")
         run.evaluations.append(Evaluated(run.step, loss, accuracy))
         yield run.evaluations[-1]
 
@@ -499,11 +516,12 @@ def evaluation(run: Run, examples: Examples) -> Generator[Phase, None, tuple[flo
 def save(run: Run, folder: Path) -> Saved:
     """Sets the run down in a folder of its own; keeps the newest two."""
     if not all(tensor.isfinite().all() for tensor in adapter_tensors(run.adapters).values()):
-        raise TrainingError(f"The adapter is not finite after step {run.step}; lower the learning rate.")
+        raise not_finite(run, f"The adapter is not finite after step {run.step}.")
     place = folder / "checkpoints" / f"step-{run.step:08d}"
     saved = checkpoint.save(place, snapshot(run))
     for older in sorted(place.parent.glob("step-*"))[:-LOCAL_CHECKPOINTS]:
         shutil.rmtree(older)
+    run.saved_at = run.step
     return Saved(run.step, saved, checkpoint_metrics(run))
 
 
@@ -540,6 +558,7 @@ def restore(run: Run, folder: Path) -> None:
         run.method.load_state_dict(state["method"])
         run.random.state = tensors["random"]
         run.step, run.tokens, run.trained_tokens = state["step"], state["tokens"], state["trained_tokens"]
+        run.saved_at = run.step
         run.seconds, run.evaluated_at = state["seconds"], state["evaluated_at"]
         run.history = [tuple(entry) for entry in state["history"]]
         run.glances = [tuple(entry) for entry in state["glances"]]

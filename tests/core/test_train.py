@@ -425,8 +425,20 @@ def test_groups_have_their_own_rates_written_anew(run, monkeypatch) -> None:
 class Explodes(LoRA):
     """LoRA whose gradient is not finite in step 5."""
 
+    parameters: ClassVar[list[torch.nn.Parameter]] = []
+    before: ClassVar[list[torch.Tensor]] = []
+
+    def placed(self, adapters: Any) -> None:
+        self.parameters[:] = [p for adapter in adapters.values() for p in adapter.parameters()]
+
     def penalty(self, outputs: Any, reference: Any) -> torch.Tensor | None:
-        return outputs.loss * float("inf") if self.finished_steps == 4 else None
+        if self.finished_steps < 4:
+            return None
+        self.before[:] = [p.detach().clone() for p in self.parameters]
+        return outputs.loss * float("inf")
+
+    def after_backward(self, step: int) -> None:
+        assert step < 5, "a step that is dropped calls no hook"
 
 
 def test_a_loss_that_is_not_finite_names_the_step_and_keeps_the_last_checkpoint(
@@ -435,9 +447,13 @@ def test_a_loss_that_is_not_finite_names_the_step_and_keeps_the_last_checkpoint(
     monkeypatch.setitem(methods.METHODS, "lora", Explodes)
     before = weights(llama)
     progress = train(spec_for("lora"), llama, training, None, tmp_path / "run", checkpoint_seconds=0.0)
-    with pytest.raises(TrainingError, match="Step 5 is not finite") as caught:
+    with pytest.raises(TrainingError, match="Step 5 is not finite and was not applied") as caught:
         list(progress)
-    assert "learning rate" in caught.value.message
+    assert caught.value.code == "not_finite"
+    assert "Lower the learning rate (now 0.002)" in caught.value.message
+    assert "The last good checkpoint, of step 4, is kept." in caught.value.message
+    assert len(Explodes.before) == 28
+    assert all(torch.equal(p, was) for p, was in zip(Explodes.parameters, Explodes.before, strict=True))
     newest = sorted((tmp_path / "run" / "checkpoints").iterdir())[-1]
     assert newest.name == "step-00000004"
     assert all(tensor.isfinite().all() for tensor in load_file(newest / "adapter.safetensors").values())

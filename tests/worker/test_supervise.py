@@ -14,6 +14,11 @@ from pathlib import Path
 
 import pytest
 
+from olora_core.errors import TrainingError
+from olora_core.model import load_base
+from olora_core.specs import TrainSpec
+from olora_core.train import Step, train
+from store import progress
 from store.files import Storage
 from tests.services import wait_until
 from tests.worker.service import Service, exists
@@ -24,6 +29,8 @@ from worker.supervise import Supervisor
 EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
 LONG = {"rows": 64, "n_epochs": 40}
 """A job of 640 steps: longer than any test of it."""
+RUINOUS = {"learning_rate": 10, "max_grad_norm": 1e9, "lora_alpha": 65536, "schedule": "constant"}
+"""Two steps survive this; the third one's gradient is no number."""
 
 
 @pytest.fixture(scope="module")
@@ -261,6 +268,44 @@ def test_a_file_that_cannot_be_trained_on_fails_the_job_at_once(
     assert (job.status, job.attempt) == ("failed", 1)
     assert job.error is not None
     assert job.error["code"] == "invalid_training_file"
+
+
+def test_a_job_that_is_no_longer_finite_fails_at_once_and_keeps_its_last_good_checkpoint(
+    service: Service,
+    supervisor: Supervisor,
+    monkeypatch: pytest.MonkeyPatch,
+    models_dir: Path,
+    tmp_path: Path,
+) -> None:
+    often = service.settings.model_copy(update={"checkpoint_seconds": 0.001})
+    monkeypatch.setattr(supervisor, "settings", often)
+    data = chat_rows(32)
+    job_id = service.queue(data=data, **RUINOUS)
+    supervisor.run_until_idle()
+    job = service.job(job_id)
+    assert (job.status, job.attempt, job.step) == ("failed", 1, 2)
+    assert job.error is not None
+    assert (job.error["code"], job.error["param"]) == ("not_finite", "hyperparameters.learning_rate")
+    assert "Step 3 is not finite and was not applied" in job.error["message"]
+    assert "The last good checkpoint, of step 2, is kept." in job.error["message"]
+    assert service.events(job_id)[-1].message == f"The job failed: {job.error['message']}"
+
+    with service.write() as session:
+        listed = progress.list_checkpoints(session, job_id).data
+    assert [checkpoint.step for checkpoint in listed] == [2, 1]
+    assert listed[0].storage_key is not None
+    service.storage.fetch_folder(listed[0].storage_key, tmp_path / "checkpoint")
+    (tmp_path / "rows.jsonl").write_bytes(data)
+    spec, base = TrainSpec.model_validate(job.resolved), load_base(models_dir / "tiny", name="tiny")
+    paths = {"training": tmp_path / "rows.jsonl", "validation": None, "folder": tmp_path / "run"}
+    steps = []
+    with pytest.raises(TrainingError, match="Step 3 is not finite"):
+        steps.extend(
+            said
+            for said in train(spec, base, **paths, resume=tmp_path / "checkpoint")
+            if isinstance(said, Step)
+        )
+    assert steps == []
 
 
 def test_what_a_killed_attempt_stored_without_a_row_is_removed(
