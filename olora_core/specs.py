@@ -167,6 +167,13 @@ class Hyperparameters(Spec):
     warmup_ratio: float = Field(default=0.03, ge=0, le=1, description="Share of the steps that warm up.")
     weight_decay: float = Field(default=0.0, ge=0, le=1, description="AdamW's decoupled weight decay.")
     max_grad_norm: float = Field(default=1.0, gt=0, description="The gradient's norm is clipped to this.")
+    neftune_alpha: float = Field(
+        default=0.0,
+        ge=0,
+        le=1000,
+        description="Noise on the embedded tokens while training, supervised only; 0 is none "
+        "(NEFTune, arXiv 2310.05914).",
+    )
     context_length: Auto | Annotated[int, Field(ge=16, le=MAX_CONTEXT)] = Field(
         default="auto", description="Tokens of an example that are kept; auto: the model's own context."
     )
@@ -267,6 +274,13 @@ def read_spec(
             f"{prefix}.beta is for method.type 'dpo', and this is '{type}'; leave it out, or ask for dpo.",
             param=f"{prefix}.beta",
         )
+    chosen = _read(Hyperparameters, training_values, lambda name: prefix)
+    if type == "dpo" and chosen.neftune_alpha:
+        raise SpecError(
+            f"{prefix}.neftune_alpha is for method.type 'supervised': dpo compares the model with the base, "
+            "and noise on one side of a comparison is an error in it. Leave it out, or set it to 0.",
+            param=f"{prefix}.neftune_alpha",
+        )
     method = adapter_values.setdefault("method", DEFAULT_METHOD)
     if not isinstance(method, str) or method not in ADAPTER_SPECS:
         raise SpecError(
@@ -280,7 +294,7 @@ def read_spec(
         model=model,
         type=cast(TrainingType, type),
         adapter=read_adapter,
-        hyperparameters=_read(Hyperparameters, training_values, lambda name: prefix),
+        hyperparameters=chosen,
         seed=_read_seed(seed),
     )
 

@@ -32,6 +32,7 @@ from .losses import Loss, loss_of, set_training
 from .methods import METHODS, Method, Outputs
 from .methods.base import Schedule, placing
 from .model import Base, target_sites
+from .neftune import with_noise
 from .passes import evaluating
 from .plan import Plan, can_checkpoint, is_out_of_memory, plan_passes, set_checkpointing
 from .precision import DTYPES, compute_dtype
@@ -173,7 +174,7 @@ class Run:
 
     @cached_property
     def loss(self) -> Loss:
-        return loss_of(self.spec)
+        return with_noise(loss_of(self.spec), self.hyperparameters.neftune_alpha)
 
     @cached_property
     def measure(self) -> Loss:
