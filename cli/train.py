@@ -14,7 +14,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationEr
 from rich.console import Console
 
 from olora_core.errors import SpecError
-from olora_core.specs import MAX_SEED, TrainSpec, nearest, read_spec, spec_error
+from olora_core.specs import MAX_SEED, TrainSpec, check_validation, nearest, read_spec, spec_error
 
 from .progress import TrainingBar
 
@@ -75,6 +75,7 @@ def train(
         hyperparameters=run.hyperparameters,
         seed=run.seed,
     )
+    check_validation(asked, given=run.validation_file is not None)
     here = spec_file.resolve().parent
     training = _existing(here / run.training_file, "training_file")
     validation = _existing(here / run.validation_file, "validation_file") if run.validation_file else None

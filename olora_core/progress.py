@@ -84,6 +84,8 @@ class Saved:
     step: int
     folder: Path
     metrics: dict[str, float]
+    best_step: int | None = None
+    """With early stopping: the step whose checkpoint must be kept, for no validation loss was lower."""
 
 
 @dataclass(frozen=True)

@@ -178,6 +178,20 @@ class Hyperparameters(Spec):
         default="auto", description="Tokens of an example that are kept; auto: the model's own context."
     )
     max_steps: int | None = Field(default=None, ge=1, description="Stop after this many optimizer steps.")
+    eval_steps: int | None = Field(
+        default=None,
+        ge=1,
+        description="Evaluate the whole validation file also every so many steps; null: at epochs' ends.",
+    )
+    early_stopping_patience: int | None = Field(
+        default=None,
+        ge=1,
+        description="Stop after so many evaluations in a row without a lower validation loss, and export the "
+        "adapter of the lowest one; null: never.",
+    )
+    early_stopping_min_delta: float = Field(
+        default=0.0, ge=0, description="By how much a validation loss must be lower to count as lower."
+    )
     micro_batch_size: Auto | Annotated[int, Field(ge=1, le=256)] = Field(
         default="auto",
         description="Most examples in one forward pass; gradients accumulate up to batch_size.",
@@ -222,6 +236,17 @@ class TrainSpec(Spec):
     adapter: AnyAdapterSpec = Field(default_factory=OLoRASpec)
     hyperparameters: Hyperparameters = Field(default_factory=Hyperparameters)
     seed: int = Field(default=0, ge=0, le=MAX_SEED)
+
+
+def check_validation(spec: TrainSpec, *, given: bool, prefix: str = "hyperparameters") -> None:
+    """Refuses options that look at a validation file where none is `given`."""
+    for name in ("early_stopping_patience", "eval_steps"):
+        if getattr(spec.hyperparameters, name) is not None and not given:
+            raise SpecError(
+                f"{prefix}.{name} looks at the validation loss, and there is no validation_file; "
+                "give one, or leave the option out.",
+                param=f"{prefix}.{name}",
+            )
 
 
 HYPERPARAMETER_ALIASES = {"lr": "learning_rate", "epochs": "n_epochs", "lr_scheduler_type": "schedule"}
@@ -280,6 +305,12 @@ def read_spec(
             f"{prefix}.neftune_alpha is for method.type 'supervised': dpo compares the model with the base, "
             "and noise on one side of a comparison is an error in it. Leave it out, or set it to 0.",
             param=f"{prefix}.neftune_alpha",
+        )
+    if chosen.early_stopping_min_delta and chosen.early_stopping_patience is None:
+        raise SpecError(
+            f"{prefix}.early_stopping_min_delta goes with early_stopping_patience, which says after how many "
+            "evaluations to stop; give that too, or leave this out.",
+            param=f"{prefix}.early_stopping_min_delta",
         )
     method = adapter_values.setdefault("method", DEFAULT_METHOD)
     if not isinstance(method, str) or method not in ADAPTER_SPECS:

@@ -24,6 +24,7 @@ from .batches import MicroBatch, epoch_order, micro_batches, steps_per_epoch
 from .certify import certify
 from .checkpoint import Snapshot
 from .data import Data, context_length, read_data
+from .early_stopping import best_of, is_over
 from .errors import CheckpointError, SpecError, TrainingError
 from .evaluate import evaluate
 from .examples import Examples
@@ -39,7 +40,7 @@ from .precision import DTYPES, compute_dtype
 from .progress import Evaluated, Finished, Note, Phase, Progress, Resolved, Saved, Step, result_of
 from .randomness import Randomness
 from .schedule import schedule_of
-from .specs import Facts, Hyperparameters, TrainSpec, resolve
+from .specs import Facts, Hyperparameters, TrainSpec, check_validation, resolve
 
 __all__ = [
     "Evaluated",
@@ -88,6 +89,7 @@ def train(
     asked, threads = spec, torch.get_num_threads()
     attention_before = base.model.config._attn_implementation
     check_dtype(spec, base)
+    check_validation(spec, given=validation is not None)
     sites = target_sites(base.model, spec.adapter.target_modules)
     data = yield from read_data(spec, base, training, validation)
     spec, why = resolve(spec, facts(base, data))
@@ -165,12 +167,19 @@ class Run:
     """Step of the last full evaluation, or of the last that was due without a validation file."""
     saved_at: int | None = None
     """Step of the newest checkpoint."""
+    best_tensors: dict[str, Tensor] | None = None
+    """With early stopping: the adapter's, on the CPU, as of the lowest validation loss."""
     order: tuple[int, np.ndarray] | None = None
     """An epoch and its order of examples, made when a step of it asks."""
 
     @property
     def hyperparameters(self) -> Hyperparameters:
         return self.spec.hyperparameters
+
+    @property
+    def best(self) -> Evaluated | None:
+        """With early stopping: the evaluation whose adapter is exported."""
+        return best_of(self.evaluations) if self.hyperparameters.early_stopping_patience else None
 
     @cached_property
     def loss(self) -> Loss:
@@ -281,27 +290,37 @@ def notes(run: Run, plan: Plan) -> Iterator[Note]:
 
 
 def steps(run: Run, folder: Path, checkpoint_seconds: float) -> Wishes:
-    """Steps, with the whole validation file at the start and at every epoch's end, and checkpoints."""
+    """Steps, with the whole validation file at the start and whenever it is due, and checkpoints."""
     saved_at = time.monotonic()
     while True:
-        if at_epoch_end(run) and run.evaluated_at != run.step:
+        if evaluation_is_due(run) and run.evaluated_at != run.step:
             yield from evaluate_fully(run)
             if run.step:
                 yield save(run, folder)
                 saved_at = time.monotonic()
         if run.step == run.total_steps:
             return
+        if is_over(run.evaluations, run.hyperparameters):
+            yield Note(
+                "info",
+                f"{run.hyperparameters.early_stopping_patience} evaluations in a row have not lowered the "
+                f"validation loss; the training stops after step {run.step} of {run.total_steps}.",
+                {"step": run.step, "total_steps": run.total_steps},
+            )
+            return
         wish = yield (yield from take_step(run))
         is_due = time.monotonic() - saved_at >= checkpoint_seconds
-        # At an epoch's end a checkpoint follows anyway, after the evaluation.
-        if wish == "save" or (is_due and not at_epoch_end(run)):
+        # After an evaluation a checkpoint follows anyway.
+        if wish == "save" or (is_due and not evaluation_is_due(run)):
             yield save(run, folder)
             saved_at = time.monotonic()
 
 
-def at_epoch_end(run: Run) -> bool:
-    """Also at the very start, and at the last step."""
-    return run.step % run.steps_per_epoch == 0 or run.step == run.total_steps
+def evaluation_is_due(run: Run) -> bool:
+    """At the very start, at epochs' ends, at the last step, and every `eval_steps`."""
+    every = run.hyperparameters.eval_steps
+    at_epoch_end = run.step % run.steps_per_epoch == 0 or run.step == run.total_steps
+    return at_epoch_end or (every is not None and run.step % every == 0)
 
 
 def take_step(run: Run) -> Generator[Note, None, Step]:
@@ -496,8 +515,12 @@ def evaluate_fully(run: Run) -> Generator[Phase | Evaluated, None, None]:
         loss, accuracy = yield from evaluation(run, run.data.validation)
         if not math.isfinite(loss):
             raise not_finite(run, f"The validation loss after step {run.step} is {loss}.")
-        run.evaluations.append(Evaluated(run.step, loss, accuracy))
-        yield run.evaluations[-1]
+        evaluated = Evaluated(run.step, loss, accuracy)
+        run.evaluations.append(evaluated)
+        if run.best is evaluated:
+            now = adapter_tensors(run.adapters)
+            run.best_tensors = {name: tensor.to("cpu", copy=True) for name, tensor in now.items()}
+        yield evaluated
 
 
 def evaluation(run: Run, examples: Examples) -> Generator[Phase, None, tuple[float, float]]:
@@ -515,15 +538,21 @@ def evaluation(run: Run, examples: Examples) -> Generator[Phase, None, tuple[flo
 
 
 def save(run: Run, folder: Path) -> Saved:
-    """Sets the run down in a folder of its own; keeps the newest two."""
+    """Sets the run down in a folder of its own; keeps the newest two, and with early stopping the best."""
     if not all(tensor.isfinite().all() for tensor in adapter_tensors(run.adapters).values()):
         raise not_finite(run, f"The adapter is not finite after step {run.step}.")
-    place = folder / "checkpoints" / f"step-{run.step:08d}"
+    place = folder / "checkpoints" / checkpoint_name(run.step)
     saved = checkpoint.save(place, snapshot(run))
+    best_step = run.best.step if run.best else None
     for older in sorted(place.parent.glob("step-*"))[:-LOCAL_CHECKPOINTS]:
-        shutil.rmtree(older)
+        if older.name != checkpoint_name(best_step):
+            shutil.rmtree(older)
     run.saved_at = run.step
-    return Saved(run.step, saved, checkpoint_metrics(run))
+    return Saved(run.step, saved, checkpoint_metrics(run), best_step)
+
+
+def checkpoint_name(step: int | None) -> str:
+    return f"step-{step or 0:08d}"
 
 
 def snapshot(run: Run) -> Snapshot:
@@ -546,6 +575,8 @@ def snapshot(run: Run) -> Snapshot:
         "evaluated_at": run.evaluated_at,
     }
     tensors = {"adapter": adapter_tensors(run.adapters), "optimizer": moments, "random": run.random.state}
+    if run.best_tensors is not None:
+        tensors["best"] = run.best_tensors
     return Snapshot(run.identity, state, tensors)
 
 
@@ -564,6 +595,7 @@ def restore(run: Run, folder: Path) -> None:
         run.history = [tuple(entry) for entry in state["history"]]
         run.glances = [tuple(entry) for entry in state["glances"]]
         run.evaluations = [Evaluated(**values) for values in state["evaluations"]]
+        run.best_tensors = tensors["best"] if run.best else None
         torch.set_num_threads(state["threads"])
         run.micro_batch_tokens, run.checkpointing = state["micro_batch_tokens"], state["checkpointing"]
         set_checkpointing(run.base.model, run.checkpointing)
@@ -588,9 +620,10 @@ def checkpoint_metrics(run: Run) -> dict[str, float]:
 # --- the end -------------------------------------------------------------------------------------------
 
 
-def finish(run: Run, folder: Path) -> Iterator[Phase | Finished]:
+def finish(run: Run, folder: Path) -> Iterator[Note | Phase | Finished]:
     """Exports the adapter and lets it pass only with a certificate."""
     run.base.model.eval()
+    yield from take_the_best(run)
     adapter_folder, metrics = folder / "adapter", final_metrics(run)
     yield Phase("exporting", 0, 1)
     shutil.rmtree(adapter_folder, ignore_errors=True)
@@ -600,10 +633,30 @@ def finish(run: Run, folder: Path) -> Iterator[Phase | Finished]:
     yield Phase("exporting", 1, 1)
     yield Phase("certifying", 0, 1)
     certificate = certify(run.base, run.adapters, adapter_folder, certificate_rows(run.data))
-    certificate |= {name: metrics[name] for name in ("valid_loss_before", "valid_loss_after")}
+    kept = ("valid_loss_before", "valid_loss_after", "exported_step")
+    certificate |= {name: metrics[name] for name in kept}
     record_certificate(adapter_folder, certificate)
     yield Phase("certifying", 1, 1)
     yield Finished(adapter_folder, certificate, metrics, run.trained_tokens, run.step)
+
+
+def take_the_best(run: Run) -> Iterator[Note]:
+    """With early stopping: back to the adapter of the lowest validation loss."""
+    best = run.best
+    if best is None:
+        return
+    load_adapter_tensors(run.adapters, run.best_tensors or {})
+    told = (
+        f"The adapter of step {best.step} is exported: its validation loss, {best.loss:.4f}, is the lowest."
+    )
+    yield Note("info", told, {"step": best.step, "valid_loss": best.loss})
+    before = run.evaluations[0]
+    if not best.loss < before.loss:
+        yield Note(
+            "warn",
+            f"The base's own validation loss, {before.loss:.4f}, is not above it: on these rows the training "
+            "has not helped. Lower the learning rate, or look at the data.",
+        )
 
 
 def certificate_rows(data: Data) -> list[list[int]]:
@@ -623,8 +676,10 @@ def final_metrics(run: Run) -> dict[str, Any]:
     last_epoch = run.history[-((run.step - 1) % run.steps_per_epoch + 1) :]
     weight = sum(weight for *_, weight in last_epoch)
     before, after = (run.evaluations[0], run.evaluations[-1]) if run.evaluations else (None, None)
+    after = run.best or after
     return {
         "steps": run.step,
+        "exported_step": run.best.step if run.best else run.step,
         "train_loss": sum(loss * of for _, loss, _, of in last_epoch) / weight,
         "train_accuracy": sum(accuracy * of for _, _, accuracy, of in last_epoch) / weight,
         "valid_loss_before": before.loss if before else None,

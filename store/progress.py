@@ -19,7 +19,15 @@ from .pages import Page, read_page
 from .session import db_now
 
 KEPT_CHECKPOINTS = 2
-CSV_HEADER = ("step", "train_loss", "train_accuracy", "valid_loss", "valid_mean_token_accuracy")
+CSV_COLUMNS = {
+    "train_loss": "train_loss",
+    "train_accuracy": "train_mean_token_accuracy",
+    "valid_loss": "valid_loss",
+    "valid_mean_token_accuracy": "valid_mean_token_accuracy",
+    "full_valid_loss": "full_valid_loss",
+    "full_valid_mean_token_accuracy": "full_valid_mean_token_accuracy",
+}
+"""OpenAI's columns after `step`, then those of the whole validation file; each with the metric's name."""
 METRIC_NAMES = {
     "loss": "train_loss",
     "accuracy": "train_mean_token_accuracy",
@@ -175,9 +183,15 @@ def _estimate(session: Session, job: Job) -> None:
 
 
 def add_checkpoint(
-    session: Session, claim: Claim, step: int, metrics: Mapping[str, Any], storage_key: str
+    session: Session,
+    claim: Claim,
+    step: int,
+    metrics: Mapping[str, Any],
+    storage_key: str,
+    best_step: int | None = None,
 ) -> list[str]:
-    """Records a stored checkpoint. Returns the storage keys that no row names any more: two are kept.
+    """Records a stored checkpoint. Returns the storage keys that no row names any more: two are kept, and
+    that of `best_step`.
 
     Progress beyond every earlier checkpoint sets the count of failures back. Raises LeaseLost.
     """
@@ -196,14 +210,15 @@ def add_checkpoint(
     )
     session.add(checkpoint)
     session.flush()
-    return _prune(session, job.id)
+    return _prune(session, job.id, best_step)
 
 
-def _prune(session: Session, job_id: str) -> list[str]:
+def _prune(session: Session, job_id: str, best_step: int | None) -> list[str]:
     pruned = []
     steps: set[int] = set()
     for checkpoint in stored_checkpoints(session, job_id):
-        if checkpoint.step in steps or len(steps) == KEPT_CHECKPOINTS:
+        is_one_too_many = len(steps) >= KEPT_CHECKPOINTS and checkpoint.step != best_step
+        if checkpoint.step in steps or is_one_too_many:
             assert checkpoint.storage_key is not None
             pruned.append(checkpoint.storage_key)
             checkpoint.storage_key = None
@@ -248,8 +263,7 @@ def metrics_csv(session: Session, job_id: str) -> str:
     """The result file: one row per step; an empty cell where a step has no number."""
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(CSV_HEADER)
-    columns = ("train_loss", "train_mean_token_accuracy", "valid_loss", "valid_mean_token_accuracy")
+    writer.writerow(["step", *CSV_COLUMNS])
     for metric in session.scalars(select(Metric).where(Metric.job_id == job_id).order_by(Metric.step)):
-        writer.writerow([metric.step, *(metric.values.get(name, "") for name in columns)])
+        writer.writerow([metric.step, *(metric.values.get(name, "") for name in CSV_COLUMNS.values())])
     return text.getvalue()

@@ -347,7 +347,8 @@ class Attempt:
                 self._resolved(values)
             case "Saved":
                 self._flush()  # what leads to a checkpoint is recorded before it: nobody will redo it
-                self._store_checkpoint(values["step"], Path(values["folder"]), values["metrics"])
+                folder = Path(values["folder"])
+                self._store_checkpoint(values["step"], folder, values["metrics"], values["best_step"])
             case "Finished":
                 return values
         return None
@@ -362,7 +363,9 @@ class Attempt:
             for reason in said["why"]:
                 self._note("info", f"Decided: {reason}")
 
-    def _store_checkpoint(self, step: int, folder: Path, metrics: dict[str, Any]) -> None:
+    def _store_checkpoint(
+        self, step: int, folder: Path, metrics: dict[str, Any], best_step: int | None
+    ) -> None:
         self._saved[step] += 1  # what a row names is not written again
         key = checkpoint_folder(self.claim.job_id, step, self.claim.attempt, self._saved[step])
         try:
@@ -376,7 +379,7 @@ class Attempt:
             # A commit whose answer was lost is tried again; it must not be named twice.
             if session.scalar(select(Checkpoint.id).where(Checkpoint.storage_key == key)) is not None:
                 return []
-            return progress.add_checkpoint(session, self.claim, step, metrics, key)
+            return progress.add_checkpoint(session, self.claim, step, metrics, key, best_step)
 
         for pruned in self._persist(named):
             self.storage.delete_folder(pruned)

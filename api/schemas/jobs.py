@@ -6,7 +6,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from olora_core.specs import MAX_SEED, TrainSpec, read_spec
+from olora_core.specs import MAX_SEED, TrainSpec, check_validation, read_spec
 from store.fine_tuned import model_name
 from store.models import Checkpoint, Event, Job
 
@@ -105,14 +105,17 @@ def spec_of(request: CreateJob) -> TrainSpec:
                 f"{place}.{name} = {new[name]!r}; give it once.",
                 param=f"hyperparameters.{name}",
             )
-    return read_spec(
+    prefix = place if new and not old else "hyperparameters"
+    spec = read_spec(
         model=request.model,
         type=method.type,
         hyperparameters={**old, **new},
         adapter=request.adapter,
         seed=secrets.randbelow(MAX_SEED + 1) if request.seed is None else request.seed,
-        prefix=place if new and not old else "hyperparameters",
+        prefix=prefix,
     )
+    check_validation(spec, given=request.validation_file is not None, prefix=prefix)
+    return spec
 
 
 def _check_metadata(metadata: dict[str, str] | None) -> None:

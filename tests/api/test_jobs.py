@@ -248,7 +248,11 @@ def test_metrics_travel_in_words_and_numbers(client: TestClient, settings: Setti
         "seconds": 0.1,
     }
     table = client.get(f"/v1/files/{done['result_files'][0]}/content").text.splitlines()
-    assert table[:2] == ["step,train_loss,train_accuracy,valid_loss,valid_mean_token_accuracy", "1,2.0,0.5,,"]
+    assert table[:2] == [
+        "step,train_loss,train_accuracy,valid_loss,valid_mean_token_accuracy,"
+        "full_valid_loss,full_valid_mean_token_accuracy",
+        "1,2.0,0.5,,,,",
+    ]
 
 
 def test_events_are_paged_newest_first_while_new_ones_come(client: TestClient, settings: Settings) -> None:

@@ -216,6 +216,20 @@ BAD_BODIES = (
         "did you mean 'olora'?",
         "Available: olora, lora",
     ),
+    misfit("patience-0", "hyperparameters.early_stopping_patience", 0, "greater than or equal to 1"),
+    misfit("patience", "hyperparameters.early_stopping_patience", 2, "there is no validation_file"),
+    misfit(
+        "eval-steps", "method.supervised.hyperparameters.eval_steps", 9, "give one, or leave the option out"
+    ),
+    misfit("min-delta", "hyperparameters.early_stopping_min_delta", 0.1, "early_stopping_patience"),
+    bad(
+        "noisy-dpo",
+        {"method": {"type": "dpo", "dpo": {"hyperparameters": {"neftune_alpha": 5}}}},
+        "method.dpo.hyperparameters.neftune_alpha",
+        "is for method.type 'supervised'",
+        code="invalid_request",
+    ),
+    misfit("lora-plus-0", "adapter.lora_plus_ratio", 0, "greater than 0"),
     misfit("adapter-typo", "adapter.ranc", 4, "did you mean 'rank'?"),
     misfit("rank-0", "adapter.rank", 0, "adapter.rank = 0", "greater than or equal to 1"),
     misfit("rank-5000", "adapter.rank", 5000, "less than or equal to 4096"),

@@ -121,6 +121,10 @@ def test_a_download_spares_a_folder_that_holds_something(tmp_path: Path) -> None
             ["hyperparameters.1 is unknown"],
         ),
         ("model: olora-tiny\ntraining_file: ROWS\noutput: out\nadapter: {1: 2}\n", ["adapter.1 is unknown"]),
+        (
+            "model: olora-tiny\ntraining_file: ROWS\noutput: out\nhyperparameters: {eval_steps: 2}\n",
+            ["eval_steps", "there is no validation_file"],
+        ),
         ("model: olora-huge\ntraining_file: ROWS\noutput: out\n", ["olora-huge", "olora-tiny"]),
         ("model: olora-tiny\ntraining_file: spec.yaml\noutput: out\n", ["JSON"]),
         ("model: olora-tiny\ntraining_file: ROWS\noutput: out\nseed: -1\n", ["seed"]),

@@ -372,7 +372,7 @@ def its_first_result_is_the_csv(world: World) -> None:
     assert file.purpose == "fine-tune-results"
     text = world.client.files.content(metrics).text
     rows = list(csv.DictReader(io.StringIO(text)))
-    assert list(rows[0]) == [
+    assert list(rows[0])[:5] == [
         "step",
         "train_loss",
         "train_accuracy",

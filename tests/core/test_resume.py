@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -26,6 +27,23 @@ CASES = {
     "olora in bf16": ("llama-bf16", spec_for("olora", adapter={"dropout": 0.2}, dtype="bfloat16")),
     "lora in bf16": ("llama-bf16", spec_for("lora", dtype="bfloat16")),
     "olora packed on GPT-2": ("gpt2", spec_for("olora", packing=True)),
+    "olora with LoRA+ and decay": (
+        "llama",
+        spec_for("olora", adapter={"lora_plus_ratio": 8}, weight_decay=0.1, schedule="constant"),
+    ),
+    "lora with LoRA+ and rsLoRA": (
+        "llama",
+        spec_for("lora", adapter={"lora_plus_ratio": 16, "rslora": True}, max_grad_norm=0.1),
+    ),
+    "olora with noise": ("llama", spec_for("olora", neftune_alpha=5)),
+    "lora with noise and dropout, packed": (
+        "llama",
+        spec_for("lora", adapter={"dropout": 0.2}, neftune_alpha=5, packing=True, schedule="cosine"),
+    ),
+    "olora stopping early": (
+        "llama",
+        spec_for("olora", eval_steps=1, early_stopping_patience=4, early_stopping_min_delta=9.0),
+    ),
 }
 INTERRUPTED_AFTER = (2, 4)
 """Steps of six, three an epoch: in the middle of the first epoch, and at the beginning of the second."""
@@ -91,7 +109,9 @@ def run_unbroken(base_folder: Path, spec: TrainSpec, files: tuple[Path, Path], f
             steps.append([said.step, said.loss, said.grad_norm, said.valid_loss])
             wish = "save" if said.step in INTERRUPTED_AFTER else None
         elif isinstance(said, Saved) and said.step in INTERRUPTED_AFTER:
-            checkpoints[said.step] = said.folder.rename(folder / f"kept-{said.step}")
+            kept = folder / f"kept-{said.step}"
+            shutil.rmtree(kept, ignore_errors=True)  # an evaluation brings a second checkpoint of its step
+            checkpoints[said.step] = said.folder.rename(kept)
         elif isinstance(said, Evaluated):
             evaluated.append([said.step, said.loss, said.accuracy])
         elif isinstance(said, Finished):
@@ -163,6 +183,12 @@ def test_dropout_makes_these_runs_depend_on_the_random_state(unbroken) -> None:
     """Else the cases with dropout would prove nothing."""
     for method in ("olora", "lora"):
         assert unbroken[method].steps[-1] != unbroken[f"{method} with dropout"].steps[-1]
+
+
+def test_noise_and_early_stopping_do_something_in_these_runs(unbroken) -> None:
+    assert unbroken["olora"].steps[-1] != unbroken["olora with noise"].steps[-1]
+    stopped = unbroken["olora stopping early"].finished
+    assert stopped.steps == 5  # the first evaluation, and four that are not 9 nats lower
 
 
 def test_a_finished_run_resumes_to_its_export(unbroken, base_folders, files, tmp_path) -> None:

@@ -115,6 +115,7 @@ def test_every_suggested_name_is_accepted(name) -> None:
         "micro_batch_tokens": "auto",
         "label_smoothing": 0.1,
         "neftune_alpha": 0,
+        "early_stopping_min_delta": 0,
     }
     read_spec(model="m", type="dpo", hyperparameters={name: values.get(name, 1)})  # takes all of them
 

@@ -47,10 +47,12 @@ def hand_back(sessions: Sessions, claim: claims.Claim, *, crashed: bool) -> Job:
         )
 
 
-def add_checkpoint(sessions: Sessions, claim: claims.Claim, step: int) -> list[str]:
+def add_checkpoint(
+    sessions: Sessions, claim: claims.Claim, step: int, best_step: int | None = None
+) -> list[str]:
     with sessions.begin() as session:
         return progress.add_checkpoint(
-            session, claim, step, {"loss": 0.5}, f"jobs/{claim.job_id}/ckpt-{step}"
+            session, claim, step, {"loss": 0.5}, f"jobs/{claim.job_id}/ckpt-{step}", best_step
         )
 
 
@@ -170,13 +172,17 @@ def test_the_result_file_has_one_row_per_step(sessions: Sessions) -> None:
     making.job(sessions)
     claim = making.claimed(sessions)
     with sessions.begin() as session:
-        progress.record(session, claim, steps=[making.step(2, valid_loss=0.9), making.step(1, math.nan)])
+        steps = [making.step(2, valid_loss=0.9), making.step(1, math.nan)]
+        progress.record(session, claim, steps=steps, evaluations=[{"step": 2, "loss": 0.8, "accuracy": 0.6}])
     with sessions() as session:
         rows = list(csv.reader(io.StringIO(progress.metrics_csv(session, claim.job_id))))
     assert rows == [
-        ["step", "train_loss", "train_accuracy", "valid_loss", "valid_mean_token_accuracy"],
-        ["1", "", "0.75", "", ""],
-        ["2", "0.5", "0.75", "0.9", ""],
+        [
+            *("step", "train_loss", "train_accuracy", "valid_loss", "valid_mean_token_accuracy"),
+            *("full_valid_loss", "full_valid_mean_token_accuracy"),
+        ],
+        ["1", "", "0.75", "", "", "", ""],
+        ["2", "0.5", "0.75", "0.9", "", "0.8", "0.6"],
     ]
 
 
@@ -591,6 +597,18 @@ def test_two_checkpoints_are_kept(sessions: Sessions) -> None:
         latest = progress.latest_checkpoint(session, claim.job_id)
         assert latest is not None
         assert latest.step == 40
+
+
+def test_the_best_checkpoint_is_kept_beside_them_until_another_is_better(sessions: Sessions) -> None:
+    making.job(sessions)
+    claim = making.claimed(sessions)
+    told = [(10, 10), (20, 20), (30, 20), (40, 20), (50, 20), (60, 60), (70, 60)]
+    pruned = [add_checkpoint(sessions, claim, step, best) for step, best in told]
+    prefix = f"jobs/{claim.job_id}/ckpt"
+    gone = [[], [], ["10"], [], ["30"], ["40", "20"], ["50"]]
+    assert pruned == [[f"{prefix}-{step}" for step in steps] for steps in gone]
+    with sessions() as session:
+        assert [c.step for c in progress.stored_checkpoints(session, claim.job_id)] == [70, 60]
 
 
 def test_a_checkpoint_made_again_replaces_its_forerunner(sessions: Sessions) -> None:

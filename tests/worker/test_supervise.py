@@ -155,6 +155,37 @@ def test_two_checkpoints_are_kept_and_nothing_else(service: Service, supervisor:
     assert not list(service.settings.scratch_folder.glob("ftjob-*"))
 
 
+def test_early_stopping_ends_a_job_and_keeps_its_best_checkpoint(
+    service: Service, supervisor: Supervisor
+) -> None:
+    """The validation rows expect other answers than those that are learned."""
+    wrong = chat_rows(10).replace(b" follows ", b" precedes ")
+    options = {"eval_steps": 4, "early_stopping_patience": 3, "learning_rate": 3e-3}
+    job_id = service.queue(rows=32, n_epochs=40, validation=wrong, **options)
+    supervisor.run_until_idle()
+    job = service.job(job_id)
+    assert (job.status, job.error, job.total_steps) == ("succeeded", None, 320)
+    assert job.step < 320
+    best = job.step - 3 * 4
+    assert job.certificate is not None
+    assert job.certificate["exported_step"] == best
+    kept = {checkpoint.step: checkpoint for checkpoint in service.checkpoints(job_id)}
+    assert list(kept) == [job.step, job.step - 4, best]
+    full = {step: checkpoint.metrics["full_valid_loss"] for step, checkpoint in kept.items()}
+    assert min(full, key=lambda step: full[step]) == best
+    assert job.certificate["valid_loss_after"] == full[best]
+    stored = {key.rpartition("/")[0] for key in service.storage.list(f"jobs/{job_id}")}
+    assert stored == {*(c.storage_key for c in kept.values()), f"jobs/{job_id}/results/a1"}
+    told = [event.message for event in service.events(job_id)]
+    assert any(f"the training stops after step {job.step} of 320" in message for message in told)
+    assert any(f"The adapter of step {best} is exported" in message for message in told)
+    rows = list(csv.DictReader(io.StringIO(service.result(job_id, 0).decode())))
+    evaluated = [int(row["step"]) for row in rows if row["full_valid_loss"]]
+    assert evaluated == list(range(4, job.step + 1, 4))
+    metrics = [event.data or {} for event in service.events(job_id) if event.type == "metrics"]
+    assert [data["step"] for data in metrics if "full_valid_loss" in data] == evaluated
+
+
 def test_one_trainer_serves_job_after_job(service: Service, supervisor: Supervisor) -> None:
     before = trainer_pid(supervisor)
     first, second = service.queue(rows=32), service.queue(rows=32)
