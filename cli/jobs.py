@@ -14,6 +14,7 @@ from rich.text import Text
 from .client import BaseUrl, ServiceError, connect, send
 from .files import send_file
 from .progress import TrainingBar
+from .samples import show_samples
 
 app = typer.Typer(no_args_is_help=True)
 console = Console(stderr=True)
@@ -155,6 +156,7 @@ def _watch(client: httpx.Client, job_id: str) -> None:
     if job["status"] == "succeeded":
         made = _plain(job["fine_tuned_model"])
         console.print(f"[green]succeeded[/green]: {made}", highlight=False, soft_wrap=True)
+        show_samples(console, job["olora"].get("samples"))
         console.print(f"Fetch it: olora adapters download {job_id}", highlight=False, soft_wrap=True)
         return
     if job["status"] == "failed":

@@ -5,6 +5,7 @@ import os
 import signal
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import asdict
 from pathlib import Path
 from types import FrameType
 from typing import Annotated, Any
@@ -17,6 +18,7 @@ from olora_core.errors import SpecError
 from olora_core.specs import MAX_SEED, TrainSpec, check_validation, nearest, read_spec, spec_error
 
 from .progress import TrainingBar
+from .samples import show_samples
 
 console = Console(stderr=True)
 RUN_FILE = "run.json"
@@ -233,7 +235,7 @@ def _train(
 
         from olora_core.model import load_base
         from olora_core.precision import compute_dtype
-        from olora_core.progress import Evaluated, Finished, Note, Phase, Resolved, Saved, Step
+        from olora_core.progress import Evaluated, Finished, Note, Phase, Resolved, Samples, Saved, Step
         from olora_core.train import train as run_training
 
         if device == "auto":
@@ -246,6 +248,7 @@ def _train(
             bar.say(f"Going on from {resume.name}.")
         progress = run_training(spec, base, training, validation, output, resume=resume)
         wish: str | None = None
+        samples: dict[str, Any] | None = None
         while True:
             try:
                 news = progress.send(wish)
@@ -276,8 +279,11 @@ def _train(
                 case Saved() if stopping:
                     progress.close()
                     return False
+                case Samples():
+                    samples = asdict(news)
                 case Finished():
                     _summarise(bar, news)
+                    show_samples(console, samples)
 
 
 def _summarise(bar: TrainingBar, finished: Any) -> None:

@@ -1,5 +1,7 @@
 """How good a model is on examples it does not train on, and what it says."""
 
+import math
+import time
 from collections.abc import Generator
 from typing import Any
 
@@ -52,20 +54,34 @@ def generate(base: Base, messages: list[dict[str, Any]], max_new_tokens: int) ->
         raise ModelError(
             f"Base model '{base.name}' has no chat template, so it cannot answer a conversation."
         )
-    inputs = base.tokenizer.apply_chat_template(
-        normalised(messages), add_generation_prompt=True, return_tensors="pt", return_dict=True
-    ).to(base.device)
+    prompt = base.tokenizer.apply_chat_template(
+        normalised(messages), add_generation_prompt=True, return_dict=True
+    )
+    return answer(base, prompt["input_ids"], max_new_tokens)
+
+
+def answer(base: Base, prompt: list[int], max_new_tokens: int, *, until: float = math.inf) -> str:
+    """What the model makes of these tokens, likeliest token by likeliest token, until that monotonic time.
+
+    The habits of the base's own generation config (sampling, penalties) are left aside.
+    """
     ends = end_of_turn_tokens(base.tokenizer, base.model.generation_config.eos_token_id)
     how = GenerationConfig(
         do_sample=False,
+        num_beams=1,
+        repetition_penalty=1.0,
+        no_repeat_ngram_size=0,
+        temperature=1.0,
+        top_p=1.0,
+        top_k=50,
         max_new_tokens=max_new_tokens,
+        max_time=None if until == math.inf else max(0.0, until - time.monotonic()),
         eos_token_id=sorted(ends),
         pad_token_id=base.tokenizer.pad_token_id or 0,
     )
+    input_ids = torch.tensor([prompt], device=base.device)
     with evaluating(base.model), torch.no_grad():
         tokens = base.model.generate(
-            input_ids=inputs["input_ids"],
-            attention_mask=inputs["attention_mask"],
-            generation_config=how,
+            input_ids=input_ids, attention_mask=torch.ones_like(input_ids), generation_config=how
         )
-    return base.tokenizer.decode(tokens[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True).strip()
+    return base.tokenizer.decode(tokens[0, len(prompt) :], skip_special_tokens=True).strip()

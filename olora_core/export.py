@@ -4,7 +4,7 @@ import json
 import os
 import shutil
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,7 @@ from transformers.pytorch_utils import Conv1D
 from .adapter import Adapter, LowRank, adapter_tensors, bare_modules, is_linear, site_weight
 from .errors import SpecError
 from .model import Base, ends_in, left_out, shortened
+from .progress import Samples
 from .specs import TrainSpec
 
 TENSORS = "adapter_model.safetensors"
@@ -48,6 +49,7 @@ class Story:
     metrics: Mapping[str, Any] = field(default_factory=dict)
     losses: Sequence[tuple[int, float]] = ()
     """(step, training loss), for the curve."""
+    samples: Samples | None = None
 
 
 @dataclass(frozen=True)
@@ -249,6 +251,7 @@ def _manifest(base: Base, export: Export, story: Story) -> dict[str, Any]:
             "max_lora_rank": server_rank(export.rank),
         },
         "metrics": dict(story.metrics),
+        "samples": None if story.samples is None else asdict(story.samples),
         "versions": _versions(),
     }
 
@@ -354,7 +357,21 @@ python convert_lora_to_gguf.py --base BASE ADAPTER
 {_loss_curve(story.losses)}
 `manifest.json` holds every setting, the hashes of data and base, and the certificate. `native/` holds the
 method's own tensors.
-"""
+{_samples_section(story.samples)}"""
+
+
+def _samples_section(samples: Samples | None) -> str:
+    """What both models answer. Indented as code, which no text can break out of."""
+    if samples is None:
+        return ""
+    parts = [f"\n## What it answers\n\nThe likeliest tokens, to rows of the {samples.file} file.\n"]
+    for row in samples.rows:
+        parts.append(f"\n### Line {row['line']}\n")
+        said = {"prompt": row["prompt"], "in the file": row["reference"]}
+        for name, text in (said | {"the base": row["base"], "tuned": row["tuned"]}).items():
+            lines = "\n".join(f"    {line}" for line in text.splitlines())
+            parts.append(f"\n{name}:\n\n{lines or '    (nothing)'}\n")
+    return "".join(parts)
 
 
 def _number(value: Any) -> str:

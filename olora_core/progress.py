@@ -3,11 +3,13 @@
 from collections.abc import Generator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal, TypedDict, TypeVar
 
 from .specs import TrainSpec
 
-PhaseName = Literal["loading", "tokenising", "starting", "training", "evaluating", "exporting", "certifying"]
+PhaseName = Literal[
+    "loading", "tokenising", "starting", "training", "evaluating", "sampling", "exporting", "certifying"
+]
 
 
 @dataclass(frozen=True)
@@ -88,6 +90,27 @@ class Saved:
     """With early stopping: the step whose checkpoint must be kept, for no validation loss was lower."""
 
 
+class Sample(TypedDict):
+    """One row's answers."""
+
+    line: int
+    """Of the file."""
+    prompt: str
+    """As the model reads it, special tokens included; the end of a long one."""
+    reference: str
+    """What the file answers; of a pair, the better answer."""
+    base: str
+    tuned: str
+
+
+@dataclass(frozen=True)
+class Samples:
+    """What the base and the tuned model answer to a few rows."""
+
+    rows: list[Sample]
+    file: Literal["validation", "training"]
+
+
 @dataclass(frozen=True)
 class Finished:
     """The adapter is exported and certified."""
@@ -99,7 +122,7 @@ class Finished:
     steps: int
 
 
-Progress = Phase | Note | Resolved | Step | Evaluated | Saved | Finished
+Progress = Phase | Note | Resolved | Step | Evaluated | Saved | Samples | Finished
 ResultT = TypeVar("ResultT")
 
 

@@ -192,6 +192,12 @@ class Hyperparameters(Spec):
     early_stopping_min_delta: float = Field(
         default=0.0, ge=0, description="By how much a validation loss must be lower to count as lower."
     )
+    samples: int = Field(
+        default=4,
+        ge=0,
+        le=16,
+        description="Rows that the base and the tuned model answer at the end, for people.",
+    )
     micro_batch_size: Auto | Annotated[int, Field(ge=1, le=256)] = Field(
         default="auto",
         description="Most examples in one forward pass; gradients accumulate up to batch_size.",

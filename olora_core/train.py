@@ -37,8 +37,9 @@ from .neftune import with_noise
 from .passes import evaluating
 from .plan import Plan, can_checkpoint, is_out_of_memory, plan_passes, set_checkpointing
 from .precision import DTYPES, compute_dtype
-from .progress import Evaluated, Finished, Note, Phase, Progress, Resolved, Saved, Step, result_of
+from .progress import Evaluated, Finished, Note, Phase, Progress, Resolved, Samples, Saved, Step, result_of
 from .randomness import Randomness
+from .samples import sample
 from .schedule import schedule_of
 from .specs import Facts, Hyperparameters, TrainSpec, check_validation, resolve
 
@@ -49,6 +50,7 @@ __all__ = [
     "Phase",
     "Progress",
     "Resolved",
+    "Samples",
     "Saved",
     "Step",
     "compute_dtype",
@@ -620,15 +622,18 @@ def checkpoint_metrics(run: Run) -> dict[str, float]:
 # --- the end -------------------------------------------------------------------------------------------
 
 
-def finish(run: Run, folder: Path) -> Iterator[Note | Phase | Finished]:
-    """Exports the adapter and lets it pass only with a certificate."""
+def finish(run: Run, folder: Path) -> Iterator[Note | Phase | Samples | Finished]:
+    """Has both models answer, exports the adapter and lets it pass only with a certificate."""
     run.base.model.eval()
     yield from take_the_best(run)
+    samples = yield from sample(run.base, run.data, run.hyperparameters.samples)
+    if samples:
+        yield samples
     adapter_folder, metrics = folder / "adapter", final_metrics(run)
     yield Phase("exporting", 0, 1)
     shutil.rmtree(adapter_folder, ignore_errors=True)
     losses = [(step, loss) for step, loss, _, _ in run.history]
-    story = Story(run.asked, run.spec, run.data.hashes, metrics, losses)
+    story = Story(run.asked, run.spec, run.data.hashes, metrics, losses, samples)
     export_adapter(run.base, run.adapters, adapter_folder, story)
     yield Phase("exporting", 1, 1)
     yield Phase("certifying", 0, 1)

@@ -154,6 +154,8 @@ class Job(Base):
     fine_tuned_model: Mapped[str | None] = mapped_column(String(512))
     result_files: Mapped[list[Any]] = mapped_column(default=list)
     certificate: Mapped[dict[str, Any] | None]
+    samples: Mapped[dict[str, Any] | None]
+    """What the base and the tuned model answer: `file` and `rows`, as the trainer's `Samples`."""
 
     __table_args__ = (
         Index(None, "project_id", "seq"),

@@ -13,7 +13,7 @@ from olora_core.specs import TrainSpec
 
 from .claims import Claim, write_as
 from .errors import NotFound
-from .events import Note, Notice, event_row, tell
+from .events import Note, Notice, event_row, storable, tell
 from .models import Checkpoint, Event, Job, Metric, new_id
 from .pages import Page, read_page
 from .session import db_now
@@ -60,12 +60,14 @@ def record(
     events: Sequence[Notice] = (),
     resolved: TrainSpec | None = None,
     total_steps: int | None = None,
+    samples: Mapping[str, Any] | None = None,
     estimated_finish: float | None = None,
 ) -> None:
     """Writes down progress. A step that was recorded before, by whichever attempt, leaves no second trace.
 
     `steps` carry the names of the trainer's `Step` (step, loss, accuracy, valid_loss, seconds, …),
-    `evaluations` those of its `Evaluated` (step, loss, accuracy over the whole validation file).
+    `evaluations` those of its `Evaluated` (step, loss, accuracy over the whole validation file), `samples`
+    those of its `Samples` (file, rows).
     What the first attempt resolved, stays. Raises LeaseLost.
     """
     reached = max((int(step["step"]) for step in steps), default=0)
@@ -74,6 +76,8 @@ def record(
         job.total_steps = total_steps
     if resolved is not None and job.resolved is None:
         job.resolved = resolved.model_dump(mode="json")
+    if samples is not None:
+        job.samples = {**samples, "rows": [_storable(row) for row in samples["rows"]]}
     notes = list(events)
     new = _new_metrics(session, job, steps, evaluations, notes)
     tell(session, job.id, *notes)
@@ -83,6 +87,10 @@ def record(
     elif steps:
         _estimate(session, job)
     session.flush()
+
+
+def _storable(row: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: storable(value) if isinstance(value, str) else value for name, value in row.items()}
 
 
 def _greatest(column: Any, value: int) -> Any:

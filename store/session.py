@@ -123,11 +123,11 @@ def _alembic_config(url: str) -> Any:
     return config
 
 
-def migrate(url: str) -> None:
-    """Brings the schema to the newest revision. Of two at once, one waits (`migration_lock`)."""
+def migrate(url: str, revision: str = "head") -> None:
+    """Brings the schema up to a revision, the newest. Of two at once, one waits (`migration_lock`)."""
     from alembic import command
 
-    command.upgrade(_alembic_config(url), "head")
+    command.upgrade(_alembic_config(url), revision)
 
 
 @contextlib.contextmanager

@@ -90,6 +90,7 @@ class _Unrecorded:
     events: list[Note] = dataclasses.field(default_factory=list)
     resolved: TrainSpec | None = None
     total_steps: int | None = None
+    samples: dict[str, Any] | None = None
 
 
 class Attempt:
@@ -345,6 +346,8 @@ class Attempt:
                 self._note(**values)
             case "Resolved":
                 self._resolved(values)
+            case "Samples":
+                self._unrecorded.samples = values
             case "Saved":
                 self._flush()  # what leads to a checkpoint is recorded before it: nobody will redo it
                 folder = Path(values["folder"])

@@ -208,7 +208,7 @@ class Trainer:
             case Step() if wish == "release":
                 self._tell(run.send("save"))
                 return True
-            case Saved() | Phase("exporting" | "certifying"):
+            case Saved() | Phase("sampling" | "exporting" | "certifying"):
                 return True
             case _:
                 return wish == "cancel" or not stepped

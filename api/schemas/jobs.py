@@ -233,6 +233,7 @@ def _own_facts(row: Job) -> dict[str, Any]:
         "total_steps": row.total_steps,
         "plan": row.resolved,
         "certificate": row.certificate,
+        "samples": row.samples,
         "results": dict(zip(("metrics", "adapter"), row.result_files, strict=False)),
     }
 

@@ -98,6 +98,9 @@ def zipped(**files: bytes) -> bytes:
     return packed.getvalue()
 
 
+SAMPLE = {"line": 1, "prompt": "2 + 2 =", "reference": "4", "base": "five", "tuned": "4"}
+
+
 class Attempt:
     """A worker's side of a job, through the same functions of the store that a worker calls."""
 
@@ -117,7 +120,7 @@ class Attempt:
         return resolve(self.claim.spec, facts)[0]
 
     def train(self, steps: int = 3) -> None:
-        """Records the numbers of a few steps, and a checkpoint."""
+        """Records the numbers of a few steps, a checkpoint, and an answer."""
         measured = [
             {"step": step, "loss": 2.0 / step, "accuracy": 0.5, "seconds": 0.1}
             for step in range(1, steps + 1)
@@ -125,6 +128,7 @@ class Attempt:
         with self.sessions.begin() as session:
             progress.record(session, self.claim, steps=measured, resolved=self.resolved(), total_steps=steps)
             progress.add_checkpoint(session, self.claim, steps, {"loss": 2.0 / steps}, f"checkpoints/{steps}")
+            progress.record(session, self.claim, samples={"file": "training", "rows": [SAMPLE]})
 
     def succeed(self, adapter: bytes | None = None) -> None:
         stored = storage(self.settings)

@@ -13,6 +13,7 @@ from store.bases import SHIPPED_FOLDER
 from store.settings import Settings
 
 from .calls import (
+    SAMPLE,
     Attempt,
     chat_file,
     completion_file,
@@ -196,6 +197,7 @@ def test_a_finished_job_tells_what_was_decided_and_what_came_out(
     assert ours["certificate"] == {"max_abs_logit_diff": 1e-6, "passed": True}
     assert (ours["attempt"], ours["failures"], ours["step"], ours["total_steps"]) == (1, 0, 3, 3)
     assert ours["plan"]["hyperparameters"] == done["hyperparameters"]
+    assert ours["samples"] == {"file": "training", "rows": [SAMPLE]}
     assert ours["results"] == dict(zip(("metrics", "adapter"), done["result_files"], strict=True))
 
 

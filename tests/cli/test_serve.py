@@ -70,6 +70,8 @@ def test_a_job_is_asked_for_watched_and_downloaded(service: Serving, few_rows: P
     job = asked.stdout.strip()
     assert re.search(r"step 3/3 .*loss \d", asked.stderr)
     assert "succeeded" in asked.stderr
+    assert "What it answers to rows of the training file:" in asked.stderr
+    assert len(re.findall(r"^  tuned  ", asked.stderr, re.MULTILINE)) == 4
     listed = service.run("jobs", "list").stdout
     assert job in listed
     assert "succeeded" in listed

@@ -58,6 +58,7 @@ def test_an_interrupted_run_goes_on_to_the_same_bytes(tmp_path: Path) -> None:
     assert "step 40/40" in through.stderr
     assert "Certified" in through.stderr
     assert "Validation loss" in through.stderr
+    assert "What it answers to rows of the validation file:" in through.stderr
 
     spec = write_spec(tmp_path, "stopped")
     said = interrupted(spec, tmp_path, signal.SIGINT)
@@ -71,6 +72,9 @@ def test_an_interrupted_run_goes_on_to_the_same_bytes(tmp_path: Path) -> None:
 
     manifest = json.loads((tmp_path / "stopped" / "adapter" / "manifest.json").read_text())
     assert manifest["certificate"]["passed"]
+    assert len(manifest["samples"]["rows"]) == 4
+    other = json.loads((tmp_path / "through" / "adapter" / "manifest.json").read_text())
+    assert manifest["samples"] == other["samples"]
 
     refused = olora(tmp_path, "train", spec)
     assert refused.returncode == 1

@@ -168,6 +168,18 @@ def test_the_whole_validation_file_may_come_after_its_step_or_before(sessions: S
     assert (values["train_loss"], values["full_valid_loss"]) == (0.5, 0.8)
 
 
+def test_what_the_models_answered_is_kept_on_the_job(sessions: Sessions) -> None:
+    job = making.job(sessions)
+    claim = making.claimed(sessions)
+    row = {"line": 3, "prompt": "Say\x00 it.", "reference": "It.", "base": "Eh?", "tuned": "It."}
+    with sessions.begin() as session:
+        progress.record(session, claim, samples={"file": "validation", "rows": [row]})
+    with sessions.begin() as session:  # what follows leaves it alone
+        progress.record(session, claim, steps=[making.step(1)])
+    kept = making.reread(sessions, job.id).samples
+    assert kept == {"file": "validation", "rows": [{**row, "prompt": "Say\ufffd it."}]}
+
+
 def test_the_result_file_has_one_row_per_step(sessions: Sessions) -> None:
     making.job(sessions)
     claim = making.claimed(sessions)

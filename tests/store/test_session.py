@@ -39,6 +39,26 @@ def test_migrations_give_exactly_the_models_schema(empty_database_url: str) -> N
     engine.dispose()
 
 
+def test_jobs_from_before_the_samples_stay_and_have_none(empty_database_url: str) -> None:
+    migrate(empty_database_url, "0001")
+    engine = make_engine(empty_database_url)
+    texts = ("id", "status", "model", "training_file")
+    numbers = ("seed", "created_at", "priority", "dispatches", "attempt", "failures", "step")
+    columns = {**dict.fromkeys(texts, "'succeeded'"), **dict.fromkeys(numbers, "1")}
+    columns |= {"project_id": "'p'", "spec": "'{}'", "options": "'{}'", "result_files": "'[]'"}
+    names, values = ", ".join(columns), ", ".join(columns.values())
+    with engine.begin() as connection:
+        connection.execute(
+            text("INSERT INTO projects (id, name, created_at, last_turn_at) VALUES ('p', 'p', 0, 0)")
+        )
+        connection.execute(text(f"INSERT INTO jobs ({names}) VALUES ({values})"))
+    migrate(empty_database_url)
+    with engine.connect() as connection:
+        row = connection.execute(text("SELECT samples, id, step FROM jobs")).one()
+    assert tuple(row) == (None, "succeeded", 1)
+    engine.dispose()
+
+
 def test_a_schema_that_is_behind_is_refused_with_the_remedy(empty_database_url: str) -> None:
     engine = make_engine(empty_database_url)
     assert not schema_is_current(engine)

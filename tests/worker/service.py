@@ -79,7 +79,7 @@ class Service:
         """A job in `validating_files`. Returns its id."""
         training = self.upload(data or chat_rows(rows), project)
         held_out = self.upload(validation, project) if validation else None
-        asked = {"batch_size": 4, "n_epochs": 2, **hyperparameters}
+        asked = {"batch_size": 4, "n_epochs": 2, "samples": 0, **hyperparameters}
         spec = read_spec(model=model, type=type, hyperparameters=asked, seed=7)
         with self.write.begin() as session:
             return jobs.create(

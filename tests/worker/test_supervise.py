@@ -155,6 +155,18 @@ def test_two_checkpoints_are_kept_and_nothing_else(service: Service, supervisor:
     assert not list(service.settings.scratch_folder.glob("ftjob-*"))
 
 
+def test_a_job_keeps_what_its_models_answer(service: Service, supervisor: Supervisor) -> None:
+    job_id = service.queue(rows=32, validation=chat_rows(10, first=100), n_epochs=1, samples=2)
+    supervisor.run_until_idle()
+    kept = service.job(job_id).samples
+    assert kept is not None
+    assert kept["file"] == "validation"
+    assert [row["reference"] for row in kept["rows"]] == ["101 follows 100.", "102 follows 101."]
+    assert all("What follows 10" in row["prompt"] for row in kept["rows"])
+    told = service.adapter(job_id)["manifest.json"].decode().replace("\\u0000", "\ufffd")
+    assert json.loads(told)["samples"] == kept  # an untrained base says anything, and no database holds NUL
+
+
 def test_early_stopping_ends_a_job_and_keeps_its_best_checkpoint(
     service: Service, supervisor: Supervisor
 ) -> None:

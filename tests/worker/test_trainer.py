@@ -50,7 +50,9 @@ class Desk:
         if work is None:
             work = self.folder / f"work-{self.orders}"
             work.mkdir()
-        spec = read_spec(model="tiny", hyperparameters={"batch_size": 4, "n_epochs": 2, **hyperparameters})
+        spec = read_spec(
+            model="tiny", hyperparameters={"batch_size": 4, "n_epochs": 2, "samples": 0, **hyperparameters}
+        )
         order = Order(
             run=run,
             spec=spec.model_dump(mode="json"),

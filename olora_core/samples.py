@@ -1,0 +1,85 @@
+"""What the base and the tuned model answer to the first rows, for people to look at.
+
+Both answer at the end of the run: the base is never written, so it says what it said before. Prompts are
+taken from the tokenised examples, whatever their format, and both read them as they were in training.
+"""
+
+import time
+from collections.abc import Generator, Iterator, Sequence
+from itertools import islice
+
+import numpy as np
+
+from .adapter import adapters_off
+from .data import Data, context_length
+from .evaluate import answer
+from .examples import Examples
+from .model import Base
+from .progress import Note, Phase, Sample, Samples
+
+NEW_TOKENS = 64
+SECONDS = 60.0
+"""No further row is begun after this long, and no answer goes on."""
+ROWS_LOOKED_AT = 256
+SHOWN_CHARACTERS = 1000
+
+
+def sample(base: Base, data: Data, count: int) -> Generator[Phase | Note, None, Samples | None]:
+    """The answers to the first `count` rows with a prompt, of the validation file if there is one.
+
+    None where no row has a prompt. Never fails a run, which has all it came for.
+    """
+    examples, file = (data.validation, "validation") if data.validation else (data.training, "training")
+    until, rows = time.monotonic() + SECONDS, []
+    for done, (line, prompt, reference) in enumerate(islice(_questions(examples), count)):
+        yield Phase("sampling", done, count)
+        if time.monotonic() > until:
+            yield Note("info", f"The sample answers took long; {done} of {count} were generated.")
+            break
+        try:
+            rows.append(_sample(base, line, prompt, reference, until))
+        except Exception as error:  # a base that cannot generate can still be a good base
+            yield Note(
+                "warn", f"No sample answer could be generated for line {line}: {type(error).__name__}."
+            )
+            break
+    return Samples(rows, file) if rows else None
+
+
+def _questions(examples: Examples) -> Iterator[tuple[int, np.ndarray, np.ndarray]]:
+    """Line, prompt and last trained answer of each row; of a pair, the better one.
+
+    A row that is trained from its second token on is a text without a prompt.
+    """
+    for i in range(min(ROWS_LOOKED_AT, len(examples))):
+        tokens, trained = examples.example(i)[0]
+        ends = np.flatnonzero(trained)
+        if not len(ends):
+            continue
+        before = np.flatnonzero(~trained[: ends[-1]])
+        start = before[-1] + 1
+        if start > 1:
+            yield int(examples.lines[i]), tokens[:start], tokens[start : ends[-1] + 1]
+
+
+def _sample(base: Base, line: int, prompt: np.ndarray, reference: Sequence[int], until: float) -> Sample:
+    tokens = min(NEW_TOKENS, context_length(base) - len(prompt))
+    with adapters_off(base.model):
+        before = answer(base, prompt.tolist(), tokens, until=until)
+    after = answer(base, prompt.tolist(), tokens, until=until)
+    decode = base.tokenizer.decode
+    return Sample(
+        line=line,
+        prompt=_tail(decode(prompt.tolist())),
+        reference=_head(decode(reference.tolist(), skip_special_tokens=True).strip()),
+        base=_head(before),
+        tuned=_head(after),
+    )
+
+
+def _head(text: str) -> str:
+    return text if len(text) <= SHOWN_CHARACTERS else f"{text[:SHOWN_CHARACTERS]}…"
+
+
+def _tail(text: str) -> str:
+    return text if len(text) <= SHOWN_CHARACTERS else f"…{text[-SHOWN_CHARACTERS:]}"
