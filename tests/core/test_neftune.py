@@ -182,6 +182,16 @@ def test_the_same_seed_draws_the_same_noise(llama, files, tmp_path) -> None:
     assert runs[0] == runs[1] != runs[2]
 
 
+def test_a_block_that_is_computed_twice_sees_the_same_noise(llama, files, tmp_path) -> None:
+    runs = [
+        losses(
+            train(spec_for(neftune_alpha=ALPHA, gradient_checkpointing=twice), llama, files[0], None, folder)
+        )
+        for twice, folder in ((False, tmp_path / "once"), (True, tmp_path / "twice"))
+    ]
+    assert runs[0] == pytest.approx(runs[1], rel=1e-6)
+
+
 def test_what_a_driver_draws_changes_nothing(llama, files, tmp_path) -> None:
     spec = spec_for(neftune_alpha=ALPHA)
     undisturbed = losses(train(spec, llama, files[0], None, tmp_path / "undisturbed"))

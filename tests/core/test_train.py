@@ -480,6 +480,15 @@ def test_an_adapter_that_is_not_finite_is_never_saved(llama, training, tmp_path,
     assert [path.name for path in (tmp_path / "run" / "checkpoints").iterdir()] == ["step-00000001"]
 
 
+def test_a_validation_loss_that_is_not_finite_ends_the_run_with_a_sentence(
+    llama, training, validation, tmp_path, monkeypatch
+) -> None:
+    monkeypatch.setitem(methods.METHODS, "lora", Spoils)
+    progress = train(spec_for("lora"), llama, training, validation, tmp_path / "run", checkpoint_seconds=0.0)
+    with pytest.raises(TrainingError, match=r"The validation loss after step 2 is nan\..*of step 1, is kept"):
+        list(progress)
+
+
 class Hungry(LoRA):
     """LoRA that needs more memory than there is."""
 
