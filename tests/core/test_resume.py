@@ -191,6 +191,31 @@ def test_noise_and_early_stopping_do_something_in_these_runs(unbroken) -> None:
     assert stopped.steps == 5  # the first evaluation, and four that are not 9 nats lower
 
 
+def test_every_checkpoint_of_a_run_with_every_option_leads_to_the_same_end(
+    base_folders, files, tmp_path
+) -> None:
+    adapter = {"dropout": 0.2, "rslora": True, "lora_plus_ratio": 4}
+    options = {"neftune_alpha": 5, "label_smoothing": 0.1, "weight_decay": 0.1, "schedule": "cosine"}
+    stopping = {"eval_steps": 2, "early_stopping_patience": 9, "samples": 1, "max_grad_norm": 0.5}
+    spec = spec_for("olora", adapter=adapter, learning_rate=0.02, **options, **stopping)
+    base = load_base(base_folders["llama"], name="tiny")
+    steps, kept = [], []
+    for said in train(spec, base, *files, tmp_path / "whole", checkpoint_seconds=0.0):
+        if isinstance(said, Step):
+            steps.append((said.step, said.loss, said.grad_norm))
+        elif isinstance(said, Saved):
+            kept.append(said.folder.rename(tmp_path / f"kept-{said.step}"))
+    whole = said
+    assert isinstance(whole, Finished)
+    assert len(kept) == 6
+    for step, checkpoint in enumerate(kept, 1):
+        rest = list(train(spec, base, *files, tmp_path / f"rest-{step}", resume=checkpoint))
+        assert [(p.step, p.loss, p.grad_norm) for p in rest if isinstance(p, Step)] == steps[step:]
+        assert rest[-1].metrics["exported_step"] == whole.metrics["exported_step"]
+        for file in ("adapter_model.safetensors", "native/adapter.safetensors"):
+            assert (rest[-1].folder / file).read_bytes() == (whole.folder / file).read_bytes()
+
+
 def test_a_finished_run_resumes_to_its_export(unbroken, base_folders, files, tmp_path) -> None:
     whole = unbroken["olora"]
     base = load_base(base_folders["llama"], name="tiny")
