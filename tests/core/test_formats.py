@@ -9,7 +9,7 @@ import pytest
 
 from olora_core.errors import DataError
 from olora_core.formats import (
-    MAX_LINE_BYTES,
+    MAX_ROW_BYTES,
     Report,
     check_for_training,
     detect_format,
@@ -155,7 +155,7 @@ def test_a_very_long_line_is_named_and_takes_no_memory() -> None:
     assert report.fatal.line == 2
     assert "16 MB" in report.fatal.message
     assert report.rows == 3
-    assert peak < 3 * MAX_LINE_BYTES
+    assert peak < 3 * MAX_ROW_BYTES
 
 
 def test_every_error_is_counted_and_the_first_fifty_kept() -> None:

@@ -1,0 +1,260 @@
+"""Messages of a conversation and their tools: what they may hold."""
+
+import json
+from collections.abc import Iterable
+from typing import Any
+
+from ..specs import nearest
+from .report import Add, named
+
+ROLES = ("system", "developer", "user", "assistant", "tool", "function")
+MESSAGE_KEYS = ("role", "content", "name", "weight", "tool_calls", "tool_call_id", "function_call")
+RESPONSE_KEYS = ("refusal", "audio", "annotations")
+"""Left over in messages copied from an API's answer; ignored while they are empty."""
+
+
+def check_messages(messages: list[Any], path: str, add: Add, calls: Iterable[str] = ()) -> None:
+    """Each message on its own, and each tool answer against the calls before it."""
+    known_calls = set(calls)
+    for i, message in enumerate(messages):
+        place = f"{path}[{i}]"
+        if not isinstance(message, dict):
+            add(
+                place,
+                "data_type",
+                f"a message is an object, not {named(message)}.",
+                "Give it role and content.",
+            )
+            continue
+        _check_keys(message, place, add)
+        role = message.get("role")
+        if role is None:
+            add(f"{place}.role", "message_missing_key", "the message has no role.", f"Use one of {_ROLES}.")
+            continue
+        if not isinstance(role, str) or role not in ROLES:
+            hint = nearest(role, ROLES) if isinstance(role, str) else ""
+            add(f"{place}.role", "unrecognized_role", f"{role!r} is no role{hint}.", f"Use one of {_ROLES}.")
+            continue
+        _check_content(message, role, place, add)
+        _check_weight(message, role, place, add)
+        _check_calls(message, role, place, add)
+        known_calls.update(call_ids([message]))
+        _check_answer(message, role, place, known_calls, add)
+
+
+_ROLES = ", ".join(ROLES)
+
+
+def _check_keys(message: dict[str, Any], place: str, add: Add) -> None:
+    for key, value in message.items():
+        if key in MESSAGE_KEYS or (key in RESPONSE_KEYS and not value):
+            continue
+        add(
+            f"{place}.{key}",
+            "message_unrecognized_key",
+            f"'{key}' is not a key of a message{nearest(key, MESSAGE_KEYS)}.",
+            f"Known keys: {', '.join(MESSAGE_KEYS)}.",
+        )
+    name = message.get("name")
+    if name is not None and not isinstance(name, str):
+        add(f"{place}.name", "data_type", f"the name is {named(name)}.", "Make it a string.")
+
+
+def _check_content(message: dict[str, Any], role: str, place: str, add: Add) -> None:
+    content = message.get("content")
+    path = f"{place}.content"
+    if content is None:
+        if role == "assistant" and (message.get("tool_calls") or message.get("function_call")):
+            return
+        code = "missing_content" if "content" in message else "message_missing_key"
+        needs = " or tool_calls" if role == "assistant" else ""
+        add(path, code, f"the {role} message has no content{needs}.", "Write its text.")
+    elif isinstance(content, list):
+        for i, part in enumerate(content):
+            kind = part.get("type") if isinstance(part, dict) else None
+            if kind != "text" or not isinstance(part.get("text"), str):
+                add(
+                    f"{path}[{i}]",
+                    "unsupported_content",
+                    f"only parts of type text are read, not {kind or named(part)}.",
+                    'Use {"type": "text", "text": …} or a plain string.',
+                )
+    elif not isinstance(content, str):
+        add(path, "data_type", f"the content is {named(content)}.", "Make it a string.")
+    elif role == "assistant" and not content.strip() and not message.get("tool_calls"):
+        add(path, "empty_answer", "the answer is empty.", "Write it, or leave the line out.", "warning")
+
+
+def _check_weight(message: dict[str, Any], role: str, place: str, add: Add) -> None:
+    weight = message.get("weight")
+    if weight is None:
+        return
+    path = f"{place}.weight"
+    if role != "assistant":
+        add(path, "invalid_weight", f"a {role} message has no weight.", "Keep weight for assistant messages.")
+    elif isinstance(weight, bool) or weight not in (0, 1):
+        add(path, "invalid_weight", f"the weight is {weight!r}.", "Use 0 (not trained) or 1 (trained).")
+
+
+def _check_calls(message: dict[str, Any], role: str, place: str, add: Add) -> None:
+    """Tool calls of an assistant: ids, names, and arguments that are JSON."""
+    call = message.get("function_call")
+    if call is not None:
+        _check_function(call, f"{place}.function_call", add)
+    calls = message.get("tool_calls")
+    if calls is None:
+        return
+    path = f"{place}.tool_calls"
+    if role != "assistant":
+        add(path, "tool_call_mismatch", f"a {role} message makes no calls.", "Move them to the assistant.")
+        return
+    if not isinstance(calls, list):
+        add(path, "data_type", f"tool_calls is {named(calls)}.", "Make it a list.")
+        return
+    for i, item in enumerate(calls):
+        if not isinstance(item, dict):
+            add(
+                f"{path}[{i}]",
+                "data_type",
+                f"a call is an object, not {named(item)}.",
+                "Give it a function.",
+            )
+            continue
+        if not isinstance(item.get("id"), str):
+            add(f"{path}[{i}].id", "tool_call_mismatch", "the call has no id.", "Give each call an id.")
+        if (item.get("type") or "function") != "function":
+            add(f"{path}[{i}].type", "data_type", f"type {item['type']!r} is unknown.", "Use 'function'.")
+        _check_function(item.get("function"), f"{path}[{i}].function", add)
+
+
+def _check_function(call: Any, path: str, add: Add) -> None:
+    if not isinstance(call, dict) or not isinstance(call.get("name"), str):
+        add(path, "tool_call_mismatch", "the call names no function.", "Give it name and arguments.")
+        return
+    arguments = call.get("arguments", {})
+    if isinstance(arguments, str):
+        try:
+            arguments = json.loads(arguments)
+        except (ValueError, RecursionError):
+            arguments = None
+    if not isinstance(arguments, dict):
+        add(
+            f"{path}.arguments",
+            "tool_call_mismatch",
+            f"the arguments of '{call['name']}' are not a JSON object.",
+            'Write them as a string of JSON, such as "{}".',
+        )
+
+
+def _check_answer(message: dict[str, Any], role: str, place: str, calls: set[str], add: Add) -> None:
+    """A tool's message must answer a call made before it."""
+    if role == "function" and not message.get("name"):
+        add(f"{place}.name", "message_missing_key", "the function message has no name.", "Name the function.")
+    call_id = message.get("tool_call_id")
+    path = f"{place}.tool_call_id"
+    if role != "tool":
+        if call_id is not None:
+            add(path, "tool_call_mismatch", f"a {role} message answers no call.", "Leave tool_call_id out.")
+    elif call_id is None:
+        add(path, "tool_call_mismatch", "the tool message has no tool_call_id.", "Name the call it answers.")
+    elif not isinstance(call_id, str) or call_id not in calls:
+        add(
+            path,
+            "tool_call_mismatch",
+            f"no earlier call has the id {call_id!r}.",
+            "Use the id of an assistant's tool call before it.",
+        )
+
+
+def check_assistant(messages: list[Any], path: str, add: Add) -> None:
+    """Something must be there to learn from."""
+    answers = [m for m in messages if isinstance(m, dict) and m.get("role") == "assistant"]
+    if not answers:
+        add(
+            path,
+            "example_missing_assistant_message",
+            "the example has no assistant message, so there is nothing to learn.",
+            "Add the answer as an assistant message.",
+        )
+    elif all(_is_zero(m.get("weight")) for m in answers):
+        add(
+            path,
+            "example_missing_assistant_message",
+            "every assistant message has weight 0, so there is nothing to learn.",
+            "Give at least one of them weight 1, or leave the line out.",
+        )
+
+
+def _is_zero(weight: Any) -> bool:
+    return weight == 0 and not isinstance(weight, bool)
+
+
+def check_tools(record: dict[str, Any], add: Add, path: str = "$") -> None:
+    for key, name_of in (("tools", _tool_name), ("functions", _function_name)):
+        tools = record.get(key)
+        if tools is None:
+            continue
+        if not isinstance(tools, list):
+            add(f"{path}.{key}", "data_type", f"'{key}' is {named(tools)}.", "Make it a list.")
+            continue
+        for i, tool in enumerate(tools):
+            if not isinstance(name_of(tool), str):
+                add(
+                    f"{path}.{key}[{i}]",
+                    "data_type",
+                    "the tool has no function with a name.",
+                    'Write {"type": "function", "function": {"name": …, "parameters": {…}}}.',
+                )
+
+
+def _tool_name(tool: Any) -> Any:
+    return _function_name(tool.get("function")) if isinstance(tool, dict) else None
+
+
+def _function_name(function: Any) -> Any:
+    return function.get("name") if isinstance(function, dict) else None
+
+
+def call_ids(messages: list[Any]) -> list[str]:
+    calls = [m.get("tool_calls") for m in messages if isinstance(m, dict)]
+    items = [item for group in calls if isinstance(group, list) for item in group]
+    return [i["id"] for i in items if isinstance(i, dict) and isinstance(i.get("id"), str)]
+
+
+def uses_role(record: dict[str, Any], role: str) -> bool:
+    around = record.get("input")
+    asked = around.get("messages") if isinstance(around, dict) else None
+    lists = (record.get("messages"), record.get("prompt"), asked)
+    messages = [m for group in lists if isinstance(group, list) for m in group]
+    return any(isinstance(m, dict) and m.get("role") == role for m in messages)
+
+
+def check_answer_roles(messages: list[Any], path: str, add: Add) -> None:
+    for i, message in enumerate(messages):
+        if isinstance(message, dict) and message.get("role") in ("system", "developer", "user"):
+            add(
+                f"{path}[{i}].role",
+                "unrecognized_role",
+                f"an answer holds no '{message['role']}' message.",
+                "Move it to the prompt.",
+            )
+
+
+def check_other_keys(record: dict[str, Any], known: tuple[str, ...], add: Add, path: str = "$") -> None:
+    for key in record:
+        if key not in known:
+            hint = nearest(key, known)
+            add(
+                f"{path}.{key}",
+                "unrecognized_key",
+                f"'{key}' is not part of the format{hint} and is ignored.",
+                "",
+                "warning",
+            )
+
+
+def plain_text(content: Any) -> str:
+    """The text of a message's content: a string, a list of text parts, or null."""
+    if isinstance(content, list):
+        return "".join(part["text"] for part in content)
+    return content or ""

@@ -1,0 +1,65 @@
+"""Formats of one answer each: chat, and prompt with completion."""
+
+from typing import Any
+
+from .messages import (
+    call_ids,
+    check_assistant,
+    check_messages,
+    check_other_keys,
+    check_tools,
+)
+from .report import Add, named
+
+CHAT_KEYS = ("messages", "tools", "parallel_tool_calls", "functions")
+
+
+def check_chat(record: dict[str, Any], add: Add) -> None:
+    check_other_keys(record, CHAT_KEYS, add)
+    check_tools(record, add)
+    messages = record["messages"]
+    if not isinstance(messages, list) or not messages:
+        add(
+            "$.messages",
+            "missing_messages_list",
+            f"'messages' must be a list with at least one message, not {named(messages)}.",
+            'Write [{"role": "user", "content": …}, {"role": "assistant", "content": …}].',
+        )
+        return
+    check_messages(messages, "$.messages", add)
+    check_assistant(messages, "$.messages", add)
+
+
+def check_completion(record: dict[str, Any], add: Add) -> None:
+    check_other_keys(record, ("prompt", "completion", "tools"), add)
+    check_tools(record, add)
+    prompt, completion = record["prompt"], record["completion"]
+    if isinstance(prompt, str) and isinstance(completion, str):
+        if not completion.strip():
+            add(
+                "$.completion",
+                "missing_content",
+                "the completion is empty, so there is nothing to learn.",
+                "Write the answer, or leave the line out.",
+            )
+        return
+    if not (isinstance(prompt, list) and isinstance(completion, list)):
+        wrong = "completion" if isinstance(prompt, str | list) else "prompt"
+        add(
+            f"$.{wrong}",
+            "data_type",
+            f"prompt is {named(prompt)} and completion is {named(completion)}.",
+            "Make both of them strings, or both lists of messages.",
+        )
+        return
+    check_messages(prompt, "$.prompt", add)
+    check_messages(completion, "$.completion", add, call_ids(prompt))
+    check_assistant(completion, "$.completion", add)
+    for i, message in enumerate(completion):
+        if isinstance(message, dict) and message.get("role") in ("system", "developer", "user"):
+            add(
+                f"$.completion[{i}].role",
+                "unrecognized_role",
+                f"a completion holds no '{message['role']}' message.",
+                "Move it to the prompt.",
+            )

@@ -1,0 +1,137 @@
+"""A whole training file, read once: its report, and whether a method can train on it."""
+
+from collections.abc import Iterable, Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any, BinaryIO, Literal
+
+from ..errors import DataError, OloraError
+from .containers import read_rows
+from .detection import detect_format, name_unknown_format
+from .messages import uses_role
+from .preference import check_preference
+from .report import Add, Findings, Format, Problem, Report
+from .supervised import check_chat, check_completion
+
+TRAINABLE: dict[str, tuple[Format, ...]] = {
+    "supervised": ("chat", "completion"),
+    "dpo": ("preference",),
+}
+"""What each method.type trains on."""
+
+
+def validate(stream: Iterable[bytes] | BinaryIO) -> Report:
+    """Reads a whole file, given as chunks of any size or as an open file, and reports on it."""
+    findings = Findings()
+    report = findings.report
+    for row in read_rows(stream, findings):
+        report.rows += 1
+        if row.record is not None:
+            _check_record(row.number, row.record, findings)
+    if report.rows == 0 and report.fatal is None:
+        findings.add(
+            Problem(
+                line=None,
+                path=None,
+                code="empty_file",
+                message="The file is empty: it holds no line with an example.",
+                fix="Write one JSON object per line.",
+            ),
+            fatal=True,
+        )
+    return report
+
+
+def check_for_training(
+    report: Report,
+    *,
+    role: Literal["training", "validation"],
+    minimum_rows: int,
+    training_format: str | None = None,
+    type: str = "supervised",
+) -> OloraError | None:
+    """The error that makes a job of this method.type with this file fail, or None.
+
+    Names the line and the remedy.
+    """
+    code, param = f"invalid_{role}_file", f"{role}_file"
+    first = report.fatal or (report.errors[0] if report.errors else None)
+    if first is not None:
+        more = report.error_count - 1
+        rest = f" (and {more} more error{'s' if more > 1 else ''})" if more > 0 else ""
+        return DataError(f"{first.sentence}{rest}", code=code, param=param)
+    if report.format not in TRAINABLE[type]:
+        return DataError(
+            f"The {role} file holds {report.format or 'unknown'} data, which method {type} does not "
+            f"train on. {_other_way(report.format, type)}",
+            code="unexpected_file_format",
+            param=param,
+        )
+    if training_format is not None and report.format != training_format:
+        return DataError(
+            f"The {role} file is in {report.format} format, but the training file is in {training_format} "
+            "format. Give both the same format.",
+            code=code,
+            param=param,
+        )
+    if report.rows < minimum_rows:
+        return DataError(
+            f"{role.capitalize()} file has {report.rows} example(s), but must have at least "
+            f"{minimum_rows} examples. Add {minimum_rows - report.rows} more.",
+            code="invalid_n_examples",
+            param=param,
+        )
+    return None
+
+
+def _other_way(found: Format | None, type: str) -> str:
+    """What to do about a format that the method does not train on."""
+    lines = {
+        "supervised": '{"messages": […]} or of {"prompt": …, "completion": …}',
+        "dpo": '{"input": {"messages": […]}, "preferred_output": […], "non_preferred_output": […]} or of '
+        '{"prompt": …, "chosen": …, "rejected": …}',
+    }
+    fitting = [other for other, formats in TRAINABLE.items() if found in formats]
+    method = f'Train it with method.type "{fitting[0]}", or use' if fitting else "Use"
+    return f"{method} lines of {lines[type]}."
+
+
+def read_records(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+    """(line number from 1, record) of each line that is not blank.
+
+    Raises DataError at the first line that is not a JSON object.
+    """
+    findings = Findings()
+    with path.open("rb") as file:
+        for row in read_rows(file, findings):
+            if row.record is None:
+                break
+            yield row.number, row.record
+    if findings.report.fatal is not None:
+        raise DataError(f"{path.name}: {findings.report.fatal.sentence}")
+
+
+def _check_record(number: int, record: dict[str, Any], findings: Findings) -> None:
+    add: Add = partial(findings.on, number)
+    found = detect_format(record)
+    report = findings.report
+    if found is None:
+        name_unknown_format(record, report.format, add)
+        return
+    if report.format is None:
+        report.format = found
+    elif found != report.format:
+        add(
+            "$",
+            "unexpected_file_format",
+            f"the line is in {found} format, but the file began in {report.format} format.",
+            "Keep one format per file.",
+        )
+    if found == "chat":
+        check_chat(record, add)
+    elif found == "completion":
+        check_completion(record, add)
+    elif found == "preference":
+        check_preference(record, add)
+    if uses_role(record, "developer"):
+        findings.note_once(number, "developer_role", "Role 'developer' is trained as 'system'.")
