@@ -8,7 +8,15 @@ from typing import Any, Literal, TypedDict, TypeVar
 from .specs import TrainSpec
 
 PhaseName = Literal[
-    "loading", "tokenising", "starting", "training", "evaluating", "sampling", "exporting", "certifying"
+    "loading",
+    "checking",
+    "tokenising",
+    "starting",
+    "training",
+    "evaluating",
+    "sampling",
+    "exporting",
+    "certifying",
 ]
 
 

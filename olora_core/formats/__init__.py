@@ -1,23 +1,29 @@
 """Training-file formats: what a record may hold, and every error of a file with its place and remedy.
 
 One pass over the bytes, in constant memory, without torch. What only the model's tokenizer and template can
-tell (rows that are too long, rows without a trained token) is told by `examples.py`.
+tell (rows that are too long, rows without a trained token) is told by `tokenising.py`.
 """
 
-from .detection import detect_format
+from .containers import container_of
+from .detection import canonical, detect_format
 from .messages import plain_text
 from .preference import Preference, read_preference
-from .report import Format, Problem, Report
+from .report import NOUNS, Container, Format, Problem, Report
 from .rows import MAX_ROW_BYTES
-from .validation import check_for_training, read_records, validate
+from .validation import check_for_training, checking, read_records, validate
 
 __all__ = [
     "MAX_ROW_BYTES",
+    "NOUNS",
+    "Container",
     "Format",
     "Preference",
     "Problem",
     "Report",
+    "canonical",
     "check_for_training",
+    "checking",
+    "container_of",
     "detect_format",
     "plain_text",
     "read_preference",

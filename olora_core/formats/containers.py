@@ -2,31 +2,66 @@
 
 from collections.abc import Iterable, Iterator
 from itertools import chain
-from typing import BinaryIO
+from pathlib import Path
+from typing import BinaryIO, cast
 
-from . import jsonl
+from . import csv_table, json_array, jsonl, parquet
 from .jsonl import NOT_JSONL
-from .report import Findings
+from .report import Container, Findings
 from .rows import Row, Unreadable, chunks_of
 
 MARK = b"\xef\xbb\xbf"
 OTHER_FILES = (
     ((b"\xff\xfe", b"\xfe\xff"), "UTF-16 text", "Save the file as UTF-8."),
     ((b"\x1f\x8b",), "a gzip archive", "Unpack it first."),
-    ((b"PK\x03\x04",), "a zip archive or a spreadsheet", "Upload the JSONL text itself."),
-    ((b"PAR1",), "a parquet file", "Convert it to JSONL: one JSON object per line, in UTF-8."),
+    ((b"PK\x03\x04",), "a zip archive or a spreadsheet", "Unpack it, or save the sheet as CSV in UTF-8."),
 )
 """First bytes of files that are none of ours, what they are, and what to do."""
 
 
 def read_rows(stream: Iterable[bytes] | BinaryIO, findings: Findings) -> Iterator[Row]:
-    """Every row of a file; what is wrong with its form goes to the findings."""
+    """Every row of a file; what is wrong with its form goes to the findings.
+
+    What is none of the known kinds is read as JSONL, and refused as such.
+    """
     chunks = chunks_of(stream)
     try:
         head = _without_mark(next(chunks, b""), findings)
-        yield from jsonl.rows(chain([head], chunks), findings)
+        whole, findings.report.container = chain([head], chunks), _container(head)
+        match findings.report.container:
+            case "parquet":
+                yield from parquet.rows(_from_its_beginning(stream), findings)
+            case "json":
+                yield from json_array.rows(whole, findings)
+            case "csv":
+                yield from csv_table.rows(whole, findings)
+            case "jsonl":
+                yield from jsonl.rows(whole, findings)
     except Unreadable as error:
         findings.add(error.problem, fatal=True)
+
+
+def container_of(path: Path) -> Container:
+    """What kind of file it is."""
+    with path.open("rb") as file:
+        return _container(next(chunks_of(file), b"").removeprefix(MARK))
+
+
+def _container(head: bytes) -> Container:
+    if head.startswith(parquet.MAGIC):
+        return "parquet"
+    if json_array.looks_like(head):
+        return "json"
+    return "csv" if csv_table.delimiter_of(head) else "jsonl"
+
+
+def _from_its_beginning(stream: Iterable[bytes] | BinaryIO) -> BinaryIO:
+    """The file again: what a Parquet file holds is written at its end."""
+    if not hasattr(stream, "seek"):
+        raise Unreadable("A parquet file is read from a file, not from a stream of bytes.", "Store it first.")
+    file = cast(BinaryIO, stream)
+    file.seek(0)
+    return file
 
 
 def _without_mark(head: bytes, findings: Findings) -> bytes:

@@ -1,19 +1,59 @@
-"""Which format a record is in."""
+"""Which format a record is in, what each format's records may hold, and how they become one of four kinds.
 
-from collections.abc import Mapping
+Behind this file there are four kinds of record: chat, completion, text and preference.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 from ..specs import nearest
-from .preference import PREFERENCE_KEYS
+from . import alpaca, preference, sharegpt, supervised
 from .report import Add, Format
+
+Record = dict[str, Any]
+
+
+def _as_it_is(record: Record) -> Record:
+    return record
+
+
+@dataclass(frozen=True)
+class Form:
+    """What makes a format."""
+
+    keys: tuple[str, ...]
+    check: Callable[[Record, Add], None]
+    convert: Callable[[Record], Record] = _as_it_is
+    """A record that passed its check, as one of the four kinds."""
+
+
+FORMATS: dict[Format, Form] = {
+    "chat": Form(supervised.CHAT_KEYS, supervised.check_chat),
+    "completion": Form(supervised.COMPLETION_KEYS, supervised.check_completion),
+    "text": Form(supervised.TEXT_KEYS, supervised.check_text),
+    "alpaca": Form(alpaca.KEYS, alpaca.check, alpaca.as_chat),
+    "sharegpt": Form(sharegpt.KEYS, sharegpt.check, sharegpt.as_chat),
+    "preference": Form(preference.KEYS, preference.check_preference),
+    "alpaca-preference": Form(alpaca.PREFERENCE_KEYS, alpaca.check_preference, alpaca.as_preference),
+    "sharegpt-preference": Form(sharegpt.PREFERENCE_KEYS, sharegpt.check_preference, sharegpt.as_preference),
+}
+KEYS = frozenset(key for form in FORMATS.values() for key in form.keys)
 
 
 def detect_format(record: Mapping[str, Any]) -> Format | None:
     """The format of one record by its keys, or None."""
-    if any(key in record for key in PREFERENCE_KEYS):
+    is_pair = "chosen" in record or "rejected" in record
+    if any(key in record for spelling in preference.SPELLINGS[:2] for key in spelling):
         return "preference"
-    if "messages" in record:
+    if "messages" in record and not is_pair:
         return "chat"
+    if "conversations" in record:
+        return "sharegpt-preference" if is_pair else "sharegpt"
+    if "instruction" in record:
+        return "alpaca-preference" if is_pair else "alpaca"
+    if is_pair:
+        return "preference"
     if "prompt" in record and "completion" in record:
         return "completion"
     if "text" in record:
@@ -21,18 +61,15 @@ def detect_format(record: Mapping[str, Any]) -> Format | None:
     return None
 
 
-def name_unknown_format(record: dict[str, Any], expected: Format | None, add: Add) -> None:
+def canonical(record: Record) -> Record:
+    """A record that passed its check, as chat, completion, text or preference."""
+    format = detect_format(record)
+    assert format is not None
+    return FORMATS[format].convert(record)
+
+
+def name_unknown_format(record: Record, expected: Format | None, add: Add) -> None:
     """Says what a line lacks that fits no format."""
-    for key, name in (("conversations", "ShareGPT"), ("instruction", "Alpaca")):
-        if key in record:
-            add(
-                "$",
-                "unexpected_file_format",
-                f"the line is in {name} format, which is not read.",
-                'Convert it to {"messages": [{"role": "user", "content": …}, '
-                '{"role": "assistant", "content": …}]}.',
-            )
-            return
     if "prompt" in record or "completion" in record or expected == "completion":
         missing = "completion" if "prompt" in record else "prompt"
         add(
@@ -43,7 +80,7 @@ def name_unknown_format(record: dict[str, Any], expected: Format | None, add: Ad
         )
         return
     for key in record:
-        if hint := nearest(key, ("messages", "prompt", "completion")):
+        if hint := nearest(key, ("messages", "prompt", "completion", "conversations", "instruction", "text")):
             add(
                 "$",
                 "missing_messages_list",
@@ -55,5 +92,6 @@ def name_unknown_format(record: dict[str, Any], expected: Format | None, add: Ad
         "$",
         "missing_messages_list",
         "neither 'messages' nor 'prompt' with 'completion' is there.",
-        'Give each line {"messages": […]} or {"prompt": …, "completion": …}.',
+        'Give each line {"messages": […]} or {"prompt": …, "completion": …}; the documentation names other '
+        "formats.",
     )

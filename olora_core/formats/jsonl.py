@@ -1,11 +1,11 @@
 """JSONL: a JSON object a line."""
 
 import json
-import math
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
+from .json_text import BadValue, read_json
 from .report import Findings, Problem
 from .rows import MAX_ROW_BYTES, Row
 
@@ -59,58 +59,40 @@ def _line(number: int, buffer: bytearray, cut: bool, findings: Findings) -> Iter
 
 def _parse(line: _Line, findings: Findings) -> dict[str, Any] | None:
     """The line's JSON object, or None after adding why it has none."""
-
-    def refuse(message: str, fix: str) -> None:
-        problem = Problem(line=line.number, path=None, code="data_type", message=message, fix=fix)
-        findings.add(problem, fatal=True)
-
     if line.too_long:
-        refuse(
-            f"Line {line.number} is longer than {MAX_ROW_BYTES // 2**20} MB.",
+        findings.refuse(
+            line.number,
+            f"is longer than {MAX_ROW_BYTES // 2**20} MB.",
             "Split the example; one line holds one conversation.",
         )
         return None
+    text = ""
     try:
         text = line.data.decode("utf-8")
+        record = read_json(text)
     except UnicodeDecodeError as error:
-        refuse(
-            f"Line {line.number} is not UTF-8 (byte 0x{line.data[error.start]:02x} at position "
-            f"{error.start + 1} of the line).",
+        findings.refuse(
+            line.number,
+            f"is not UTF-8 (byte 0x{line.data[error.start]:02x} at position {error.start + 1} of the line).",
             "Save the file as UTF-8.",
         )
-        return None
-    try:
-        record = _DECODER.decode(text)
-        if "\\ud" in text.lower():
-            json.dumps(record, ensure_ascii=False).encode("utf-8")
-    except _NotFinite as error:
-        refuse(
-            f"Line {line.number} holds {error}, which is not JSON.",
-            "Write null or a finite number instead.",
-        )
-    except UnicodeEncodeError:
-        refuse(
-            f"Line {line.number} holds half of a surrogate pair (\\ud800 to \\udfff), which is no character.",
-            "Write both halves, or the character itself.",
-        )
+    except BadValue as error:
+        findings.refuse(line.number, f"holds {error.what}.", error.fix)
     except json.JSONDecodeError as error:
         reason = f"{error.msg} at position {error.pos + 1}"
-        refuse(_not_a_dictionary(line.number, text), f"{_remedy(text)} The parser says: {reason}.")
-    except (ValueError, RecursionError):
-        refuse(
-            f"Line {line.number} holds a number of too many digits or lists nested too deeply.",
-            "Shorten the number or flatten the value.",
-        )
+        _refuse(line.number, text, f"{_remedy(text)} The parser says: {reason}.", findings)
     else:
         if isinstance(record, dict):
             return record
-        refuse(_not_a_dictionary(line.number, text), _remedy(text))
+        _refuse(line.number, text, _remedy(text), findings)
     return None
 
 
-def _not_a_dictionary(number: int, text: str) -> str:
+def _refuse(number: int, text: str, fix: str, findings: Findings) -> None:
+    """In OpenAI's words."""
     start = text[:40].replace('"', "'")
-    return f'{NOT_JSONL} Line {number} is not a dictionary (HINT: line starts with: "{start}").'
+    message = f'{NOT_JSONL} Line {number} is not a dictionary (HINT: line starts with: "{start}").'
+    findings.add(Problem(line=number, path=None, code="data_type", message=message, fix=fix), fatal=True)
 
 
 def _remedy(text: str) -> str:
@@ -119,21 +101,3 @@ def _remedy(text: str) -> str:
     if text in ("{", "[") or text.endswith((",", "{", ": [")):
         return "Write each object on one line; pretty-printed JSON is not JSONL."
     return "Write one complete JSON object per line."
-
-
-class _NotFinite(ValueError):
-    """NaN or an infinite number."""
-
-
-def _refuse_constant(name: str) -> Any:
-    raise _NotFinite(name)
-
-
-def _finite(digits: str) -> float:
-    number = float(digits)
-    if not math.isfinite(number):
-        raise _NotFinite(digits[:20])
-    return number
-
-
-_DECODER = json.JSONDecoder(parse_constant=_refuse_constant, parse_float=_finite)

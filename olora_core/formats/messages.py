@@ -1,6 +1,7 @@
 """Messages of a conversation and their tools: what they may hold."""
 
 import json
+import unicodedata
 from collections.abc import Iterable
 from typing import Any
 
@@ -81,8 +82,26 @@ def _check_content(message: dict[str, Any], role: str, place: str, add: Add) -> 
                 )
     elif not isinstance(content, str):
         add(path, "data_type", f"the content is {named(content)}.", "Make it a string.")
-    elif role == "assistant" and not content.strip() and not message.get("tool_calls"):
+    elif role == "assistant" and not message.get("tool_calls"):
+        check_answer_text(content, path, add)
+
+
+SHORT = 8
+
+
+def check_answer_text(text: str, path: str, add: Add) -> None:
+    """Warns of an answer that says nothing, or nothing but punctuation."""
+    said = text.strip()
+    if not said:
         add(path, "empty_answer", "the answer is empty.", "Write it, or leave the line out.", "warning")
+    elif len(said) <= SHORT and all(unicodedata.category(sign)[0] in "PZC" for sign in said):
+        add(
+            path,
+            "near_empty_answer",
+            f"the answer is nothing but {said!r}.",
+            "Write it, or leave the line out; it is trained as it is.",
+            "warning",
+        )
 
 
 def _check_weight(message: dict[str, Any], role: str, place: str, add: Add) -> None:

@@ -7,6 +7,7 @@ from typing import Any
 from .messages import (
     call_ids,
     check_answer_roles,
+    check_answer_text,
     check_assistant,
     check_messages,
     check_other_keys,
@@ -14,13 +15,13 @@ from .messages import (
 )
 from .report import Add, named
 
-PREFERENCE_SPELLINGS = (
+SPELLINGS = (
     ("preferred_output", "non_preferred_output"),
     ("preferred_completion", "non_preferred_completion"),
     ("chosen", "rejected"),
 )
 """The better and the worse answer: OpenAI's guide, its older clients, TRL."""
-PREFERENCE_KEYS = tuple(key for spelling in PREFERENCE_SPELLINGS for key in spelling)
+KEYS = ("input", "prompt", "tools", *(key for spelling in SPELLINGS for key in spelling))
 INPUT_KEYS = ("messages", "tools", "parallel_tool_calls", "functions")
 
 
@@ -45,7 +46,7 @@ def read_preference(record: Mapping[str, Any]) -> Preference:
 
 
 def _preference_spelling(record: Mapping[str, Any]) -> tuple[str, str]:
-    return next(spelling for spelling in PREFERENCE_SPELLINGS if any(key in record for key in spelling))
+    return next(spelling for spelling in SPELLINGS if any(key in record for key in spelling))
 
 
 def check_preference(record: dict[str, Any], add: Add) -> None:
@@ -92,6 +93,8 @@ def _check_pair(prompt: Any, path: str, answers: dict[str, Any], add: Add) -> No
                     "Write it, or leave the line out.",
                     "warning",
                 )
+            else:
+                check_answer_text(answer, place, add)
     elif all(isinstance(value, list) for value in (prompt, *sides)):
         if not prompt:
             add(

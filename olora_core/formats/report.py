@@ -5,7 +5,19 @@ from typing import Any, Literal, Protocol
 
 from pydantic import BaseModel, ConfigDict
 
-Format = Literal["chat", "completion", "preference", "text"]
+Format = Literal[
+    "chat",
+    "completion",
+    "text",
+    "alpaca",
+    "sharegpt",
+    "preference",
+    "alpaca-preference",
+    "sharegpt-preference",
+]
+Container = Literal["jsonl", "json", "csv", "parquet"]
+NOUNS: dict[Container, str] = {"jsonl": "line", "json": "element", "csv": "line", "parquet": "row"}
+"""What is counted in a file of each kind, from 1."""
 Severity = Literal["error", "warning", "note"]
 KEPT_PROBLEMS = 50
 
@@ -16,6 +28,7 @@ class Problem(BaseModel):
     model_config = ConfigDict(frozen=True)
 
     line: int | None
+    """Or the number of the element or row, where a file is not made of lines; see NOUNS."""
     path: str | None
     code: str
     message: str
@@ -32,6 +45,7 @@ class Report(BaseModel):
     """What one file holds. The first 50 findings of each kind are kept, all of them are counted."""
 
     format: Format | None = None
+    container: Container = "jsonl"
     rows: int = 0
     errors: list[Problem] = []
     error_count: int = 0
@@ -40,7 +54,7 @@ class Report(BaseModel):
     notes: list[Problem] = []
     note_count: int = 0
     fatal: Problem | None = None
-    """Set when the file is not JSONL in UTF-8 at all, or empty: such an upload is refused."""
+    """Set when the file cannot be read to its end as rows, or is empty: such an upload is refused."""
 
 
 class Add(Protocol):
@@ -55,6 +69,10 @@ class Add(Protocol):
 class Findings:
     report: Report = field(default_factory=Report)
     noted: set[str] = field(default_factory=set)
+
+    def place(self, line: int) -> str:
+        """How a line, element or row is called in a sentence."""
+        return f"{NOUNS[self.report.container].capitalize()} {line}"
 
     def add(self, problem: Problem, *, fatal: bool = False) -> None:
         """Counts a finding and keeps it if it is among the first of its kind."""
@@ -72,6 +90,11 @@ class Findings:
             self.noted.add(code)
             self.add(Problem(line=line, path=None, code=code, message=message, fix="", severity="note"))
 
+    def refuse(self, line: int, what: str, fix: str) -> None:
+        """Adds why a row cannot be read at all; `what` goes on after its place."""
+        message = f"{self.place(line)} {what}"
+        self.add(Problem(line=line, path=None, code="data_type", message=message, fix=fix), fatal=True)
+
     def on(
         self,
         line: int,
@@ -83,7 +106,7 @@ class Findings:
         /,
     ) -> None:
         """Adds a finding about one place of one line; the message is given the place."""
-        place = f"Line {line}, {path}" if path != "$" else f"Line {line}"
+        place = f"{self.place(line)}, {path}" if path != "$" else self.place(line)
         self.add(
             Problem(
                 line=line, path=path, code=code, message=f"{place}: {message}", fix=fix, severity=severity

@@ -1,9 +1,10 @@
-"""Formats of one answer each: chat, and prompt with completion."""
+"""What is learned as it stands: conversations, prompts with their completions, and plain text."""
 
 from typing import Any
 
 from .messages import (
     call_ids,
+    check_answer_text,
     check_assistant,
     check_messages,
     check_other_keys,
@@ -12,6 +13,8 @@ from .messages import (
 from .report import Add, named
 
 CHAT_KEYS = ("messages", "tools", "parallel_tool_calls", "functions")
+COMPLETION_KEYS = ("prompt", "completion", "tools")
+TEXT_KEYS = ("text",)
 
 
 def check_chat(record: dict[str, Any], add: Add) -> None:
@@ -31,7 +34,7 @@ def check_chat(record: dict[str, Any], add: Add) -> None:
 
 
 def check_completion(record: dict[str, Any], add: Add) -> None:
-    check_other_keys(record, ("prompt", "completion", "tools"), add)
+    check_other_keys(record, COMPLETION_KEYS, add)
     check_tools(record, add)
     prompt, completion = record["prompt"], record["completion"]
     if isinstance(prompt, str) and isinstance(completion, str):
@@ -42,6 +45,8 @@ def check_completion(record: dict[str, Any], add: Add) -> None:
                 "the completion is empty, so there is nothing to learn.",
                 "Write the answer, or leave the line out.",
             )
+        else:
+            check_answer_text(completion, "$.completion", add)
         return
     if not (isinstance(prompt, list) and isinstance(completion, list)):
         wrong = "completion" if isinstance(prompt, str | list) else "prompt"
@@ -63,3 +68,18 @@ def check_completion(record: dict[str, Any], add: Add) -> None:
                 f"a completion holds no '{message['role']}' message.",
                 "Move it to the prompt.",
             )
+
+
+def check_text(record: dict[str, Any], add: Add) -> None:
+    """Every token of it is trained, so it may hold anything but nothing."""
+    check_other_keys(record, TEXT_KEYS, add)
+    text = record["text"]
+    if not isinstance(text, str):
+        add("$.text", "data_type", f"'text' is {named(text)}.", "Make it a string.")
+    elif not text.strip():
+        add(
+            "$.text",
+            "missing_content",
+            "the text is empty, so there is nothing to learn.",
+            "Write it, or leave the line out.",
+        )

@@ -1,40 +1,63 @@
 """A whole training file, read once: its report, and whether a method can train on it."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Generator, Iterable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any, BinaryIO, Literal
 
 from ..errors import DataError, OloraError
 from .containers import read_rows
-from .detection import detect_format, name_unknown_format
+from .detection import FORMATS, detect_format, name_unknown_format
+from .duplicates import Seen, fingerprint
 from .messages import uses_role
-from .preference import check_preference
-from .report import Add, Findings, Format, Problem, Report
-from .supervised import check_chat, check_completion
+from .report import NOUNS, Add, Findings, Format, Problem, Report
 
+ROWS_AT_ONCE = 1000
 TRAINABLE: dict[str, tuple[Format, ...]] = {
-    "supervised": ("chat", "completion"),
-    "dpo": ("preference",),
+    "supervised": ("chat", "completion", "text", "alpaca", "sharegpt"),
+    "dpo": ("preference", "alpaca-preference", "sharegpt-preference"),
 }
 """What each method.type trains on."""
+ALIKE: tuple[tuple[Format, ...], ...] = (
+    ("chat", "alpaca", "sharegpt"),
+    ("preference", "alpaca-preference", "sharegpt-preference"),
+)
+"""Formats of one kind: a training file and its validation file may be in two of them, since both are read by
+the same template and measure the same thing. A completion or a text on its own goes without a template."""
 
 
 def validate(stream: Iterable[bytes] | BinaryIO) -> Report:
     """Reads a whole file, given as chunks of any size or as an open file, and reports on it."""
-    findings = Findings()
+    steps = checking(stream)
+    while True:
+        try:
+            next(steps)
+        except StopIteration as end:
+            report: Report = end.value
+            return report
+
+
+def checking(stream: Iterable[bytes] | BinaryIO) -> Generator[int, None, Report]:
+    """`validate`, with a sign of life now and then: how many rows it has seen."""
+    findings, seen = Findings(), Seen()
     report = findings.report
     for row in read_rows(stream, findings):
         report.rows += 1
         if row.record is not None:
             _check_record(row.number, row.record, findings)
+            _check_is_new(row.number, row.record, seen, findings)
+        if report.rows % ROWS_AT_ONCE == 0:
+            yield report.rows
+    if report.rows > seen.limit:
+        message = f"Repeated examples were looked for among the first {seen.limit} only."
+        findings.note_once(seen.limit, "duplicates_not_sought", message)
     if report.rows == 0 and report.fatal is None:
         findings.add(
             Problem(
                 line=None,
                 path=None,
                 code="empty_file",
-                message="The file is empty: it holds no line with an example.",
+                message=f"The file is empty: it holds no {NOUNS[report.container]} with an example.",
                 fix="Write one JSON object per line.",
             ),
             fatal=True,
@@ -67,7 +90,7 @@ def check_for_training(
             code="unexpected_file_format",
             param=param,
         )
-    if training_format is not None and report.format != training_format:
+    if training_format is not None and not _are_alike(report.format, training_format):
         return DataError(
             f"The {role} file is in {report.format} format, but the training file is in {training_format} "
             "format. Give both the same format.",
@@ -82,6 +105,10 @@ def check_for_training(
             param=param,
         )
     return None
+
+
+def _are_alike(one: str, other: str) -> bool:
+    return one == other or any(one in formats and other in formats for formats in ALIKE)
 
 
 def _other_way(found: Format | None, type: str) -> str:
@@ -127,11 +154,20 @@ def _check_record(number: int, record: dict[str, Any], findings: Findings) -> No
             f"the line is in {found} format, but the file began in {report.format} format.",
             "Keep one format per file.",
         )
-    if found == "chat":
-        check_chat(record, add)
-    elif found == "completion":
-        check_completion(record, add)
-    elif found == "preference":
-        check_preference(record, add)
+    FORMATS[found].check(record, add)
     if uses_role(record, "developer"):
         findings.note_once(number, "developer_role", "Role 'developer' is trained as 'system'.")
+
+
+def _check_is_new(number: int, record: dict[str, Any], seen: Seen, findings: Findings) -> None:
+    earlier = seen.earlier(fingerprint(record), number)
+    if earlier is not None:
+        noun = NOUNS[findings.report.container]
+        findings.on(
+            number,
+            "$",
+            "duplicate",
+            f"the example is the same as that of {noun} {earlier}, so it counts twice.",
+            "Leave it out, unless you mean it.",
+            "warning",
+        )

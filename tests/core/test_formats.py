@@ -11,11 +11,13 @@ from olora_core.errors import DataError
 from olora_core.formats import (
     MAX_ROW_BYTES,
     Report,
+    canonical,
     check_for_training,
     detect_format,
     read_records,
     validate,
 )
+from olora_core.formats.duplicates import Seen
 
 CHAT = {"messages": [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "hello"}]}
 CALL = {"id": "c1", "type": "function", "function": {"name": "sum", "arguments": '{"a": 1}'}}
@@ -38,7 +40,7 @@ def answer(**message: object) -> dict[str, object]:
 
 
 def test_a_good_chat_file_has_no_findings() -> None:
-    report = report_of(CHAT, CHAT)
+    report = report_of(CHAT, answer(content="sure"))
     assert (report.format, report.rows, report.error_count, report.warning_count, report.note_count) == (
         "chat",
         2,
@@ -117,7 +119,9 @@ def test_the_first_message_is_shaped_as_openais(end: str) -> None:
         (b'{"text": "\\ud800"}\n', "surrogate"),
         (b"[" * 100_000 + b"\n", "nested"),
         (b'{"text": ' + b"9" * 5000 + b"}\n", "digits"),
-        (b"prompt,completion\na,b\n", "not a dictionary"),
+        (b"prompt,completion\n", "not a dictionary"),
+        (b"question,reply\na,b\n", "not a dictionary"),
+        (b"[]", "not a dictionary"),
         (b'{\n  "messages": []\n}\n', "not a dictionary"),
         (b'"text"\n', "not a dictionary"),
     ],
@@ -172,8 +176,6 @@ def test_every_error_is_counted_and_the_first_fifty_kept() -> None:
         ({"messages": []}, "$.messages", "missing_messages_list"),
         ({"mesages": []}, "$", "missing_messages_list"),
         ({"foo": 1}, "$", "missing_messages_list"),
-        ({"conversations": []}, "$", "unexpected_file_format"),
-        ({"instruction": "a", "output": "b"}, "$", "unexpected_file_format"),
         ({"messages": ["x", *CHAT["messages"]]}, "$.messages[0]", "data_type"),
         ({"messages": [{"content": "x"}, *CHAT["messages"]]}, "$.messages[0].role", "message_missing_key"),
         (
@@ -305,6 +307,10 @@ def test_a_file_keeps_one_format() -> None:
         ({"input": CHAT, "preferred_output": [], "non_preferred_output": []}, "preference"),
         ({"prompt": "a", "chosen": "b", "rejected": "c"}, "preference"),
         ({"text": "a"}, "text"),
+        ({"instruction": "a", "output": "b"}, "alpaca"),
+        ({"instruction": "a", "chosen": "b", "rejected": "c"}, "alpaca-preference"),
+        ({"conversations": []}, "sharegpt"),
+        ({"conversations": [], "chosen": {}, "rejected": {}}, "sharegpt-preference"),
         ({"other": 1}, None),
     ],
 )
@@ -435,3 +441,233 @@ def test_reading_stops_at_a_line_that_is_no_object(tmp_path: Path) -> None:
     path.write_text('{"text": "a"}\n3\n')
     with pytest.raises(DataError, match="Line 2 is not a dictionary"):
         list(read_records(path))
+
+
+# --- formats that become one of the others -------------------------------------------------------------
+
+ALPACA = {"instruction": "Add.", "input": "1 + 1", "output": "2"}
+TURNS = [{"from": "human", "value": "hi"}, {"from": "gpt", "value": "hello"}]
+SHAREGPT = {"conversations": TURNS}
+CALLED = [
+    {"from": "system", "value": "Add."},
+    {"from": "human", "value": "1+1"},
+    {"from": "function_call", "value": '{"name": "sum", "arguments": {"a": 1}}'},
+    {"from": "observation", "value": "2"},
+    {"from": "gpt", "value": "It is 2."},
+]
+
+
+def said(role: str, content: str) -> dict[str, str]:
+    return {"role": role, "content": content}
+
+
+def test_an_instruction_and_its_input_become_one_question() -> None:
+    assert canonical(ALPACA)["messages"] == [said("user", "Add.\n1 + 1"), said("assistant", "2")]
+    bare = {"instruction": "Hi.", "input": "", "output": "Hello.", "system": "", "history": None}
+    assert canonical(bare)["messages"] == [said("user", "Hi."), said("assistant", "Hello.")]
+
+
+def test_an_instructions_history_and_system_prompt_come_before_it() -> None:
+    row = {**ALPACA, "system": "Be.", "history": [["a", "b"]]}
+    assert report_of(row).error_count == 0
+    assert canonical(row)["messages"] == [
+        said("system", "Be."),
+        said("user", "a"),
+        said("assistant", "b"),
+        said("user", "Add.\n1 + 1"),
+        said("assistant", "2"),
+    ]
+
+
+def test_a_sharegpt_conversation_becomes_messages_with_calls() -> None:
+    row = {"conversations": CALLED, "tools": '[{"name": "sum", "parameters": {}}]'}
+    assert report_of(row).error_count == 0
+    chat = canonical(row)
+    (call,) = chat["messages"][2]["tool_calls"]
+    assert call["function"] == {"name": "sum", "arguments": {"a": 1}}
+    assert chat["messages"][3] == {"role": "tool", "content": "2", "tool_call_id": call["id"]}
+    assert [m["role"] for m in chat["messages"]] == ["system", "user", "assistant", "tool", "assistant"]
+    assert chat["tools"] == [{"type": "function", "function": {"name": "sum", "parameters": {}}}]
+    assert report_of(chat).error_count == 0
+
+
+def test_instructions_and_turns_with_two_answers_are_preferences() -> None:
+    alpaca = {"instruction": "Hi.", "chosen": "Hello.", "rejected": "Go."}
+    sharegpt = {
+        "conversations": TURNS[:1],
+        "system": "Be.",
+        "chosen": TURNS[1],
+        "rejected": {"from": "gpt", "value": "Go."},
+    }
+    for row in (alpaca, sharegpt):
+        report = report_of(row)
+        assert (report.error_count, report.warning_count) == (0, 0), report
+        assert check_for_training(report, role="training", minimum_rows=1, type="dpo") is None
+        assert check_for_training(report, role="training", minimum_rows=1) is not None
+        assert detect_format(canonical(row)) == "preference"
+        assert report_of(canonical(row)).error_count == 0
+    assert canonical(alpaca) == {
+        "prompt": [said("user", "Hi.")],
+        "chosen": [said("assistant", "Hello.")],
+        "rejected": [said("assistant", "Go.")],
+    }
+    assert canonical(sharegpt)["prompt"] == [said("system", "Be."), said("user", "hi")]
+    assert canonical(sharegpt)["rejected"] == [said("assistant", "Go.")]
+
+
+def turns(*speakers: str) -> dict[str, object]:
+    value = CALLED[2]["value"]
+    return {"conversations": [{"from": s, "value": value if s == "function_call" else "x"} for s in speakers]}
+
+
+@pytest.mark.parametrize(
+    ("row", "path", "code"),
+    [
+        ({"instruction": "a"}, "$.output", "missing_key"),
+        ({"instruction": 3, "output": "b"}, "$.instruction", "data_type"),
+        ({"instruction": " ", "output": "b"}, "$.instruction", "missing_content"),
+        (ALPACA | {"output": ["b"]}, "$.output", "data_type"),
+        (ALPACA | {"input": 3}, "$.input", "data_type"),
+        (ALPACA | {"history": "a"}, "$.history", "data_type"),
+        (ALPACA | {"history": [["a", "b"], ["a"]]}, "$.history[1]", "data_type"),
+        ({"instruction": "a", "chosen": "b"}, "$.rejected", "missing_key"),
+        ({"instruction": "a", "chosen": "b", "rejected": "b"}, "$", "equal_preference"),
+        ({"conversations": "x"}, "$.conversations", "missing_messages_list"),
+        ({"conversations": []}, "$.conversations", "missing_messages_list"),
+        (turns("system"), "$.conversations", "missing_messages_list"),
+        ({"conversations": [3]}, "$.conversations[0]", "data_type"),
+        ({"conversations": [said("user", "x")]}, "$.conversations[0].from", "unrecognized_role"),
+        (turns("human", "assistant"), "$.conversations[1].from", "unrecognized_role"),
+        ({"conversations": [TURNS[0], {"from": "gpt"}]}, "$.conversations[1].value", "missing_content"),
+        (turns("gpt", "human"), "$.conversations[0].from", "role_order"),
+        (turns("human", "human", "gpt"), "$.conversations[1].from", "role_order"),
+        (turns("human", "gpt", "system", "gpt"), "$.conversations[2].from", "role_order"),
+        (turns("human", "gpt", "observation", "gpt"), "$.conversations[2].from", "tool_call_mismatch"),
+        (turns("human", "gpt", "human"), "$.conversations", "example_missing_assistant_message"),
+        (
+            {"conversations": [TURNS[0], {"from": "function_call", "value": "sum(1)"}]},
+            "$.conversations[1].value",
+            "tool_call_mismatch",
+        ),
+        (
+            {"conversations": [TURNS[0], {"from": "function_call", "value": '{"name":"f","arguments":3}'}]},
+            "$.conversations[1].value",
+            "tool_call_mismatch",
+        ),
+        (SHAREGPT | {"tools": "[sum"}, "$.tools", "data_type"),
+        (SHAREGPT | {"tools": [{"sum": 1}]}, "$.tools[0]", "data_type"),
+        (SHAREGPT | {"system": 3}, "$.system", "data_type"),
+        (SHAREGPT | {"chosen": TURNS[1], "rejected": TURNS[0]}, "$.conversations", "role_order"),
+        ({"conversations": TURNS[:1], "chosen": TURNS[1]}, "$.rejected", "missing_key"),
+        (
+            {"conversations": TURNS[:1], "chosen": TURNS[1], "rejected": TURNS[0]},
+            "$.rejected.from",
+            "role_order",
+        ),
+        (
+            {"conversations": TURNS[:1], "chosen": TURNS[1], "rejected": TURNS[1]},
+            "$",
+            "equal_preference",
+        ),
+        ({"text": ""}, "$.text", "missing_content"),
+        ({"text": ["a"]}, "$.text", "data_type"),
+    ],
+)
+def test_what_is_wrong_with_a_converted_format_is_named_where_it_stands(
+    row: dict[str, object], path: str, code: str
+) -> None:
+    report = report_of("", row)
+    places = [(p.line, p.path, p.code) for p in report.errors]
+    assert places[0] == (2, path, code)
+    assert all(p.fix for p in report.errors)
+
+
+def test_no_value_anywhere_makes_the_converted_formats_fail() -> None:
+    kinds = [None, True, 0, 1.5, "", "x", "[", "[3]", '{"name": "f"}', [], [None], [{}], {}, [["a", 3]]]
+    speakers = [*SPEAKERS, "user", None]
+    rows: list[dict[str, object]] = []
+    for kind in kinds:
+        for row in (ALPACA, SHAREGPT, {"text": "a"}, ALPACA | {"chosen": "a", "rejected": "b"}):
+            rows += [{**row, key: kind} for key in (*row, "system", "history", "tools", "chosen", "rejected")]
+        rows += [{"conversations": [{"from": "human", "value": "x"}, kind]}]
+        rows += [
+            {"conversations": [{"from": "human", "value": "x"}, {"from": s, "value": kind}]} for s in speakers
+        ]
+    for row in rows:
+        report = report_of(row)
+        if not report.error_count:
+            canonical(row)
+    assert Report.model_validate_json(report.model_dump_json()) == report
+
+
+SPEAKERS = ("system", "human", "observation", "gpt", "function_call")
+
+
+@pytest.mark.parametrize("row", [ALPACA, SHAREGPT, {"text": "a"}])
+def test_what_becomes_a_conversation_or_text_is_supervised(row: dict[str, object]) -> None:
+    assert check_for_training(report_of(row), role="training", minimum_rows=1) is None
+    error = check_for_training(report_of(row), role="training", minimum_rows=1, type="dpo")
+    assert error is not None
+    assert 'method.type "supervised"' in error.message
+
+
+def test_a_validation_file_may_spell_a_conversation_in_another_way() -> None:
+    def trouble(row: object, training_format: str) -> object:
+        return check_for_training(
+            report_of(row), role="validation", minimum_rows=1, training_format=training_format
+        )
+
+    assert trouble(ALPACA, "chat") is None
+    assert trouble(SHAREGPT, "alpaca") is None
+    assert trouble({"text": "a"}, "chat") is not None
+    assert trouble({"prompt": "a", "completion": "b"}, "text") is not None
+
+
+# --- the same twice, and almost nothing ----------------------------------------------------------------
+
+
+def test_a_repeated_example_is_named_with_the_one_it_repeats() -> None:
+    turned = {"messages": [dict(reversed(m.items())) for m in CHAT["messages"]]}
+    report = report_of(CHAT, answer(content="other"), "", turned, CHAT)
+    assert report.error_count == 0
+    assert [(p.line, p.code) for p in report.warnings] == [(4, "duplicate"), (5, "duplicate")]
+    assert "same as that of line 1" in report.warnings[0].message
+
+
+def test_many_examples_are_told_apart_in_little_memory() -> None:
+    keys = [hash((i, i)) % 2**64 or 1 for i in range(100_000)]
+    first: dict[int, int] = {}
+    expected = [first.setdefault(key, i) for i, key in enumerate(keys)]
+    tracemalloc.start()
+    seen = Seen()
+    found = [seen.earlier(key, i) for i, key in enumerate(keys)]
+    del found
+    held = tracemalloc.get_traced_memory()[0]
+    tracemalloc.stop()
+    assert held < 3.5 * 2**20  # a dict of as many numbers takes 11 MB
+    again = [seen.earlier(key, 200_000) for key in keys]
+    assert again == expected
+
+
+def test_repeats_are_sought_among_so_many_and_no_more() -> None:
+    seen = Seen(limit=2)
+    assert [seen.earlier(key, line) for line, key in enumerate([5, 6, 7, 5, 7])] == [
+        None,
+        None,
+        None,
+        0,
+        None,
+    ]
+
+
+@pytest.mark.parametrize("text", ["...", "-", "?!", "…"])
+def test_an_answer_of_nothing_but_punctuation_is_warned_of(text: str) -> None:
+    for row in (answer(content=text), ALPACA | {"output": text}, {"prompt": "a", "completion": text}):
+        report = report_of(row)
+        assert report.error_count == 0
+        assert [p.code for p in report.warnings] == ["near_empty_answer"]
+
+
+@pytest.mark.parametrize("text", ["A", "7", "+", "👍", "да"])
+def test_a_short_answer_is_an_answer(text: str) -> None:
+    assert report_of(answer(content=text)).warning_count == 0

@@ -1,0 +1,58 @@
+"""JSON as it is defined: no NaN, no infinite numbers, no half characters."""
+
+import json
+import math
+from typing import Any
+
+WHITE = " \t\r\n"
+
+
+class BadValue(ValueError):
+    """Text that is JSON to Python only; says what it holds, and what to write instead."""
+
+    def __init__(self, what: str, fix: str) -> None:
+        super().__init__(what)
+        self.what = what
+        self.fix = fix
+
+
+def read_json(text: str) -> Any:
+    """Raises BadValue, and JSONDecodeError for what is no JSON at all."""
+    value, end = read_value(text, 0)
+    rest = text[end:].lstrip(WHITE)
+    if rest:
+        raise json.JSONDecodeError("Extra data", text, len(text) - len(rest))
+    return value
+
+
+def read_value(text: str, at: int) -> tuple[Any, int]:
+    """The value that begins at a position, and where it ends. Raises as `read_json`."""
+    try:
+        value, end = _DECODER.raw_decode(text, at)
+        if text.find("\\ud", at, end) >= 0 or text.find("\\uD", at, end) >= 0:
+            json.dumps(value, ensure_ascii=False).encode("utf-8")
+    except (BadValue, json.JSONDecodeError):
+        raise
+    except UnicodeEncodeError:
+        raise BadValue(
+            "half of a surrogate pair (\\ud800 to \\udfff), which is no character",
+            "Write both halves, or the character itself.",
+        ) from None
+    except (ValueError, RecursionError):
+        raise BadValue(
+            "a number of too many digits or lists nested too deeply",
+            "Shorten the number or flatten the value.",
+        ) from None
+    return value, end
+
+
+def _refuse_constant(name: str) -> Any:
+    raise BadValue(f"{name}, which is not JSON", "Write null or a finite number instead.")
+
+
+def _finite(digits: str) -> float:
+    number = float(digits)
+    return number if math.isfinite(number) else _refuse_constant(digits[:20])
+
+
+_DECODER = json.JSONDecoder(parse_constant=_refuse_constant, parse_float=_finite)

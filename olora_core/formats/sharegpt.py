@@ -1,0 +1,235 @@
+"""ShareGPT: a conversation of turns `{"from": …, "value": …}`, or one with a better and a worse answer."""
+
+import json
+from typing import Any
+
+from .messages import check_answer_text, check_other_keys, check_tools
+from .report import Add, named
+
+KEYS = ("conversations", "system", "tools")
+PREFERENCE_KEYS = (*KEYS, "chosen", "rejected")
+TURN_KEYS = ("from", "value")
+ASKING, ANSWERING = ("human", "observation"), ("gpt", "function_call")
+SPEAKERS = ("system", *ASKING, *ANSWERING)
+OTHER_NAMES = {"user": "human", "assistant": "gpt", "chatgpt": "gpt", "bot": "gpt", "tool": "observation"}
+
+
+def check(record: dict[str, Any], add: Add) -> None:
+    check_other_keys(record, KEYS, add)
+    _check_around(record, add)
+    last = _check_turns(record["conversations"], add)
+    if last in ASKING:
+        add(
+            "$.conversations",
+            "example_missing_assistant_message",
+            f"the last turn is a {last} turn, which nothing answers.",
+            "Add the gpt turn that answers it, or leave the turn out.",
+        )
+
+
+def check_preference(record: dict[str, Any], add: Add) -> None:
+    check_other_keys(record, PREFERENCE_KEYS, add)
+    _check_around(record, add)
+    last = _check_turns(record["conversations"], add)
+    if last in ANSWERING:
+        add(
+            "$.conversations",
+            "role_order",
+            f"the last turn is a {last} turn, but chosen and rejected answer a human one.",
+            "Move the last answer to chosen or rejected.",
+        )
+    for key in ("chosen", "rejected"):
+        if record.get(key) is None:
+            add(f"$.{key}", "missing_key", f"'{key}' is missing.", "Give each line chosen and rejected.")
+        elif _check_turn(record[key], f"$.{key}", add) not in (*ANSWERING, None):
+            add(f"$.{key}.from", "role_order", "an answer is a gpt turn.", "Write 'gpt'.")
+    if record.get("chosen") is not None and record.get("chosen") == record.get("rejected"):
+        add(
+            "$",
+            "equal_preference",
+            "chosen and rejected are equal, so there is nothing to prefer.",
+            "Give two different answers, or leave the line out.",
+        )
+
+
+def _check_around(record: dict[str, Any], add: Add) -> None:
+    """The system prompt and the tools beside the turns."""
+    system, tools = record.get("system"), record.get("tools")
+    if system is not None and not isinstance(system, str):
+        add("$.system", "data_type", f"'system' is {named(system)}.", "Make it a string.")
+    if not tools:
+        return
+    try:
+        listed = _tools(tools)
+    except ValueError:
+        add(
+            "$.tools",
+            "data_type",
+            "'tools' is a string that is no list in JSON.",
+            "Write a list of functions.",
+        )
+    else:
+        check_tools({"tools": listed}, add)
+
+
+def _check_turns(turns: Any, add: Add) -> str | None:
+    """The turns and their order. Returns who speaks last, if all of them are in order."""
+    if not isinstance(turns, list) or not turns:
+        add(
+            "$.conversations",
+            "missing_messages_list",
+            f"'conversations' must be a list with at least one turn, not {named(turns)}.",
+            'Write [{"from": "human", "value": …}, {"from": "gpt", "value": …}].',
+        )
+        return None
+    speakers = [_check_turn(turn, f"$.conversations[{i}]", add) for i, turn in enumerate(turns)]
+    if None in speakers:
+        return None
+    first = 1 if speakers[0] == "system" else 0
+    if len(speakers) == first:
+        add("$.conversations", "missing_messages_list", "there is nothing but a system turn.", "Add turns.")
+        return None
+    for i, speaker in enumerate(speakers[first:], first):
+        expected = ANSWERING if (i - first) % 2 else ASKING
+        if speaker not in expected:
+            add(
+                f"$.conversations[{i}].from",
+                "role_order",
+                f"a {speaker} turn stands where {' or '.join(expected)} must: they take turns, human or "
+                "observation first.",
+                "Put the turns in order; a system turn may stand before them all.",
+            )
+            return None
+        if speaker == "observation" and (i == 0 or speakers[i - 1] != "function_call"):
+            add(
+                f"$.conversations[{i}].from",
+                "tool_call_mismatch",
+                "an observation answers a function_call turn, and none stands before it.",
+                "Add the call, or make it a human turn.",
+            )
+            return None
+    return speakers[-1]
+
+
+def _check_turn(turn: Any, place: str, add: Add) -> str | None:
+    """One turn. Returns who speaks, if that is known."""
+    if not isinstance(turn, dict):
+        add(place, "data_type", f"a turn is an object, not {named(turn)}.", "Give it from and value.")
+        return None
+    speaker, value = turn.get("from"), turn.get("value")
+    if speaker not in SPEAKERS:
+        if "from" not in turn and "role" in turn:
+            fix = "Rename 'conversations' to 'messages', if its turns have role and content."
+        else:
+            fix = f"Use one of {', '.join(SPEAKERS)}."
+        if isinstance(speaker, str) and speaker in OTHER_NAMES:
+            fix = f"Write '{OTHER_NAMES[speaker]}'."
+        what = "the turn has no 'from'." if speaker is None else f"{speaker!r} is no speaker."
+        add(f"{place}.from", "unrecognized_role", what, fix)
+        return None
+    check_other_keys(turn, TURN_KEYS, add, place)
+    if not isinstance(value, str):
+        what = "the turn has no value." if value is None else f"the value is {named(value)}."
+        add(f"{place}.value", "missing_content", what, "Write its text.")
+    elif speaker == "gpt":
+        check_answer_text(value, f"{place}.value", add)
+    elif speaker == "function_call":
+        _check_call(value, f"{place}.value", add)
+    return str(speaker)
+
+
+def _check_call(value: str, path: str, add: Add) -> None:
+    try:
+        calls = _calls(value)
+    except ValueError:
+        calls = []
+    is_call = [isinstance(c, dict) and isinstance(c.get("name"), str) for c in calls]
+    if not calls or not all(is_call):
+        add(
+            path,
+            "tool_call_mismatch",
+            "the value is no call in JSON.",
+            'Write {"name": …, "arguments": {…}} as a string, or a list of such.',
+        )
+        return
+    for call in calls:
+        try:
+            arguments = _arguments(call)
+        except ValueError:
+            arguments = None
+        if not isinstance(arguments, dict):
+            add(
+                path,
+                "tool_call_mismatch",
+                f"the arguments of '{call['name']}' are not a JSON object.",
+                'Write them as an object, such as "arguments": {}.',
+            )
+
+
+def _calls(value: str) -> list[Any]:
+    found = json.loads(value)
+    return found if isinstance(found, list) else [found]
+
+
+def _arguments(call: dict[str, Any]) -> Any:
+    arguments = call.get("arguments", {})
+    return json.loads(arguments) if isinstance(arguments, str) else arguments
+
+
+def _tools(tools: Any) -> Any:
+    """The list that a chat record would have; a function on its own is wrapped."""
+    listed = json.loads(tools) if isinstance(tools, str) else tools
+    if not isinstance(listed, list):
+        if isinstance(tools, str):
+            raise ValueError
+        return listed
+    return [
+        {"type": "function", "function": tool} if isinstance(tool, dict) and "name" in tool else tool
+        for tool in listed
+    ]
+
+
+def as_chat(record: dict[str, Any]) -> dict[str, Any]:
+    return {"messages": _messages(record)} | _with_tools(record)
+
+
+def as_preference(record: dict[str, Any]) -> dict[str, Any]:
+    answers = {key: _message(record[key], []) for key in ("chosen", "rejected")}
+    return {
+        "prompt": _messages(record),
+        **{key: [message] for key, message in answers.items()},
+        **_with_tools(record),
+    }
+
+
+def _with_tools(record: dict[str, Any]) -> dict[str, Any]:
+    return {"tools": _tools(record["tools"])} if record.get("tools") else {}
+
+
+def _messages(record: dict[str, Any]) -> list[dict[str, Any]]:
+    turns = record["conversations"]
+    messages: list[dict[str, Any]] = []
+    if record.get("system") and turns[0]["from"] != "system":
+        messages.append({"role": "system", "content": record["system"]})
+    for turn in turns:
+        messages.append(_message(turn, messages))
+    return messages
+
+
+def _message(turn: dict[str, Any], before: list[dict[str, Any]]) -> dict[str, Any]:
+    value = turn["value"]
+    match turn["from"]:
+        case "function_call":
+            calls = [
+                {
+                    "id": f"call_{len(before)}_{i}",
+                    "type": "function",
+                    "function": {"name": call["name"], "arguments": _arguments(call)},
+                }
+                for i, call in enumerate(_calls(value))
+            ]
+            return {"role": "assistant", "content": None, "tool_calls": calls}
+        case "observation":
+            return {"role": "tool", "content": value, "tool_call_id": before[-1]["tool_calls"][-1]["id"]}
+        case speaker:
+            return {"role": {"human": "user", "gpt": "assistant"}.get(speaker, speaker), "content": value}

@@ -1,0 +1,84 @@
+"""What tables have in common: columns named like a record's keys, and cells that hold JSON."""
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from .detection import FORMATS, detect_format
+from .json_text import BadValue, read_json
+from .report import Findings, Problem
+
+Parse = Callable[[str], Any]
+OPTIONAL = ("input", "system", "history", "tools", "functions", "parallel_tool_calls")
+"""Columns whose empty cells stand for nothing."""
+JSON_COLUMNS = {
+    *("messages", "conversations", "tools", "functions", "history", "parallel_tool_calls"),
+    *("preferred_output", "non_preferred_output", "preferred_completion", "non_preferred_completion"),
+}
+MESSAGE_COLUMNS = ("prompt", "completion", "chosen", "rejected")
+"""Text, or a list of messages in JSON."""
+
+
+def columns_of(names: Sequence[str], findings: Findings) -> list[str | None]:
+    """The key that each column holds; None for one that the format does not know, which is left out."""
+    format = detect_format(dict.fromkeys(names))
+    known = FORMATS[format].keys if format else names
+    for name in names:
+        if name not in known:
+            findings.add(
+                Problem(
+                    line=None,
+                    path=None,
+                    code="unrecognized_key",
+                    message=f"Column '{name}' is not part of the {format} format and is ignored.",
+                    fix="",
+                    severity="warning",
+                )
+            )
+    return [name if name in known else None for name in names]
+
+
+def record_of(cells: Mapping[str, Any], number: int, findings: Findings) -> dict[str, Any] | None:
+    """The record of a row, whose cells may be JSON in text; None after adding what is wrong with one."""
+    record, broken = {}, False
+    for name, cell in cells.items():
+        if name in OPTIONAL and cell == "":
+            continue
+        try:
+            record[name] = _value(name, cell, cells)
+        except (BadValue, json.JSONDecodeError) as error:
+            holds = f"holds {error.what}" if isinstance(error, BadValue) else f"is not JSON: {error.msg}"
+            findings.on(
+                number,
+                f"$.{name}",
+                "data_type",
+                f"the cell {holds} (it begins with: {cell[:40]!r}).",
+                "Write the list or object as JSON.",
+            )
+            broken = True
+    return None if broken else record
+
+
+def _value(name: str, cell: Any, cells: Mapping[str, Any]) -> Any:
+    if not isinstance(cell, str):
+        return cell
+    is_json = (
+        name in JSON_COLUMNS
+        or (name == "input" and "instruction" not in cells)
+        or (name in ("chosen", "rejected") and "conversations" in cells)
+    )
+    if is_json:
+        return read_json(cell)
+    if name in MESSAGE_COLUMNS and cell.lstrip()[:1] == "[":
+        return _messages(cell)
+    return cell
+
+
+def _messages(cell: str) -> Any:
+    """A list of messages where the text is one, else the text."""
+    try:
+        value = read_json(cell)
+    except ValueError:
+        return cell
+    is_one = isinstance(value, list) and value and all(isinstance(m, dict) and "role" in m for m in value)
+    return value if is_one else cell
