@@ -1,20 +1,33 @@
-"""The files of one run, checked and tokenised with the base's own tokenizer and template."""
+"""The files of one run, checked and tokenised with the base's own tokenizer and template, once."""
 
 import hashlib
-from collections.abc import Generator
-from dataclasses import dataclass
+import json
+import tempfile
+from collections.abc import Generator, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
-from .examples import Examples, overlap_note, tokenise
-from .formats import check_for_training, validate
+import tokenizers
+import transformers
+from transformers import PreTrainedTokenizerBase
+
+from .example_files import Damaged, ExampleWriter, file_hash, open_examples
+from .examples import Examples
+from .formats import NOUNS, Report, check_for_training, checking
 from .model import Base
 from .progress import Note, Phase
 from .specs import MAX_CONTEXT, TrainSpec
 from .templates import end_of_turn_tokens
+from .token_cache import keep, new_entry, trim, use
+from .tokenising import overlap_note, tokenise_into
 
 UNKNOWN_CONTEXT = 2048
 """Tokens kept of an example when neither model nor tokenizer names a limit."""
+VERSION = 1
+"""Of how examples are made of records; another number makes every cached file anew."""
+Role = Literal["training", "validation"]
 
 
 @dataclass(frozen=True)
@@ -28,41 +41,136 @@ class Data:
     notes: list[Note]
 
 
+@dataclass(frozen=True)
+class Reading:
+    """How a run reads its files."""
+
+    type: str
+    tokenizer: PreTrainedTokenizerBase
+    context_length: int
+    end_tokens: frozenset[int]
+
+
+@dataclass(frozen=True)
+class Tokenised:
+    """One file."""
+
+    examples: Examples
+    report: Report
+    """Its format and container; the findings are told in `notes`."""
+    notes: list[Note]
+    sha256: str
+    entry: Path
+    """Where it is cached."""
+
+
 def read_data(
-    spec: TrainSpec, base: Base, training: Path, validation: Path | None
+    spec: TrainSpec, base: Base, training: Path, validation: Path | None, cache: Path | None = None
 ) -> Generator[Phase, None, Data]:
-    """Validates and tokenises the files."""
+    """Checks and tokenises the files, or finds them tokenised in the folder `cache`.
+
+    What is returned stays readable when the folder is gone.
+    """
     kept = spec.hyperparameters.context_length
-    arguments = {
-        "context_length": context_length(base) if kept == "auto" else kept,
-        "end_tokens": end_of_turn_tokens(base.tokenizer, base.model.generation_config.eos_token_id),
-    }
-    training_format = checked_format(training, "training", spec.type)
-    examples, said = yield from tokenise(training, base.tokenizer, role="training", **arguments)
-    hashes = {"training": file_hash(training)}
-    held_out = None
-    if validation is not None:
-        checked_format(validation, "validation", spec.type, training_format)
-        held_out, more = yield from tokenise(validation, base.tokenizer, role="validation", **arguments)
-        hashes["validation"] = file_hash(validation)
-        overlap = overlap_note(examples, held_out)
-        said = [*said, *more, *([overlap] if overlap else [])]
-    return Data(examples, held_out, hashes, said)
+    how = Reading(
+        spec.type,
+        base.tokenizer,
+        context_length(base) if kept == "auto" else kept,
+        end_of_turn_tokens(base.tokenizer, base.model.generation_config.eos_token_id),
+    )
+    with _folder(cache) as folder:
+        first = yield from read_file(training, "training", how, folder)
+        hashes, notes, held_out, entries = {"training": first.sha256}, first.notes, None, [first.entry]
+        if validation is not None:
+            second = yield from read_file(validation, "validation", how, folder, first.report.format)
+            hashes["validation"], held_out = second.sha256, second.examples
+            entries.append(second.entry)
+            overlap = overlap_note(first.examples, held_out, NOUNS[second.report.container])
+            notes = [*notes, *second.notes, *([overlap] if overlap else [])]
+        trim([folder], spare=entries)
+    return Data(first.examples, held_out, hashes, notes)
 
 
-def checked_format(path: Path, role: Any, type: str, training_format: str | None = None) -> str | None:
-    """The file's format, after its structural check."""
+@contextmanager
+def _folder(cache: Path | None) -> Iterator[Path]:
+    if cache is not None:
+        yield cache
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        yield Path(folder)
+
+
+def read_file(
+    path: Path, role: Role, how: Reading, cache: Path, training_format: str | None = None
+) -> Generator[Phase, None, Tokenised]:
+    """Raises DataError, naming the line, for what cannot be trained on."""
+    sha256 = file_hash(path)
+    entry = cache / _key(sha256, role, how)
+    try:
+        examples, about = open_examples(entry)
+    except Damaged:  # or not there
+        report = yield from _checked(path)
+        _refuse_unfit(report, role, how, training_format)
+        with new_entry(cache) as folder, ExampleWriter(folder, len(how.tokenizer)) as writer:
+            examples, notes = yield from tokenise_into(
+                writer,
+                path,
+                how.tokenizer,
+                context_length=how.context_length,
+                end_tokens=how.end_tokens,
+                role=role,
+                total=report.rows,
+            )
+            about = {"report": _brief(report), "notes": [asdict(note) for note in notes]}
+            writer.finish(examples, about)
+            keep(folder, entry)
+    report = Report.model_validate(about["report"])
+    _refuse_unfit(report, role, how, training_format)
+    use(entry)
+    return Tokenised(examples, report, [Note(**note) for note in about["notes"]], sha256, entry)
+
+
+def _checked(path: Path) -> Generator[Phase, None, Report]:
+    """The file's structural check."""
+    size = path.stat().st_size
     with path.open("rb") as file:
-        report = validate(file)
-    error = check_for_training(report, role=role, minimum_rows=1, training_format=training_format, type=type)
+        steps = checking(file)
+        while True:
+            try:
+                next(steps)
+            except StopIteration as end:
+                report: Report = end.value
+                return report
+            yield Phase("checking", min(file.tell(), size), size)
+
+
+def _refuse_unfit(report: Report, role: Role, how: Reading, training_format: str | None) -> None:
+    error = check_for_training(
+        report, role=role, minimum_rows=1, training_format=training_format, type=how.type
+    )
     if error is not None:
         raise error
-    return report.format
 
 
-def file_hash(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+def _brief(report: Report) -> dict[str, Any]:
+    return report.model_dump(mode="json", include={"format", "container", "rows"})
+
+
+def _key(sha256: str, role: Role, how: Reading) -> str:
+    """The name of what the tokens depend on: the file, and everything that reads it."""
+    tokenizer = how.tokenizer
+    core = getattr(tokenizer, "backend_tokenizer", None)
+    parts = [
+        VERSION,
+        *(transformers.__version__, tokenizers.__version__),
+        *(sha256, role),
+        None if core is None else hashlib.sha256(core.to_str().encode()).hexdigest(),
+        tokenizer.chat_template,
+        tokenizer.special_tokens_map,
+        how.context_length,
+        sorted(how.end_tokens),
+    ]
+    return hashlib.sha256(json.dumps(parts, default=str, sort_keys=True).encode()).hexdigest()[:40]
 
 
 def context_length(base: Base) -> int:

@@ -22,21 +22,21 @@ class ChatTemplate:
         self.end_texts = [tokenizer.convert_ids_to_tokens(token) for token in end_tokens]
 
     def draft(
-        self, line: int, messages: list[dict[str, Any]], tools: list[dict[str, Any]] | None
+        self, place: str, messages: list[dict[str, Any]], tools: list[dict[str, Any]] | None
     ) -> tuple[str, list[Span]]:
-        """The rendered conversation and the characters of it that are trained."""
+        """The rendered conversation and the characters of it that are trained; `place` names it in errors."""
         weights = [message.get("weight", 1) != 0 for message in messages]
         plain = normalised(messages)
         try:
             return self._draft(plain, weights, tools)
         except _CannotMask as problem:
             raise DataError(
-                f"Line {line}: the base model's chat template cannot be masked, because {problem}. Split the "
+                f"{place}: the base model's chat template cannot be masked, because {problem}. Split the "
                 "conversation so that its answer comes last, give earlier answers weight 0, or use a base "
                 "model whose template has {% generation %} marks."
             ) from None
         except _TemplateRefused as problem:
-            raise DataError(f"Line {line}: the base model's chat template refuses it: {problem}") from None
+            raise DataError(f"{place}: the base model's chat template refuses it: {problem}") from None
 
     def _draft(
         self, messages: list[dict[str, Any]], weights: list[bool], tools: list[dict[str, Any]] | None

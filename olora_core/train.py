@@ -78,12 +78,14 @@ def train(
     *,
     resume: Path | None = None,
     checkpoint_seconds: float = 60.0,
+    cache: Path | None = None,
 ) -> Wishes:
     """Trains an adapter for `base` and exports it, certified, to `folder / "adapter"`.
 
     `base` is loaded in `compute_dtype(spec, …)` and bears no adapter. While the loop runs, Finished included,
     it answers as the tuned model; when the loop is left, however that happens, it is as it was. `folder` is
-    scratch and holds the checkpoints. Sending "save" at a Step makes a Saved the next thing said. With
+    scratch and holds the checkpoints. Tokenised files are kept in `cache`, where another run on the same data
+    finds them; without it, in `folder`. Sending "save" at a Step makes a Saved the next thing said. With
     `resume`, a checkpoint's folder, the run goes on exactly there.
 
     Raises OloraErrors only for expected trouble; each says what to do.
@@ -93,7 +95,7 @@ def train(
     check_dtype(spec, base)
     check_validation(spec, given=validation is not None)
     sites = target_sites(base.model, spec.adapter.target_modules)
-    data = yield from read_data(spec, base, training, validation)
+    data = yield from read_data(spec, base, training, validation, cache or folder / "tokens")
     spec, why = resolve(spec, facts(base, data))
     try:
         run, plan = yield from start(asked, spec, base, data, sites)

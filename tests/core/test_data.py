@@ -13,10 +13,11 @@ from transformers import PreTrainedTokenizerBase
 
 from olora_core.batches import IGNORED, epoch_order, micro_batches, steps_per_epoch
 from olora_core.errors import DataError, ModelError
-from olora_core.examples import Examples, overlap_note, tokenise
+from olora_core.examples import Examples
 from olora_core.model import Base
 from olora_core.progress import Note, Phase
 from olora_core.templates import end_of_turn_tokens
+from olora_core.tokenising import overlap_note, tokenise
 
 PLAIN_CHATML = """\
 {%- for message in messages -%}

@@ -22,12 +22,13 @@ from transformers import (
 
 from olora_core.batches import epoch_order
 from olora_core.errors import DataError
-from olora_core.examples import Examples, overlap_note, tokenise
+from olora_core.examples import Examples
 from olora_core.methods import METHODS
 from olora_core.model import Base, load_base, target_sites
 from olora_core.progress import Note, result_of
 from olora_core.specs import TrainSpec
 from olora_core.templates import end_of_turn_tokens
+from olora_core.tokenising import overlap_note, tokenise
 from olora_core.train import Evaluated, Finished, Resolved, Saved, Step, train
 
 from .runs import chat_rows, one, preference_rows, spec_for, write_rows

@@ -1,0 +1,144 @@
+"""Examples in a folder: written row by row, read as memory-mapped arrays, whole or not at all."""
+
+import hashlib
+import json
+from array import array
+from collections.abc import Iterator
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+import numpy as np
+
+from .examples import PIECE, Examples, Rows, digest_of, fingerprint
+
+ABOUT = "about.json"
+KINDS = {
+    "trained": np.dtype(bool),
+    "offsets": np.dtype(np.int64),
+    "lines": np.dtype(np.int64),
+    "trained_counts": np.dtype(np.int64),
+    "prints": np.dtype(np.uint64),
+}
+"""What each file holds, besides "tokens", whose width goes by the vocabulary."""
+
+
+class Damaged(Exception):
+    """The folder does not hold what was written to it."""
+
+
+class ExampleWriter:
+    """Appends examples to the files of a folder; holds 32 bytes a row in memory."""
+
+    def __init__(self, folder: Path, vocabulary: int) -> None:
+        self.folder = folder
+        self.sides = 1
+        self.kind = np.dtype(np.uint16 if vocabulary <= 2**16 else np.uint32)
+        self._tokens = (folder / "tokens").open("wb")
+        self._trained = (folder / "trained").open("wb")
+        self._lengths, self._counts = array("q"), array("q")
+        self._lines, self._prints = array("q"), array("Q")
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._tokens.close()
+        self._trained.close()
+
+    def __len__(self) -> int:
+        return len(self._lines)
+
+    def add(self, line: int, rows: Rows) -> None:
+        self.sides = len(rows)
+        self._lines.append(line)
+        self._prints.append(fingerprint(rows))
+        for tokens, trained in rows:
+            self._tokens.write(tokens.astype(self.kind).data)
+            self._trained.write(trained.data)
+            self._lengths.append(len(tokens))
+            self._counts.append(int(trained.sum()))
+
+    def examples(self) -> Examples:
+        """What was written, mapped from the files; they may be renamed or removed meanwhile."""
+        self._tokens.flush()
+        self._trained.flush()
+        offsets = np.concatenate([[0], np.cumsum(self._lengths, dtype=np.int64)])
+        return Examples(
+            _mapped(self.folder / "tokens", self.kind),
+            _mapped(self.folder / "trained", KINDS["trained"]),
+            offsets,
+            np.array(self._lines, dtype=np.int64),
+            self.sides,
+            np.array(self._counts, dtype=np.int64),
+            np.array(self._prints, dtype=np.uint64),
+            # From the files and not from the mapped arrays, all of whose pages would count as memory used.
+            digest_of(
+                _read(self.folder / "tokens", self.kind),
+                _read(self.folder / "trained", KINDS["trained"]),
+                offsets,
+            ),
+        )
+
+    def finish(self, examples: Examples, about: dict[str, Any]) -> None:
+        """Completes the folder with the arrays of `examples` and what is known `about` them, in JSON."""
+        arrays = {
+            "offsets": examples.offsets,
+            "lines": examples.lines,
+            "trained_counts": examples.trained_counts,
+            "prints": examples.prints,
+        }
+        for name, values in arrays.items():
+            (self.folder / name).write_bytes(values.tobytes())
+        content = {
+            "about": about,
+            "sides": self.sides,
+            "width": self.kind.itemsize,
+            "digest": examples.digest,
+            "files": {name: file_hash(self.folder / name) for name in ("tokens", *KINDS)},
+        }
+        text = json.dumps(content)
+        sealed = {"sha256": hashlib.sha256(text.encode()).hexdigest(), "content": text}
+        (self.folder / ABOUT).write_text(json.dumps(sealed), encoding="utf-8")
+
+
+def open_examples(folder: Path) -> tuple[Examples, dict[str, Any]]:
+    """The examples and what was said about them. Raises Damaged."""
+    try:
+        sealed = json.loads((folder / ABOUT).read_text(encoding="utf-8"))
+        if hashlib.sha256(sealed["content"].encode()).hexdigest() != sealed["sha256"]:
+            raise Damaged(ABOUT)
+        content = json.loads(sealed["content"])
+        for name, digest in content["files"].items():
+            if file_hash(folder / name) != digest:
+                raise Damaged(name)
+        kinds = {"tokens": np.dtype(f"uint{8 * content['width']}"), **KINDS}
+        arrays = {name: _mapped(folder / name, kind) for name, kind in kinds.items()}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise Damaged(str(error)) from None
+    examples = Examples(
+        *(arrays[name] for name in ("tokens", "trained", "offsets", "lines")),
+        content["sides"],
+        arrays["trained_counts"],
+        arrays["prints"],
+        content["digest"],
+    )
+    return examples, content["about"]
+
+
+def file_hash(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _mapped(path: Path, kind: np.dtype) -> np.ndarray:
+    # A plain view: slices of np.memmap are ten times slower.
+    return np.asarray(np.memmap(path, dtype=kind, mode="r"))
+
+
+def _read(path: Path, kind: np.dtype) -> Iterator[np.ndarray]:
+    with path.open("rb") as file:
+        while len(piece := np.fromfile(file, dtype=kind, count=PIECE)):
+            yield piece
