@@ -23,6 +23,8 @@ from .samples import show_samples
 console = Console(stderr=True)
 RUN_FILE = "run.json"
 """In the output folder: what was asked for and what "auto" became, so that a later start goes on with it."""
+TOKENS = "tokens"
+"""In the output folder: the tokenised files, for the next start."""
 STOPPED = 130
 
 
@@ -236,6 +238,7 @@ def _train(
         from olora_core.model import load_base
         from olora_core.precision import compute_dtype
         from olora_core.progress import Evaluated, Finished, Note, Phase, Resolved, Samples, Saved, Step
+        from olora_core.token_cache import trim
         from olora_core.train import train as run_training
 
         if device == "auto":
@@ -246,7 +249,10 @@ def _train(
         resume = _newest_checkpoint(output)
         if resume is not None:
             bar.say(f"Going on from {resume.name}.")
-        progress = run_training(spec, base, training, validation, output, resume=resume)
+        trim([output / TOKENS])
+        progress = run_training(
+            spec, base, training, validation, output, resume=resume, cache=output / TOKENS
+        )
         wish: str | None = None
         samples: dict[str, Any] | None = None
         while True:

@@ -20,7 +20,7 @@ from .model import Base
 from .progress import Note, Phase
 from .specs import MAX_CONTEXT, TrainSpec
 from .templates import end_of_turn_tokens
-from .token_cache import keep, new_entry, trim, use
+from .token_cache import keep, new_entry, use
 from .tokenising import overlap_note, tokenise_into
 
 UNKNOWN_CONTEXT = 2048
@@ -60,8 +60,6 @@ class Tokenised:
     """Its format and container; the findings are told in `notes`."""
     notes: list[Note]
     sha256: str
-    entry: Path
-    """Where it is cached."""
 
 
 def read_data(
@@ -69,7 +67,7 @@ def read_data(
 ) -> Generator[Phase, None, Data]:
     """Checks and tokenises the files, or finds them tokenised in the folder `cache`.
 
-    What is returned stays readable when the folder is gone.
+    What is returned stays readable when the folder is gone. It grows until its owner trims it.
     """
     kept = spec.hyperparameters.context_length
     how = Reading(
@@ -80,14 +78,12 @@ def read_data(
     )
     with _folder(cache) as folder:
         first = yield from read_file(training, "training", how, folder)
-        hashes, notes, held_out, entries = {"training": first.sha256}, first.notes, None, [first.entry]
+        hashes, notes, held_out = {"training": first.sha256}, first.notes, None
         if validation is not None:
             second = yield from read_file(validation, "validation", how, folder, first.report.format)
             hashes["validation"], held_out = second.sha256, second.examples
-            entries.append(second.entry)
             overlap = overlap_note(first.examples, held_out, NOUNS[second.report.container])
             notes = [*notes, *second.notes, *([overlap] if overlap else [])]
-        trim([folder], spare=entries)
     return Data(first.examples, held_out, hashes, notes)
 
 
@@ -127,7 +123,7 @@ def read_file(
     report = Report.model_validate(about["report"])
     _refuse_unfit(report, role, how, training_format)
     use(entry)
-    return Tokenised(examples, report, [Note(**note) for note in about["notes"]], sha256, entry)
+    return Tokenised(examples, report, [Note(**note) for note in about["notes"]], sha256)
 
 
 def _checked(path: Path) -> Generator[Phase, None, Report]:

@@ -3,6 +3,7 @@
 import json
 import re
 from collections.abc import Callable, Iterable
+from functools import cached_property
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
@@ -20,6 +21,7 @@ class ChatTemplate:
     def __init__(self, tokenizer: PreTrainedTokenizerBase, end_tokens: frozenset[int]) -> None:
         self.tokenizer = tokenizer
         self.end_texts = [tokenizer.convert_ids_to_tokens(token) for token in end_tokens]
+        self._templates: dict[bool, tuple[str, bool]] = {}
 
     def draft(
         self, place: str, messages: list[dict[str, Any]], tools: list[dict[str, Any]] | None
@@ -59,8 +61,7 @@ class ChatTemplate:
         generation_prompt: bool = False,
     ) -> tuple[str, list[Span]]:
         """The text, and the spans the template marks as generated (none if it marks nothing)."""
-        template = self._template(tools)
-        marked = bool(re.search(r"\{%-?\s*generation\s*-?%\}", template))
+        template, marked = self._template(tools)
         try:
             texts, marks = render_jinja_template(
                 [messages],
@@ -68,13 +69,26 @@ class ChatTemplate:
                 chat_template=template,
                 return_assistant_tokens_mask=marked,
                 add_generation_prompt=generation_prompt,
-                **self.tokenizer.special_tokens_map,
+                **self._special_tokens,
             )
         except Exception as error:  # a template is a program of its own and may fail in any way
             raise _TemplateRefused(str(error) or type(error).__name__) from None
         return texts[0], [tuple(mark) for mark in marks[0]] if marked else []
 
-    def _template(self, tools: list[dict[str, Any]] | None) -> str:
+    @cached_property
+    def _special_tokens(self) -> dict[str, Any]:
+        return self.tokenizer.special_tokens_map
+
+    def _template(self, tools: list[dict[str, Any]] | None) -> tuple[str, bool]:
+        """The template for conversations with or without tools, and whether it marks what is generated."""
+        kind = tools is not None
+        if kind not in self._templates:
+            template = self._find_template(tools)
+            marked = bool(re.search(r"\{%-?\s*generation\s*-?%\}", template))
+            self._templates[kind] = template, marked
+        return self._templates[kind]
+
+    def _find_template(self, tools: list[dict[str, Any]] | None) -> str:
         try:
             return self.tokenizer.get_chat_template(None, tools)
         except ValueError:
@@ -98,7 +112,7 @@ class ChatTemplate:
     ) -> Span:
         """Where answer i stands, found by rendering the conversation up to it, and verified."""
         start = self._start(text, messages, i, tools)
-        through, _ = self.render(messages[: i + 1], tools)
+        through = text if i + 1 == len(messages) else self.render(messages[: i + 1], tools)[0]
         if text.startswith(through):
             return start, len(through)
         # The template writes an answer in another way once more follows (dropping thoughts, say).

@@ -56,22 +56,21 @@ def use(entry: Path) -> None:
         os.utime(entry)
 
 
-def trim(caches: Iterable[Path], *, limit: int = CACHE_BYTES, spare: Iterable[Path] = ()) -> list[Path]:
+def trim(caches: Iterable[Path], limit_bytes: int = CACHE_BYTES) -> list[Path]:
     """Removes what died half done, what is old, and the least recently used until the rest fits.
 
     An entry that a run has mapped stays readable for that run. Returns what was removed.
     """
-    spared, aged = set(spare), []
-    removed = []
+    removed, aged = [], []
     for path in [path for cache in caches if cache.is_dir() for path in cache.iterdir() if path.is_dir()]:
         if path.name.startswith(PART):
             removed += [path] if _is_abandoned(path) else []
         else:
             aged.append((_used_at(path), path))
-    room = limit
+    room = limit_bytes
     for used_at, path in sorted(aged, reverse=True):
-        room -= sum(_size(file) for file in path.iterdir()) if path.is_dir() else 0
-        if path not in spared and (room < 0 or used_at < time.time() - KEPT_SECONDS):
+        room -= sum(_size(file) for file in path.glob("*"))
+        if room < 0 or used_at < time.time() - KEPT_SECONDS:
             removed.append(path)
     for path in removed:
         shutil.rmtree(path, ignore_errors=True)

@@ -114,6 +114,11 @@ class Settings(BaseSettings):
     )
     max_upload_mb: int = Field(default=512, ge=1, le=1_048_576, description="Largest upload, in MB (2^20).")
     min_examples: int = Field(default=10, ge=1, description="Fewest rows that a training file may have.")
+    token_cache_mb: int = Field(
+        default=10240,
+        ge=0,
+        description="Most that a worker keeps of tokenised files, in MB (2^20); 0: nothing is kept.",
+    )
     log_level: str = Field(default="info", description="debug, info, warning or error.")
 
     @field_validator("home", "models_dir")
@@ -188,6 +193,11 @@ class Settings(BaseSettings):
     def scratch_folder(self) -> Path:
         """Where workers keep what they can lose."""
         return self.home / "scratch"
+
+    @property
+    def tokens_folder(self) -> Path:
+        """Where workers keep tokenised files, a folder for each project."""
+        return self.home / "tokens"
 
     @property
     def key_file(self) -> Path:

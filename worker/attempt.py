@@ -35,6 +35,7 @@ from .lease import DATABASE_AWAY, Lease
 from .process import Ended, TrainerProcess
 from .protocol import Order
 from .strays import checkpoint_folder, remove_strays, result_folder
+from .tokens import tokens_folder
 
 logger = logging.getLogger(__name__)
 Result = TypeVar("Result")
@@ -209,13 +210,14 @@ class Attempt:
             resume=None,
             checkpoint_seconds=self.settings.checkpoint_seconds,
             deadline=self.lease.trainer_deadline,
+            tokens=tokens_folder(self.settings, claim.project_id),
         )
 
     def _fetch_file(self, key: str | None, role: str) -> Path:
         if not key or not self.storage.exists(key):
             message = f"The {role} file is no longer stored; upload it again and create a new job."
             raise _Failed(StoreError(message, param=f"{role}_file", code=f"invalid_{role}_file"))
-        path = self.folder / f"{role}.jsonl"
+        path = self.folder / role
         self.storage.fetch(key, path)
         return path
 

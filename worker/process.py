@@ -17,10 +17,11 @@ from .protocol import FENCED
 
 logger = logging.getLogger(__name__)
 CLOSE_SECONDS = 5.0
+MOST_TOKENIZER_THREADS = 32
 _INHERITED = ("PATH", "HOME", "LANG", "TZ", "TMPDIR", "VIRTUAL_ENV", "LD_LIBRARY_PATH", "PYTHONPATH")
 _INHERITED_PREFIXES = (
     *("LC_", "CUDA_", "NVIDIA_", "NCCL_", "TORCH", "PYTORCH_", "TRITON_", "HIP_", "ROCR_", "HSA_"),
-    *("OMP_", "MKL_", "KMP_", "OPENBLAS_", "GOMP_", "ATEN_"),
+    *("OMP_", "MKL_", "KMP_", "OPENBLAS_", "GOMP_", "ATEN_", "RAYON_"),
 )
 
 
@@ -110,6 +111,11 @@ class TrainerProcess:
         self.messages.put(Ended(code))
 
 
+def tokenizer_threads() -> int:
+    """As many as there are cores for this process, up to where more of them stop helping."""
+    return min(MOST_TOKENIZER_THREADS, len(os.sched_getaffinity(0)))
+
+
 def trainer_environment(environment: Mapping[str, str]) -> dict[str, str]:
     """What a trainer may know: the machine, and none of the service's addresses and keys."""
     chosen = {
@@ -122,7 +128,9 @@ def trainer_environment(environment: Mapping[str, str]) -> dict[str, str]:
         "HF_HUB_OFFLINE": "1",
         "TRANSFORMERS_OFFLINE": "1",
         "HF_HUB_DISABLE_TELEMETRY": "1",
-        "TOKENIZERS_PARALLELISM": "false",
+        # Said outright, the tokenizer keeps its threads without a word about forks, of which there are none.
+        "TOKENIZERS_PARALLELISM": "true",
+        "RAYON_NUM_THREADS": chosen.get("RAYON_NUM_THREADS", str(tokenizer_threads())),
         "PYTHONUNBUFFERED": "1",
         # Threads that wait for each other sleep: on cores that are shared with anything else, spinning made a
         # step seven times slower.

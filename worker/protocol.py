@@ -41,6 +41,8 @@ class Order:
     resume: str | None
     checkpoint_seconds: float
     deadline: float
+    tokens: str | None = None
+    """Where this project's tokenised files are kept; None: nowhere."""
 
     def as_message(self) -> dict[str, Any]:
         return {"job": asdict(self)}

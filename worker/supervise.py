@@ -20,6 +20,7 @@ from .attempt import Attempt
 from .lease import DATABASE_AWAY
 from .process import TrainerProcess
 from .scratch import remove_orphans, scratch_folder
+from .tokens import trim_tokens
 
 logger = logging.getLogger(__name__)
 
@@ -43,6 +44,7 @@ class Supervisor:
         """At the start: removes what workers that died here left behind."""
         for name in remove_orphans(self.settings.scratch_folder):
             logger.info("Removed the scratch folder of attempt %s, whose worker died.", name)
+        trim_tokens(self.settings)
 
     def run_until_idle(self) -> int:
         """Claims and runs jobs until none is left or the worker ends. Returns how many attempts were made.
@@ -100,6 +102,7 @@ class Supervisor:
                 # Nothing was written; the lease runs out and the job goes to another attempt.
                 logger.exception("Attempt %s was given up.", name)
                 attempt.trainer.kill()
+        trim_tokens(self.settings)
         logger.info("Attempt %s is over.", name)
         return True
 

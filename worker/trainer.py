@@ -187,6 +187,7 @@ class Trainer:
             Path(order.folder),
             resume=Path(order.resume) if order.resume else None,
             checkpoint_seconds=order.checkpoint_seconds,
+            cache=Path(order.tokens) if order.tokens else None,
         )
         stepped = False
         with closing(run):

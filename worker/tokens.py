@@ -1,0 +1,22 @@
+"""Tokenised files that a worker keeps for the next job on the same data, a folder for each project."""
+
+from urllib.parse import quote
+
+from olora_core.token_cache import trim
+from store.home import make_folder
+from store.settings import Settings
+
+
+def tokens_folder(settings: Settings, project_id: str) -> str | None:
+    """Where a project's tokenised files are kept; None when none are. One project's never serve another's."""
+    if not settings.token_cache_mb:
+        return None
+    folder = settings.tokens_folder / f"project-{quote(project_id, safe='')}"
+    make_folder(folder)
+    return str(folder)
+
+
+def trim_tokens(settings: Settings) -> None:
+    """Keeps the tokenised files of all projects together within their bound."""
+    if settings.tokens_folder.is_dir():
+        trim(settings.tokens_folder.iterdir(), settings.token_cache_mb * 2**20)
