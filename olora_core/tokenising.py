@@ -215,7 +215,7 @@ class Encoder:
     def _mask(self, draft: _Draft, encoding: Any, ids: np.ndarray) -> np.ndarray:
         trained = np.zeros(len(ids), dtype=bool)
         for start, end in draft.spans:
-            first, last = (_token_from(encoding, position, len(draft.text)) for position in (start, end))
+            first, last = (token_from(encoding, position, len(draft.text)) for position in (start, end))
             trained[first : self._with_its_end(ids, first, last)] = True
         return trained
 
@@ -232,7 +232,7 @@ class Encoder:
     def _split(self, draft: _Draft, encoding: Any, ids: np.ndarray) -> tuple[np.ndarray, int]:
         """Ids of prompt and completion, and how many are the prompt's."""
         boundary = draft.spans[0][0]
-        at = _token_from(encoding, boundary, len(draft.text))
+        at = token_from(encoding, boundary, len(draft.text))
         if at and encoding.token_to_chars(at - 1)[1] > boundary:
             # A token across the boundary never occurs when the prompt is given alone, as it is in use.
             head, tail = self.encode([draft.text[:boundary], draft.text[boundary:]])
@@ -240,7 +240,7 @@ class Encoder:
         return ids, at
 
 
-def _token_from(encoding: Any, position: int, length: int) -> int:
+def token_from(encoding: Any, position: int, length: int) -> int:
     """The first token that begins at a character or behind it, in a text of so many characters."""
     if position == 0:
         return 0

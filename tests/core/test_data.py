@@ -1,7 +1,7 @@
 """What of a record is trained, told token by token, and how examples become batches."""
 
 import json
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -9,15 +9,22 @@ import numpy as np
 import pytest
 import torch
 from tokenizers import processors
-from transformers import PreTrainedTokenizerBase
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from olora_core.batches import IGNORED, epoch_order, micro_batches, steps_per_epoch
+from olora_core.data import Data, read_data
 from olora_core.errors import DataError, ModelError
 from olora_core.examples import Examples
 from olora_core.model import Base
-from olora_core.progress import Note, Phase
+from olora_core.progress import Note, Phase, result_of
 from olora_core.templates import end_of_turn_tokens
-from olora_core.tokenising import overlap_note, tokenise
+from olora_core.token_cache import trim
+from olora_core.tokenising import overlap_note, token_from, tokenise
+
+from .conftest import make_tokenizer
+from .runs import spec_for, write_rows
+
+EXAMPLE_BASE = Path(__file__).resolve().parents[2] / "examples" / "base"
 
 PLAIN_CHATML = """\
 {%- for message in messages -%}
@@ -301,3 +308,208 @@ def test_an_example_keeps_its_digest_and_another_mask_changes_it(examples) -> No
     again = Examples(examples.tokens.copy(), examples.trained.copy(), examples.offsets, examples.lines)
     assert again.digest == examples.digest
     assert other.digest != examples.digest
+
+
+# --- plain text, and formats that become conversations -------------------------------------------------
+
+
+def test_of_a_plain_text_every_token_but_the_first_is_trained(tmp_path, tokenizer) -> None:
+    examples, _ = run(tmp_path, tokenizer, [{"text": "Für 🙂"}])
+    tokens, trained = examples.row(0)
+    assert tokenizer.decode(tokens.tolist()) == "Für 🙂<|im_end|>"
+    assert trained.tolist() == [False, *[True] * (len(tokens) - 1)]
+
+
+def test_a_text_begins_as_the_tokenizer_begins_texts(tmp_path, tokenizer) -> None:
+    add_bos(tokenizer)
+    examples, _ = run(tmp_path, tokenizer, [{"text": "ab"}])
+    assert tokenizer.decode(examples.row(0)[0].tolist()) == "<|im_start|>ab<|im_end|>"
+    assert trained_text(tokenizer, examples) == "ab<|im_end|>"
+
+
+@pytest.mark.parametrize("length", [9, 10, 11, 18, 19, 20, 27, 28, 100])
+def test_a_long_text_is_split_so_that_every_token_is_predicted_once(tmp_path, tokenizer, length) -> None:
+    text = "".join(chr(ord("a") + i % 26) for i in range(length))
+    examples, notes = run(tmp_path, tokenizer, [{"text": "x"}, {"text": text}], context=10)
+    pieces = [examples.row(i) for i in range(1, len(examples))]
+    assert all(2 <= len(tokens) <= 10 for tokens, _ in pieces)
+    assert all(len(tokens) == 10 for tokens, _ in pieces[:-1])
+    predicted = [token for tokens, trained in pieces for token in tokens[trained].tolist()]
+    assert tokenizer.decode([pieces[0][0][0], *predicted]) == text + "<|im_end|>"
+    assert set(examples.lines.tolist()[1:]) == {2}
+    told = [note for note in notes if note.data and note.data.get("code") == "split"]
+    assert [note.data["lines"] for note in told] == ([[2]] if length > 9 else [])
+    assert not any(note.data and note.data.get("code") == "n_too_long" for note in notes)
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"instruction": "Why?", "output": "Because.", "history": [["Öh?", "Für 🙂 dich"]], "system": "Be."},
+        {
+            "conversations": [
+                {"from": "human", "value": "Öh?"},
+                {"from": "gpt", "value": "Für 🙂 dich"},
+                {"from": "human", "value": "Why?"},
+                {"from": "gpt", "value": "Because."},
+            ],
+            "system": "Be.",
+        },
+    ],
+)
+def test_instructions_and_turns_train_as_the_conversation_they_are(tmp_path, tokenizer, row) -> None:
+    spelled, _ = run(tmp_path, tokenizer, [row])
+    conversation = chat(
+        ("system", "Be."), ("user", "Öh?"), ("assistant", "Für 🙂 dich"), ("user", "Why?"), ANSWER
+    )
+    written, _ = run(tmp_path, tokenizer, [conversation])
+    assert spelled.digest == written.digest
+    assert trained_text(tokenizer, spelled) == "Für 🙂 dich<|im_end|>Because.<|im_end|>"
+
+
+def test_a_place_is_called_by_what_its_container_counts(tmp_path, tokenizer) -> None:
+    path = tmp_path / "rows"
+    path.write_text(json.dumps([{"prompt": "a", "completion": "b"}] * 2, indent=1))
+    examples, notes = result_of(tokenise(path, tokenizer, context_length=99, end_tokens=frozenset({2})))
+    assert examples.lines.tolist() == [1, 2]
+    assert "(element 2)" in notes[-1].message
+    tokenizer.chat_template = WITHOUT_END
+    path.write_text(json.dumps([chat(QUESTION, ANSWER)]))
+    with pytest.raises(DataError, match="Element 1 of the training file has no end-of-turn token"):
+        result_of(tokenise(path, tokenizer, context_length=99, end_tokens=frozenset({2})))
+
+
+# --- positions in text ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("text", ["Für 🙂 dich, und 日本語!", "  two  spaces ", "a", "<|im_end|>b"])
+def test_the_token_at_a_character_is_the_first_that_begins_there_or_behind(text) -> None:
+    for folder in (EXAMPLE_BASE, None):
+        core = make_tokenizer() if folder is None else AutoTokenizer.from_pretrained(folder)
+        (encoding,) = core.backend_tokenizer.encode_batch([text], add_special_tokens=False)
+        starts = [start for start, _ in encoding.offsets]
+        for position in range(len(text) + 1):
+            expected = next((i for i, start in enumerate(starts) if start >= position), len(starts))
+            assert token_from(encoding, position, len(text)) == expected
+
+
+# --- tokenised once ------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def rows_file(tmp_path) -> Path:
+    rows = [chat(("user", "q" * (5 * i % 7)), ("assistant", "a" * (1 + 3 * i % 11))) for i in range(300)]
+    return write_rows(tmp_path / "rows.jsonl", rows)
+
+
+def read(base: Base, rows_file: Path, cache: Path | None, **hyperparameters: Any) -> tuple[Data, list[Phase]]:
+    steps, phases = read_data(spec_for(**hyperparameters), base, rows_file, None, cache), []
+    while True:
+        try:
+            phases.append(next(steps))
+        except StopIteration as end:
+            return end.value, phases
+
+
+def same(one: Examples, other: Examples) -> bool:
+    names = ("tokens", "trained", "offsets", "lines", "lengths", "trained_lengths", "weights", "prints")
+    return one.digest == other.digest and all(
+        np.array_equal(getattr(one, name), getattr(other, name)) for name in names
+    )
+
+
+def test_a_second_run_on_the_same_file_finds_it_tokenised(llama, rows_file, tmp_path) -> None:
+    first, phases = read(llama, rows_file, tmp_path / "cache")
+    assert {phase.name for phase in phases} == {"tokenising"}
+    assert (phases[-1].done, phases[-1].total) == (300, 300)
+    again, phases = read(llama, rows_file.rename(tmp_path / "renamed"), tmp_path / "cache")
+    assert phases == []
+    assert same(first.training, again.training)
+    assert (again.hashes, again.notes) == (first.hashes, first.notes)
+    assert again.training.tokens.dtype == np.uint16
+    with pytest.raises(ValueError, match="read-only"):
+        again.training.tokens[0] = 1
+
+
+def test_what_is_mapped_is_what_it_would_be_in_memory(llama, rows_file, tmp_path) -> None:
+    mapped = read(llama, rows_file, tmp_path / "cache")[0].training
+    plain = Examples(mapped.tokens.astype(np.uint32), mapped.trained.copy(), mapped.offsets, mapped.lines)
+    assert same(mapped, plain)
+    assert same(mapped.first(7), plain.first(7))
+
+
+def test_examples_outlive_the_folder_they_came_from(llama, rows_file, tmp_path) -> None:
+    cache = tmp_path / "cache"
+    data, _ = read(llama, rows_file, cache)
+    before = data.training.row(5)[0].tolist()
+    trim([cache], limit_bytes=0)
+    assert list(cache.iterdir()) == []
+    assert data.training.row(5)[0].tolist() == before
+    assert same(data.training, read(llama, rows_file, None)[0].training)
+
+
+CHANGES: dict[str, Callable[[Base], object]] = {
+    "template": lambda base: setattr(base.tokenizer, "chat_template", PLAIN_CHATML + " "),
+    "end of sequence": lambda base: setattr(base.tokenizer, "eos_token", "<|pad|>"),
+    "vocabulary": lambda base: base.tokenizer.add_tokens(["qq"]),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_another_tokenizer_or_template_tokenises_anew(llama, rows_file, tmp_path, change) -> None:
+    read(llama, rows_file, tmp_path / "cache")
+    CHANGES[change](llama)
+    assert read(llama, rows_file, tmp_path / "cache")[1] != []
+
+
+def test_another_context_or_another_byte_tokenises_anew(llama, rows_file, tmp_path) -> None:
+    cache = tmp_path / "cache"
+    read(llama, rows_file, cache)
+    data, phases = read(llama, rows_file, cache, context_length=24)
+    assert phases != []
+    assert data.training.lengths.max() == 24
+    rows_file.write_bytes(rows_file.read_bytes() + b"\n")
+    assert read(llama, rows_file, cache)[1] != []
+
+
+FILES = ("tokens", "trained", "offsets", "lines", "trained_counts", "prints", "about.json")
+
+
+@pytest.mark.parametrize("name", FILES)
+@pytest.mark.parametrize("harm", ["change", "shorten", "empty", "remove"])
+def test_a_damaged_file_is_made_anew(llama, rows_file, tmp_path, name, harm) -> None:
+    cache = tmp_path / "cache"
+    first, _ = read(llama, rows_file, cache)
+    kept = [first.training.row(i)[0].tolist() for i in range(len(first.training))]
+    (path,) = cache.glob(f"*/{name}")
+    content = path.read_bytes()
+    path.unlink()
+    if harm != "remove":
+        middle = len(content) // 2
+        changed = content[:middle] + bytes([content[middle] ^ 1]) + content[middle + 1 :]
+        path.write_bytes({"change": changed, "shorten": content[:-1], "empty": b""}[harm])
+    again, phases = read(llama, rows_file, cache)
+    assert phases != []
+    assert [again.training.row(i)[0].tolist() for i in range(len(again.training))] == kept
+    assert read(llama, rows_file, cache)[1] == []
+
+
+def test_a_file_for_another_method_is_refused_from_the_cache_too(llama, rows_file, tmp_path) -> None:
+    read(llama, rows_file, tmp_path / "cache")
+    with pytest.raises(DataError, match="method dpo does not train on"):
+        read(llama, rows_file, tmp_path / "cache", type="dpo")
+
+
+def test_a_reading_that_is_left_leaves_nothing(llama, rows_file, tmp_path) -> None:
+    steps = read_data(spec_for(), llama, rows_file, None, tmp_path / "cache")
+    next(steps)
+    assert len(list((tmp_path / "cache").iterdir())) == 1
+    steps.close()
+    assert list((tmp_path / "cache").iterdir()) == []
+
+
+def test_a_long_file_is_checked_with_signs_of_life(llama, tmp_path) -> None:
+    path = write_rows(tmp_path / "rows.jsonl", [{"text": f"{i}"} for i in range(2500)])
+    phases = read(llama, path, None)[1]
+    assert [phase.name for phase in phases[:3]] == ["checking", "checking", "tokenising"]
+    assert phases[1].total == path.stat().st_size

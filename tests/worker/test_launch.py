@@ -99,3 +99,10 @@ def test_the_end_of_a_trainer_is_told_in_words(code: int, words: str) -> None:
 def test_training_threads_sleep_while_they_wait_unless_the_machine_says_otherwise() -> None:
     assert trainer_environment({})["OMP_WAIT_POLICY"] == "PASSIVE"
     assert trainer_environment({"OMP_WAIT_POLICY": "ACTIVE"})["OMP_WAIT_POLICY"] == "ACTIVE"
+
+
+def test_the_trainers_tokenizer_uses_the_cores_it_may_use() -> None:
+    environment = trainer_environment({})
+    assert environment["TOKENIZERS_PARALLELISM"] == "true"
+    assert environment["RAYON_NUM_THREADS"] == str(min(32, len(os.sched_getaffinity(0))))
+    assert trainer_environment({"RAYON_NUM_THREADS": "3"})["RAYON_NUM_THREADS"] == "3"

@@ -12,7 +12,9 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import pyarrow as pa
 import pytest
+from pyarrow import parquet
 
 from olora_core.errors import TrainingError
 from olora_core.model import load_base
@@ -115,6 +117,64 @@ def test_preferences_are_trained_by_dpo(service: Service, supervisor: Supervisor
     assert losses[-1] < losses[0]
     metrics = [event.data or {} for event in service.events(job_id) if event.type == "metrics"]
     assert {data["step"]: data["reward_margin"] for data in metrics}[16] > 0
+
+
+def instructions(rows: int, first: int = 0) -> list[dict[str, str]]:
+    return [
+        {"instruction": "What follows?", "input": f"{n}", "output": f'{n + 1}, \n"next".'}
+        for n in range(first, first + rows)
+    ]
+
+
+def as_csv(rows: list[dict[str, str]]) -> bytes:
+    text = io.StringIO(newline="")
+    writer = csv.DictWriter(text, list(rows[0]))
+    writer.writeheader()
+    writer.writerows(rows)
+    return text.getvalue().encode()
+
+
+def as_parquet(rows: list[dict[str, str]]) -> bytes:
+    made = io.BytesIO()
+    parquet.write_table(pa.Table.from_pylist(rows), made)
+    return made.getvalue()
+
+
+def test_instructions_in_tables_are_trained_and_validated(service: Service, supervisor: Supervisor) -> None:
+    """A CSV file to train on, and the same format in Parquet to validate on."""
+    held_out = as_parquet(instructions(10, first=100))
+    job_id = service.queue(data=as_csv(instructions(32)), validation=held_out)
+    supervisor.run_until_idle()
+    job = service.job(job_id)
+    assert (job.status, job.error) == ("succeeded", None)
+    assert job.certificate is not None
+    assert job.certificate["valid_loss_after"] < job.certificate["valid_loss_before"]
+    losses = service.losses(job_id)
+    assert losses[-1] < losses[0]
+
+
+def test_the_next_job_on_the_same_file_finds_it_tokenised_and_another_project_does_not(
+    service: Service, supervisor: Supervisor
+) -> None:
+    data, kept = chat_rows(32, first=500), service.settings.tokens_folder
+    jobs = [service.queue(data=data), service.queue(data=data), service.queue(data=data, project="another")]
+    before = set(kept.glob("*/*"))
+    supervisor.run_until_idle()
+    assert [service.job(job_id).status for job_id in jobs] == ["succeeded"] * 3
+    first, second, third = (service.losses(job_id) for job_id in jobs)
+    assert first == second == third
+    folders = sorted(path.parent.name for path in set(kept.glob("*/*")) - before)
+    assert folders == ["project-another", "project-default"]
+
+
+def test_tokenised_files_are_kept_within_their_bound(service: Service) -> None:
+    settings = service.settings.model_copy(update={"token_cache_mb": 0})
+    supervisor = Supervisor(settings)
+    job_id = service.queue(rows=32, max_steps=1)
+    supervisor.run_until_idle()
+    supervisor.close()
+    assert service.job(job_id).status == "succeeded"
+    assert list(settings.tokens_folder.glob("*/*")) == []
 
 
 def test_its_owner_reads_the_whole_story(service: Service, supervisor: Supervisor) -> None:

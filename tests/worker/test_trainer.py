@@ -41,6 +41,7 @@ class Desk:
         data: bytes | None = None,
         resume: str | None = None,
         work: Path | None = None,
+        tokens: Path | None = None,
         **hyperparameters: Any,
     ) -> str:
         """Has a job trained. Returns the name of its run."""
@@ -63,6 +64,7 @@ class Desk:
             resume=resume,
             checkpoint_seconds=3600,
             deadline=time.monotonic() + 300,
+            tokens=str(tokens) if tokens else None,
         )
         self.trainer.say(order.as_message())
         return run
@@ -139,6 +141,16 @@ def test_the_next_job_finds_the_base_loaded_and_pristine(desk: Desk) -> None:
     third = desk.hear_all()
     assert "loading" not in phases(first) | phases(third)
     assert tensors(first) == tensors(third)
+
+
+def test_the_next_job_on_the_same_data_starts_without_tokenising(desk: Desk, tmp_path: Path) -> None:
+    desk.order(tokens=tmp_path / "tokens")
+    first = desk.hear_all()
+    desk.order(tokens=tmp_path / "tokens")
+    again = desk.hear_all()
+    assert "tokenising" in phases(first)
+    assert "tokenising" not in phases(again)
+    assert tensors(again) == tensors(first)
 
 
 def test_an_exchanged_base_is_loaded_anew(desk: Desk, base: Path) -> None:
