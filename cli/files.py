@@ -21,7 +21,7 @@ def files() -> None:
 
 @app.command()
 def upload(
-    path: Annotated[Path, typer.Argument(help="A JSONL file.")],
+    path: Annotated[Path, typer.Argument(help="JSONL, a JSON array, CSV or Parquet.")],
     purpose: Annotated[str, typer.Option(help="What it is for.")] = "fine-tune",
     base_url: BaseUrl = None,
 ) -> None:

@@ -37,7 +37,13 @@ READ_BYTES = 3 * 2**18
 """A multiple of 3, so that pieces in base64 join without padding."""
 FIELD_BYTES = 1000
 FIELDS = ("purpose", "expires_after[anchor]", "expires_after[seconds]")
-MEDIA_TYPES = {".csv": "text/csv; charset=utf-8", ".jsonl": "application/jsonl", ".zip": "application/zip"}
+MEDIA_TYPES = {
+    ".csv": "text/csv; charset=utf-8",
+    ".json": "application/json",
+    ".jsonl": "application/jsonl",
+    ".parquet": "application/vnd.apache.parquet",
+    ".zip": "application/zip",
+}
 
 
 @dataclass
@@ -185,7 +191,7 @@ def _check_form(form: Form, writer: Writer) -> None:
 
 
 def _validate(form: Form, writer: Writer) -> Report | None:
-    """The report on a training file. Raises BadRequest when it is not JSONL at all."""
+    """The report on a training file. Raises BadRequest when it cannot be read as rows."""
     if form.values["purpose"] != "fine-tune":
         return None
     with writer.reread() as stream:

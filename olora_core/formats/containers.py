@@ -14,7 +14,7 @@ MARK = b"\xef\xbb\xbf"
 OTHER_FILES = (
     ((b"\xff\xfe", b"\xfe\xff"), "UTF-16 text", "Save the file as UTF-8."),
     ((b"\x1f\x8b",), "a gzip archive", "Unpack it first."),
-    ((b"PK\x03\x04",), "a zip archive or a spreadsheet", "Unpack it, or save the sheet as CSV in UTF-8."),
+    ((b"PK\x03\x04",), "a zip archive or a spreadsheet", "Upload the JSONL text itself, or CSV in UTF-8."),
 )
 """First bytes of files that are none of ours, what they are, and what to do."""
 

@@ -1,9 +1,13 @@
 """Files: what went up comes back, under its name, in pages, until it is deleted."""
 
 import base64
+import io
+import json
 from typing import Any
 
+import pyarrow as pa
 import pytest
+from pyarrow import parquet
 from starlette.testclient import TestClient
 
 from store.settings import Settings
@@ -76,6 +80,41 @@ def test_odd_characters_in_a_file_keep_no_job_waiting(client: TestClient) -> Non
     ended = settled(client, made["id"])
     assert ended["status"] == "failed"
     assert "is not a key of a message" in ended["error"]["message"]
+
+
+def in_parquet(rows: list[dict[str, Any]]) -> bytes:
+    made = io.BytesIO()
+    parquet.write_table(pa.Table.from_pylist(rows), made, row_group_size=5)
+    return made.getvalue()
+
+
+PAIRS = [{"prompt": f"{n} is", "completion": f"number {n}"} for n in range(12)]
+CONTAINERS = {
+    "jsonl": jsonl(*PAIRS),
+    "json": json.dumps(PAIRS, indent=1).encode(),
+    "csv": b"prompt,completion\n" + b"".join(b"%d is,number %d\n" % (n, n) for n in range(12)),
+    "parquet": in_parquet(PAIRS),
+}
+
+
+@pytest.mark.parametrize("container", CONTAINERS)
+def test_a_file_is_taken_by_its_content_whatever_its_name(client: TestClient, container: str) -> None:
+    file = upload(client, CONTAINERS[container]).json()
+    report = file["olora"]["report"]
+    assert (report["format"], report["container"], report["rows"]) == ("completion", container, 12)
+    assert (report["error_count"], report["warning_count"]) == (0, 0)
+    assert client.get(f"/v1/files/{file['id']}/content").content == CONTAINERS[container]
+    job = settled(client, created(client, training_file=file["id"])["id"])
+    assert job["status"] == "queued"
+
+
+def test_what_is_wrong_with_a_table_is_told_by_row(client: TestClient) -> None:
+    rows = [*PAIRS[:3], PAIRS[0], {"prompt": "q", "completion": ""}]
+    report = upload(client, in_parquet(rows)).json()["olora"]["report"]
+    (error,), (warning,) = report["errors"], report["warnings"]
+    assert (error["line"], error["path"]) == (5, "$.completion")
+    assert error["message"].startswith("Row 5, $.completion: ")
+    assert (warning["line"], warning["code"]) == (4, "duplicate")
 
 
 def test_a_list_counts_findings_and_does_not_show_them(client: TestClient) -> None:

@@ -53,6 +53,7 @@ def interrupted(spec: Path, home: Path, number: signal.Signals) -> str:
 
 def test_an_interrupted_run_goes_on_to_the_same_bytes(tmp_path: Path) -> None:
     through = olora(tmp_path, "train", write_spec(tmp_path, "through"), timeout=250)
+    assert len(list((tmp_path / "through" / "tokens").iterdir())) == 2
     assert through.returncode == 0, through.stderr
     assert through.stdout.strip() == str(tmp_path / "through" / "adapter")
     assert "step 40/40" in through.stderr
