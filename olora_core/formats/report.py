@@ -67,6 +67,8 @@ class Add(Protocol):
 
 @dataclass
 class Findings:
+    """A report in the making."""
+
     report: Report = field(default_factory=Report)
     noted: set[str] = field(default_factory=set)
 

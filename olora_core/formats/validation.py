@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any, BinaryIO, Literal
 
 from ..errors import DataError, OloraError
+from ..progress import result_of
 from .containers import read_rows
 from .detection import FORMATS, detect_format, name_unknown_format
 from .duplicates import Seen, fingerprint
@@ -28,13 +29,7 @@ the same template and measure the same thing. A completion or a text on its own 
 
 def validate(stream: Iterable[bytes] | BinaryIO) -> Report:
     """Reads a whole file, given as chunks of any size or as an open file, and reports on it."""
-    steps = checking(stream)
-    while True:
-        try:
-            next(steps)
-        except StopIteration as end:
-            report: Report = end.value
-            return report
+    return result_of(checking(stream))
 
 
 def checking(stream: Iterable[bytes] | BinaryIO) -> Generator[int, None, Report]:
@@ -124,9 +119,9 @@ def _other_way(found: Format | None, type: str) -> str:
 
 
 def read_records(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
-    """(line number from 1, record) of each line that is not blank.
+    """(number, record) of each row: its line, element or row from 1.
 
-    Raises DataError at the first line that is not a JSON object.
+    Raises DataError at the first row that holds no record.
     """
     findings = Findings()
     with path.open("rb") as file:
@@ -134,8 +129,8 @@ def read_records(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
             if row.record is None:
                 break
             yield row.number, row.record
-    if findings.report.fatal is not None:
-        raise DataError(f"{path.name}: {findings.report.fatal.sentence}")
+    for problem in findings.report.errors[:1]:
+        raise DataError(f"{path.name}: {problem.sentence}")
 
 
 def _check_record(number: int, record: dict[str, Any], findings: Findings) -> None:
@@ -151,7 +146,7 @@ def _check_record(number: int, record: dict[str, Any], findings: Findings) -> No
         add(
             "$",
             "unexpected_file_format",
-            f"the line is in {found} format, but the file began in {report.format} format.",
+            f"the record is in {found} format, but the file began in {report.format} format.",
             "Keep one format per file.",
         )
     FORMATS[found].check(record, add)

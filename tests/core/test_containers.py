@@ -298,6 +298,14 @@ def test_pyarrow_is_loaded_for_parquet_files_alone() -> None:
     assert subprocess.run([sys.executable, "-c", program], check=False).returncode == 0
 
 
+def test_reading_records_stops_at_a_row_that_holds_none(tmp_path: Path) -> None:
+    (tmp_path / "rows").write_bytes(b"prompt,completion\na,b\nc\nd,e\n")
+    records = read_records(tmp_path / "rows")
+    assert next(records) == (2, {"prompt": "a", "completion": "b"})
+    with pytest.raises(DataError, match="Line 3: the row has 1 cells"):
+        next(records)
+
+
 def test_reading_records_stops_where_the_container_breaks(tmp_path: Path) -> None:
     (tmp_path / "rows").write_bytes(b'[{"text": "a"}, {"text": "b"}')
     records = read_records(tmp_path / "rows")
