@@ -1,7 +1,8 @@
 """What a method may do to a training run: one required hook, and eight that do nothing unless defined."""
 
 import hashlib
-from collections.abc import Callable, Generator, Mapping
+from collections.abc import Callable, Generator, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, ClassVar, Generic, TypeVar
 
@@ -16,6 +17,9 @@ from ..specs import AdapterSpec, check_export_rank
 SpecT = TypeVar("SpecT", bound=AdapterSpec)
 Schedule = Callable[[int, int], float]
 """`schedule(i, n)`: the job's learning-rate multiplier at step i = 1…n of n, warm-up included."""
+
+SMALL_WEIGHT = 2**18
+"""Numbers in a weight whose decomposition gains nothing from threads."""
 
 
 @dataclass(frozen=True)
@@ -123,11 +127,26 @@ def placing(
     adapters = {}
     for built, site in enumerate(sites, 1):
         weight = site_weight(model.get_submodule(site.name))
-        adapters[site.name] = method.adapter(weight, site).to(weight.device)
+        with _threads_for(weight):
+            adapters[site.name] = method.adapter(weight, site).to(weight.device)
         yield Phase("starting", built, len(sites))
     attach(model, adapters)
     method.placed(adapters)
     return adapters
+
+
+@contextmanager
+def _threads_for(weight: Tensor) -> Iterator[None]:
+    """Inside, a small weight has one thread: on shared cores, threads that wait for each other inside a
+    decomposition this short make it a hundred times slower.
+    """
+    threads = torch.get_num_threads()
+    if weight.numel() <= SMALL_WEIGHT:
+        torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 def generator(seed: int, step: int, name: str) -> torch.Generator:

@@ -251,6 +251,26 @@ def test_a_layer_that_is_used_twice_gets_both_gradients(method_name: str) -> Non
         torch.testing.assert_close(mine.grad.double(), theirs.grad, rtol=1e-4, atol=1e-3)
 
 
+def test_small_weights_are_read_by_one_thread_and_large_ones_by_all(monkeypatch) -> None:
+    threads = {}
+
+    def counted(method: LoRA, weight: Tensor, site: Site) -> Adapter:
+        threads[site.name] = torch.get_num_threads()
+        return build(method, weight, site)
+
+    build = LoRA.adapter
+    monkeypatch.setattr(LoRA, "adapter", counted)
+    model = nn.Sequential(nn.Linear(64, 64), nn.Linear(1024, 1024))
+    sites = [Site("0", None, 0, "linear", 64, 64), Site("1", None, 0, "linear", 1024, 1024)]
+    torch.set_num_threads(2)
+    try:
+        place(make_method("lora"), model, sites)
+        assert torch.get_num_threads() == 2
+    finally:
+        torch.set_num_threads(1)
+    assert threads == {"0": 1, "1": 2}
+
+
 # --- LoRA --------------------------------------------------------------------------------------------------
 
 
