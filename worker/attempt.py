@@ -7,6 +7,7 @@ import dataclasses
 import errno
 import hashlib
 import logging
+import math
 import queue
 import shutil
 import time
@@ -337,6 +338,8 @@ class Attempt:
         self._evaluating = kind == "Phase" and values["name"] == "evaluating"
         match kind:
             case "Step":
+                if not self._stepped:
+                    self._recorded_at = -math.inf  # whoever waits for the job sees at once that it trains
                 self._stepped, self._stepped_at = True, time.monotonic()
                 self._unrecorded.steps.append(values)
             case "Evaluated" if values["step"] == 0:
@@ -433,7 +436,13 @@ class Attempt:
             self._persist(lambda session: progress.record(session, self.claim, **fields))
 
     def _newest_may_grow(self) -> bool:
-        """A step's evaluation is told right after it, and belongs into the same event."""
+        """A step's evaluation is told right after it, and belongs into the same event.
+
+        Only the last step of an epoch, or of the run, has one.
+        """
+        newest = self._unrecorded.steps[-1] if self._unrecorded.steps else None
+        if newest is None or not (newest["epoch"].is_integer() or newest["step"] == newest["total_steps"]):
+            return False
         return self._evaluating or time.monotonic() < self._stepped_at + EVALUATION_SECONDS
 
     def _fail(self, error: OloraError | StoreError) -> None:

@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 import pytest
@@ -175,6 +176,25 @@ def test_tokenised_files_are_kept_within_their_bound(service: Service) -> None:
     supervisor.close()
     assert service.job(job_id).status == "succeeded"
     assert list(settings.tokens_folder.glob("*/*")) == []
+
+
+def test_the_first_step_is_recorded_before_the_second_is_heard(
+    service: Service, supervisor: Supervisor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recorded: list[list[int]] = []
+    record = progress.record
+
+    def noted(*arguments: Any, **said: Any) -> None:
+        recorded.append([step["step"] for step in said["steps"]])
+        record(*arguments, **said)
+
+    monkeypatch.setattr(progress, "record", noted)
+    monkeypatch.setattr("worker.attempt.RECORD_SECONDS", 3600.0)
+    service.queue(rows=32, n_epochs=1)
+    supervisor.run_until_idle()
+    written = [steps for steps in recorded if steps]
+    assert written[0] == [1]
+    assert [step for steps in written for step in steps] == list(range(1, 9)), "each once"
 
 
 def test_its_owner_reads_the_whole_story(service: Service, supervisor: Supervisor) -> None:
