@@ -156,6 +156,7 @@ class Trainer:
     def serve(self) -> NoReturn:
         import olora_core.train  # noqa: F401  # while the supervisor fetches the files
 
+        gc.freeze()  # the libraries' objects stay, and are many: `free_memory` need not look at them again
         self.channel.say(ready={"pid": os.getpid(), "device": _device_name()})
         while True:
             order = self.channel.orders.get()
