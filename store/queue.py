@@ -26,7 +26,7 @@ log = logging.getLogger(__name__)
 
 TASK = "run_next"
 QUEUE = "olora"
-POLL_SECONDS = 0.1
+POLL_SECONDS = 0.05
 PUBLISH_SECONDS = 3.0
 TRANSPORT_ALIASES["folder"] = f"{__name__}:FolderTransport"
 
