@@ -60,7 +60,7 @@ fix: $(VENV)/.dev  ## Format, and mend what ruff can mend
 	$(BIN)/ruff check --fix .
 
 bench: $(VENV)/.dev  ## Measure against named peers; each benchmark prints one table
-	@set -e; for file in bench/[a-z]*.py; do echo "== $$file"; $(BIN)/python -m bench.$$(basename $$file .py); done
+	@set -e; for name in olora_init start train; do echo "== bench/$$name.py"; $(BIN)/python -m bench.$$name; done
 
 clean:  ## Remove .venv and caches; your jobs and files in .olora stay
 	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .import_linter_cache

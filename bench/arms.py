@@ -1,0 +1,471 @@
+"""The arms of `bench/train.py`, each in a process of its own that trains and prints one line of JSON.
+
+    python -m bench.arms prepare FOLDER --steps 12 --batch-size 8
+    python -m bench.arms ours FOLDER --steps 12 --batch-size 8
+
+FOLDER is one that `bench.materials` made. `prepare` tokenises its rows once, puts them in the order in which
+our run takes them and draws the LoRA factors, so that all arms train on the same tokens from the same start.
+"""
+
+import argparse
+import dataclasses
+import functools
+import json
+import resource
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from torch.nn import functional as F
+from transformers import PreTrainedModel
+
+RANK, ALPHA, LEARNING_RATE, SEED = 16, 32, 5e-4, 0
+ROWS, START = "rows.npz", "start.safetensors"
+IGNORED = -100
+
+
+@dataclass(frozen=True)
+class Arm:
+    """One way to train. `options` are hyperparameters of ours, or arguments of the peer's trainer."""
+
+    kind: str
+    says: str
+    options: dict[str, Any] = field(default_factory=dict)
+    grouped: bool = False
+    """Whether batches are put together by length, as a peer that groups does; ours keeps its own order."""
+    dtype: str = "bfloat16"
+    """What a peer loads the base in; ours decides by itself."""
+    method: str = "lora"
+    switch: str | None = None
+    """What is turned off inside our code, see SWITCHES."""
+
+    @property
+    def same_batches(self) -> bool:
+        """Whether each step sees the same examples, from the same start, as ours."""
+        packs_rows = self.kind == "trl" and "packing" in self.options
+        return not self.grouped and not packs_rows and self.method == "lora"
+
+
+TUNED = {"bf16": True, "logging_nan_inf_filter": False, "gradient_checkpointing": False}
+AT_A_TIME = "gradient_accumulation_steps"
+BEST = TUNED | {AT_A_TIME: 4}
+"""Two rows at a time: of 1, 2, 4 and 8 rows, fp32 and bf16 with and without autocast, the fastest here."""
+ARMS = {
+    "ours": Arm("ours", "`olora_core.train` as a user calls it, LoRA, every setting auto"),
+    "trainer": Arm(
+        "trainer", "PEFT + HF Trainer tuned: bf16, no checkpointing, length-grouped", BEST, grouped=True
+    ),
+    "trl": Arm("trl", "PEFT + TRL SFTTrainer, its defaults", dtype="default"),
+    "trl-packed": Arm("trl", "PEFT + TRL SFTTrainer, packing=True", {"packing": True}, dtype="default"),
+    "trl-tuned": Arm("trl", "PEFT + TRL SFTTrainer tuned in the same way", BEST, grouped=True),
+    # What the peers' settings give.
+    "trainer-random": Arm("trainer", "tuned, batches not grouped", BEST),
+    "trainer-1-row": Arm("trainer", "tuned, 1 row at a time", TUNED | {AT_A_TIME: 8}, grouped=True),
+    "trainer-4-rows": Arm("trainer", "tuned, 4 rows at a time", TUNED | {AT_A_TIME: 2}, grouped=True),
+    "trainer-8-rows": Arm("trainer", "tuned, 8 rows at a time", TUNED, grouped=True),
+    "trainer-fp32": Arm("trainer", "tuned, in fp32", BEST | {"bf16": False}, True, "float32"),
+    "trainer-no-autocast": Arm("trainer", "tuned, bf16 base, fp32 LoRA", BEST | {"bf16": False}, True),
+    "trainer-recast": Arm("trainer", "tuned, fp32 base cast to bf16 in every product", BEST, True, "float32"),
+    # Ours, one lever at a time.
+    "ours-olora": Arm("ours", "OLoRA instead of LoRA", method="olora"),
+    "ours-fp32": Arm("ours", "fp32", {"dtype": "float32"}),
+    "ours-padded": Arm("ours", "padded instead of packed", {"packing": False}),
+    "ours-512-tokens": Arm("ours", "512 tokens a pass", {"micro_batch_tokens": 512}),
+    "ours-1024-tokens": Arm("ours", "1024 tokens a pass", {"micro_batch_tokens": 1024}),
+    "ours-checkpointing": Arm("ours", "gradient checkpointing", {"gradient_checkpointing": True}),
+    "ours-masked": Arm("ours", "packed rows attended through one mask", switch="segments"),
+    "ours-every-logit": Arm("ours", "the head on every token", switch="label-only head"),
+    "ours-head-twice": Arm("ours", "the head's gradient by autograd", switch="head's gradient"),
+    "ours-plain-product": Arm("ours", "W x and B A x apart, by autograd", switch="fused product"),
+}
+
+
+@dataclass(frozen=True)
+class Task:
+    """What an arm is given."""
+
+    folder: Path
+    steps: int
+    warm_up: int
+    batch_size: int
+    device: str
+
+    @property
+    def base(self) -> Path:
+        return self.folder / "base"
+
+
+# --- what all arms share -------------------------------------------------------------------------------
+
+
+def prepare(task: Task) -> dict[str, Any]:
+    """Writes ROWS and START; returns what the table's heading tells of the data."""
+    from olora_core.batches import epoch_order
+    from olora_core.data import read_data
+    from olora_core.methods import METHODS
+    from olora_core.model import load_base, target_sites
+    from olora_core.progress import result_of
+
+    base = load_base(task.base, name="bench", device=task.device)
+    spec = our_spec(task, {})
+    data = result_of(read_data(spec, base, task.folder / "train.jsonl", task.folder / "valid.jsonl"))
+    if len(data.training) != task.steps * task.batch_size:
+        raise SystemExit(f"{len(data.training)} usable rows are not {task.steps} × {task.batch_size}.")
+    order = epoch_order(len(data.training), seed=SEED, epoch=0)
+    write_rows(
+        task.folder / ROWS,
+        {
+            "training": [data.training.row(int(i)) for i in order],
+            "held_out": [data.validation.row(i) for i in range(len(data.validation))],
+        },
+    )
+    method = METHODS["lora"](spec.adapter, seed=SEED, total_steps=task.steps, schedule=lambda i, n: 1.0)
+    sites = target_sites(base.model, "auto")
+    start = {site.name: method.adapter(base.model.get_submodule(site.name).weight, site).A for site in sites}
+    save_file({name: A.detach().contiguous() for name, A in start.items()}, task.folder / START)
+    lengths = data.training.lengths
+    return {
+        "parameters": base.model.num_parameters(),
+        "lengths": [int(lengths.min()), float(np.median(lengths)), float(lengths.mean()), int(lengths.max())],
+        "trained": float(data.training.trained.mean()),
+    }
+
+
+def write_rows(path: Path, parts: dict[str, list[tuple[np.ndarray, np.ndarray]]]) -> None:
+    arrays = {}
+    for name, rows in parts.items():
+        arrays[f"{name}_tokens"] = np.concatenate([tokens for tokens, _ in rows]).astype(np.int64)
+        arrays[f"{name}_trained"] = np.concatenate([trained for _, trained in rows])
+        arrays[f"{name}_ends"] = np.cumsum([len(tokens) for tokens, _ in rows])
+    np.savez(path, **arrays)
+
+
+def read_rows(folder: Path, name: str) -> list[dict[str, list[int]]]:
+    """`input_ids` and `labels` of each row, as a peer's data set has them."""
+    with np.load(folder / ROWS) as file:
+        tokens, trained = file[f"{name}_tokens"], file[f"{name}_trained"]
+        ends = file[f"{name}_ends"][:-1]
+    labels = np.where(trained, tokens, IGNORED)
+    return [
+        {"input_ids": ids.tolist(), "labels": targets.tolist()}
+        for ids, targets in zip(np.split(tokens, ends), np.split(labels, ends), strict=True)
+    ]
+
+
+@torch.no_grad()
+def held_out_loss(model: PreTrainedModel, folder: Path) -> float:
+    """Nats per trained token of the held-out rows, one row at a time, the same way for every arm."""
+    model.eval()
+    total, count = 0.0, 0
+    for row in read_rows(folder, "held_out"):
+        ids, labels = (torch.tensor(row[name], device=model.device) for name in ("input_ids", "labels"))
+        positions = (labels != IGNORED).nonzero()[:, 0]
+        hidden = model.get_decoder()(input_ids=ids[None], use_cache=False).last_hidden_state[0, positions - 1]
+        logits = model.get_output_embeddings()(hidden.to(model.get_output_embeddings().weight.dtype))
+        total += float(F.cross_entropy(logits.float(), labels[positions], reduction="sum"))
+        count += len(positions)
+    return total / count
+
+
+@dataclass
+class Clock:
+    """Reads the time when the warm-up is over and at the end, and the memory before anything else uses it."""
+
+    task: Task
+    steps: int = 0
+    ends: list[tuple[float, float]] = field(default_factory=list)
+    """Of each step: by the clock, and in this process's own CPU time."""
+    peak_bytes: int = 0
+
+    def step_ended(self) -> None:
+        self.steps += 1
+        if self.task.device == "cuda" and self.steps in (self.task.warm_up, self.task.steps):
+            torch.cuda.synchronize()
+        self.ends.append((time.perf_counter(), time.process_time()))
+        if self.steps == self.task.steps:
+            self.peak_bytes = peak_memory(self.task.device)
+
+    @property
+    def seconds(self) -> float:
+        return self.ends[-1][0] - self.ends[self.task.warm_up - 1][0]
+
+    @property
+    def cpu_seconds(self) -> float:
+        return self.ends[-1][1] - self.ends[self.task.warm_up - 1][1]
+
+
+def peak_memory(device: str) -> int:
+    if device == "cuda":
+        return torch.cuda.max_memory_allocated()
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+# --- ours ----------------------------------------------------------------------------------------------
+
+
+def our_spec(task: Task, options: dict[str, Any], method: str = "lora") -> Any:
+    from olora_core.specs import read_spec
+
+    return read_spec(
+        model="bench",
+        hyperparameters={
+            "n_epochs": 1,
+            "batch_size": task.batch_size,
+            "learning_rate": LEARNING_RATE,
+            "schedule": "constant",
+            "warmup_ratio": 0.0,
+            **options,
+        },
+        adapter={"method": method, "rank": RANK, "alpha": ALPHA},
+        seed=SEED,
+    )
+
+
+def ours(task: Task, arm: Arm) -> dict[str, Any]:
+    from olora_core.model import load_base
+    from olora_core.precision import compute_dtype
+    from olora_core.train import Step, train
+
+    libraries = peak_memory(task.device)
+    spec = our_spec(task, arm.options, arm.method)
+    dtype = compute_dtype(spec, task.base, task.device)
+    base = load_base(task.base, name="bench", device=task.device, dtype=dtype)
+    if arm.switch:
+        SWITCHES[arm.switch](base)
+    clock, said = Clock(task), []
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = Path(scratch) / "run"
+        run = train(spec, base, task.folder / "train.jsonl", None, folder, checkpoint_seconds=86_400.0)
+        while len(said) < task.steps:
+            if isinstance(progress := next(run), Step):
+                clock.step_ended()
+                said.append(progress)
+        held_out = held_out_loss(base.model, task.folder)  # while the run has its adapters in place
+        run.close()
+    tokens = sum(step.tokens for step in said[task.warm_up :])
+    return result([step.loss for step in said], held_out, tokens, clock, libraries, str(dtype))
+
+
+# Each turns one of our techniques off, in this process alone. No user can: it is for measuring what it gives.
+
+
+def head_on_every_token(base: Any) -> None:
+    base.passes = dataclasses.replace(base.passes, plain_head=False)
+
+
+def one_mask(base: Any) -> None:
+    base.passes = dataclasses.replace(base.passes, packing="positions")
+
+
+def head_by_autograd(base: Any) -> None:
+    import olora_core.losses as losses
+
+    def apply(
+        hidden: Tensor, weight: Tensor, bias: Any, targets: Tensor, smoothing: float
+    ) -> tuple[Tensor, Tensor]:
+        logits = F.linear(hidden, weight, bias)
+        total = F.cross_entropy(logits.float(), targets, reduction="sum", label_smoothing=smoothing)
+        return total, (logits.detach().argmax(dim=-1) == targets).sum()
+
+    losses.FrozenHeadLoss = SimpleNamespace(apply=apply)
+
+
+def products_apart(base: Any) -> None:
+    from olora_core.adapter import Adapter
+    from olora_core.methods.lora import LoRAAdapter
+
+    LoRAAdapter.beside, LoRAAdapter.delta = Adapter.beside, Adapter.delta
+
+
+SWITCHES: dict[str, Callable[[Any], None]] = {
+    "label-only head": head_on_every_token,
+    "segments": one_mask,
+    "head's gradient": head_by_autograd,
+    "fused product": products_apart,
+}
+
+
+# --- the peers -----------------------------------------------------------------------------------------
+
+
+def peer(task: Task, arm: Arm) -> dict[str, Any]:
+    import peft
+    from transformers import TrainerCallback
+
+    class Ticks(TrainerCallback):
+        def on_step_end(self, *_: Any, **__: Any) -> None:
+            clock.step_ended()
+
+    rows = read_rows(task.folder, "training")
+    if arm.grouped:
+        rows = grouped(rows, task.batch_size)
+    start = load_file(task.folder / START)
+    lora = peft.LoraConfig(
+        r=RANK, lora_alpha=ALPHA, target_modules=list(start), task_type="CAUSAL_LM", lora_dropout=0.0
+    )
+    make = make_trainer if arm.kind == "trainer" else make_trl
+    with tempfile.TemporaryDirectory() as scratch:
+        trainer, libraries = make(task, arm, rows, lora, scratch)
+        take_start(trainer.model, start)
+        clock, losses = Clock(task), record_losses(trainer)
+        trainer.add_callback(Ticks())
+        trainer.train()
+    per_step = len(losses) // task.steps
+    sums = torch.stack(losses).float().view(task.steps, per_step).sum(dim=1).tolist()
+    held_out = held_out_loss(trainer.model.get_base_model(), task.folder)
+    lengths = [len(row["input_ids"]) for row in trainer.train_dataset]
+    step_rows = len(lengths) // task.steps
+    if arm.options.get("packing"):  # the last step may hold what the others left over
+        step_rows = trainer.args.per_device_train_batch_size
+    tokens = sum(lengths[task.warm_up * step_rows : task.steps * step_rows])
+    return result(sums, held_out, tokens, clock, libraries, arm.dtype)
+
+
+def arguments_of(task: Task, arm: Arm, scratch: str) -> dict[str, Any]:
+    """What the arms must have alike: the same steps at the same rate, and nothing written or reported."""
+    return {
+        "output_dir": scratch,
+        "max_steps": task.steps,
+        "per_device_train_batch_size": task.batch_size // arm.options.get(AT_A_TIME, 1),
+        "learning_rate": LEARNING_RATE,
+        "lr_scheduler_type": "constant",
+        "train_sampling_strategy": "sequential",
+        "save_strategy": "no",
+        "report_to": "none",
+        "disable_tqdm": True,
+        "use_cpu": task.device == "cpu",
+        "dataloader_pin_memory": task.device == "cuda",
+        "seed": SEED,
+        **arm.options,
+    }
+
+
+def make_trainer(task: Task, arm: Arm, rows: list, lora: Any, scratch: str) -> tuple[Any, int]:
+    from peft import get_peft_model
+    from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
+
+    libraries = peak_memory(task.device)
+    model = AutoModelForCausalLM.from_pretrained(task.base, dtype=getattr(torch, arm.dtype))
+    arguments = TrainingArguments(logging_strategy="no", **arguments_of(task, arm, scratch))
+    model = get_peft_model(model, lora)
+    trainer = Trainer(
+        model,
+        arguments,
+        train_dataset=rows,
+        data_collator=functools.partial(padded, pad=model.config.pad_token_id),
+    )
+    return trainer, libraries
+
+
+def padded(rows: list[dict[str, list[int]]], pad: int) -> dict[str, Tensor]:
+    """A batch padded on the right. No mask: attention is causal, and without one it is faster."""
+    longest = max(len(row["input_ids"]) for row in rows)
+
+    def filled(name: str, filler: int) -> Tensor:
+        return torch.tensor([row[name] + [filler] * (longest - len(row[name])) for row in rows])
+
+    return {"input_ids": filled("input_ids", pad), "labels": filled("labels", IGNORED)}
+
+
+def make_trl(task: Task, arm: Arm, rows: list, lora: Any, scratch: str) -> tuple[Any, int]:
+    from datasets import Dataset
+    from trl import SFTConfig, SFTTrainer
+
+    libraries = peak_memory(task.device)
+    options = arguments_of(task, arm, scratch)
+    if arm.dtype != "default":
+        options["model_init_kwargs"] = {"dtype": arm.dtype}
+    if arm.options.get("packing"):
+        # Rows as long as the mean batch has tokens, one a step: as many tokens a step as the other arms.
+        tokens = sum(len(row["input_ids"]) for row in rows)
+        longest = max(len(row["input_ids"]) for row in rows)
+        options |= {"max_length": max(longest, tokens // task.steps), "per_device_train_batch_size": 1}
+    trainer = SFTTrainer(
+        str(task.base),
+        args=SFTConfig(**options),
+        train_dataset=Dataset.from_list(rows),
+        peft_config=lora,
+    )
+    return trainer, libraries
+
+
+def grouped(rows: list, size: int) -> list:
+    """The same rows in batches of like length, these in random order."""
+    ordered = sorted(rows, key=lambda row: -len(row["input_ids"]))
+    batches = [ordered[i : i + size] for i in range(0, len(ordered), size)]
+    return [row for i in np.random.default_rng(SEED).permutation(len(batches)) for row in batches[i]]
+
+
+def take_start(model: Any, start: dict[str, Tensor]) -> None:
+    """Gives PEFT's layers the factors that ours starts from; B is zero in both."""
+    for name, A in start.items():
+        layer = model.get_submodule(f"base_model.model.{name}")
+        layer.lora_A["default"].weight.data.copy_(A)
+
+
+def record_losses(trainer: Any) -> list[Tensor]:
+    """The list that each micro-step's loss is added to, without waiting for it."""
+    losses: list[Tensor] = []
+    step = trainer.training_step
+
+    def recorded(*arguments: Any, **named: Any) -> Tensor:
+        loss = step(*arguments, **named)
+        losses.append(loss.detach())
+        return loss
+
+    trainer.training_step = recorded
+    return losses
+
+
+# --- the process ---------------------------------------------------------------------------------------
+
+
+def result(
+    losses: list[float], held_out: float, tokens: int, clock: Clock, libraries: int, dtype: str
+) -> dict[str, Any]:
+    return {
+        "losses": losses,
+        "held_out": held_out,
+        "tokens": tokens,
+        "seconds": clock.seconds,
+        "tokens_per_second": tokens / clock.seconds,
+        "tokens_per_cpu_second": tokens / clock.cpu_seconds,
+        "peak_bytes": clock.peak_bytes,
+        "libraries_bytes": libraries,
+        "dtype": dtype.removeprefix("torch."),
+        "threads": torch.get_num_threads(),
+    }
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("arm", choices=["prepare", *ARMS])
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--steps", type=int, default=12)
+    parser.add_argument("--warm-up", type=int, default=3)
+    parser.add_argument("--batch-size", type=int, default=8)
+    parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
+    asked = parser.parse_args(arguments)
+    if not 0 < asked.warm_up < asked.steps:
+        parser.error("--warm-up must be at least 1 and less than --steps")
+    task = Task(asked.folder, asked.steps, asked.warm_up, asked.batch_size, asked.device)
+    if asked.arm == "prepare":
+        told = prepare(task)
+    else:
+        arm = ARMS[asked.arm]
+        told = (ours if arm.kind == "ours" else peer)(task, arm)
+        told |= {"same_batches": arm.same_batches}
+    sys.stdout.write(json.dumps(told) + "\n")
+
+
+if __name__ == "__main__":
+    main()
