@@ -3,7 +3,7 @@
 import hashlib
 import json
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -64,6 +64,8 @@ class Base:
     device: torch.device
     notes: list[str] = field(default_factory=list)
     """Sentences the owner of a job on this base should read."""
+    pass_bytes: dict[Hashable, tuple[float, float, float]] = field(default_factory=dict)
+    """What passes were found to take (see `plan.Estimate`), for the next job with such adapters."""
 
     @cached_property
     def passes(self) -> Passes:

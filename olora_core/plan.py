@@ -170,12 +170,33 @@ def _mb(number: float) -> str:
 def estimate_memory(
     spec: TrainSpec, base: Base, adapters: Mapping[str, Adapter], loss: Loss, every_logit: bool
 ) -> Estimate:
-    """Measures short passes of the base with its adapters, as a step makes them."""
+    """Counts what is there, and adds what short passes of the base with its adapters take."""
     trained = sum(p.numel() * p.element_size() for a in adapters.values() for p in a.parameters())
-    sides = 2 if spec.type == "dpo" else 1
     vocabulary = base.model.get_input_embeddings().weight.shape[0]
     fused = base.passes.plain_head and not every_logit and spec.type != "dpo"
     head = LOGIT_BYTES * vocabulary if fused else 0
+    how = (spec.adapter.model_dump_json(), spec.type, every_logit, base.model.config._attn_implementation)
+    if how not in base.pass_bytes:
+        base.pass_bytes[how] = _measured(spec, base, loss, every_logit, head)
+    used, free = memory_of(base.device)  # with what the libraries took for their first passes
+    config = base.model.config.get_text_config()
+    return Estimate(
+        used=used,
+        free=free,
+        optimizer=3 * trained,
+        passes=base.pass_bytes[how],
+        layers=getattr(config, "num_hidden_layers", None) or 1,
+        layer_input=config.hidden_size * base.model.dtype.itemsize,
+        head=head,
+        slack=CPU_SLACK if base.device.type == "cpu" else 1.1,
+    )
+
+
+def _measured(
+    spec: TrainSpec, base: Base, loss: Loss, every_logit: bool, head: int
+) -> tuple[float, float, float]:
+    """`Estimate.passes`, from short passes as a step makes them, without the `head` bytes a token."""
+    sides = 2 if spec.type == "dpo" else 1
     set_training(base.model, spec)
     rows, peaks = [], []
     for length in _probe_lengths(base.model):
@@ -193,18 +214,7 @@ def estimate_memory(
             ) from None
         peaks.append(max(0, peak - min(head * tokens, HEAD_BYTES)))
     a, b, c = np.linalg.lstsq(np.array(rows, dtype=float), np.array(peaks, dtype=float), rcond=None)[0]
-    used, free = memory_of(base.device)  # with what the libraries took for their first passes
-    config = base.model.config.get_text_config()
-    return Estimate(
-        used=used,
-        free=free,
-        optimizer=3 * trained,
-        passes=(float(max(0.0, a)), float(b), float(max(0.0, c))),
-        layers=getattr(config, "num_hidden_layers", None) or 1,
-        layer_input=config.hidden_size * base.model.dtype.itemsize,
-        head=head,
-        slack=CPU_SLACK if base.device.type == "cpu" else 1.1,
-    )
+    return float(max(0.0, a)), float(b), float(max(0.0, c))
 
 
 def _probe_lengths(model: PreTrainedModel) -> tuple[int, ...]:

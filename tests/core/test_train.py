@@ -285,6 +285,24 @@ def test_a_resident_base_serves_one_run_after_another(run, training, base_folder
     assert losses(run(spec_for(), base=resident)) == losses(run(spec_for(), base=fresh))
 
 
+def test_the_next_run_on_a_base_does_not_run_it_before_the_first_step(llama, training, tmp_path) -> None:
+    """What the first run found out about the model, it found out for all."""
+    passes: list[torch.Size] = []
+    llama.model.get_decoder().register_forward_pre_hook(
+        lambda module, inputs, named: passes.append(named["input_ids"].shape), with_kwargs=True
+    )
+    before_the_first_step = []
+    for number in range(2):
+        passes.clear()
+        progress = train(spec_for(), llama, training, None, tmp_path / str(number))
+        while not isinstance(next(progress), Resolved):
+            pass
+        before_the_first_step.append(len(passes))
+        progress.close()
+    assert before_the_first_step[0] > 0
+    assert before_the_first_step[1] == 0
+
+
 # --- checkpoints ---------------------------------------------------------------------------------------
 
 
