@@ -42,7 +42,7 @@ class Shape:
 
 
 SHAPES = {
-    "tiny": Shape(4096, 32, 64, 2, 4, 2, 1024),
+    "tiny": Shape(4096, 32, 64, 2, 4, 4, 1024),
     "100m": Shape(32_000, 768, 2048, 8, 12, 12, 1024),  # 105.8 M parameters, 49.2 of them embedding and head
     "0.5b": Shape(151_936, 896, 4864, 24, 14, 2, 4096, tied=True),  # Qwen2.5-0.5B's
     "8b": Shape(128_256, 4096, 14_336, 32, 32, 8, 8192),  # Llama-3-8B's
