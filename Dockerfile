@@ -27,7 +27,7 @@ FROM base AS worker
 # The index to take torch from, for a CPU build or another CUDA version; empty: the registry's own build.
 ARG TORCH_INDEX_URL=
 RUN --mount=type=cache,target=/root/.cache/pip pip install "$(grep '^torch==' constraints.txt)" ${TORCH_INDEX_URL:+--index-url "$TORCH_INDEX_URL"}
-RUN --mount=type=cache,target=/root/.cache/pip pip install -c constraints.txt -e '.[worker,postgres]'
+RUN --mount=type=cache,target=/root/.cache/pip pip install -c constraints.txt -e '.[worker,gpu,postgres]'
 COPY alembic.ini ./
 COPY migrations migrations
 COPY olora_core olora_core
