@@ -245,7 +245,13 @@ def _train(
             device = "cuda" if torch.cuda.is_available() else "cpu"
         bar.phase("loading the base model")
         dtype = compute_dtype(spec, folder, device)
-        base = load_base(folder, name=spec.model, device=device, dtype=dtype)
+        base = load_base(
+            folder,
+            name=spec.model,
+            device=device,
+            dtype=dtype,
+            quantization=spec.hyperparameters.quantization,
+        )
         resume = _newest_checkpoint(output)
         if resume is not None:
             bar.say(f"Going on from {resume.name}.")

@@ -1,7 +1,7 @@
 """The change of one frozen linear layer, and how it is put beside that layer without writing it.
 
 `y = W x + bias + delta(x)`: W is out×in and never written. GPT-2's Conv1D stores its transpose; an adapter
-is built on out×in either way and never learns the difference.
+is built on out×in either way and never learns the difference, nor how W is quantised.
 """
 
 from collections.abc import Callable, Iterator, Mapping
@@ -13,6 +13,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers.pytorch_utils import Conv1D
+
+from . import quantisation
 
 Kind = Literal["linear", "conv1d"]
 
@@ -113,16 +115,39 @@ class AdaptedLinear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         return self.adapter.beside(self.base, x) if self.enabled else self.base(x)
 
+    def train(self, mode: bool = True) -> "AdaptedLinear":
+        """The frozen layer stays as it is served: LLM.int8 on a CPU computes otherwise in training mode."""
+        super().train(mode)
+        self.base.eval()
+        return self
+
 
 def is_linear(module: nn.Module) -> bool:
-    """Whether an adapter can stand beside this module (before looking at its dtype)."""
+    """Whether an adapter can stand beside this module (before looking at its weight)."""
     return isinstance(module, nn.Linear | Conv1D)
 
 
+def is_stored_transposed(layer: nn.Module) -> bool:
+    """Whether the files hold this layer's weight as in×out. bitsandbytes turns a Conv1D's round."""
+    return isinstance(layer, Conv1D) or getattr(layer, "source_cls", None) is Conv1D
+
+
 def site_weight(module: nn.Module) -> Tensor:
-    """The layer's weight as out×in: itself, or for a Conv1D a transposed view. Read only."""
+    """The layer's weight as out×in: itself, or for a Conv1D a transposed view. Read only.
+
+    A quantised one is given as what it stands for, in fp32.
+    """
+    if quantisation.kind_of(module) in quantisation.PACKAGES:
+        return quantisation.dequantised(module)
     weight = module.weight.detach()
     return weight.T if isinstance(module, Conv1D) else weight
+
+
+def site_shape(module: nn.Module) -> tuple[int, ...]:
+    """(out, in), without dequantising anything."""
+    if quantisation.kind_of(module) in quantisation.PACKAGES:
+        return module.out_features, module.in_features
+    return tuple(site_weight(module).shape)
 
 
 def attach(model: nn.Module, adapters: Mapping[str, Adapter]) -> None:

@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import regex
 import torch
@@ -27,10 +28,22 @@ from transformers import conversion_mapping as conversions
 from transformers.pytorch_utils import Conv1D
 from transformers.utils import logging
 
-from .adapter import AdaptedLinear, Kind, Site, adapters_off, attached, bare_modules, is_linear, site_weight
+from . import quantisation
+from .adapter import (
+    AdaptedLinear,
+    Kind,
+    Site,
+    adapters_off,
+    attached,
+    bare_modules,
+    is_linear,
+    site_shape,
+    site_weight,
+)
 from .errors import ModelError, SpecError
 from .passes import Passes, passes_of
-from .specs import nearest
+from .quantisation import Quantised
+from .specs import TrainSpec, nearest
 
 INDEX = "model.safetensors.index.json"
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json", "spiece.model")
@@ -66,6 +79,8 @@ class Base:
     """Sentences the owner of a job on this base should read."""
     pass_bytes: dict[Hashable, tuple[float, float, float]] = field(default_factory=dict)
     """What passes were found to take (see `plan.Estimate`), for the next job with such adapters."""
+    quantised: Quantised | None = None
+    """How its linear layers hold their weights; None for those of the checkpoint."""
 
     @cached_property
     def passes(self) -> Passes:
@@ -83,16 +98,35 @@ class Base:
         return hashlib.sha256("".join(lines).encode()).hexdigest()
 
 
-def load_base(folder: Path, *, name: str, device: str = "cpu", dtype: torch.dtype | None = None) -> Base:
+def load_base(
+    folder: Path,
+    *,
+    name: str,
+    device: str = "cpu",
+    dtype: torch.dtype | None = None,
+    quantization: str = "none",
+) -> Base:
     """Loads a base from a local folder: safetensors only, never its own code, every parameter frozen.
 
-    `dtype=None` keeps the checkpoint's own. Raises ModelError with the remedy.
+    `dtype=None` keeps the checkpoint's own. `quantization` is as in the spec; a checkpoint that is quantised
+    in its files stays so. Raises ModelError or SpecError with the remedy.
     """
     folder = Path(folder)
     config = load_config(folder, name)
+    kind = quantisation.planned(quantization, config, name, device)
+    from_files = getattr(config, "quantization_config", None) is not None
     tokenizer = _load_tokenizer(folder, name)
-    model, unused = _load_model(folder, name, config, dtype)
-    model.to(device).requires_grad_(False)
+    how = {} if kind is None else {"device_map": {"": device}}
+    if kind is not None and not from_files:
+        how["quantization_config"] = quantisation.loading_config(kind, dtype or config.dtype or torch.float32)
+    model, unused = _load_model(folder, name, config, dtype, how)
+    model.requires_grad_(False)
+    quantised = None
+    if kind is None:
+        model.to(device)
+    else:
+        quantisation.settle(model, kind, name, model.dtype)
+        quantised = Quantised(kind, model.config.quantization_config.to_dict(), from_files)
     notes = _adopt_pad_token(tokenizer)
     if unused:
         notes.append(
@@ -108,7 +142,19 @@ def load_base(folder: Path, *, name: str, device: str = "cpu", dtype: torch.dtyp
         f"{len(names)} {LEFT_OUT[kind].format(names=shortened(names))}"
         for kind, names in left_out(model).items()
     ]
-    return Base(model, tokenizer, folder, name, model.dtype, model.device, notes)
+    return Base(model, tokenizer, folder, name, model.dtype, model.device, notes, quantised)
+
+
+def check_quantization(spec: TrainSpec, base: Base) -> None:
+    """The resident base must be quantised as the run asks: a base that is so in its files needs no asking."""
+    asked, resident = spec.hyperparameters.quantization, base.quantised
+    kind = "none" if resident is None else resident.kind
+    if asked != kind and not (asked == "none" and resident is not None and resident.from_files):
+        raise SpecError(
+            f"hyperparameters.quantization = '{asked}', and the base model is loaded with '{kind}'; give "
+            "load_base the same.",
+            param="hyperparameters.quantization",
+        )
 
 
 def check_folder(folder: Path, name: str) -> None:
@@ -198,9 +244,9 @@ def load_config(folder: Path, name: str) -> PreTrainedConfig:
 
 
 def _load_model(
-    folder: Path, name: str, config: PreTrainedConfig, dtype: torch.dtype | None
+    folder: Path, name: str, config: PreTrainedConfig, dtype: torch.dtype | None, how: dict[str, Any]
 ) -> tuple[PreTrainedModel, list[str]]:
-    """The model, and the names of tensors in its files that it does not use."""
+    """The model, and the names of tensors in its files that it does not use. `how` is for transformers."""
     try:
         with _no_progress_bar():
             model, report = AutoModelForCausalLM.from_pretrained(
@@ -211,6 +257,7 @@ def _load_model(
                 trust_remote_code=False,
                 local_files_only=True,
                 output_loading_info=True,
+                **how,
             )
     except (MemoryError, torch.OutOfMemoryError):
         raise
@@ -316,7 +363,7 @@ def _routers(model: nn.Module) -> set[str]:
     """
     counts = {path.rpartition(".")[0]: parameter.shape[0] for path, _, parameter in _fused(model)}
     matrices = {
-        path: site_weight(module).shape[0]
+        path: site_shape(module)[0]
         for path, module in bare_modules(model)
         if counts
         and isinstance(weight := getattr(module, "weight", None), torch.Tensor)
@@ -428,8 +475,8 @@ def _obstacle(model: PreTrainedModel, name: str) -> str | None:
     weight = module.weight
     if any(m.weight is weight for m in model.modules() if isinstance(m, nn.Embedding)):
         return "its weight is tied to the token embedding"
-    if weight.dim() != 2 or not weight.is_floating_point():
-        return f"its weight is quantised ({weight.dtype})"
+    if reason := quantisation.obstacle(module):
+        return reason
     if _taken_for_experts(model, name):
         family = model.config.model_type
         return f"PEFT takes its name for the fused experts of a {family} and would not load its adapter"
@@ -499,6 +546,6 @@ def _block_of(name: str, stacks: dict[str, int]) -> tuple[int | None, int]:
 
 def _site(model: nn.Module, name: str, stacks: dict[str, int]) -> Site:
     module = model.get_submodule(name)
-    out_features, in_features = site_weight(module).shape
+    out_features, in_features = site_shape(module)
     kind: Kind = "conv1d" if isinstance(module, Conv1D) else "linear"
     return Site(name, *_block_of(name, stacks), kind, out_features, in_features)

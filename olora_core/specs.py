@@ -146,6 +146,9 @@ def check_export_rank(spec: AdapterSpec) -> None:
         )
 
 
+Quantization = Literal["none", "nf4", "int8", "torchao-int8", "torchao-fp8"]
+
+
 class Hyperparameters(Spec):
     """How to train; OpenAI's three names first, then ours."""
 
@@ -222,6 +225,11 @@ class Hyperparameters(Spec):
     )
     dtype: Literal["auto", "float32", "bfloat16"] = Field(
         default="auto", description="Compute precision; auto times both on the device at hand."
+    )
+    quantization: Quantization = Field(
+        default="none",
+        description="How the frozen base holds its weights: nf4, int8 (bitsandbytes), torchao-int8, "
+        "torchao-fp8, or none: as its files do.",
     )
     beta: Auto | Annotated[float, Field(gt=0, le=2)] | None = Field(
         default=None, description="dpo alone: how firmly the model is held to the base; auto is 0.1."

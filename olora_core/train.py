@@ -32,7 +32,7 @@ from .export import Story, export_adapter, record_certificate
 from .losses import Loss, loss_of, set_training
 from .methods import METHODS, Method, Outputs
 from .methods.base import Schedule, placing
-from .model import Base, target_sites
+from .model import Base, check_quantization, target_sites
 from .neftune import with_noise
 from .passes import evaluating
 from .plan import Plan, can_checkpoint, is_out_of_memory, plan_passes, set_checkpointing
@@ -93,6 +93,7 @@ def train(
     asked, threads = spec, torch.get_num_threads()
     attention_before = base.model.config._attn_implementation
     check_dtype(spec, base)
+    check_quantization(spec, base)
     check_validation(spec, given=validation is not None)
     sites = target_sites(base.model, spec.adapter.target_modules)
     data = yield from read_data(spec, base, training, validation, cache or folder / "tokens")

@@ -103,7 +103,7 @@ def _claim_descriptors() -> tuple[BinaryIO, BinaryIO]:
 
 
 class WarmBase:
-    """The base model of the last job, kept for the next one that wants the same files in the same dtype."""
+    """The base model of the last job, kept for the next one that wants the same files held alike."""
 
     def __init__(self) -> None:
         import torch
@@ -121,12 +121,15 @@ class WarmBase:
         from olora_core.precision import compute_dtype
 
         dtype = compute_dtype(spec, folder, self.device)
-        key = (spec.model, str(folder.resolve()), _files_of(folder), dtype)
+        quantization = spec.hyperparameters.quantization
+        key = (spec.model, str(folder.resolve()), _files_of(folder), dtype, quantization)
         if self._base is None or self._key != key:
             self._base = self._key = None
             free_memory()
             loading()
-            self._base = load_base(folder, name=spec.model, device=self.device, dtype=dtype)
+            self._base = load_base(
+                folder, name=spec.model, device=self.device, dtype=dtype, quantization=quantization
+            )
             self._key = key
         return self._base
 

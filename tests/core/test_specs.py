@@ -107,6 +107,7 @@ def test_every_suggested_name_is_accepted(name) -> None:
         "lora_dropout": 0,
         "dropout": 0,
         "max_steps": None,
+        "quantization": "nf4",
         "export_rank": None,
         "target_modules": "auto",
         "lora_target_modules": "auto",
