@@ -2,6 +2,10 @@
 
 Both sides run in fp32 on a copy of the base that is loaded anew from its folder: 4 bytes a parameter for the
 time of the certificate, beside whatever is resident. Where the device lacks that memory, the CPU does it.
+
+A quantised base is quantised anew, and must come out as the resident one. The gate takes its weights for what
+they stand for, in fp32: a layer that rounds its inputs as well, as LLM.int8 does, turns the last bit of one
+number into a whole step of another, and would drown every fault of an export that small.
 """
 
 import copy
@@ -16,9 +20,19 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
-from transformers.pytorch_utils import Conv1D
+from torch.nn import functional as F
 
-from .adapter import Adapter, LowRank, attach, bare_modules, detach, full_precision, site_weight
+from . import quantisation
+from .adapter import (
+    Adapter,
+    LowRank,
+    attach,
+    bare_modules,
+    detach,
+    full_precision,
+    is_stored_transposed,
+    site_shape,
+)
 from .errors import CertificateError
 from .export import CONFIG, KEY_PREFIX, TENSORS, energy, exact_pairs, exported_pairs
 from .model import Base, ends_in, load_base
@@ -39,30 +53,95 @@ def certify(
     """
     if not any(rows):
         raise CertificateError("There is no row to compare logits on.")
-    pristine = load_base(base.folder, name=base.name, device=_device(base), dtype=torch.float32)
-    model, device = pristine.model, pristine.device
-    _check_resident(base, model)
-    trained = {name: copy.deepcopy(adapter).eval().to(device) for name, adapter in adapters.items()}
-    files = read_pairs(folder, model)
+    tokens = [torch.tensor([list(row)]) for row in rows if row]
+    pristine = _pristine(base)
+    _check_resident(base, pristine)
+    trained = {name: copy.deepcopy(adapter).eval() for name, adapter in adapters.items()}
+    files = read_pairs(folder, pristine)
     if forgotten := sorted(adapters.keys() - files.keys()):
         raise CertificateError(f"The exported files lack the trained layer {forgotten[0]}.")
     exact = exact_pairs(adapters)
     is_truncated = max(pair.rank for pair in files.values()) < max(pair.rank for pair in exact.values())
-    candidates = {"gate": _on(device, files), "bf16": _on(device, _rounded(files))}
+    candidates = {"gate": files, "bf16": _rounded(files)}
     if is_truncated:
         _check_truncated(adapters, files)
-        candidates |= {"gate": _on(device, exact), "truncated": _on(device, files)}
+        candidates |= {"gate": exact, "truncated": files}
+    beside = {}
+    if base.quantised is not None:
+        as_served = {"as_served": candidates["gate"]}
+        beside |= _compared(pristine, trained, as_served, tokens)
+        quantisation.dequantise(pristine, torch.device(_device(base)))
+    logits: list[Tensor] = []
+    beside |= _compared(pristine, trained, candidates, tokens, keep=logits if _has_other_base(base) else None)
+    certificate = _certificate(beside)
+    if logits:
+        del pristine
+        certificate["on_full_precision"] = _on_full_precision(base, candidates["gate"], tokens, logits)
+    return certificate
+
+
+def _pristine(base: Base) -> nn.Module:
+    """The base from its files, in fp32, or quantised as the resident one is, on the same device."""
+    if base.quantised is None:
+        device, dtype, kind = _device(base), torch.float32, "none"
+    else:
+        device, dtype = str(base.device), base.dtype
+        kind = "none" if base.quantised.from_files else base.quantised.kind
+    return load_base(base.folder, name=base.name, device=device, dtype=dtype, quantization=kind).model
+
+
+def _has_other_base(base: Base) -> bool:
+    """Whether the files hold the weights before they were quantised."""
+    return base.quantised is not None and not base.quantised.from_files
+
+
+def _compared(
+    model: nn.Module,
+    trained: Mapping[str, Adapter],
+    candidates: Mapping[str, Mapping[str, LowRank]],
+    tokens: Sequence[Tensor],
+    keep: list[Tensor] | None = None,
+) -> dict[str, "Comparison"]:
+    """Each candidate's logits on `model` against those of the trained adapters, which `keep` takes along."""
+    device = next(model.parameters()).device
+    trained = {name: adapter.to(device) for name, adapter in trained.items()}
+    candidates = {name: _on(device, pairs) for name, pairs in candidates.items()}
     comparisons = {name: Comparison() for name in candidates}
     with full_precision(), torch.no_grad():
-        for row in filter(None, rows):
-            tokens = torch.tensor([list(row)], device=device)
+        for row in tokens:
             attach(model, trained)
-            expected = model(tokens, use_cache=False).logits[0].float()
+            expected = _logits(model, row)
             detach(model)
             for name, pairs in candidates.items():
                 with served(model, pairs):
-                    comparisons[name].add(expected, model(tokens, use_cache=False).logits[0].float())
-    return _certificate(comparisons)
+                    comparisons[name].add(expected, _logits(model, row))
+            if keep is not None:
+                keep.append(expected.cpu())
+    return comparisons
+
+
+def _logits(model: nn.Module, row: Tensor) -> Tensor:
+    """(tokens, vocabulary) fp32, of one row of tokens."""
+    return model(row.to(next(model.parameters()).device), use_cache=False).logits[0].float()
+
+
+def _on_full_precision(
+    base: Base, pairs: Mapping[str, LowRank], tokens: Sequence[Tensor], trained: Sequence[Tensor]
+) -> dict[str, Any]:
+    """The same adapter on the base as it was before it was quantised, in fp32; and what either makes of the
+    rows: nats per token, all of them but a row's first."""
+    device = _device(base)
+    whole = load_base(base.folder, name=base.name, device=device, dtype=torch.float32).model
+    comparison, losses = Comparison(), torch.zeros(2, dtype=torch.float64)
+    with full_precision(), torch.no_grad(), served(whole, _on(torch.device(device), pairs)):
+        for row, expected in zip(tokens, trained, strict=True):
+            got = _logits(whole, row).cpu()
+            comparison.add(expected, got)
+            for i, logits in enumerate((got, expected)):
+                losses[i] += F.cross_entropy(logits[:-1], row[0, 1:], reduction="sum").double()
+    predicted = sum(row.shape[1] - 1 for row in tokens)
+    own, of_trained = (losses / predicted).tolist() if predicted else (math.nan, math.nan)
+    return comparison.figures() | finite({"loss": own, "trained_loss": of_trained})
 
 
 class Comparison:
@@ -90,13 +169,18 @@ class Comparison:
         self.rows += 1
 
     def figures(self) -> dict[str, Any]:
-        """JSON knows no NaN and no infinity: they become None."""
-        figures = {
-            "max_abs_logit_diff": self.largest,
-            "mean_abs_logit_diff": self.total / self.numbers,
-            "top1_agreement": self.same_top1 / self.tokens,
-        }
-        return {name: value if math.isfinite(value) else None for name, value in figures.items()}
+        return finite(
+            {
+                "max_abs_logit_diff": self.largest,
+                "mean_abs_logit_diff": self.total / self.numbers,
+                "top1_agreement": self.same_top1 / self.tokens,
+            }
+        )
+
+
+def finite(figures: Mapping[str, float]) -> dict[str, float | None]:
+    """JSON knows no NaN and no infinity: they become None."""
+    return {name: value if math.isfinite(value) else None for name, value in figures.items()}
 
 
 def _certificate(comparisons: Mapping[str, Comparison]) -> dict[str, Any]:
@@ -138,12 +222,12 @@ def read_pairs(folder: Path, model: nn.Module) -> dict[str, LowRank]:
         raise CertificateError(
             f"The exported files and their target_modules do not agree on {sorted(difference)[0]}."
         )
-    if transposed != any(isinstance(layer, Conv1D) for layer in layers.values()):
+    if transposed != any(map(is_stored_transposed, layers.values())):
         raise CertificateError(f"{CONFIG} says fan_in_fan_out = {transposed}, the base says otherwise.")
     pairs = {}
     for name, layer in layers.items():
         A, B = (tensors[f"{KEY_PREFIX}{name}.lora_{AB}.weight"] for AB in "AB")
-        out_features, in_features = site_weight(layer).shape
+        out_features, in_features = site_shape(layer)
         if A.shape != (config["r"], in_features) or B.shape != (out_features, config["r"]):
             raise CertificateError(f"The exported factors of {name} have the wrong shape.")
         pairs[name] = LowRank(scale * B.float(), A.float())
@@ -152,10 +236,10 @@ def read_pairs(folder: Path, model: nn.Module) -> dict[str, LowRank]:
 
 @contextmanager
 def served(model: nn.Module, pairs: Mapping[str, LowRank]) -> Iterator[None]:
-    """Inside, each layer gives `W x + B (A x)`: plain arithmetic, nothing shared with the adapters' own."""
+    """Inside, each layer gives `W x + B (A x)`, the pair in fp32: nothing shared with the adapters' own."""
 
     def add(B: Tensor, A: Tensor) -> Any:
-        return lambda layer, inputs, output: output + (inputs[0] @ A.T) @ B.T
+        return lambda layer, inputs, output: output + ((inputs[0].float() @ A.T) @ B.T).to(output.dtype)
 
     hooks = [model.get_submodule(name).register_forward_hook(add(*pair)) for name, pair in pairs.items()]
     try:
@@ -179,10 +263,9 @@ def _check_truncated(adapters: Mapping[str, Adapter], files: Mapping[str, LowRan
 def _check_resident(base: Base, pristine: nn.Module) -> None:
     """The base in memory serves job after job; it must still be what its files say."""
     for name, module in bare_modules(base.model):
-        fresh = pristine.get_submodule(name)
-        for kind, parameter in module.named_parameters(recurse=False):
-            original = getattr(fresh, kind).to(parameter.device, parameter.dtype)
-            if not torch.equal(parameter, original):
+        original = quantisation.held_tensors(pristine.get_submodule(name))
+        for kind, tensor in quantisation.held_tensors(module).items():
+            if not torch.equal(tensor, original[kind].to(tensor.device, tensor.dtype)):
                 raise CertificateError(
                     f"{name}.{kind} of base model '{base.name}' in memory is not what its files hold: "
                     "one of the two was changed. Start the job again."

@@ -12,9 +12,16 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
-from transformers.pytorch_utils import Conv1D
 
-from .adapter import Adapter, LowRank, adapter_tensors, bare_modules, is_linear, site_weight
+from .adapter import (
+    Adapter,
+    LowRank,
+    adapter_tensors,
+    bare_modules,
+    is_linear,
+    is_stored_transposed,
+    site_shape,
+)
 from .errors import SpecError
 from .model import Base, ends_in, left_out, shortened
 from .progress import Samples
@@ -74,7 +81,7 @@ def export_adapter(base: Base, adapters: Mapping[str, Adapter], folder: Path, st
     rank = max(1, *(pair.rank for pair in pairs.values()))
     filled = {name: pairs.get(name) or _zero_pair(layer) for name, layer in _covered(layers, endings)}
     padded = {name: _padded(pair, rank) for name, pair in filled.items()}
-    transposed = any(isinstance(layers[name], Conv1D) for name in filled)
+    transposed = any(is_stored_transposed(layers[name]) for name in filled)
     export = Export(folder, rank, endings, energy_kept)
 
     aside = folder.with_name(f".{folder.name}.part")
@@ -164,7 +171,7 @@ def _padded(pair: LowRank, rank: int) -> LowRank:
 
 
 def _zero_pair(layer: nn.Module) -> LowRank:
-    out_features, in_features = site_weight(layer).shape
+    out_features, in_features = site_shape(layer)
     return LowRank(torch.zeros(out_features, 0), torch.zeros(0, in_features))
 
 
@@ -237,7 +244,11 @@ def adapter_config(base_name: str, rank: int, target_modules: list[str], transpo
 
 def _manifest(base: Base, export: Export, story: Story) -> dict[str, Any]:
     return {
-        "base_model": {"name": base.name, "fingerprint": base.fingerprint},
+        "base_model": {
+            "name": base.name,
+            "fingerprint": base.fingerprint,
+            "quantization": _quantization(base),
+        },
         "spec": {
             "asked": story.asked.model_dump(mode="json"),
             "resolved": story.resolved.model_dump(mode="json"),
@@ -253,6 +264,18 @@ def _manifest(base: Base, export: Export, story: Story) -> dict[str, Any]:
         "metrics": dict(story.metrics),
         "samples": None if story.samples is None else asdict(story.samples),
         "versions": _versions(),
+    }
+
+
+def _quantization(base: Base) -> dict[str, Any] | None:
+    """How the base held its weights while it was trained on; `config` is transformers' own."""
+    if (quantised := base.quantised) is None:
+        return None
+    return {
+        "kind": quantised.kind,
+        "package": quantised.package,
+        "in_files": quantised.from_files,
+        "config": quantised.settings,
     }
 
 
@@ -309,7 +332,7 @@ tags:
 Trained with {adapter.method} ({adapter.paper}): {adapter.summary}
 
 What is stored here is a plain LoRA of rank {export.rank} for the untouched base model, with all scale in B.
-{truncated_to}
+{truncated_to}{_quantised_sentence(base)}
 ## How to load it
 
 `BASE` is the base model ({base.name}), `ADAPTER` this folder.
@@ -374,6 +397,18 @@ def _samples_section(samples: Samples | None) -> str:
     return "".join(parts)
 
 
+def _quantised_sentence(base: Base) -> str:
+    if (quantised := base.quantised) is None:
+        return ""
+    where = (
+        "as its own files are"
+        if quantised.from_files
+        else "load it with the `quantization_config` of `manifest.json` to get what was trained"
+    )
+    how = f"{quantised.kind}, {quantised.package}"
+    return f"\nThe base was quantised while it was trained on ({how}): {where}.\n"
+
+
 def _number(value: Any) -> str:
     return f"{value:g}" if isinstance(value, float) else str(value)
 
@@ -413,9 +448,17 @@ def sparkline(values: Sequence[float], width: int = 60) -> str:
 
 
 def _certificate_section(certificate: Mapping[str, Any]) -> str:
-    return (
+    section = (
         "## Certificate\n\n"
         f"These files on a pristine base give the trained model's logits within "
         f"{certificate['max_abs_logit_diff']:.2e}\n(allowed: {certificate['bound']:.2e}; "
         f"{certificate['rows']} rows, {certificate['tokens']} tokens, all in fp32).\n"
     )
+    if (whole := certificate.get("on_full_precision")) is not None:
+        section += (
+            "\nOn the base as it was before it was quantised they give other logits, by up to "
+            f"{_number(whole['max_abs_logit_diff'])}; the likeliest\ntoken agrees for "
+            f"{_number(whole['top1_agreement'])} of all tokens, and the loss per token of the same rows is "
+            f"{_number(whole['loss'])}\n(trained model: {_number(whole['trained_loss'])}).\n"
+        )
+    return section

@@ -254,7 +254,11 @@ def test_the_manifest_tells_where_the_adapter_comes_from(llama: Base, tmp_path: 
     story = Story(asked, resolved, data={"training": "ab12"}, metrics={"train_loss": 0.5}, losses=[(1, 2.0)])
     export_adapter(llama, trained(llama, resolved), tmp_path / "adapter", story)
     manifest = json.loads((tmp_path / "adapter" / "manifest.json").read_text())
-    assert manifest["base_model"] == {"name": "tiny-llama", "fingerprint": llama.fingerprint}
+    assert manifest["base_model"] == {
+        "name": "tiny-llama",
+        "fingerprint": llama.fingerprint,
+        "quantization": None,
+    }
     assert manifest["spec"]["asked"] == asked.model_dump(mode="json")
     assert manifest["spec"]["resolved"]["adapter"]["dropout"] == 0.1
     assert manifest["data"] == {"training": {"sha256": "ab12"}}
