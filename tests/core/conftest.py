@@ -63,11 +63,13 @@ def make_tokenizer() -> PreTrainedTokenizerFast:
     )
 
 
-def make_llama(*, tied: bool = False, dtype: torch.dtype = torch.float32) -> LlamaForCausalLM:
+def make_llama(
+    *, tied: bool = False, dtype: torch.dtype = torch.float32, width: int = 32
+) -> LlamaForCausalLM:
     config = LlamaConfig(
         vocab_size=VOCABULARY,
-        hidden_size=32,
-        intermediate_size=48,
+        hidden_size=width,
+        intermediate_size=width + width // 2,
         num_hidden_layers=2,
         num_attention_heads=4,
         num_key_value_heads=2,
@@ -81,10 +83,10 @@ def make_llama(*, tied: bool = False, dtype: torch.dtype = torch.float32) -> Lla
     return _seeded(LlamaForCausalLM, config).to(dtype)
 
 
-def make_gpt2(*, tied: bool = True, dtype: torch.dtype = torch.float32) -> GPT2LMHeadModel:
+def make_gpt2(*, tied: bool = True, dtype: torch.dtype = torch.float32, width: int = 32) -> GPT2LMHeadModel:
     config = GPT2Config(
         vocab_size=VOCABULARY,
-        n_embd=32,
+        n_embd=width,
         n_layer=2,
         n_head=4,
         n_positions=CONTEXT,
@@ -111,7 +113,11 @@ MODELS = {
     "llama-tied": lambda: make_llama(tied=True),
     "llama-bf16": lambda: make_llama(dtype=torch.bfloat16),
     "gpt2": lambda: make_gpt2(),
+    "wide-llama": lambda: make_llama(width=128),
+    "wide-llama-bf16": lambda: make_llama(width=128, dtype=torch.bfloat16),
+    "wide-gpt2": lambda: make_gpt2(width=64),
 }
+"""The wide ones have layers as wide as a block of NF4, or twice and three times that."""
 
 
 def save_base(folder: Path, model: PreTrainedModel) -> Path:

@@ -44,6 +44,10 @@ CASES = {
         "llama",
         spec_for("olora", eval_steps=1, early_stopping_patience=4, early_stopping_min_delta=9.0),
     ),
+    "olora on nf4": ("wide-llama", spec_for("olora", adapter={"dropout": 0.2}, quantization="nf4")),
+    "lora on int8": ("wide-llama", spec_for("lora", quantization="int8")),
+    "olora on torchao-int8": ("wide-llama", spec_for("olora", quantization="torchao-int8")),
+    "olora on torchao-fp8": ("wide-llama", spec_for("olora", quantization="torchao-fp8")),
 }
 INTERRUPTED_AFTER = (2, 4)
 """Steps of six, three an epoch: in the middle of the first epoch, and at the beginning of the second."""
@@ -59,8 +63,8 @@ from olora_core.train import Evaluated, Finished, Step, train
 
 for case in json.load(sys.stdin):
     spec = TrainSpec.model_validate(case["spec"])
-    dtype = DTYPES[spec.hyperparameters.dtype]
-    base = load_base(Path(case["base"]), name="tiny", dtype=dtype)
+    dtype, quantization = DTYPES[spec.hyperparameters.dtype], spec.hyperparameters.quantization
+    base = load_base(Path(case["base"]), name="tiny", dtype=dtype, quantization=quantization)
     paths = [Path(case[name]) for name in ("training", "validation", "folder")]
     said = {"steps": [], "evaluated": []}
     for progress in train(spec, base, *paths, resume=Path(case["resume"])):
@@ -97,7 +101,7 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
 
 def run_unbroken(base_folder: Path, spec: TrainSpec, files: tuple[Path, Path], folder: Path) -> Unbroken:
     dtype = getattr(torch, spec.hyperparameters.dtype)
-    base = load_base(base_folder, name="tiny", dtype=dtype)
+    base = load_base(base_folder, name="tiny", dtype=dtype, quantization=spec.hyperparameters.quantization)
     steps, evaluated, checkpoints, resolved, finished = [], [], {}, None, None
     progress = train(spec, base, *files, folder)
     said = next(progress)
