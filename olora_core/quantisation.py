@@ -5,7 +5,6 @@ packages come with the extra `gpu`, and are imported only where a base needs the
 """
 
 import copy
-import logging
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -126,8 +125,6 @@ def settle(model: nn.Module, kind: str, name: str, dtype: torch.dtype) -> None:
             "nn.Linear alone, bitsandbytes also GPT-2's Conv1D.",
             param=PARAM,
         )
-    if kind == "int8":  # says at every product of every layer that it casts
-        logging.getLogger("bitsandbytes.autograd._functions").setLevel(logging.ERROR)
     if kind == "nf4":
         for layer in layers.values():
             layer.compute_dtype, layer.compute_type_is_set = dtype, True

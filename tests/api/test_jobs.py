@@ -116,6 +116,14 @@ def test_names_of_other_services_are_understood(client: TestClient) -> None:
     assert made["hyperparameters"]["context_length"] == 128
 
 
+def test_a_quantised_base_is_asked_for_among_the_hyperparameters(client: TestClient) -> None:
+    made = created(client, hyperparameters={"quantization": "nf4"})
+    assert made["hyperparameters"]["quantization"] == "nf4"
+    refused = create(client, hyperparameters={"quantization": "nf5"})
+    assert refused.status_code == 400
+    assert refused.json()["error"]["param"] == "hyperparameters.quantization"
+
+
 def test_null_stands_for_what_is_left_out(client: TestClient) -> None:
     names = ("validation_file", "suffix", "seed", "metadata", "integrations", "method", "hyperparameters")
     made = created(client, **dict.fromkeys((*names, "adapter", "olora")))

@@ -110,3 +110,18 @@ def test_preferences_are_trained_by_the_type_dpo(tmp_path: Path) -> None:
     assert "beta = 0.1" in done.stderr
     asked = json.loads((tmp_path / "dpo" / "adapter" / "manifest.json").read_text())["spec"]
     assert json.dumps(asked).count('"dpo"') == 2
+
+
+def test_a_quantised_base_is_trained_on_and_its_kind_is_remembered(tmp_path: Path) -> None:
+    spec = write_spec(tmp_path, "nf4")
+    content = spec.read_text().replace("n_epochs: 2,", "max_steps: 2, quantization: nf4,")
+    spec.write_text(content)
+    done = olora(tmp_path, "train", spec, timeout=250)
+    assert done.returncode == 0, done.stderr
+    assert "Failed to load" not in done.stderr
+    manifest = json.loads((tmp_path / "nf4" / "adapter" / "manifest.json").read_text())
+    assert manifest["base_model"]["quantization"]["kind"] == "nf4"
+    spec.write_text(content.replace("nf4,", "fp4,").replace("output: nf4", "output: fp4"))
+    refused = olora(tmp_path, "train", spec)
+    assert refused.returncode == 1
+    assert "hyperparameters.quantization = 'fp4' does not fit" in " ".join(refused.stderr.split())

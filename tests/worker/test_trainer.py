@@ -160,6 +160,16 @@ def test_an_exchanged_base_is_loaded_anew(desk: Desk, base: Path) -> None:
     assert "loading" in phases(desk.hear_all())
 
 
+def test_a_base_that_is_quantised_otherwise_is_loaded_anew(desk: Desk) -> None:
+    told = []
+    for quantization in ("none", "torchao-int8", "torchao-int8", "none"):
+        desk.order(n_epochs=1, quantization=quantization)
+        told.append(desk.hear_all())
+    assert ["loading" in phases(messages) for messages in told[1:]] == [True, False, True]
+    assert tensors(told[0]) == tensors(told[3])
+    assert tensors(told[1]) == tensors(told[2]) != tensors(told[0])
+
+
 def test_a_cancel_stops_at_the_next_step(desk: Desk) -> None:
     run = desk.order(n_epochs=50)
     desk.hear_step(3)
