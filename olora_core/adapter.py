@@ -115,12 +115,6 @@ class AdaptedLinear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         return self.adapter.beside(self.base, x) if self.enabled else self.base(x)
 
-    def train(self, mode: bool = True) -> "AdaptedLinear":
-        """The frozen layer stays as it is served: LLM.int8 on a CPU computes otherwise in training mode."""
-        super().train(mode)
-        self.base.eval()
-        return self
-
 
 def is_linear(module: nn.Module) -> bool:
     """Whether an adapter can stand beside this module (before looking at its weight)."""

@@ -276,6 +276,7 @@ def _device(base: Base) -> str:
     """The base's own device where an fp32 copy fits, else the CPU."""
     if base.device.type != "cuda":
         return "cpu"
+    torch.cuda.empty_cache()  # what an earlier copy gave back
     free, _ = torch.cuda.mem_get_info(base.device)
     return str(base.device) if free > 5 * base.model.num_parameters() else "cpu"
 

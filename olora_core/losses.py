@@ -16,6 +16,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from .adapter import adapters_off, attached
 from .batches import MicroBatch
 from .passes import Passes
+from .quantisation import quantised_layers
 from .specs import TrainSpec
 
 LOGITS_AT_ONCE = 2**23
@@ -158,8 +159,11 @@ def set_training(model: PreTrainedModel, spec: TrainSpec) -> None:
     """The modes of a step: all of the model in training, or for DPO its adapters alone.
 
     Dropout of the base's own would move the policy away from its reference before anything is learned.
+    Quantised layers stay as they are served: LLM.int8 on a CPU has another product for training.
     """
     model.train(spec.type != "dpo")
+    for _, layer in quantised_layers(model):
+        layer.eval()
     for layer in attached(model):
         layer.adapter.train()
     if spec.type == "dpo" and spec.hyperparameters.gradient_checkpointing is True:

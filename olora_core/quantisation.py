@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 from transformers import BitsAndBytesConfig, PreTrainedConfig, TorchAoConfig
 
 from .errors import ModelError, SpecError
@@ -119,6 +120,10 @@ def settle(model: nn.Module, kind: str, name: str, dtype: torch.dtype) -> None:
     Raises ModelError when no layer is quantised, or one cannot be computed here.
     """
     layers = dict(quantised_layers(model))
+    if PACKAGES[kind] == "torchao":
+        layers = {path: FrozenLinear(layer) for path, layer in layers.items()}
+        for path, layer in layers.items():
+            model.set_submodule(path, layer)
     if not layers:
         raise ModelError(
             f"Base model '{name}' has no layer that {PACKAGES[kind]} quantises as '{kind}'; torchao takes "
@@ -170,6 +175,33 @@ def _nf4_by_the_table(layer: nn.Module) -> Tensor:
     return values.view(state.shape)
 
 
+class FrozenLinear(nn.Linear):
+    """A layer of torchao's whose backward multiplies the weight out anew.
+
+    torchao's own keeps it from the forward on, so that a training step would hold every layer's in full.
+    """
+
+    def __init__(self, layer: nn.Linear) -> None:
+        super().__init__(layer.in_features, layer.out_features, bias=False, device="meta")
+        self.weight, self.bias = layer.weight, layer.bias
+
+    def forward(self, x: Tensor) -> Tensor:
+        return FrozenProduct.apply(x, self)
+
+
+class FrozenProduct(torch.autograd.Function):
+    """`W x + bias` by the layer's own kernel: x (…, in) → (…, out). Only x has a gradient."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, layer: nn.Linear) -> Tensor:
+        ctx.weight = layer.weight
+        return F.linear(x, layer.weight, layer.bias)
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor, None]:
+        return g @ ctx.weight.dequantize(g.dtype), None
+
+
 # --- the layers --------------------------------------------------------------------------------------------
 
 
@@ -182,8 +214,8 @@ def quantised_layers(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
 
 def kind_of(layer: nn.Module) -> str | None:
     """How a layer's weight is quantised: one of our kinds, another name, or None when it is not."""
-    weight = getattr(layer, "weight", None)
-    if not isinstance(weight, Tensor):
+    weight = layer._parameters.get("weight")
+    if weight is None:
         return None
     # A layer of bitsandbytes exists only where that is imported.
     if (bitsandbytes := sys.modules.get("bitsandbytes")) is not None:

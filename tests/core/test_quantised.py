@@ -20,7 +20,7 @@ from olora_core.errors import CertificateError, ModelError, SpecError
 from olora_core.methods import METHODS, place
 from olora_core.model import Base, load_base, target_sites
 from olora_core.quantisation import PACKAGES, held_tensors
-from olora_core.train import Finished, Step, train
+from olora_core.train import Evaluated, Finished, Step, train
 
 from .conftest import make_tokenizer
 from .runs import chat_rows, losses, one, preference_rows, spec_for, write_rows
@@ -120,6 +120,56 @@ def test_training_learns_and_leaves_every_quantised_tensor_as_it_was(
     assert losses(said)[-1] < losses(said)[0] - 0.5
     assert digests(base.model) == before
     assert len(before) > len(list(base.model.parameters()))  # the scales too
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_pass_keeps_no_more_for_its_backward_than_on_a_plain_base(base_folders, token_rows, kind) -> None:
+    """torchao's own layers would keep every weight multiplied out."""
+    kept: dict[str, int] = {}
+    for quantization in ("none", kind):
+        base = load_base(base_folders["wide-llama"], name="tiny", quantization=quantization)
+        kept[quantization] = kept_bytes(base, token_rows)
+    assert kept[kind] <= 1.05 * kept["none"]
+
+
+def kept_bytes(base: Base, token_rows: Tensor) -> int:
+    """Of all that autograd saves of a forward, the weights themselves left out."""
+    weights = {t.untyped_storage().data_ptr() for m in base.model.modules() for t in held_tensors(m).values()}
+    kept: dict[int, int] = {}
+
+    def keep(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in weights:
+            kept[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    embedded = base.model.get_input_embeddings()(token_rows).requires_grad_()
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        output = base.model(inputs_embeds=embedded, use_cache=False).logits
+    assert output.requires_grad
+    return sum(kept.values())
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_gradients_are_those_of_the_weights_multiplied_out(base_folders, token_rows, kind) -> None:
+    base = load_base(base_folders["wide-llama"], name="tiny", quantization=kind)
+    layer = base.model.model.layers[0].mlp.up_proj
+    x = torch.randn(2, 5, 128, generator=torch.Generator().manual_seed(0), requires_grad=True)
+    g = torch.randn(2, 5, 192, generator=torch.Generator().manual_seed(1))
+    layer(x).backward(g)
+    expected = g.double() @ site_weight(layer).double()
+    assert (x.grad - expected).abs().max() < 1e-5 * expected.abs().max()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_step_computes_what_an_evaluation_does(base_folders, tmp_path, kind) -> None:
+    """LLM.int8 on a CPU has another product for training, also of layers without an adapter."""
+    rows = write_rows(tmp_path / "rows.jsonl", chat_rows(4))
+    base = load_base(base_folders["wide-llama"], name="tiny", quantization=kind)
+    spec = spec_for(adapter={"target_modules": ["q_proj"]}, quantization=kind, max_steps=1, packing=False)
+    said = list(train(spec, base, rows, rows, tmp_path / "run"))
+    before = next(p.loss for p in said if isinstance(p, Evaluated))
+    assert losses(said) == [pytest.approx(before, rel=1e-6)]
 
 
 @pytest.mark.parametrize("kind", KINDS)
