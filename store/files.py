@@ -376,7 +376,7 @@ def _model_of(session: Session, file: File) -> str | None:
     named = cast(Job.result_files, Text).contains(file.id, autoescape=True)
     rows = select(Model.id, Job.result_files).join(Job, Job.id == Model.job_id)
     rows = rows.where(Model.project_id == file.project_id, Model.deleted_at.is_(None), named)
-    return next((model_id for model_id, results in session.execute(rows) if file.id in results[1:]), None)
+    return next((model_id for model_id, results in session.execute(rows) if file.id in results[1:2]), None)
 
 
 def _mark_deleted(session: Session, file: File) -> None:

@@ -46,7 +46,7 @@ def delete_model(session: Session, project_id: str, model_id: str) -> Model:
     model = get_model(session, project_id, model_id)
     model.deleted_at = db_now()
     job = session.scalar(select(Job).where(Job.id == model.job_id))
-    adapters = job.result_files[1:] if job else []
+    adapters = job.result_files[1:2] if job else []
     session.execute(
         update(File).where(File.id.in_(adapters), File.deleted_at.is_(None)).values(deleted_at=db_now())
     )

@@ -150,8 +150,9 @@ def succeed(
     certificate: dict[str, Any],
     trained_tokens: int,
 ) -> Job:
-    """The job's end: its result files (the CSV first, the adapter second), its model, its certificate.
+    """The job's end: its result files, its model, its certificate.
 
+    Of the files the CSV is the first, the adapter the second and TensorBoard's the third.
     Raises LeaseLost; then nothing of it holds.
     """
     job = write_as(

@@ -267,11 +267,26 @@ def _stored(job_id: str) -> Select[Checkpoint]:
     return rows.order_by(Checkpoint.step.desc(), Checkpoint.seq.desc())
 
 
+def step_rows(session: Session, job_id: str, *, after: int = 0) -> Sequence[Metric]:
+    """The recorded steps beyond `after`, in order, each once."""
+    rows = select(Metric).where(Metric.job_id == job_id, Metric.step > after)
+    return session.scalars(rows.order_by(Metric.step)).all()
+
+
+def step_moments(session: Session, job_id: str) -> dict[int, float]:
+    """When each step was first told to the job's owner, in unix seconds."""
+    told = select(Event.data, Event.created_at).where(Event.job_id == job_id, Event.type == "metrics")
+    moments: dict[int, float] = {}
+    for data, moment in session.execute(told.order_by(Event.seq)):
+        moments.setdefault(data["step"], moment)
+    return moments
+
+
 def metrics_csv(session: Session, job_id: str) -> str:
     """The result file: one row per step; an empty cell where a step has no number."""
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(["step", *CSV_COLUMNS])
-    for metric in session.scalars(select(Metric).where(Metric.job_id == job_id).order_by(Metric.step)):
+    for metric in step_rows(session, job_id):
         writer.writerow([metric.step, *(metric.values.get(name, "") for name in CSV_COLUMNS.values())])
     return text.getvalue()

@@ -32,6 +32,7 @@ from store.session import Sessions
 from store.settings import Settings
 
 from .archive import pack
+from .curves import EventFile, curves, event_file_name
 from .lease import DATABASE_AWAY, Lease
 from .process import Ended, TrainerProcess
 from .protocol import Order
@@ -403,9 +404,10 @@ class Attempt:
         table = self._ask(lambda session: progress.metrics_csv(session, job.id))
         (results / METRICS_FILE).write_text(table)
         pack(Path(finished["folder"]), results / ADAPTER_FILE)
+        events_file = self._write_event_file(results)
         prefix = result_folder(job.id, self.claim.attempt)
         self.storage.put_folder(prefix, results)
-        files = [_result_file(results / name, prefix) for name in (METRICS_FILE, ADAPTER_FILE)]
+        files = [_result_file(results / name, prefix) for name in (METRICS_FILE, ADAPTER_FILE, events_file)]
         model = fine_tuned.model_name(self.claim.spec.model, self.settings.organization, job.suffix, job.id)
         self._end(
             lambda session: jobs.succeed(
@@ -418,6 +420,18 @@ class Attempt:
             )
         )
         self._remove_strays()
+
+    def _write_event_file(self, folder: Path) -> str:
+        """TensorBoard's view of the rows, so that it is complete after a crash as well. Returns its name."""
+        job_id = self.claim.job_id
+        rows = self._ask(lambda session: progress.step_rows(session, job_id))
+        moments = self._ask(lambda session: progress.step_moments(session, job_id))
+        started = min(moments.values(), default=time.time())
+        name = event_file_name(job_id, started)
+        with EventFile(folder / name, started) as file:
+            for row in rows:
+                file.add(row.step, curves(row.values), moments.get(row.step, started))
+        return name
 
     # --- the row ---------------------------------------------------------------------------------------
 

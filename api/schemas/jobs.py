@@ -16,6 +16,10 @@ MAX_SECONDS = 2**31 - 1
 """68 years; a worker adds its clock to it, in which far larger numbers have no place."""
 
 
+RESULTS = ("metrics", "adapter", "tensorboard")
+"""What the result files are, in their order; code in the wild counts on the first."""
+
+
 class Request(BaseModel):
     """Takes the names it knows, in the types it says."""
 
@@ -234,7 +238,7 @@ def _own_facts(row: Job) -> dict[str, Any]:
         "plan": row.resolved,
         "certificate": row.certificate,
         "samples": row.samples,
-        "results": dict(zip(("metrics", "adapter"), row.result_files, strict=False)),
+        "results": dict(zip(RESULTS, row.result_files, strict=False)),
     }
 
 

@@ -136,7 +136,8 @@ class Attempt:
         with self.sessions.begin() as session:
             table = progress.metrics_csv(session, self.claim.job_id).encode()
         files = []
-        for name, content in (("step_metrics.csv", table), ("adapter.zip", adapter)):
+        names = ("step_metrics.csv", "adapter.zip", "events.out.tfevents.0.job")
+        for name, content in zip(names, (table, adapter, b"events"), strict=True):
             key = f"results/{self.claim.job_id}/{name}"
             with stored.writer(key) as writer:
                 writer.write(content)

@@ -206,7 +206,9 @@ def test_a_finished_job_tells_what_was_decided_and_what_came_out(
     assert (ours["attempt"], ours["failures"], ours["step"], ours["total_steps"]) == (1, 0, 3, 3)
     assert ours["plan"]["hyperparameters"] == done["hyperparameters"]
     assert ours["samples"] == {"file": "training", "rows": [SAMPLE]}
-    assert ours["results"] == dict(zip(("metrics", "adapter"), done["result_files"], strict=True))
+    assert ours["results"] == dict(
+        zip(("metrics", "adapter", "tensorboard"), done["result_files"], strict=True)
+    )
 
 
 def test_a_running_job_shows_where_it_is(client: TestClient, settings: Settings) -> None:
@@ -333,7 +335,8 @@ def test_a_deleted_model_takes_its_adapter_along_and_leaves_the_jobs_record(
     gone = client.get(f"/v1/fine_tuning/jobs/{done['id']}/adapter")
     assert (gone.status_code, "was deleted" in gone.json()["error"]["message"]) == (404, True)
     assert job(client, done["id"]) == done
-    assert client.get(f"/v1/files/{done['result_files'][0]}/content").status_code == 200
+    for record in (done["result_files"][0], done["result_files"][2]):
+        assert client.get(f"/v1/files/{record}/content").status_code == 200
     names = lambda: [path.name for path in settings.storage_folder.rglob("*") if path.is_file()]  # noqa: E731
     eventually(lambda: "adapter.zip" not in names())
 
@@ -341,13 +344,14 @@ def test_a_deleted_model_takes_its_adapter_along_and_leaves_the_jobs_record(
 @BOTH_DATABASES
 def test_the_adapters_file_stays_as_long_as_its_model(client: TestClient, settings: Settings) -> None:
     done = finished(client, settings)
-    table, adapter = done["result_files"]
+    table, adapter, events_file = done["result_files"]
     name = done["fine_tuned_model"]
     refused = client.delete(f"/v1/files/{adapter}")
     assert (refused.status_code, refused.json()["error"]["code"]) == (400, "file_in_use")
     assert f"delete the model instead, and the file goes with it: DELETE /v1/models/{name}." in refused.text
     assert client.get(f"/v1/fine_tuning/jobs/{done['id']}/adapter").status_code == 200
-    assert client.delete(f"/v1/files/{table}").json()["deleted"] is True
+    for record in (table, events_file):
+        assert client.delete(f"/v1/files/{record}").json()["deleted"] is True
     assert client.delete(f"/v1/models/{name}").json()["deleted"] is True
     assert client.get(f"/v1/files/{adapter}").status_code == 404
     assert client.delete(f"/v1/files/{adapter}").status_code == 404

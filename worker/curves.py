@@ -1,0 +1,98 @@
+"""A run's curves: what of its steps is charted, and TensorBoard's event file of them.
+
+TensorBoard's own record writer and messages; neither TensorFlow nor torch is loaded by them.
+"""
+
+import math
+import time
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from tensorboard.backend.event_processing.event_file_loader import RawEventFileLoader
+from tensorboard.compat.proto.event_pb2 import Event
+from tensorboard.compat.proto.summary_pb2 import Summary
+from tensorboard.summary.writer.record_writer import RecordWriter
+
+Curves = dict[str, float]
+CHARTS = {
+    "train_loss": "train/loss",
+    "train_mean_token_accuracy": "train/accuracy",
+    "learning_rate": "train/learning_rate",
+    "grad_norm": "train/gradient_norm",
+    "reward_margin": "train/reward_margin",
+    "valid_loss": "valid/loss",
+    "valid_mean_token_accuracy": "valid/accuracy",
+    "full_valid_loss": "valid/full_loss",
+    "full_valid_mean_token_accuracy": "valid/full_accuracy",
+}
+"""The names of a step's numbers in its row, and those of their charts."""
+SPEED = "train/tokens_per_second"
+VERSION = "brain.Event:2"
+"""Opens every event file."""
+
+
+def curves(values: Mapping[str, Any]) -> Curves:
+    """What of a step's row is charted; a number that is not finite (in a row: null) is no point."""
+    points = {chart: values[name] for name, chart in CHARTS.items() if values.get(name) is not None}
+    if values.get("tokens") and values.get("seconds"):
+        points[SPEED] = values["tokens"] / values["seconds"]
+    return {chart: float(number) for chart, number in points.items() if math.isfinite(number)}
+
+
+def event_file_name(run: str, started: float) -> str:
+    """TensorBoard knows its files by this name; it reads those of one folder in the order of `started`."""
+    return f"events.out.tfevents.{int(started)}.{run}"
+
+
+class EventFile:
+    """An event file that is being written. Every step is on the disk when `add` returns."""
+
+    def __init__(self, path: Path, started: float) -> None:
+        self._file: BinaryIO = path.open("wb", buffering=0)
+        self._records = RecordWriter(self._file)
+        self._write(Event(wall_time=started, file_version=VERSION))
+
+    def __enter__(self) -> "EventFile":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._file.close()
+
+    def add(self, step: int, points: Curves, moment: float) -> None:
+        """`moment`: unix seconds."""
+        if points:
+            values = [Summary.Value(tag=chart, simple_value=number) for chart, number in points.items()]
+            self._write(Event(wall_time=moment, step=step, summary=Summary(value=values)))
+
+    def _write(self, event: Event) -> None:
+        self._records.write(event.SerializeToString())
+
+
+def read_points(path: Path) -> Iterator[tuple[int, Curves, float]]:
+    """(step, points, unix seconds) as they were added; a record that was cut short ends the file."""
+    for record in RawEventFileLoader(str(path)).Load():
+        event = Event.FromString(record)
+        points = {value.tag: value.simple_value for value in event.summary.value}
+        if points:
+            yield event.step, points, event.wall_time
+
+
+def go_on(folder: Path, run: str, step: int) -> EventFile:
+    """The event file of a run that goes on from `step` (0: begins), in a folder of its own.
+
+    What was charted up to there is kept, and what will be done again is not.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    before = sorted(folder.glob(f"events.out.tfevents.*.{run}"))
+    kept = [point for path in before for point in read_points(path) if point[0] <= step]
+    started = time.time()
+    aside = folder / "events.part"
+    file = EventFile(aside, started)
+    for point in kept:
+        file.add(*point)
+    path = aside.replace(folder / event_file_name(run, started))
+    for earlier in before:
+        if earlier != path:
+            earlier.unlink()
+    return file
