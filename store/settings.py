@@ -6,10 +6,10 @@ import os
 from collections.abc import Mapping
 from functools import lru_cache
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 from urllib.parse import unquote, urlsplit
 
-from pydantic import Field, SecretStr, ValidationError, field_validator
+from pydantic import Field, SecretStr, ValidationError, ValidationInfo, field_validator
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
 from .errors import SettingsError
@@ -119,6 +119,26 @@ class Settings(BaseSettings):
         ge=0,
         description="Most that a worker keeps of tokenised files, in MB (2^20); 0: nothing is kept.",
     )
+    wandb_api_key: SecretStr | None = Field(
+        default=None, description="Key of the Weights & Biases account that jobs may name as a tracker."
+    )
+    wandb_base_url: str | None = Field(
+        default=None,
+        repr=False,
+        description="A Weights & Biases server of your own: `https://host`; unset: the public one.",
+    )
+    wandb_mode: Literal["online", "offline"] = Field(
+        default="online",
+        description="`offline` needs no key: runs are kept in `trackers` in the home, for `wandb sync`.",
+    )
+    mlflow_tracking_uri: str | None = Field(
+        default=None,
+        repr=False,
+        description="The MLflow that jobs may name as a tracker: `https://user:password@host` or `sqlite:///path`.",
+    )
+    mlflow_token: SecretStr | None = Field(
+        default=None, description="Bearer token for that MLflow, where it takes one."
+    )
     log_level: str = Field(default="info", description="debug, info, warning or error.")
 
     @field_validator("home", "models_dir")
@@ -126,14 +146,15 @@ class Settings(BaseSettings):
     def _absolute(cls, value: Path | None) -> Path | None:
         return value if value is None else Path(os.path.abspath(value.expanduser()))
 
-    @field_validator("api_key")
+    @field_validator("api_key", "wandb_api_key", "mlflow_token")
     @classmethod
-    def _key_fits_a_header(cls, value: SecretStr | None) -> SecretStr | None:
+    def _key_fits_a_header(cls, value: SecretStr | None, field: ValidationInfo) -> SecretStr | None:
+        longest = 4096 if field.field_name == "mlflow_token" else 256
         text = value.get_secret_value().strip() if value else ""
         if not text:
             return None
-        if not text.isascii() or not text.isprintable() or " " in text or len(text) > 256:
-            raise ValueError("1 to 256 printable ASCII characters without spaces")
+        if not text.isascii() or not text.isprintable() or " " in text or len(text) > longest:
+            raise ValueError(f"1 to {longest} printable ASCII characters without spaces")
         return SecretStr(text)
 
     @field_validator("database_url")
@@ -161,6 +182,20 @@ class Settings(BaseSettings):
         if value.startswith("file:///"):
             return value
         raise ValueError("file:///path (other kinds of storage are not offered yet)")
+
+    @field_validator("wandb_base_url")
+    @classmethod
+    def _known_server(cls, value: str | None) -> str | None:
+        if value is None or value.startswith(("https://", "http://")):
+            return value
+        raise ValueError("https://host or http://host")
+
+    @field_validator("mlflow_tracking_uri")
+    @classmethod
+    def _known_mlflow(cls, value: str | None) -> str | None:
+        if value is None or value.startswith(("https://", "http://", "sqlite:///")):
+            return value
+        raise ValueError("https://host, http://host or sqlite:///path/to/file.db")
 
     @field_validator("allowed_hub_models", "allowed_hosts", mode="before")
     @classmethod
@@ -198,6 +233,11 @@ class Settings(BaseSettings):
     def tokens_folder(self) -> Path:
         """Where workers keep tokenised files, a folder for each project."""
         return self.home / "tokens"
+
+    @property
+    def trackers_folder(self) -> Path:
+        """Where Weights & Biases' offline runs are kept."""
+        return self.home / "trackers"
 
     @property
     def key_file(self) -> Path:

@@ -50,6 +50,11 @@ def test_the_lease_is_shorter_on_sqlite_unless_it_is_set(tmp_path: Path) -> None
         ("OLORA_API_KEY", "two words", "without spaces"),
         ("OLORA_ORGANIZATION", "A:B", "pattern"),
         ("OLORA_LOG_LEVEL", "loud", "debug, info"),
+        ("OLORA_WANDB_MODE", "off", "'online' or 'offline'"),
+        ("OLORA_WANDB_API_KEY", "k" * 257, "1 to 256"),
+        ("OLORA_WANDB_BASE_URL", "wandb.local", "https://host"),
+        ("OLORA_MLFLOW_TRACKING_URI", "mlruns", "sqlite:///path"),
+        ("OLORA_MLFLOW_TOKEN", "two words", "without spaces"),
     ],
 )
 def test_a_value_that_does_not_fit_is_named_with_what_may_stand_there(
@@ -68,6 +73,16 @@ def test_a_bad_database_url_is_not_repeated_with_its_password(monkeypatch: pytes
         get_settings()
     assert "hidden" not in str(caught.value)
     assert caught.value.__cause__ is None
+
+
+def test_addresses_and_keys_of_trackers_are_not_shown() -> None:
+    settings = read_settings(
+        wandb_api_key="hidden-1",
+        wandb_base_url="https://hidden-2",
+        mlflow_tracking_uri="https://me:hidden-3@host",
+        mlflow_token="hidden-4",
+    )
+    assert "hidden" not in repr(settings)
 
 
 def test_an_unknown_variable_is_named_with_the_nearest(
