@@ -4,6 +4,7 @@ A claim raises `attempt` and sets a lease by the database's clock. Whoever claim
 `write_as`, which holds while the attempt is his and the job is running.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -32,6 +33,7 @@ class Claim:
     resolved: bool
     training_key: str
     validation_key: str | None
+    integrations: Sequence[Any] = ()
 
 
 def claimable() -> ColumnElement[bool]:
@@ -103,6 +105,7 @@ def _claim_of(session: Session, job: Job, owner: str) -> Claim:
         resolved=job.resolved is not None,
         training_key=keys[job.training_file] or "",
         validation_key=keys[job.validation_file] if job.validation_file else None,
+        integrations=job.integrations or (),
     )
 
 

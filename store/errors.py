@@ -7,6 +7,7 @@ StoreError
 ├── UnknownCursor        `after` names nothing that the list holds
 ├── FileInUse            the file belongs to a job that has not ended, or to a model
 ├── FileUnusable         the file cannot be used for this
+├── BadIntegration       an integration is none, or not one that this service is set up for
 ├── JobStateError        the job's status does not allow this
 ├── LeaseLost            the row belongs to another attempt: write nothing, stop
 ├── RequestMismatch      the same Idempotency-Key with another body
@@ -70,6 +71,12 @@ class FileUnusable(StoreError):
     """The file cannot be used for this."""
 
     code = "invalid_training_file"
+
+
+class BadIntegration(StoreError):
+    """An integration is none, or not one that this service is set up for."""
+
+    code = "invalid_integration"
 
 
 class JobStateError(StoreError):

@@ -48,6 +48,7 @@ def create(
     suffix: str | None = None,
     metadata: dict[str, Any] | None = None,
     options: dict[str, Any] | None = None,
+    integrations: list[Any] | None = None,
     seed: int | None = None,
     notes: Sequence[Notice] = (),
 ) -> Job:
@@ -72,6 +73,7 @@ def create(
         job_metadata=metadata,
         spec=spec.model_copy(update={"seed": seed}).model_dump(mode="json"),
         options=options or {},
+        integrations=integrations,
     )
     session.add(job)
     session.flush()

@@ -125,6 +125,8 @@ class Job(Base):
     """TrainSpec with every "auto" a number; what the first attempt resolves, later attempts keep."""
     options: Mapped[dict[str, Any]] = mapped_column(default=dict)
     """The request's `olora` object."""
+    integrations: Mapped[list[Any] | None]
+    """The experiment trackers that are told of the job, as asked for; null: none."""
 
     created_at: Mapped[float] = mapped_column(default=db_now())
     started_at: Mapped[float | None]

@@ -267,6 +267,18 @@ def _stored(job_id: str) -> Select[Checkpoint]:
     return rows.order_by(Checkpoint.step.desc(), Checkpoint.seq.desc())
 
 
+def warn_once(session: Session, claim: Claim, message: str, *, about: str) -> None:
+    """A warning from beside an attempt, also after its end; one a job of those that begin with `about`.
+
+    Nothing is written once another attempt has the job.
+    """
+    mine = select(Job.id).where(Job.id == claim.job_id, Job.attempt == claim.attempt).with_for_update()
+    begins = Event.message.startswith(about, autoescape=True)
+    told = select(Event.id).where(Event.job_id == claim.job_id, Event.level == "warn", begins).limit(1)
+    if session.scalar(mine) is not None and session.scalar(told) is None:
+        tell(session, claim.job_id, Note("warn", message))
+
+
 def step_rows(session: Session, job_id: str, *, after: int = 0) -> Sequence[Metric]:
     """The recorded steps beyond `after`, in order, each once."""
     rows = select(Metric).where(Metric.job_id == job_id, Metric.step > after)

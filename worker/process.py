@@ -18,7 +18,7 @@ from .protocol import FENCED
 logger = logging.getLogger(__name__)
 CLOSE_SECONDS = 5.0
 MOST_TOKENIZER_THREADS = 32
-_INHERITED = ("PATH", "HOME", "LANG", "TZ", "TMPDIR", "VIRTUAL_ENV", "LD_LIBRARY_PATH", "PYTHONPATH")
+MACHINE = ("PATH", "HOME", "LANG", "TZ", "TMPDIR", "VIRTUAL_ENV", "LD_LIBRARY_PATH", "PYTHONPATH")
 _INHERITED_PREFIXES = (
     *("LC_", "CUDA_", "NVIDIA_", "NCCL_", "TORCH", "PYTORCH_", "TRITON_", "HIP_", "ROCR_", "HSA_"),
     *("OMP_", "MKL_", "KMP_", "OPENBLAS_", "GOMP_", "ATEN_", "RAYON_"),
@@ -118,12 +118,7 @@ def tokenizer_threads() -> int:
 
 def trainer_environment(environment: Mapping[str, str]) -> dict[str, str]:
     """What a trainer may know: the machine, and none of the service's addresses and keys."""
-    chosen = {
-        name: value
-        for name, value in environment.items()
-        if name in _INHERITED or name.startswith(_INHERITED_PREFIXES)
-    }
-    chosen["PYTHONPATH"] = os.pathsep.join([str(ROOT), *filter(None, [chosen.get("PYTHONPATH")])])
+    chosen = inherited(environment, MACHINE, _INHERITED_PREFIXES)
     return chosen | {
         "HF_HUB_OFFLINE": "1",
         "TRANSFORMERS_OFFLINE": "1",
@@ -136,3 +131,14 @@ def trainer_environment(environment: Mapping[str, str]) -> dict[str, str]:
         # step seven times slower.
         "OMP_WAIT_POLICY": chosen.get("OMP_WAIT_POLICY", "PASSIVE"),
     }
+
+
+def inherited(
+    environment: Mapping[str, str], names: tuple[str, ...], prefixes: tuple[str, ...]
+) -> dict[str, str]:
+    """The named part of an environment, in which this project's modules are found."""
+    chosen = {
+        name: value for name, value in environment.items() if name in names or name.startswith(prefixes)
+    }
+    chosen["PYTHONPATH"] = os.pathsep.join([str(ROOT), *filter(None, [chosen.get("PYTHONPATH")])])
+    return chosen

@@ -17,6 +17,7 @@ from store.session import make_engine, read_sessions, sessions
 from store.settings import Settings
 
 from .attempt import Attempt
+from .follower import follow
 from .lease import DATABASE_AWAY
 from .process import TrainerProcess
 from .scratch import remove_orphans, scratch_folder
@@ -94,6 +95,7 @@ class Supervisor:
                 shutdown=self,
                 folder=folder,
             )
+            followers = follow(claim, settings=self.settings, read=self.read, write=self.write)
             try:
                 attempt.run()
             except LeaseLost as lost:
@@ -102,6 +104,9 @@ class Supervisor:
                 # Nothing was written; the lease runs out and the job goes to another attempt.
                 logger.exception("Attempt %s was given up.", name)
                 attempt.trainer.kill()
+            finally:
+                for follower in followers:
+                    follower.over()
         trim_tokens(self.settings)
         logger.info("Attempt %s is over.", name)
         return True

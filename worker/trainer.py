@@ -18,14 +18,14 @@ import time
 from collections.abc import Callable, Generator
 from contextlib import closing
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, BinaryIO, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from olora_core.errors import OloraError
 from olora_core.progress import Finished, Phase, Progress, Saved, Step
 from olora_core.specs import TrainSpec
 
 from .lineage import die_with_parent
-from .protocol import FENCED, Order, Wish
+from .protocol import FENCED, Order, Wish, claim_descriptors
 
 if TYPE_CHECKING:
     from olora_core.model import Base
@@ -38,7 +38,7 @@ class Channel:
     """The supervisor's end of the line: messages out, and a thread that takes messages in."""
 
     def __init__(self) -> None:
-        self._in, self._out = _claim_descriptors()
+        self._in, self._out = claim_descriptors()
         self.orders: queue.Queue[Order] = queue.Queue()
         self._turn = threading.Lock()
         self._run: str | None = None
@@ -90,16 +90,6 @@ class Channel:
         if deadline is not None and time.monotonic() > deadline:
             os.write(2, b"The lease was not renewed in time; the trainer stops.\n")
             os._exit(FENCED)
-
-
-def _claim_descriptors() -> tuple[BinaryIO, BinaryIO]:
-    """Takes standard input and output for the protocol, and leaves harmless ones to everybody else."""
-    received, sent = os.fdopen(os.dup(0), "rb"), os.fdopen(os.dup(1), "wb")
-    nothing = os.open(os.devnull, os.O_RDONLY)
-    os.dup2(nothing, 0)
-    os.close(nothing)
-    os.dup2(2, 1)
-    return received, sent
 
 
 class WarmBase:

@@ -39,7 +39,7 @@ def test_migrations_give_exactly_the_models_schema(empty_database_url: str) -> N
     engine.dispose()
 
 
-def test_jobs_from_before_the_samples_stay_and_have_none(empty_database_url: str) -> None:
+def test_jobs_of_the_first_schema_stay_and_have_nothing_of_the_later_ones(empty_database_url: str) -> None:
     migrate(empty_database_url, "0001")
     engine = make_engine(empty_database_url)
     texts = ("id", "status", "model", "training_file")
@@ -54,8 +54,8 @@ def test_jobs_from_before_the_samples_stay_and_have_none(empty_database_url: str
         connection.execute(text(f"INSERT INTO jobs ({names}) VALUES ({values})"))
     migrate(empty_database_url)
     with engine.connect() as connection:
-        row = connection.execute(text("SELECT samples, id, step FROM jobs")).one()
-    assert tuple(row) == (None, "succeeded", 1)
+        row = connection.execute(text("SELECT samples, integrations, id, step FROM jobs")).one()
+    assert tuple(row) == (None, None, "succeeded", 1)
     engine.dispose()
 
 

@@ -72,6 +72,7 @@ class Service:
         validation: bytes | None = None,
         model: str = "tiny",
         options: dict[str, Any] | None = None,
+        integrations: list[Any] | None = None,
         project: str = PROJECT,
         type: str = "supervised",
         **hyperparameters: Any,
@@ -89,6 +90,7 @@ class Service:
                 training_file=_row(session, File, training),
                 validation_file=_row(session, File, held_out) if held_out else None,
                 options=options,
+                integrations=integrations,
             ).id
 
     def admit(self) -> None:

@@ -1,0 +1,13 @@
+"""Jobs name the experiment trackers that are told of them."""
+
+import sqlalchemy as sa
+from alembic import op
+
+revision = "0004"
+down_revision = "0003"
+branch_labels = None
+depends_on = None
+
+
+def upgrade() -> None:
+    op.add_column("jobs", sa.Column("integrations", sa.JSON(none_as_null=True), nullable=True))

@@ -1,0 +1,354 @@
+"""Follows a run's rows and has a tracker told of them, in a thread beside whatever does the work.
+
+A tracker that is slow, away or wrongly set up never delays, fails or blocks a job. What it missed it is told
+later: it says itself which step it has, and the rows hold the others. After `FINISH_SECONDS` beyond the run's
+end nobody waits for it any more.
+"""
+
+import json
+import logging
+import os
+import queue
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any, Protocol
+from urllib.parse import unquote, urlsplit
+
+from sqlalchemy import select
+from sqlalchemy.orm import Session
+
+from store import progress
+from store.claims import Claim
+from store.errors import BadIntegration
+from store.integrations import Integration, read_integrations, require_offered
+from store.jobs import ENDED
+from store.models import File, Job
+from store.session import Sessions
+from store.settings import Settings
+
+from .curves import curves
+from .lease import DATABASE_AWAY
+from .process import MACHINE, inherited
+from .scratch import scratch_folder
+from .trackers import Order, Row
+
+logger = logging.getLogger(__name__)
+POLL_SECONDS = 2.0
+PATIENCE_SECONDS = 60.0
+"""A client that answers nothing for so long is ended."""
+FINISH_SECONDS = 20.0
+LONGEST_PAUSE_SECONDS = 300.0
+LISTEN_SECONDS = 0.2
+ROWS_AT_ONCE = 50
+_NETWORK = ("HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY", "NO_PROXY", "SSL_CERT_FILE", "SSL_CERT_DIR")
+NETWORK = (*_NETWORK, *(name.lower() for name in _NETWORK), "REQUESTS_CA_BUNDLE", "CURL_CA_BUNDLE")
+
+
+@dataclass(frozen=True)
+class News:
+    """What a run has to tell: `rows` beyond those asked for, and its end once it has come."""
+
+    config: dict[str, Any]
+    rows: list[Row]
+    status: str | None = None
+    """"succeeded", "failed" or "cancelled"; None: it has not ended."""
+    summary: dict[str, Any] = field(default_factory=dict)
+
+
+class Source(Protocol):
+    def news(self, after: int) -> News | None:
+        """What there is beyond step `after`; None when the run is somebody else's now."""
+
+
+class Trouble(Exception):
+    """A tracker is not told; the sentence quotes neither key nor address."""
+
+
+class JobSource:
+    """A job's rows, as long as they are this attempt's."""
+
+    def __init__(self, claim: Claim, *, read: Sessions, write: Sessions) -> None:
+        self.claim = claim
+        self.read, self.write = read, write
+        self._config: dict[str, Any] = {}
+
+    def news(self, after: int) -> News | None:
+        mine = select(Job).where(Job.id == self.claim.job_id, Job.attempt == self.claim.attempt)
+        try:
+            with self.read.begin() as session:
+                job = session.scalar(mine)
+                return None if job is None else self._news(session, job, after)
+        except DATABASE_AWAY as error:
+            logger.warning("The database does not answer: %s", error.orig)
+            return News(self._config, [])
+
+    def _news(self, session: Session, job: Job, after: int) -> News:
+        spec = job.resolved or (job.spec if job.status in ENDED else {})
+        self._config = {"job": job.id, "training_file": job.training_file, **spec}
+        rows = [(row.step, curves(row.values)) for row in progress.step_rows(session, job.id, after=after)]
+        if job.status not in ENDED:
+            return News(self._config, rows)
+        return News(self._config, rows, job.status, self._summary(session, job))
+
+    def _summary(self, session: Session, job: Job) -> dict[str, Any]:
+        adapter = select(File.sha256).where(File.id.in_(job.result_files[1:2]))
+        return {
+            "fine_tuned_model": job.fine_tuned_model,
+            "trained_tokens": job.trained_tokens,
+            "certificate": job.certificate,
+            "adapter_sha256": session.scalar(adapter),
+            "error": job.error,
+        }
+
+    def warn(self, tracker: str, message: str) -> None:
+        try:
+            with self.write.begin() as session:
+                progress.warn_once(session, self.claim, message, about=tracker)
+        except DATABASE_AWAY as error:
+            logger.warning("The database does not answer: %s", error.orig)
+
+
+def follow(claim: Claim, *, settings: Settings, read: Sessions, write: Sessions) -> list["Follower"]:
+    """Begins to tell the trackers that the job names."""
+    source = JobSource(claim, read=read, write=write)
+    try:
+        integrations = read_integrations(claim.integrations)
+    except BadIntegration as error:  # of a newer version
+        logger.warning("Job %s names trackers that are not known here: %s", claim.job_id, error.message)
+        return []
+    return [
+        Follower(
+            integration,
+            run=claim.job_id,
+            name=f"{claim.job_id}-{claim.attempt}-{integration.type}-{position}",
+            source=source,
+            settings=settings,
+            warn=partial(source.warn, integration.title),
+        )
+        for position, integration in enumerate(integrations)
+    ]
+
+
+class Follower:
+    """One tracker of one run. `over` says that the work has stopped; it returns at once."""
+
+    def __init__(
+        self,
+        integration: Integration,
+        *,
+        run: str,
+        name: str,
+        source: Source,
+        settings: Settings,
+        warn: Callable[[str], None],
+    ) -> None:
+        self.integration = integration
+        self.source = source
+        self.settings = settings
+        self.run, self.name = run, name
+        self._warn = warn
+        self._warned = False
+        self._over = threading.Event()
+        self._deadline: float | None = None
+        # Not a daemon: a worker that ends waits for it, no longer than FINISH_SECONDS.
+        self._thread = threading.Thread(target=self._follow, name=f"follow {integration.type}")
+        self._thread.start()
+
+    def over(self) -> None:
+        self._deadline = time.monotonic() + FINISH_SECONDS
+        self._over.set()
+
+    def join(self) -> None:
+        """Waits until the tracker knows everything, or is given up."""
+        self._thread.join()
+
+    # --- the thread ------------------------------------------------------------------------------------
+
+    def _follow(self) -> None:
+        pause = 1.0
+        while True:
+            try:
+                with scratch_folder(self.settings.scratch_folder, self.name) as folder:
+                    self._tell(folder)
+                return
+            except Trouble as trouble:
+                self._say(str(trouble))
+            except Exception:
+                logger.exception("Following run %s for %s failed.", self.run, self.integration.title)
+                self._say("the worker met an unexpected error; its log has the details")
+            self._over.wait(pause)
+            if self._deadline is not None and time.monotonic() + 1 > self._deadline:
+                return
+            pause = min(LONGEST_PAUSE_SECONDS, 2 * pause)
+
+    def _say(self, reason: str) -> None:
+        logger.warning("%s is not told of run %s: %s.", self.integration.title, self.run, reason)
+        if not self._warned:
+            self._warned = True
+            self._warn(
+                f"{self.integration.title} is not told of this job for now: {reason}. The job itself goes on."
+            )
+
+    def _tell(self, folder: Path) -> None:
+        """Tells everything there is, to the end of the run or of this attempt at it. Raises Trouble."""
+        try:
+            require_offered([self.integration], self.settings)
+        except BadIntegration:
+            raise Trouble("the worker is not set up for it, which its operator can mend") from None
+        kind = self.integration.type
+        asked = self.integration.model_dump()[kind]
+        order = Order(asked, self.run, keep=str(self.settings.trackers_folder), lose=str(folder))
+        environment = tracker_environment(kind, os.environ, self.settings, folder)
+        with TrackerProcess(kind, environment, self._patient) as process:
+            step = process.ask(begin=asdict(order))["step"]
+            self._tell_from(step, process)
+
+    def _tell_from(self, step: int, process: "TrackerProcess") -> None:
+        config: dict[str, Any] | None = None
+        while True:
+            over = self._over.is_set()  # asked first: what is there then is all there is
+            news = self.source.news(step)
+            if news is None:
+                return
+            if news.config != config:
+                config = news.config
+                process.ask(config=config)
+            # A step's evaluation is recorded before the next step: until then it may still grow.
+            rows = news.rows if news.status else news.rows[:-1]
+            for start in range(0, len(rows), ROWS_AT_ONCE):
+                batch = rows[start : start + ROWS_AT_ONCE]
+                process.ask(rows=batch)
+                step = batch[-1][0]
+            if news.status:
+                process.ask(end={"status": news.status, "summary": news.summary})
+                return
+            if over:
+                process.ask(leave={})
+                return
+            self._over.wait(POLL_SECONDS)
+
+    def _patient(self, asked_at: float) -> bool:
+        """Whether to go on waiting for an answer."""
+        now = time.monotonic()
+        return now < (asked_at + PATIENCE_SECONDS if self._deadline is None else self._deadline)
+
+
+class TrackerProcess:
+    """A running `worker.trackers`. Leaving the block ends it, and whatever it started."""
+
+    def __init__(self, tracker: str, environment: dict[str, str], patient: Callable[[float], bool]) -> None:
+        self._patient = patient
+        self._process = subprocess.Popen(
+            [sys.executable, "-m", "worker.trackers", tracker, "--parent", str(os.getpid())],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            env=environment,
+            start_new_session=True,
+        )
+        self._answers: queue.Queue[dict[str, Any] | None] = queue.Queue()
+        threading.Thread(target=self._listen, name=f"hear {tracker}", daemon=True).start()
+
+    @property
+    def pid(self) -> int:
+        return self._process.pid
+
+    def __enter__(self) -> "TrackerProcess":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        try:
+            os.killpg(self._process.pid, signal.SIGKILL)
+        except ProcessLookupError:
+            logger.debug("The tracker's process %d had ended already.", self._process.pid)
+        self._process.wait()
+        assert self._process.stdin is not None
+        try:
+            self._process.stdin.close()
+        except BrokenPipeError:
+            logger.debug("The tracker's process %d had not read everything.", self._process.pid)
+
+    def ask(self, **message: Any) -> dict[str, Any]:
+        """Sends one message and waits for its answer. Raises Trouble.
+
+        The process has answered everything before, so that its pipe is empty and takes the message at once.
+        """
+        assert self._process.stdin is not None
+        try:
+            self._process.stdin.write(json.dumps(message).encode() + b"\n")
+            self._process.stdin.flush()
+        except BrokenPipeError:
+            raise self._lost() from None
+        answer = self._answer(time.monotonic())
+        if trouble := answer.get("trouble"):
+            logger.debug("The tracker's client says: %s", trouble["detail"])
+            if trouble["missing"]:
+                raise Trouble("the worker has no client for it, which its operator can install")
+            raise Trouble(f"it cannot be reached, or refuses the run ({trouble['kind']})")
+        return answer
+
+    def _answer(self, asked_at: float) -> dict[str, Any]:
+        while self._patient(asked_at):
+            try:
+                answer = self._answers.get(timeout=LISTEN_SECONDS)
+            except queue.Empty:
+                continue
+            if answer is None:
+                raise self._lost()
+            return answer
+        raise Trouble(f"its client did not answer for {time.monotonic() - asked_at:.0f} s")
+
+    def _lost(self) -> Trouble:
+        return Trouble(f"its client ended unexpectedly (exit code {self._process.wait()})")
+
+    def _listen(self) -> None:
+        assert self._process.stdout is not None
+        with self._process.stdout as answers:
+            for line in answers:
+                self._answers.put(json.loads(line))
+        self._answers.put(None)
+
+
+def tracker_environment(
+    tracker: str, environment: Mapping[str, str], settings: Settings, folder: Path
+) -> dict[str, str]:
+    """What a tracker's client may know: the machine, the way to the network, and its own account."""
+    chosen = inherited(environment, (*MACHINE, *NETWORK), ("LC_",))
+    account = wandb_account(settings, folder) if tracker == "wandb" else mlflow_account(settings)
+    return chosen | {"DO_NOT_TRACK": "true"} | account
+
+
+def wandb_account(settings: Settings, folder: Path) -> dict[str, str]:
+    account = {f"WANDB_{name}_DIR": str(folder / name.lower()) for name in ("CACHE", "CONFIG", "DATA")}
+    account |= {"WANDB_MODE": settings.wandb_mode, "WANDB_ERROR_REPORTING": "false"}
+    if settings.wandb_api_key is not None and settings.wandb_mode == "online":
+        account["WANDB_API_KEY"] = settings.wandb_api_key.get_secret_value()
+    if settings.wandb_base_url is not None:
+        account["WANDB_BASE_URL"] = settings.wandb_base_url
+    return account
+
+
+def mlflow_account(settings: Settings) -> dict[str, str]:
+    """User and password do not stay in the address."""
+    uri = settings.mlflow_tracking_uri or ""
+    parts = urlsplit(uri)
+    account = {
+        "MLFLOW_TRACKING_URI": uri,
+        "MLFLOW_DISABLE_TELEMETRY": "true",
+        "MLFLOW_HTTP_REQUEST_TIMEOUT": "20",
+        "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "2",
+    }
+    if parts.username:
+        account["MLFLOW_TRACKING_URI"] = parts._replace(netloc=parts.netloc.rpartition("@")[2]).geturl()
+        account["MLFLOW_TRACKING_USERNAME"] = unquote(parts.username)
+        account["MLFLOW_TRACKING_PASSWORD"] = unquote(parts.password or "")
+    if settings.mlflow_token is not None:
+        account["MLFLOW_TRACKING_TOKEN"] = settings.mlflow_token.get_secret_value()
+    return account
