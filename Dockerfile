@@ -27,7 +27,9 @@ FROM base AS worker
 # The index to take torch from, for a CPU build or another CUDA version; empty: the registry's own build.
 ARG TORCH_INDEX_URL=
 RUN --mount=type=cache,target=/root/.cache/pip pip install "$(grep '^torch==' constraints.txt)" ${TORCH_INDEX_URL:+--index-url "$TORCH_INDEX_URL"}
-RUN --mount=type=cache,target=/root/.cache/pip pip install -c constraints.txt -e '.[worker,gpu,postgres]'
+# The clients of experiment trackers, for a service that is set up for them: wandb, mlflow or wandb,mlflow.
+ARG TRACKERS=
+RUN --mount=type=cache,target=/root/.cache/pip pip install -c constraints.txt -e ".[worker,gpu,postgres${TRACKERS:+,$TRACKERS}]"
 COPY alembic.ini ./
 COPY migrations migrations
 COPY olora_core olora_core

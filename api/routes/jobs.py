@@ -10,6 +10,7 @@ from olora_core.specs import TrainSpec
 from store import bases, files, jobs, progress
 from store.errors import FileUnusable, JobStateError
 from store.errors import NotFound as NotStored
+from store.integrations import Integration, read_integrations, require_offered
 from store.models import File, Job
 
 from ..deps import After, BodyDep, Call, CallDep, Limit
@@ -35,9 +36,14 @@ def create_job(body: BodyDep, call: CallDep) -> JobObject:
     """Committed before it is answered; the dispatcher then checks its files and queues it."""
     request = read_create(body.values)
     spec = spec_of(request)
+    trackers = read_integrations(request.integrations or [])
+    require_offered(trackers, call.settings)
     _check_base(call, request.model)
     made_id, _ = once(
-        call, "POST /v1/fine_tuning/jobs", body.digest, lambda session: _make(session, call, request, spec)
+        call,
+        "POST /v1/fine_tuning/jobs",
+        body.digest,
+        lambda session: _make(session, call, request, spec, trackers),
     )
     call.nudge()
     return retrieve_job(made_id, call)
@@ -53,7 +59,9 @@ def _check_base(call: Call, model: str) -> None:
     bases.find_base(call.settings, model)
 
 
-def _make(session: Session, call: Call, request: CreateJob, spec: TrainSpec) -> str:
+def _make(
+    session: Session, call: Call, request: CreateJob, spec: TrainSpec, trackers: list[Integration]
+) -> str:
     options = request.olora or JobOptions()
     job = jobs.create(
         session,
@@ -68,6 +76,7 @@ def _make(session: Session, call: Call, request: CreateJob, spec: TrainSpec) -> 
         suffix=request.suffix,
         metadata=dict(request.metadata) if request.metadata is not None else None,
         options=options.model_dump(),
+        integrations=[tracker.model_dump() for tracker in trackers] or None,
     )
     job.priority = options.priority
     return job.id

@@ -62,7 +62,11 @@ class CreateJob(Request):
     suffix: str | None = Field(default=None, min_length=1, max_length=64, description="Part of the new name.")
     seed: int | None = Field(default=None, ge=0, le=MAX_SEED)
     metadata: dict[str, str] | None = Field(default=None, description="Up to 16 pairs of text.")
-    integrations: list[Any] | None = Field(default=None, description="Not available yet; [] or null.")
+    integrations: list[Any] | None = Field(
+        default=None,
+        description='Trackers to tell: {"type": "wandb", "wandb": {"project", "entity", "name", "tags"}} or '
+        '{"type": "mlflow", "mlflow": {"experiment", "run_name", "tags"}}.',
+    )
     method: MethodRequest | None = None
     hyperparameters: dict[str, Any] | None = Field(
         default=None, description="As in the method's own hyperparameters, where newer callers put them."
@@ -80,12 +84,6 @@ def read_create(values: dict[str, Any]) -> CreateJob:
     except ValidationError as error:
         raise _bad_field(error) from None
     _check_metadata(request.metadata)
-    if request.integrations:
-        raise BadRequest(
-            "integrations are not available yet; leave the field out or send []. "
-            "The job's events and its CSV carry every metric.",
-            param="integrations",
-        )
     return request
 
 
@@ -218,7 +216,7 @@ class JobObject(BaseModel):
             trained_tokens=row.trained_tokens,
             user_provided_suffix=row.suffix,
             metadata=row.job_metadata,
-            integrations=[],
+            integrations=row.integrations or [],
             error=JobError(**row.error) if row.error else None,
             adapter=spec["adapter"],
             olora=_own_facts(row),

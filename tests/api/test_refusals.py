@@ -269,7 +269,6 @@ BAD_BODIES = (
     bad("metadata-value", {"metadata": {"k": "v" * 513}}, "metadata.k", "513 characters"),
     bad("metadata-number", {"metadata": {"k": 1}}, "metadata.k", "string"),
     bad("metadata-deep", {"metadata": DEEP}, "metadata" + "[0]" * 24, "nests deeper than 32 levels"),
-    bad("wandb", {"integrations": [{"type": "wandb"}]}, "integrations", "not available yet"),
     bad("priority-10", {"olora": {"priority": 10}}, "olora.priority", "less than or equal to 9"),
     bad("seconds-huge", {"olora": {"max_seconds": 10**400}}, "olora.max_seconds", "less than or equal to"),
     bad("option-typo", {"olora": {"priorty": 1}}, "olora.priorty", "did you mean 'priority'?"),

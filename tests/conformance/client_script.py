@@ -205,6 +205,32 @@ def old_code_with_hyperparameters_at_the_top_works(world: World) -> None:
     world.ids["cancelled"] = job.id
 
 
+def a_job_may_name_a_tracker(world: World) -> None:
+    job = world.client.fine_tuning.jobs.create(
+        model="olora-tiny",
+        training_file=world.ids["training"],
+        integrations=[{"type": "wandb", "wandb": {"project": "tuning", "name": "first", "tags": ["a"]}}],
+    )
+    world.client.fine_tuning.jobs.cancel(job.id)
+    [integration] = job.integrations
+    assert type(integration).__name__ == "FineTuningJobWandbIntegrationObject"
+    assert integration.type == "wandb"
+    assert integration.wandb.project == "tuning"
+    assert integration.wandb.name == "first"
+    assert integration.wandb.entity is None
+    assert integration.wandb.tags == ["a"]
+    refused = expect(
+        openai.BadRequestError,
+        lambda: world.client.fine_tuning.jobs.create(
+            model="olora-tiny",
+            training_file=world.ids["training"],
+            integrations=[{"type": "mlflow", "mlflow": {"experiment": "tuning"}}],
+        ),
+    )
+    assert refused.code == "integration_not_configured"
+    assert refused.param == "integrations[0].type"
+
+
 def jobs_are_listed_in_pages_and_by_metadata(world: World) -> None:
     jobs = world.client.fine_tuning.jobs
     made = []
@@ -434,6 +460,7 @@ CHECKS: tuple[Callable[[World], None], ...] = (
     a_retry_of_an_upload_makes_one_file,
     an_idempotency_key_makes_one_job,
     old_code_with_hyperparameters_at_the_top_works,
+    a_job_may_name_a_tracker,
     jobs_are_listed_in_pages_and_by_metadata,
     the_main_job_succeeds,
     its_events_read_newest_first_in_pages,

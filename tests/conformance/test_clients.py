@@ -32,7 +32,7 @@ def oldest_client() -> Path:
 @pytest.fixture(scope="session")
 def running(tmp_path_factory: pytest.TempPathFactory) -> int:
     home = tmp_path_factory.mktemp("service")
-    with service(home) as api, worker(home):
+    with service(home, wandb_mode="offline") as api, worker(home, wandb_mode="offline"):
         yield api.port
 
 
