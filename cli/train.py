@@ -4,11 +4,11 @@ import json
 import os
 import signal
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from types import FrameType
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
@@ -20,11 +20,17 @@ from olora_core.specs import MAX_SEED, TrainSpec, check_validation, nearest, rea
 from .progress import TrainingBar
 from .samples import show_samples
 
+if TYPE_CHECKING:
+    from store.integrations import Integration
+
+    from .charts import Charts
+
 console = Console(stderr=True)
 RUN_FILE = "run.json"
 """In the output folder: what was asked for and what "auto" became, so that a later start goes on with it."""
 TOKENS = "tokens"
 """In the output folder: the tokenised files, for the next start."""
+CURVES_FOLDER = "tensorboard"
 STOPPED = 130
 
 
@@ -49,6 +55,7 @@ class RunFile(BaseModel):
     adapter: Named = Field(default_factory=dict)
     hyperparameters: Named = Field(default_factory=dict)
     seed: int = Field(default=0, ge=0, le=MAX_SEED)
+    integrations: list[Any] = Field(default_factory=list)
 
 
 def train(
@@ -56,7 +63,8 @@ def train(
         Path,
         typer.Argument(
             metavar="SPEC.yaml",
-            help="model, training_file, validation_file, output, type, adapter, hyperparameters, seed.",
+            help="model, training_file, validation_file, output, type, adapter, hyperparameters, seed, "
+            "integrations.",
         ),
     ],
     fresh: Annotated[
@@ -80,6 +88,7 @@ def train(
         seed=run.seed,
     )
     check_validation(asked, given=run.validation_file is not None)
+    trackers = _trackers(run)
     here = spec_file.resolve().parent
     training = _existing(here / run.training_file, "training_file")
     validation = _existing(here / run.validation_file, "validation_file") if run.validation_file else None
@@ -95,7 +104,7 @@ def train(
     _check_data(training, validation, spec.type)
     folder = _base_folder(run.model, here)
     _make(output)
-    if not _train(spec, asked, folder, training, validation, output, device):
+    if not _train(spec, asked, folder, training, validation, output, device, trackers):
         console.print("Stopped; the same command goes on from the last checkpoint.")
         raise typer.Exit(STOPPED)
     typer.echo(str(adapter))
@@ -126,6 +135,16 @@ def read_run(path: Path) -> RunFile:
         if missing:
             raise SpecError(f"{path}: {' and '.join(missing)} must be given.", param=missing[0]) from None
         raise SpecError(f"{path}: {spec_error(error).message}") from None
+
+
+def _trackers(run: RunFile) -> "list[Integration]":
+    """Raises BadIntegration, also for a tracker that the settings have no account for."""
+    from store.integrations import read_integrations, require_offered
+    from store.settings import get_settings
+
+    integrations = read_integrations(run.integrations)
+    require_offered(integrations, get_settings())
+    return integrations
 
 
 def _existing(path: Path, name: str) -> Path:
@@ -210,7 +229,7 @@ def _clear(output: Path) -> None:
     """Removes what an earlier run left in `output`, and nothing else."""
     import shutil
 
-    for name in ("checkpoints", "adapter"):
+    for name in ("checkpoints", "adapter", CURVES_FOLDER):
         shutil.rmtree(output / name, ignore_errors=True)
     (output / RUN_FILE).unlink(missing_ok=True)
 
@@ -228,9 +247,10 @@ def _train(
     validation: Path | None,
     output: Path,
     device: str,
+    trackers: "list[Integration]",
 ) -> bool:
     """Drives the core. False when Ctrl-C or SIGTERM stopped the run, after a checkpoint."""
-    with TrainingBar(console) as bar, _stop_signals() as stopping:
+    with TrainingBar(console) as bar, _stop_signals() as stopping, ExitStack() as stack:
         bar.phase("loading torch")
         os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # as for the service's trainer
         import torch
@@ -255,6 +275,7 @@ def _train(
         resume = _newest_checkpoint(output)
         if resume is not None:
             bar.say(f"Going on from {resume.name}.")
+        charts = stack.enter_context(_charts(output, resume, trackers, bar))
         trim([output / TOKENS])
         progress = run_training(
             spec, base, training, validation, output, resume=resume, cache=output / TOKENS
@@ -267,6 +288,7 @@ def _train(
             except StopIteration:
                 return True
             wish = None
+            charts.hear(news)
             match news:
                 case Phase():
                     bar.phase(news.name, news.done, news.total)
@@ -296,6 +318,16 @@ def _train(
                 case Finished():
                     _summarise(bar, news)
                     show_samples(console, samples)
+
+
+def _charts(output: Path, resume: Path | None, trackers: "list[Integration]", bar: TrainingBar) -> "Charts":
+    from store.settings import get_settings
+
+    from .charts import Charts
+
+    step = int(resume.name.removeprefix("step-")) if resume else 0
+    say = lambda sentence: bar.say(sentence, "yellow")  # noqa: E731
+    return Charts(output / CURVES_FOLDER, step, trackers, get_settings(), say)
 
 
 def _summarise(bar: TrainingBar, finished: Any) -> None:

@@ -147,8 +147,8 @@ def require_offered(integrations: list[Integration], settings: Settings) -> None
     for position, integration in enumerate(integrations):
         if remedy := remedies[integration.type]:
             raise BadIntegration(
-                f"This service is not set up for {integration.title}: leave the integration out, or have "
-                f"its operator set {remedy}. The job's events, CSV and TensorBoard file carry every metric.",
+                f"{integration.title} is not set up here: leave the integration out, or have the operator "
+                f"set {remedy}. The TensorBoard file carries every metric as well.",
                 param=f"integrations[{position}].type",
                 code="integration_not_configured",
             )

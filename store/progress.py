@@ -112,7 +112,7 @@ def _new_metrics(
         number = int(step["step"])
         known = rows[number].values if number in rows else {}
         if "train_loss" not in known and number not in new:
-            new[number] = {**known, **finite(_named(step), number, notes)}
+            new[number] = {**known, **finite(named(step), number, notes)}
     for evaluation in evaluations:
         number = int(evaluation["step"])
         measured = finite(
@@ -140,7 +140,8 @@ def _metric_rows(session: Session, job_id: str, measured: Iterable[Mapping[str, 
     return session.scalars(select(Metric).where(Metric.job_id == job_id, Metric.step.in_(numbers))).all()
 
 
-def _named(step: Mapping[str, Any]) -> dict[str, Any]:
+def named(step: Mapping[str, Any]) -> dict[str, Any]:
+    """The trainer's numbers under the names that clients read."""
     return {METRIC_NAMES.get(name, name): value for name, value in step.items() if value is not None}
 
 
@@ -213,7 +214,7 @@ def add_checkpoint(
         job_id=job.id,
         attempt=claim.attempt,
         step=step,
-        metrics=finite(_named({"step": step, **metrics}), step, notes),
+        metrics=finite(named({"step": step, **metrics}), step, notes),
         storage_key=storage_key,
     )
     session.add(checkpoint)

@@ -28,6 +28,7 @@ CHARTS = {
 }
 """The names of a step's numbers in its row, and those of their charts."""
 SPEED = "train/tokens_per_second"
+EVENTS = "events.out.tfevents"
 VERSION = "brain.Event:2"
 """Opens every event file."""
 
@@ -42,7 +43,7 @@ def curves(values: Mapping[str, Any]) -> Curves:
 
 def event_file_name(run: str, started: float) -> str:
     """TensorBoard knows its files by this name; it reads those of one folder in the order of `started`."""
-    return f"events.out.tfevents.{int(started)}.{run}"
+    return f"{EVENTS}.{int(started)}.{run}"
 
 
 class EventFile:
@@ -78,21 +79,28 @@ def read_points(path: Path) -> Iterator[tuple[int, Curves, float]]:
             yield event.step, points, event.wall_time
 
 
-def go_on(folder: Path, run: str, step: int) -> EventFile:
-    """The event file of a run that goes on from `step` (0: begins), in a folder of its own.
+def run_in(folder: Path) -> str | None:
+    """The run whose event file is in a folder, by the file's name."""
+    return next((path.name.split(".", 4)[4] for path in sorted(folder.glob(f"{EVENTS}.*.*"))), None)
+
+
+def go_on(folder: Path, run: str, step: int) -> tuple[EventFile, dict[int, Curves]]:
+    """The event file of a run that goes on from `step` (0: begins), and the points that it holds already.
 
     What was charted up to there is kept, and what will be done again is not.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    before = sorted(folder.glob(f"events.out.tfevents.*.{run}"))
+    before = sorted(folder.glob(f"{EVENTS}.*.{run}"))
     kept = [point for path in before for point in read_points(path) if point[0] <= step]
     started = time.time()
     aside = folder / "events.part"
     file = EventFile(aside, started)
-    for point in kept:
-        file.add(*point)
+    held: dict[int, Curves] = {}
+    for number, points, moment in kept:
+        file.add(number, points, moment)
+        held.setdefault(number, {}).update(points)
     path = aside.replace(folder / event_file_name(run, started))
     for earlier in before:
         if earlier != path:
             earlier.unlink()
-    return file
+    return file, held

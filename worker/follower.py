@@ -161,8 +161,9 @@ class Follower:
         self._thread = threading.Thread(target=self._follow, name=f"follow {integration.type}")
         self._thread.start()
 
-    def over(self) -> None:
-        self._deadline = time.monotonic() + FINISH_SECONDS
+    def over(self, *, hurry: bool = False) -> None:
+        """Nothing more will come; with `hurry` the tracker is not waited for."""
+        self._deadline = time.monotonic() + (0 if hurry else FINISH_SECONDS)
         self._over.set()
 
     def join(self) -> None:

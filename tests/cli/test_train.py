@@ -1,5 +1,6 @@
 """`olora train`: one run from a file, without the service, and on from where it was stopped."""
 
+import hashlib
 import json
 import signal
 import subprocess
@@ -7,13 +8,22 @@ import sys
 from pathlib import Path
 
 import pytest
+from mlflow import MlflowClient
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from tests.cli.running import ROOT, ROWS, environment, olora, wait_for
 
 pytestmark = pytest.mark.slow
 
 
-def write_spec(folder: Path, output: str, seed: int = 5) -> Path:
+TRACKERS = """\
+integrations:
+  - {type: wandb, wandb: {project: tuning}}
+  - {type: mlflow, mlflow: {experiment: tuning}}
+"""
+
+
+def write_spec(folder: Path, output: str, seed: int = 5, more: str = "") -> Path:
     rows = ROWS.read_text().splitlines(keepends=True)
     (folder / "train.jsonl").write_text("".join(rows[:40]))
     (folder / "valid.jsonl").write_text("".join(rows[40:50]))
@@ -25,7 +35,7 @@ def write_spec(folder: Path, output: str, seed: int = 5) -> Path:
         f"output: {output}\n"
         "adapter: {method: olora, rank: 4}\n"
         "hyperparameters: {n_epochs: 2, batch_size: 2, dtype: float32}\n"
-        f"seed: {seed}\n"
+        f"seed: {seed}\n{more}"
     )
     return spec
 
@@ -34,14 +44,21 @@ def weights(folder: Path) -> bytes:
     return (folder / "adapter" / "adapter_model.safetensors").read_bytes()
 
 
-def interrupted(spec: Path, home: Path, number: signal.Signals) -> str:
+def charted(folder: Path) -> list[int]:
+    """The steps of the training loss in the run's TensorBoard file."""
+    read = EventAccumulator(str(folder / "tensorboard"))
+    read.Reload()
+    return [event.step for event in read.Scalars("train/loss")]
+
+
+def interrupted(spec: Path, home: Path, number: signal.Signals, **settings: str) -> str:
     """Trains until a few steps are done, then stops it. Returns what it said."""
     log = home / "train.log"
     with log.open("wb") as output:
         process = subprocess.Popen(
             [sys.executable, "-m", "cli.main", "train", str(spec)],
             cwd=ROOT,
-            env=environment(home),
+            env=environment(home, **settings),
             stdout=output,
             stderr=output,
         )
@@ -51,6 +68,7 @@ def interrupted(spec: Path, home: Path, number: signal.Signals) -> str:
     return log.read_text()
 
 
+@pytest.mark.filterwarnings("ignore::sqlalchemy.exc.SADeprecationWarning")  # MLflow's own
 def test_an_interrupted_run_goes_on_to_the_same_bytes(tmp_path: Path) -> None:
     through = olora(tmp_path, "train", write_spec(tmp_path, "through"), timeout=250)
     assert len(list((tmp_path / "through" / "tokens").iterdir())) == 2
@@ -60,16 +78,32 @@ def test_an_interrupted_run_goes_on_to_the_same_bytes(tmp_path: Path) -> None:
     assert "Certified" in through.stderr
     assert "Validation loss" in through.stderr
     assert "What it answers to rows of the validation file:" in through.stderr
+    assert charted(tmp_path / "through") == list(range(1, 41))
 
-    spec = write_spec(tmp_path, "stopped")
-    said = interrupted(spec, tmp_path, signal.SIGINT)
+    uri = f"sqlite:///{tmp_path / 'mlflow.db'}"
+    trackers = {"wandb_mode": "offline", "mlflow_tracking_uri": uri}
+    spec = write_spec(tmp_path, "stopped", more=TRACKERS)
+    said = interrupted(spec, tmp_path, signal.SIGINT, **trackers)
     assert "the same command goes on" in said
     assert not (tmp_path / "stopped" / "adapter").exists()
-    again = olora(tmp_path, "train", spec, timeout=250)
+    again = olora(tmp_path, "train", spec, timeout=250, **trackers)
     assert again.returncode == 0, again.stderr
     assert "Going on from step-" in again.stderr
+    assert "is not told" not in again.stderr
     assert "step 40/40" in again.stderr
     assert weights(tmp_path / "stopped") == weights(tmp_path / "through")
+    assert charted(tmp_path / "stopped") == list(range(1, 41))
+    assert len(list((tmp_path / "stopped" / "tensorboard").iterdir())) == 1
+
+    assert len(list((tmp_path / "trackers" / "wandb").glob("offline-run-*"))) == 1
+    client = MlflowClient(uri)
+    [run] = client.search_runs([client.get_experiment_by_name("tuning").experiment_id])
+    history = client.get_metric_history(run.info.run_id, "train/loss")
+    assert [metric.step for metric in history] == list(range(1, 41))
+    assert run.info.status == "FINISHED"
+    assert run.data.params["adapter.rank"] == "4"
+    digest = hashlib.sha256(weights(tmp_path / "stopped")).hexdigest()
+    assert run.data.tags["olora.adapter_sha256"] == digest
 
     manifest = json.loads((tmp_path / "stopped" / "adapter" / "manifest.json").read_text())
     assert manifest["certificate"]["passed"]
@@ -77,10 +111,19 @@ def test_an_interrupted_run_goes_on_to_the_same_bytes(tmp_path: Path) -> None:
     other = json.loads((tmp_path / "through" / "adapter" / "manifest.json").read_text())
     assert manifest["samples"] == other["samples"]
 
-    refused = olora(tmp_path, "train", spec)
+    refused = olora(tmp_path, "train", spec, **trackers)
     assert refused.returncode == 1
     assert "finished already" in refused.stderr
     assert "--fresh" in refused.stderr
+
+
+def test_a_tracker_without_an_account_is_refused_before_anything_is_loaded(tmp_path: Path) -> None:
+    refused = olora(tmp_path, "train", write_spec(tmp_path, "out", more=TRACKERS))
+    assert refused.returncode == 1
+    assert "operator set OLORA_WANDB_API_KEY" in " ".join(refused.stderr.split())
+    assert not (tmp_path / "out").exists()
+    unknown = olora(tmp_path, "train", write_spec(tmp_path, "out", more="integrations: [{type: comet}]\n"))
+    assert "integrations[0] must be an object whose type is 'wandb' or 'mlflow'" in unknown.stderr
 
 
 def test_an_unfinished_run_is_not_mixed_with_another(tmp_path: Path) -> None:

@@ -17,7 +17,7 @@ from tests.services import wait_until
 from tests.worker.service import Service
 from tests.worker.test_supervise import at_work, trainer_pid
 from tests.worker.tiny_base import chat_rows
-from worker.curves import EventFile, curves, event_file_name, go_on, read_points
+from worker.curves import EventFile, curves, event_file_name, go_on, read_points, run_in
 from worker.supervise import Supervisor
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -102,12 +102,17 @@ def test_a_file_that_goes_on_forgets_what_will_be_done_again(tmp_path: Path) -> 
     path.write_bytes(path.read_bytes()[:-3])
     assert [step for step, _, _ in read_points(path)] == [1, 2, 3, 4]
 
-    with go_on(tmp_path, "run", 2) as file:
+    assert run_in(tmp_path) == "run"
+    file, held = go_on(tmp_path, "run", 2)
+    assert held == {1: {"train/loss": 1.0}, 2: {"train/loss": 0.5}}
+    with file:
         file.add(3, {"train/loss": 30.0}, 20.0)
     assert [path.name.startswith("events.out.tfevents.") for path in tmp_path.iterdir()] == [True]
     assert charts(tmp_path) == {"train/loss": [(1, 1.0), (2, 0.5), (3, 30.0)]}
-    go_on(tmp_path, "run", 0).__exit__()
-    assert charts(tmp_path) == {}
+    file, held = go_on(tmp_path, "run", 0)
+    with file:
+        assert (charts(tmp_path), held) == ({}, {})
+    assert run_in(tmp_path / "elsewhere") is None
 
 
 def test_writing_it_loads_neither_torch_nor_tensorflow(tmp_path: Path) -> None:
