@@ -119,6 +119,18 @@ def test_both_images_install_from_the_one_lock() -> None:
     assert re.search(r"^torch==", lock, re.MULTILINE)
 
 
+@pytest.mark.parametrize(
+    ("trackers", "extras"), [("", "worker,postgres"), ("wandb,mlflow", "worker,postgres,wandb,mlflow")]
+)
+def test_clients_of_trackers_come_by_a_build_argument(trackers: str, extras: str) -> None:
+    [install] = [rest for word, rest in instructions("worker") if word == "RUN" and "[worker" in rest]
+    command = install.partition("pip install")[2]
+    done = subprocess.run(
+        f"echo {command}", shell=True, env={"TRACKERS": trackers}, capture_output=True, text=True, check=True
+    )
+    assert done.stdout.split()[-1] == f".[{extras}]"
+
+
 def test_images_hold_no_room_they_do_not_use() -> None:
     copied = {
         stage: {rest.split()[0] for word, rest in instructions(stage) if word == "COPY"}
