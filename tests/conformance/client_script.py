@@ -359,7 +359,7 @@ def the_main_job_succeeds(world: World) -> None:
     assert job.method.supervised.hyperparameters.learning_rate_multiplier == 1.0
     assert job.estimated_finish is None
     assert job.olora["certificate"]["passed"] is True
-    assert len(job.result_files) == 2
+    assert len(job.result_files) == 3
 
 
 def its_events_read_newest_first_in_pages(world: World) -> None:
@@ -391,9 +391,9 @@ def its_checkpoints_are_listed(world: World) -> None:
         assert checkpoint.metrics.train_loss > 0
 
 
-def its_first_result_is_the_csv(world: World) -> None:
+def its_first_result_is_the_csv_and_its_third_tensorboards(world: World) -> None:
     job = world.client.fine_tuning.jobs.retrieve(world.ids["job"])
-    metrics, adapter = job.result_files
+    metrics, adapter, event_file = job.result_files
     file = world.client.files.retrieve(metrics)
     assert file.purpose == "fine-tune-results"
     text = world.client.files.content(metrics).text
@@ -411,6 +411,8 @@ def its_first_result_is_the_csv(world: World) -> None:
     assert base64.b64decode(encoded).decode() == text
     packed = world.client.files.content(adapter).read()
     assert "adapter_model.safetensors" in zipfile.ZipFile(io.BytesIO(packed)).namelist()
+    assert world.client.files.retrieve(event_file).filename.startswith("events.out.tfevents.")
+    assert b"train/loss" in world.client.files.content(event_file).read()
 
 
 def its_adapter_can_be_downloaded(world: World) -> None:
@@ -465,7 +467,7 @@ CHECKS: tuple[Callable[[World], None], ...] = (
     the_main_job_succeeds,
     its_events_read_newest_first_in_pages,
     its_checkpoints_are_listed,
-    its_first_result_is_the_csv,
+    its_first_result_is_the_csv_and_its_third_tensorboards,
     its_adapter_can_be_downloaded,
     its_model_is_listed_and_can_be_deleted,
     a_job_that_has_ended_cannot_be_cancelled,
