@@ -5,21 +5,15 @@ later: it says itself which step it has, and the rows hold the others. After `FI
 end nobody waits for it any more.
 """
 
-import json
 import logging
 import os
-import queue
-import signal
-import subprocess
-import sys
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
-from urllib.parse import unquote, urlsplit
 
 from sqlalchemy import select
 from sqlalchemy.orm import Session
@@ -35,8 +29,8 @@ from store.settings import Settings
 
 from .curves import curves
 from .lease import DATABASE_AWAY
-from .process import MACHINE, inherited
 from .scratch import scratch_folder
+from .tracker_process import TrackerProcess, Trouble, tracker_environment
 from .trackers import Order, Row
 
 logger = logging.getLogger(__name__)
@@ -45,10 +39,7 @@ PATIENCE_SECONDS = 60.0
 """A client that answers nothing for so long is ended."""
 FINISH_SECONDS = 20.0
 LONGEST_PAUSE_SECONDS = 300.0
-LISTEN_SECONDS = 0.2
 ROWS_AT_ONCE = 50
-_NETWORK = ("HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY", "NO_PROXY", "SSL_CERT_FILE", "SSL_CERT_DIR")
-NETWORK = (*_NETWORK, *(name.lower() for name in _NETWORK), "REQUESTS_CA_BUNDLE", "CURL_CA_BUNDLE")
 
 
 @dataclass(frozen=True)
@@ -65,10 +56,6 @@ class News:
 class Source(Protocol):
     def news(self, after: int) -> News | None:
         """What there is beyond step `after`; None when the run is somebody else's now."""
-
-
-class Trouble(Exception):
-    """A tracker is not told; the sentence quotes neither key nor address."""
 
 
 class JobSource:
@@ -211,7 +198,7 @@ class Follower:
             step = process.ask(begin=asdict(order))["step"]
             self._tell_from(step, process)
 
-    def _tell_from(self, step: int, process: "TrackerProcess") -> None:
+    def _tell_from(self, step: int, process: TrackerProcess) -> None:
         config: dict[str, Any] | None = None
         while True:
             over = self._over.is_set()  # asked first: what is there then is all there is
@@ -239,117 +226,3 @@ class Follower:
         """Whether to go on waiting for an answer."""
         now = time.monotonic()
         return now < (asked_at + PATIENCE_SECONDS if self._deadline is None else self._deadline)
-
-
-class TrackerProcess:
-    """A running `worker.trackers`. Leaving the block ends it, and whatever it started."""
-
-    def __init__(self, tracker: str, environment: dict[str, str], patient: Callable[[float], bool]) -> None:
-        self._patient = patient
-        self._process = subprocess.Popen(
-            [sys.executable, "-m", "worker.trackers", tracker, "--parent", str(os.getpid())],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.DEVNULL,
-            env=environment,
-            start_new_session=True,
-        )
-        self._answers: queue.Queue[dict[str, Any] | None] = queue.Queue()
-        threading.Thread(target=self._listen, name=f"hear {tracker}", daemon=True).start()
-
-    @property
-    def pid(self) -> int:
-        return self._process.pid
-
-    def __enter__(self) -> "TrackerProcess":
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        try:
-            os.killpg(self._process.pid, signal.SIGKILL)
-        except ProcessLookupError:
-            logger.debug("The tracker's process %d had ended already.", self._process.pid)
-        self._process.wait()
-        assert self._process.stdin is not None
-        try:
-            self._process.stdin.close()
-        except BrokenPipeError:
-            logger.debug("The tracker's process %d had not read everything.", self._process.pid)
-
-    def ask(self, **message: Any) -> dict[str, Any]:
-        """Sends one message and waits for its answer. Raises Trouble.
-
-        The process has answered everything before, so that its pipe is empty and takes the message at once.
-        """
-        assert self._process.stdin is not None
-        try:
-            self._process.stdin.write(json.dumps(message).encode() + b"\n")
-            self._process.stdin.flush()
-        except BrokenPipeError:
-            raise self._lost() from None
-        answer = self._answer(time.monotonic())
-        if trouble := answer.get("trouble"):
-            logger.debug("The tracker's client says: %s", trouble["detail"])
-            if trouble["missing"]:
-                raise Trouble("the worker has no client for it, which its operator can install")
-            raise Trouble(f"it cannot be reached, or refuses the run ({trouble['kind']})")
-        return answer
-
-    def _answer(self, asked_at: float) -> dict[str, Any]:
-        while self._patient(asked_at):
-            try:
-                answer = self._answers.get(timeout=LISTEN_SECONDS)
-            except queue.Empty:
-                continue
-            if answer is None:
-                raise self._lost()
-            return answer
-        raise Trouble(f"its client did not answer for {time.monotonic() - asked_at:.0f} s")
-
-    def _lost(self) -> Trouble:
-        return Trouble(f"its client ended unexpectedly (exit code {self._process.wait()})")
-
-    def _listen(self) -> None:
-        assert self._process.stdout is not None
-        with self._process.stdout as answers:
-            for line in answers:
-                self._answers.put(json.loads(line))
-        self._answers.put(None)
-
-
-def tracker_environment(
-    tracker: str, environment: Mapping[str, str], settings: Settings, folder: Path
-) -> dict[str, str]:
-    """What a tracker's client may know: the machine, the way to the network, and its own account."""
-    chosen = inherited(environment, (*MACHINE, *NETWORK), ("LC_",))
-    account = wandb_account(settings, folder) if tracker == "wandb" else mlflow_account(settings)
-    return chosen | {"DO_NOT_TRACK": "true"} | account
-
-
-def wandb_account(settings: Settings, folder: Path) -> dict[str, str]:
-    account = {f"WANDB_{name}_DIR": str(folder / name.lower()) for name in ("CACHE", "CONFIG", "DATA")}
-    account |= {"WANDB_MODE": settings.wandb_mode, "WANDB_ERROR_REPORTING": "false"}
-    if settings.wandb_api_key is not None and settings.wandb_mode == "online":
-        account["WANDB_API_KEY"] = settings.wandb_api_key.get_secret_value()
-    if settings.wandb_base_url is not None:
-        account["WANDB_BASE_URL"] = settings.wandb_base_url
-    return account
-
-
-def mlflow_account(settings: Settings) -> dict[str, str]:
-    """User and password do not stay in the address."""
-    uri = settings.mlflow_tracking_uri or ""
-    parts = urlsplit(uri)
-    account = {
-        "MLFLOW_TRACKING_URI": uri,
-        "MLFLOW_DISABLE_TELEMETRY": "true",
-        "MLFLOW_HTTP_REQUEST_TIMEOUT": "20",
-        "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "2",
-    }
-    if parts.username:
-        account["MLFLOW_TRACKING_URI"] = parts._replace(netloc=parts.netloc.rpartition("@")[2]).geturl()
-        account["MLFLOW_TRACKING_USERNAME"] = unquote(parts.username)
-        account["MLFLOW_TRACKING_PASSWORD"] = unquote(parts.password or "")
-    if settings.mlflow_token is not None:
-        account["MLFLOW_TRACKING_TOKEN"] = settings.mlflow_token.get_secret_value()
-    return account

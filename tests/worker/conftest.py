@@ -8,6 +8,7 @@ import pytest
 
 from store.settings import read_settings
 from tests.worker.service import Service, model_folder
+from worker.supervise import Supervisor
 
 
 @pytest.fixture(scope="session")
@@ -43,3 +44,10 @@ def service(
     service = Service(settings)
     yield service
     service.engine.dispose()
+
+
+@pytest.fixture(scope="module")
+def supervisor(service: Service) -> Iterator[Supervisor]:
+    supervisor = Supervisor(service.settings)
+    yield supervisor
+    supervisor.close()

@@ -5,7 +5,6 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -21,13 +20,6 @@ from worker.curves import EventFile, curves, event_file_name, go_on, read_points
 from worker.supervise import Supervisor
 
 ROOT = Path(__file__).resolve().parents[2]
-
-
-@pytest.fixture(scope="module")
-def supervisor(service: Service) -> Iterator[Supervisor]:
-    supervisor = Supervisor(service.settings)
-    yield supervisor
-    supervisor.close()
 
 
 def charts(folder: Path) -> dict[str, list[tuple[int, float]]]:
@@ -73,6 +65,7 @@ def test_a_job_leaves_an_event_file_of_all_its_steps(
     assert shown["train/tokens_per_second"] == speeds
 
 
+@pytest.mark.slow
 def test_after_a_crash_the_event_file_holds_each_step_once(
     service: Service, supervisor: Supervisor, tmp_path: Path
 ) -> None:

@@ -36,13 +36,6 @@ RUINOUS = {"learning_rate": 10, "max_grad_norm": 1e9, "lora_alpha": 65536, "sche
 """Two steps survive this; the third one's gradient is no number."""
 
 
-@pytest.fixture(scope="module")
-def supervisor(service: Service) -> Iterator[Supervisor]:
-    supervisor = Supervisor(service.settings)
-    yield supervisor
-    supervisor.close()
-
-
 @contextmanager
 def at_work(supervisor: Supervisor, until: Callable[[], bool] = lambda: True) -> Iterator[Callable[[], None]]:
     """The supervisor is woken, in a thread as in a Celery worker, again and again `until` it is so.

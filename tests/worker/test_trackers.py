@@ -27,6 +27,7 @@ from tests.worker.tiny_base import chat_rows
 from worker import follower
 from worker.process import trainer_environment
 from worker.supervise import Supervisor
+from worker.tracker_process import TrackerProcess, tracker_environment
 
 WANDB = {"type": "wandb", "wandb": {"project": "tuning", "entity": None, "name": None, "tags": ["small"]}}
 MLFLOW = {
@@ -35,13 +36,6 @@ MLFLOW = {
 }
 ROOT = Path(__file__).resolve().parents[2]
 KEY = "0123456789abcdef0123456789abcdef01234567"
-
-
-@pytest.fixture(scope="module")
-def supervisor(service: Service) -> Iterator[Supervisor]:
-    supervisor = Supervisor(service.settings)
-    yield supervisor
-    supervisor.close()
 
 
 @contextmanager
@@ -207,6 +201,7 @@ def files_of(service: Service) -> list[Path]:
     return [path for path in service.settings.home.rglob("*") if path.is_file()]
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings(MLFLOW_STORES)
 def test_a_job_that_goes_on_goes_on_in_the_same_run(
     service: Service, supervisor: Supervisor, mlflow_uri: str
@@ -232,6 +227,7 @@ def test_a_job_that_goes_on_goes_on_in_the_same_run(
     assert "was killed" in warning
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings(MLFLOW_STORES)
 def test_a_job_that_fails_or_is_cancelled_ends_its_run(
     service: Service, supervisor: Supervisor, mlflow_uri: str
@@ -255,6 +251,7 @@ def test_a_job_that_fails_or_is_cancelled_ends_its_run(
     assert mlflow_losses(client, run) == list(enumerate(service.losses(cancelled), 1))
 
 
+@pytest.mark.slow
 def test_a_tracker_that_does_not_answer_is_no_concern_of_the_job(
     service: Service,
     supervisor: Supervisor,
@@ -295,9 +292,9 @@ def test_a_tracker_that_comes_back_is_told_what_it_missed(
     service: Service, supervisor: Supervisor, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Its client was killed in the middle."""
-    begun: list[follower.TrackerProcess] = []
+    begun: list[TrackerProcess] = []
 
-    class Watched(follower.TrackerProcess):
+    class Watched(TrackerProcess):
         def ask(self, **message: Any) -> dict[str, Any]:
             answer = super().ask(**message)
             if "rows" in message and not begun:
@@ -315,7 +312,7 @@ def test_a_tracker_that_comes_back_is_told_what_it_missed(
     assert wandb_losses(folder) == list(enumerate(service.losses(job_id), 1))
     [warning] = service.warnings(job_id)
     assert warning == (
-        "Weights & Biases is not told of this job for now: its client ended unexpectedly (exit code -9). "
+        "Weights & Biases is not told of this job for now: its client ended unexpectedly. "
         "The job itself goes on."
     )
 
@@ -352,8 +349,8 @@ def test_each_process_knows_its_own_account_alone(tmp_path: Path) -> None:
     trainer = trainer_environment(here)
     assert KEY not in trainer.values()
     assert "HTTPS_PROXY" not in trainer
-    wandb = follower.tracker_environment("wandb", here, settings, tmp_path)
-    mlflow = follower.tracker_environment("mlflow", here, settings, tmp_path)
+    wandb = tracker_environment("wandb", here, settings, tmp_path)
+    mlflow = tracker_environment("mlflow", here, settings, tmp_path)
     assert (wandb["WANDB_API_KEY"], wandb["WANDB_BASE_URL"]) == (KEY, "https://wandb.host")
     assert wandb["HTTPS_PROXY"] == mlflow["HTTPS_PROXY"] == "http://proxy"
     assert not any(name.startswith(("MLFLOW", "OLORA")) for name in wandb)
