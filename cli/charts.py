@@ -15,7 +15,7 @@ from store.integrations import Integration
 from store.progress import named
 from store.settings import Settings
 from worker.curves import Curves, curves, go_on, run_in
-from worker.follower import Follower, News
+from worker.follower import Follower, News, with_runs
 
 
 class Charts:
@@ -41,13 +41,13 @@ class Charts:
         self._followers = [
             Follower(
                 integration,
-                run=self.run,
-                name=f"{self.run}-{integration.type}-{position}",
+                run=run,
+                name=f"{run}-{integration.type}",
                 source=self,
                 settings=settings,
                 warn=say,
             )
-            for position, integration in enumerate(integrations)
+            for integration, run in with_runs(integrations, self.run)
         ]
 
     def __enter__(self) -> "Charts":

@@ -9,7 +9,8 @@ import logging
 import os
 import threading
 import time
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
@@ -113,14 +114,23 @@ def follow(claim: Claim, *, settings: Settings, read: Sessions, write: Sessions)
     return [
         Follower(
             integration,
-            run=claim.job_id,
-            name=f"{claim.job_id}-{claim.attempt}-{integration.type}-{position}",
+            run=run,
+            name=f"{run}-{claim.attempt}-{integration.type}",
             source=source,
             settings=settings,
             warn=partial(source.warn, integration.title),
         )
-        for position, integration in enumerate(integrations)
+        for integration, run in with_runs(integrations, claim.job_id)
     ]
+
+
+def with_runs(integrations: Iterable[Integration], run: str) -> Iterator[tuple[Integration, str]]:
+    """Each integration with the id of its run: the second of a kind has its number in it."""
+    kinds: Counter[str] = Counter()
+    for integration in integrations:
+        kinds[integration.type] += 1
+        count = kinds[integration.type]
+        yield integration, run if count == 1 else f"{run}-{count}"
 
 
 class Follower:

@@ -29,7 +29,10 @@ from worker.process import trainer_environment
 from worker.supervise import Supervisor
 from worker.tracker_process import TrackerProcess, tracker_environment
 
-WANDB = {"type": "wandb", "wandb": {"project": "tuning", "entity": None, "name": None, "tags": ["small"]}}
+WANDB: dict[str, Any] = {
+    "type": "wandb",
+    "wandb": {"project": "tuning", "entity": None, "name": None, "tags": ["small"]},
+}
 MLFLOW = {
     "type": "mlflow",
     "mlflow": {"experiment": "tuning", "run_name": "first", "tags": {"team": "search"}},
@@ -148,7 +151,9 @@ class Told:
 def told(service: Service, supervisor: Supervisor, mlflow_uri: str) -> Told:
     account = {"wandb_mode": "offline", "wandb_api_key": SecretStr(KEY), "mlflow_tracking_uri": mlflow_uri}
     with with_settings(supervisor, **account) as settings, dials() as came:
-        job_id = service.queue(rows=32, validation=chat_rows(10, first=100), integrations=[WANDB, MLFLOW])
+        second = {**WANDB, "wandb": {**WANDB["wandb"], "project": "other"}}
+        trackers = [WANDB, MLFLOW, second]
+        job_id = service.queue(rows=32, validation=chat_rows(10, first=100), integrations=trackers)
         supervisor.run_until_idle()
         settled()
     job = service.job(job_id)
@@ -171,6 +176,12 @@ def test_an_offline_run_of_wandb_holds_the_whole_job(service: Service, told: Tol
     assert job.certificate is not None
     assert run["summary"]["certificate"] == job.certificate
     assert run["summary"]["valid/full_loss"] == pytest.approx(job.certificate["valid_loss_after"])
+
+
+def test_a_job_may_have_a_run_in_each_of_two_projects(service: Service, told: Told) -> None:
+    [folder] = wandb_runs(told.settings, f"{told.job.id}-2")
+    assert wandb_losses(folder) == list(enumerate(service.losses(told.job.id), 1))
+    assert inspected(folder, "--summary")[0]["project"] == "other"
 
 
 @pytest.mark.filterwarnings(MLFLOW_STORES)
