@@ -33,7 +33,7 @@ class Snapshot:
     state: dict[str, Any]
     """JSON-able: position in the data, the method's and optimizer's numbers, what was measured so far."""
     tensors: dict[str, dict[str, Tensor]] = field(default_factory=dict)
-    """By file: `adapter`, `optimizer`, `random`; with early stopping `best`, the adapter to export."""
+    """By file: `adapter`, `optimizer`; with early stopping `best`, the adapter to export."""
 
 
 def save(folder: Path, snapshot: Snapshot) -> Path:

@@ -1,28 +1,32 @@
 """The random numbers of one run, which dropout draws from torch's global generators."""
 
+import hashlib
+
 import torch
 from torch import Tensor
 
 
 class Randomness:
-    """A state of the global generators that belongs to one run.
+    """Makes each micro-batch's numbers a function of (seed, step, its place in the optimizer batch).
 
-    It is put in place while the run computes and taken out again, so that what a driver draws between two
-    steps changes nothing, and the driver's own numbers are left alone.
+    So they depend neither on what was drawn before, hence a checkpoint holds no state of a generator, nor on
+    which of several devices computes the micro-batch. What a driver draws between two steps changes nothing,
+    and the driver's own numbers are left alone.
     """
 
     def __init__(self, seed: int, device: torch.device) -> None:
+        self.seed = seed
         self.device = device
-        self.state: dict[str, Tensor] = {}
-        with self:
-            torch.manual_seed(seed)
+
+    def begin(self, step: int, position: int) -> None:
+        """From here on, the numbers of this micro-batch. Only inside `with`."""
+        digest = hashlib.sha256(f"draws/{self.seed}/{step}/{position}".encode()).digest()
+        torch.manual_seed(int.from_bytes(digest[:8], "big") >> 1)
 
     def __enter__(self) -> None:
         self._outside = self._read()
-        self._write(self.state)
 
     def __exit__(self, *_: object) -> None:
-        self.state = self._read()
         self._write(self._outside)
 
     def _read(self) -> dict[str, Tensor]:
@@ -32,7 +36,6 @@ class Randomness:
         return state
 
     def _write(self, state: dict[str, Tensor]) -> None:
-        if "cpu" in state:
-            torch.set_rng_state(state["cpu"])
-        if "cuda" in state and self.device.type == "cuda":
+        torch.set_rng_state(state["cpu"])
+        if "cuda" in state:
             torch.cuda.set_rng_state(state["cuda"], self.device)

@@ -411,7 +411,8 @@ def accumulate(run: Run, rows: np.ndarray) -> tuple[Tensor, int]:
     weight = int(run.data.training.weights[rows].sum())
     batches = batches_of(run, rows)
     sums = torch.zeros(3, dtype=torch.float64, device=run.base.device)
-    for cpu_batch in batches:
+    for position, cpu_batch in enumerate(batches):
+        run.random.begin(run.step + 1, position)
         batch = cpu_batch.to(run.base.device)
         task = run.loss(run.base.model, batch, run.base.passes, every_logit=run.method.needs_logits)
         penalty = run.method.penalty(
@@ -579,7 +580,7 @@ def snapshot(run: Run) -> Snapshot:
         "evaluations": [asdict(evaluated) for evaluated in run.evaluations],
         "evaluated_at": run.evaluated_at,
     }
-    tensors = {"adapter": adapter_tensors(run.adapters), "optimizer": moments, "random": run.random.state}
+    tensors = {"adapter": adapter_tensors(run.adapters), "optimizer": moments}
     if run.best_tensors is not None:
         tensors["best"] = run.best_tensors
     return Snapshot(run.identity, state, tensors)
@@ -593,7 +594,6 @@ def restore(run: Run, folder: Path) -> None:
         load_adapter_tensors(run.adapters, tensors["adapter"])
         checkpoint.load_optimizer_state(run.optimizer, tensors["optimizer"], state["optimizer"])
         run.method.load_state_dict(state["method"])
-        run.random.state = tensors["random"]
         run.step, run.tokens, run.trained_tokens = state["step"], state["tokens"], state["trained_tokens"]
         run.saved_at = run.step
         run.seconds, run.evaluated_at = state["seconds"], state["evaluated_at"]
