@@ -6,6 +6,7 @@ OloraError
 ├── ModelError         the base model cannot be loaded or adapted
 ├── CheckpointError    a checkpoint is missing, damaged or belongs to another run
 ├── TrainingError      the run itself went wrong (a loss that is not finite)
+├── ProcessLost        one of the processes that share a run ended or hangs
 └── CertificateError   the exported adapter does not give the trained model's logits
 """
 
@@ -52,6 +53,12 @@ class TrainingError(OloraError):
     """The run itself went wrong."""
 
     code = "training_failed"
+
+
+class ProcessLost(OloraError):
+    """One of the processes that share a run ended or hangs; another attempt may go well."""
+
+    code = "process_lost"
 
 
 class CertificateError(OloraError):
