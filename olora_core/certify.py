@@ -36,6 +36,7 @@ from .adapter import (
 from .errors import CertificateError
 from .export import CONFIG, KEY_PREFIX, TENSORS, energy, exact_pairs, exported_pairs
 from .model import Base, ends_in, load_base
+from .sharding import own_part
 
 BOUND = 1e-4
 """The largest logit difference allowed, as a share of the largest |logit|."""
@@ -265,7 +266,8 @@ def _check_resident(base: Base, pristine: nn.Module) -> None:
     for name, module in bare_modules(base.model):
         original = quantisation.held_tensors(pristine.get_submodule(name))
         for kind, tensor in quantisation.held_tensors(module).items():
-            if not torch.equal(tensor, original[kind].to(tensor.device, tensor.dtype)):
+            fresh, resident = own_part(original[kind], tensor)
+            if not torch.equal(resident, fresh.to(resident.device, resident.dtype)):
                 raise CertificateError(
                     f"{name}.{kind} of base model '{base.name}' in memory is not what its files hold: "
                     "one of the two was changed. Start the job again."

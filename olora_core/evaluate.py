@@ -9,7 +9,8 @@ import numpy as np
 import torch
 from transformers import GenerationConfig
 
-from .batches import micro_batches
+from .batches import MicroBatch, micro_batches
+from .devices import ALONE, Devices
 from .errors import ModelError
 from .examples import Examples
 from .losses import Loss, task_loss
@@ -30,21 +31,38 @@ def evaluate(
     tokens: int,
     packing: bool,
     loss_of_batch: Loss = task_loss,
+    devices: Devices = ALONE,
 ) -> Generator[Phase, None, tuple[float, float]]:
-    """Mean loss (nats per trained token, or per pair) and accuracy over all examples; yields progress."""
-    total, correct, weight, done = 0.0, 0, 0, 0
+    """Mean loss (nats per trained token, or per pair) and accuracy over all examples; yields progress.
+
+    The micro-batches are dealt over the devices, and the figures are those of one device.
+    """
+
+    def judged(batch: MicroBatch) -> list[float]:
+        # Set for each batch, since whoever drives a generator may do other things between two of them.
+        with evaluating(base.model), torch.no_grad():
+            loss = loss_of_batch(base.model, batch.to(base.device), base.passes)
+        return [loss.total.item(), float(loss.correct), float(loss.weight)]
+
+    done = 0
+    figures: list[list[float]] = []  # sum of losses, hits, weight of each micro-batch; zeros if another's
     for start in range(0, len(examples), ROWS_AT_ONCE):
         rows = np.arange(start, min(start + ROWS_AT_ONCE, len(examples)))
         pad = base.tokenizer.pad_token_id or 0
-        for batch in micro_batches(examples, rows, size=size, tokens=tokens, packing=packing, pad_token=pad):
-            # Set for each batch, since whoever drives a generator may do other things between two of them.
-            with evaluating(base.model), torch.no_grad():
-                loss = loss_of_batch(base.model, batch.to(base.device), base.passes)
-            total += loss.total.item()
-            correct += int(loss.correct)
-            weight += loss.weight
-            done += len(batch.lengths) // examples.sides
-            yield Phase("evaluating", done, len(examples))
+        batches = micro_batches(examples, rows, size=size, tokens=tokens, packing=packing, pad_token=pad)
+        told = [[0.0] * 3 for _ in batches]
+        for position, counts in devices.mine([batch.tokens for batch in batches], in_step=base.shards > 1):
+            if base.shards > 1:
+                devices.meet()  # every pass over the base takes all devices
+            seen = judged(batches[position])
+            if counts:
+                told[position] = seen
+                done += len(batches[position].lengths) // examples.sides * devices.count
+            yield Phase("evaluating", min(done, len(examples)), len(examples))
+        figures += told
+    devices.meet()
+    sums = devices.sum(torch.tensor(figures, dtype=torch.float64)).tolist()
+    total, correct, weight = (sum(column) for column in zip(*sums, strict=True))
     return total / weight, correct / weight
 
 

@@ -81,6 +81,8 @@ class Base:
     """What passes were found to take (see `plan.Estimate`), for the next job with such adapters."""
     quantised: Quantised | None = None
     """How its linear layers hold their weights; None for those of the checkpoint."""
+    shards: int = 1
+    """Over how many devices its blocks are spread; see `sharding.shard`."""
 
     @cached_property
     def passes(self) -> Passes:
@@ -332,7 +334,7 @@ def left_out(model: nn.Module) -> dict[str, list[str]]:
     adapter, because it was named, is not left out.
     """
     found: dict[str, list[str]] = {kind: [] for kind in LEFT_OUT}
-    stacks = _block_stacks(model)
+    stacks = block_stacks(model)
     owners = {path for path, _, _ in _fused(model)}
     routers = _routers(model)
     adapted = {path for path, module in model.named_modules() if isinstance(module, AdaptedLinear)}
@@ -397,7 +399,7 @@ def target_sites(model: PreTrainedModel, target_modules: str | Sequence[str]) ->
     """
     if attached(model):
         raise ValueError("The model bears adapters already; detach them first.")
-    stacks = _block_stacks(model)
+    stacks = block_stacks(model)
     if target_modules in ALL_LINEAR:
         chosen = [name for name in _linear_layers(model) if _block_of(name, stacks)[0] is not None]
         routers = _routers(model)
@@ -527,7 +529,7 @@ def _endings(model: PreTrainedModel) -> list[str]:
     return list(dict.fromkeys(name.rpartition(".")[2] for name in layers))
 
 
-def _block_stacks(model: nn.Module) -> dict[str, int]:
+def block_stacks(model: nn.Module) -> dict[str, int]:
     """Path and length of each outermost list of modules: `model.layers`, `transformer.h`."""
     stacks: dict[str, int] = {}
     for name, module in model.named_modules():

@@ -231,6 +231,10 @@ class Hyperparameters(Spec):
         description="How the frozen base holds its weights: nf4, int8 (bitsandbytes), torchao-int8, "
         "torchao-fp8, or none: as its files do.",
     )
+    sharding: Auto | Literal["none", "full"] = Field(
+        default="auto",
+        description="On several devices: spread the base over them (full), or keep it whole on each.",
+    )
     beta: Auto | Annotated[float, Field(gt=0, le=2)] | None = Field(
         default=None, description="dpo alone: how firmly the model is held to the base; auto is 0.1."
     )
@@ -452,6 +456,8 @@ class Facts:
     hidden_size: int
     context_length: int
     dtype: Literal["float32", "bfloat16"] = "float32"
+    devices: int = 1
+    sharded: bool = False
 
 
 def auto_epochs(examples: int) -> int:
@@ -510,8 +516,12 @@ def resolve(spec: TrainSpec, facts: Facts) -> tuple[TrainSpec, list[str]]:
     elif asked.learning_rate_multiplier == "auto":
         chosen["learning_rate_multiplier"] = asked.learning_rate / own_rate
     batch_size = chosen.get("batch_size", asked.batch_size)
+    if asked.sharding == "auto":
+        chosen["sharding"] = "full" if facts.sharded else "none"
+        if facts.devices > 1:
+            why.append(f"sharding = {chosen['sharding']} (by the device's memory)")
     if asked.micro_batch_size == "auto":
-        chosen["micro_batch_size"] = batch_size
+        chosen["micro_batch_size"] = -(-batch_size // facts.devices)
     elif asked.micro_batch_size > batch_size:
         raise SpecError(
             f"hyperparameters.micro_batch_size = {asked.micro_batch_size} exceeds batch_size = {batch_size}.",

@@ -24,6 +24,7 @@ from .batches import MicroBatch, epoch_order, micro_batches, steps_per_epoch
 from .certify import certify
 from .checkpoint import Snapshot
 from .data import Data, context_length, read_data
+from .devices import ALONE, Devices
 from .early_stopping import best_of, is_over
 from .errors import CheckpointError, SpecError, TrainingError
 from .evaluate import evaluate
@@ -79,6 +80,7 @@ def train(
     resume: Path | None = None,
     checkpoint_seconds: float = 60.0,
     cache: Path | None = None,
+    devices: Devices = ALONE,
 ) -> Wishes:
     """Trains an adapter for `base` and exports it, certified, to `folder / "adapter"`.
 
@@ -88,34 +90,41 @@ def train(
     finds them; without it, in `folder`. Sending "save" at a Step makes a Saved the next thing said. With
     `resume`, a checkpoint's folder, the run goes on exactly there.
 
+    On several `devices` each process calls this with the same arguments and iterates to the end; only the
+    first one's progress, wishes and leaving matter, and only it writes. When it leaves, the others end.
+
     Raises OloraErrors only for expected trouble; each says what to do.
     """
     asked, threads = spec, torch.get_num_threads()
     attention_before = base.model.config._attn_implementation
-    check_dtype(spec, base)
-    check_quantization(spec, base)
-    check_validation(spec, given=validation is not None)
-    sites = target_sites(base.model, spec.adapter.target_modules)
-    data = yield from read_data(spec, base, training, validation, cache or folder / "tokens")
-    spec, why = resolve(spec, facts(base, data))
-    try:
-        run, plan = yield from start(asked, spec, base, data, sites)
-        trained_parameters = sum(parameter.numel() for parameter in run.parameters)
-        targets = [site.name for site in sites]
-        reasons = [*why, *plan.why]
-        yield Resolved(run.spec, reasons, run.total_steps, len(data.training), trained_parameters, targets)
-        if resume is None:
-            yield from notes(run, plan)
-        else:
-            restore(run, resume)
-        yield from steps(run, folder, checkpoint_seconds)
-        yield from finish(run, folder)
-    finally:
-        detach(base.model)
-        set_checkpointing(base.model, False)
-        base.model.set_attn_implementation(attention_before)
-        base.model.eval()
-        torch.set_num_threads(threads)
+    with devices.sharing():
+        check_dtype(spec, base)
+        check_quantization(spec, base)
+        check_validation(spec, given=validation is not None)
+        sites = target_sites(base.model, spec.adapter.target_modules)
+        own_cache = folder / "tokens" if devices.leads else None
+        data = yield from read_data(spec, base, training, validation, cache or own_cache)
+        spec, why = resolve(spec, facts(base, data, devices))
+        try:
+            run, plan = yield from start(asked, spec, base, data, sites, devices)
+            trained = sum(parameter.numel() for parameter in run.parameters)
+            targets = [site.name for site in sites]
+            reasons = [*why, *plan.why]
+            yield Resolved(run.spec, reasons, run.total_steps, len(data.training), trained, targets)
+            if resume is None:
+                yield from notes(run, plan)
+            else:
+                take_up(run, resume)
+            yield from steps(run, folder, checkpoint_seconds)
+            devices.check_equal(adapter_tensors(run.adapters).values())
+            if devices.leads:
+                yield from finish(run, folder)
+        finally:
+            detach(base.model)
+            set_checkpointing(base.model, False)
+            base.model.set_attn_implementation(attention_before)
+            base.model.eval()
+            torch.set_num_threads(threads)
 
 
 # --- the run -------------------------------------------------------------------------------------------
@@ -134,10 +143,12 @@ def check_dtype(spec: TrainSpec, base: Base) -> None:
         )
 
 
-def facts(base: Base, data: Data) -> Facts:
+def facts(base: Base, data: Data, devices: Devices) -> Facts:
     dtype = "bfloat16" if base.dtype == torch.bfloat16 else "float32"
     width = base.model.config.get_text_config().hidden_size
-    return Facts(len(data.training), width, context_length(base), dtype)
+    return Facts(
+        len(data.training), width, context_length(base), dtype, devices.count, sharded=base.shards > 1
+    )
 
 
 @dataclass
@@ -158,6 +169,7 @@ class Run:
     checkpointing: bool
     """Whether the blocks keep only their inputs."""
     random: Randomness
+    devices: Devices
     step: int = 0
     tokens: int = 0
     trained_tokens: int = 0
@@ -230,9 +242,10 @@ class Run:
 
 
 def start(
-    asked: TrainSpec, spec: TrainSpec, base: Base, data: Data, sites: list[Site]
+    asked: TrainSpec, spec: TrainSpec, base: Base, data: Data, sites: list[Site], devices: Devices
 ) -> Generator[Phase, None, tuple[Run, Plan]]:
     """Puts the adapters in place, plans the passes and makes the optimizer."""
+    devices.meet()
     hyperparameters = spec.hyperparameters
     per_epoch = steps_per_epoch(len(data.training), hyperparameters.batch_size)
     total_steps = min(hyperparameters.n_epochs * per_epoch, hyperparameters.max_steps or math.inf)
@@ -244,11 +257,15 @@ def start(
         schedule=schedule,
         weight_decay=hyperparameters.weight_decay,
     )
+    method.sum_over_processes = devices.sum
     packing = base.passes.packing  # asked before the adapters come
-    adapters = yield from placing(method, base.model, sites)
+    adapters = yield from placing(method, base.model, sites, devices)
+    # Devices of one kind compute the same start; these are the same bits on any.
+    devices.share(adapter_tensors(adapters).values())
     if packing == "segments":
         base.model.set_attn_implementation(attention.NAME)
-    plan = plan_passes(spec, base, adapters, data.training, loss_of(spec), method.needs_logits)
+    own_plan = plan_passes(spec, base, adapters, data.training, loss_of(spec), method.needs_logits)
+    plan = devices.agreed(own_plan)
     passes = plan.spec.hyperparameters
     set_checkpointing(base.model, passes.gradient_checkpointing)
     optimizer = torch.optim.AdamW(
@@ -271,6 +288,7 @@ def start(
         passes.micro_batch_tokens,
         passes.gradient_checkpointing,
         Randomness(spec.seed, base.device),
+        devices,
     )
     return run, plan
 
@@ -300,7 +318,7 @@ def steps(run: Run, folder: Path, checkpoint_seconds: float) -> Wishes:
     while True:
         if evaluation_is_due(run) and run.evaluated_at != run.step:
             yield from evaluate_fully(run)
-            if run.step:
+            if run.step and run.devices.leads:
                 yield save(run, folder)
                 saved_at = time.monotonic()
         if run.step == run.total_steps:
@@ -316,7 +334,7 @@ def steps(run: Run, folder: Path, checkpoint_seconds: float) -> Wishes:
         wish = yield (yield from take_step(run))
         is_due = time.monotonic() - saved_at >= checkpoint_seconds
         # After an evaluation a checkpoint follows anyway.
-        if wish == "save" or (is_due and not evaluation_is_due(run)):
+        if run.devices.leads and (wish == "save" or (is_due and not evaluation_is_due(run))):
             yield save(run, folder)
             saved_at = time.monotonic()
 
@@ -334,19 +352,24 @@ def take_step(run: Run) -> Generator[Note, None, Step]:
     rate = write_learning_rates(run, step)
     set_training(run.base.model, run.spec)
     while True:
-        random_before = run.random.state
+        is_short = False
         try:
             with run.random:
                 sums, tokens = accumulate(run, rows)
-            break
         except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
             if not is_out_of_memory(error):
                 raise
+            if run.base.shards > 1:  # the others wait in the midst of this pass
+                raise no_room(run, step, batches_of(run, rows)) from None
+            is_short = True
+        # One device that is short of memory is enough for all to begin again, since they share the batches.
+        if not run.devices.meet(is_short):
+            break
         # Nothing has moved yet: the step begins again, with less at a time.
-        run.random.state = random_before
         run.optimizer.zero_grad(set_to_none=True)
         run.method.step_again()
         yield need_less(run, step, rows)
+    sums = run.devices.sum_gradients(run.parameters, sums)
     norm = nn.utils.clip_grad_norm_(run.parameters, run.hyperparameters.max_grad_norm)
     trained = int(run.data.training.trained_lengths[rows].sum())
     weight = int(run.data.training.weights[rows].sum())
@@ -411,16 +434,23 @@ def accumulate(run: Run, rows: np.ndarray) -> tuple[Tensor, int]:
     weight = int(run.data.training.weights[rows].sum())
     batches = batches_of(run, rows)
     sums = torch.zeros(3, dtype=torch.float64, device=run.base.device)
-    for position, cpu_batch in enumerate(batches):
+    if run.base.shards > 1:
+        run.devices.meet()  # every pass over the base takes all devices
+    mine = run.devices.mine([batch.tokens for batch in batches], in_step=run.base.shards > 1)
+    for position, counts in mine:
         run.random.begin(run.step + 1, position)
-        batch = cpu_batch.to(run.base.device)
+        batch = batches[position].to(run.base.device)
         task = run.loss(run.base.model, batch, run.base.passes, every_logit=run.method.needs_logits)
         penalty = run.method.penalty(
-            Outputs(task.logits, batch.labels, task.total / task.weight),
+            Outputs(task.logits, batch.labels, task.total / task.weight, repeated=not counts),
             lambda batch=batch: base_logits(run.base, batch),
         )
         loss = task.total / weight
-        (loss if penalty is None else loss + penalty / len(batches)).backward()
+        if penalty is not None:
+            loss = loss + penalty / len(batches)
+        (loss if counts else 0 * loss).backward()
+        if not counts:
+            continue
         margin = torch.zeros_like(task.total) if task.margin is None else task.margin
         sums += torch.stack([task.total.detach().double(), task.correct.double(), margin.double()])
     return sums, sum(batch.tokens for batch in batches)
@@ -476,15 +506,24 @@ def need_less(run: Run, step: int, rows: np.ndarray) -> Note:
         set_checkpointing(run.base.model, True)
         done = "blocks are computed once more in the backward from here on"
     else:
-        raise TrainingError(
-            f"Step {step} does not fit into the device's memory, not even one example at a time ({largest} "
-            "tokens). Lower hyperparameters.context_length or adapter.rank, or use a larger device.",
-            code="out_of_memory",
-        )
+        raise no_room(run, step, batches)
     return Note(
         "warn",
         f"Step {step} ran out of memory and begins again: {done}. The result does not change.",
         {"step": step, "micro_batch_tokens": run.micro_batch_tokens, "checkpointing": run.checkpointing},
+    )
+
+
+def no_room(run: Run, step: int, batches: list[MicroBatch]) -> TrainingError:
+    largest = max(batch.input_ids.numel() for batch in batches)
+    if run.base.shards > 1:
+        what, remedy = "with its sharded base", "hyperparameters.micro_batch_tokens, context_length"
+    else:
+        what, remedy = "not even one example at a time", "hyperparameters.context_length"
+    return TrainingError(
+        f"Step {step} does not fit into the device's memory, {what} ({largest} tokens). Lower {remedy} or "
+        "adapter.rank, or use a larger device.",
+        code="out_of_memory",
     )
 
 
@@ -537,6 +576,7 @@ def evaluation(run: Run, examples: Examples) -> Generator[Phase, None, tuple[flo
         tokens=run.micro_batch_tokens,
         packing=run.hyperparameters.packing,
         loss_of_batch=run.measure,
+        devices=run.devices,
     )
 
 
@@ -586,6 +626,15 @@ def snapshot(run: Run) -> Snapshot:
     return Snapshot(run.identity, state, tensors)
 
 
+def take_up(run: Run, folder: Path) -> None:
+    """`restore` on every device, first on the one that tells what is wrong with a checkpoint."""
+    if not run.devices.leads:
+        run.devices.meet()
+    restore(run, folder)
+    if run.devices.leads:
+        run.devices.meet()
+
+
 def restore(run: Run, folder: Path) -> None:
     """Takes the run up where a checkpoint set it down."""
     saved = checkpoint.load(folder, run.identity)
@@ -629,7 +678,12 @@ def finish(run: Run, folder: Path) -> Iterator[Note | Phase | Samples | Finished
     """Has both models answer, exports the adapter and lets it pass only with a certificate."""
     run.base.model.eval()
     yield from take_the_best(run)
-    samples = yield from sample(run.base, run.data, run.hyperparameters.samples)
+    samples = None
+    if run.base.shards > 1:  # the others, whom every pass takes, have ended
+        if run.hyperparameters.samples:
+            yield Note("info", "The base is sharded over several devices, so it answers no sample rows.")
+    else:
+        samples = yield from sample(run.base, run.data, run.hyperparameters.samples)
     if samples:
         yield samples
     adapter_folder, metrics = folder / "adapter", final_metrics(run)

@@ -10,8 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from ..adapter import Adapter, Site, attach, site_weight
+from ..devices import ALONE, Devices
 from ..errors import SpecError
 from ..progress import Phase, result_of
+from ..sharding import is_part, whole
 from ..specs import AdapterSpec, check_export_rank
 
 SpecT = TypeVar("SpecT", bound=AdapterSpec)
@@ -29,6 +31,8 @@ class Outputs:
     logits: Tensor | None
     labels: Tensor
     loss: Tensor
+    repeated: bool = False
+    """Whether this pass only keeps step with other devices; nothing of it is counted."""
 
 
 class Method(Generic[SpecT]):
@@ -55,6 +59,9 @@ class Method(Generic[SpecT]):
         self.finished_steps = 0
         self.notes: list[str] = []
         """Sentences the job's owner should read."""
+        self.sum_over_processes: Callable[[Tensor], Tensor] = lambda tensor: tensor
+        """For statistics over a whole optimizer batch, of which each device sees its micro-batches alone: the
+        sum over all devices. To be called by every process alike, so in `after_backward` or `after_step`."""
 
     def adapter(self, weight: Tensor, site: Site) -> Adapter:
         """Builds the adapter of one layer. `weight` is W as out×in, in the base's dtype; read only.
@@ -121,12 +128,15 @@ def place(method: Method, model: nn.Module, sites: list[Site]) -> dict[str, Adap
 
 
 def placing(
-    method: Method, model: nn.Module, sites: list[Site]
+    method: Method, model: nn.Module, sites: list[Site], devices: Devices = ALONE
 ) -> Generator[Phase, None, dict[str, Adapter]]:
     """`place`, saying after each adapter how many are built: a large model's take a while."""
     adapters = {}
     for built, site in enumerate(sites, 1):
         weight = site_weight(model.get_submodule(site.name))
+        if is_part(weight):
+            devices.meet()
+            weight = whole(weight)
         with _threads_for(weight):
             adapters[site.name] = method.adapter(weight, site).to(weight.device)
         yield Phase("starting", built, len(sites))

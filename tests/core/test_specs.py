@@ -112,6 +112,7 @@ def test_every_suggested_name_is_accepted(name) -> None:
         "target_modules": "auto",
         "lora_target_modules": "auto",
         "dtype": "auto",
+        "sharding": "auto",
         "context_length": "auto",
         "micro_batch_tokens": "auto",
         "label_smoothing": 0.1,

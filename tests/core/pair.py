@@ -1,0 +1,216 @@
+"""Two processes that train together, and what each of them says. Also a program: one of the two.
+
+`python -m tests.core.pair RANK MEETING_FILE PATIENCE` takes cases as JSON from standard input, one a line,
+and answers each with a line.
+"""
+
+import hashlib
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from olora_core.adapter import adapters_off, attached
+from olora_core.devices import ALONE, Devices, join
+from olora_core.errors import OloraError
+from olora_core.methods import METHODS, Outputs
+from olora_core.methods.lora import LoRA
+from olora_core.model import Base, load_base
+from olora_core.sharding import own_part, shard
+from olora_core.specs import TrainSpec
+from olora_core.train import Evaluated, Finished, Note, Saved, Step, train
+
+ROOT = Path(__file__).parents[2]
+
+
+class Penalised(LoRA):
+    """Plain LoRA with an extra loss of each micro-batch, and a statistic over all of them."""
+
+    def __init__(self, *arguments: Any, **named: Any) -> None:
+        super().__init__(*arguments, **named)
+        self.seen = torch.zeros(())
+        self.seen_by_step: list[float] = []
+
+    def penalty(self, outputs: Outputs, reference: Any) -> Tensor:
+        if not outputs.repeated:
+            self.seen = self.seen + outputs.loss.detach()
+        return outputs.loss.square()
+
+    def after_backward(self, step: int) -> None:
+        self.seen_by_step.append(float(self.sum_over_processes(self.seen)))
+        self.seen = torch.zeros(())
+
+
+class Short(LoRA):
+    """Plain LoRA; memory runs out once, at this pass of the second step, if it comes to that."""
+
+    fails_at = 2
+
+    def __init__(self, *arguments: Any, **named: Any) -> None:
+        super().__init__(*arguments, **named)
+        self.passes = 0
+
+    def penalty(self, outputs: Outputs, reference: Any) -> None:
+        self.passes += self.finished_steps == 1
+        if self.finished_steps == 1 and self.passes == self.fails_at:
+            raise MemoryError
+
+
+class ShortFollower(Short):
+    """The second of two devices, which computes the second pass as its first."""
+
+    fails_at = 1
+
+
+def _method(case: dict[str, Any], devices: Devices) -> type[LoRA]:
+    if case.get("penalised"):
+        return Penalised
+    if case.get("short"):
+        return Short if devices.count == 1 else LoRA if devices.leads else ShortFollower
+    return LoRA
+
+
+def run_case(case: dict[str, Any], devices: Devices = ALONE) -> dict[str, Any]:
+    """Trains one case and returns what there is to compare; with `stop_after` only to a checkpoint there."""
+    spec = TrainSpec.model_validate(case["spec"])
+    base = load_base(Path(case["base"]), name="tiny")
+    if case.get("sharding") == "full" and devices.count > 1:
+        shard(base, "cpu", devices)
+    said: dict[str, Any] = {"steps": [], "margins": [], "evaluated": [], "digests": [], "saved": None}
+    made: list[LoRA] = []
+    METHODS["lora"] = lambda *a, **b: made.append(_method(case, devices)(*a, **b)) or made[-1]  # type: ignore
+    progress = train(
+        *(spec, base, Path(case["training"]), Path(case["validation"]), Path(case["folder"])),
+        resume=Path(case["resume"]) if case.get("resume") else None,
+        devices=devices,
+    )
+    try:
+        for news in progress:
+            match news:
+                case Step():
+                    said["steps"].append([news.step, news.loss, news.grad_norm, news.valid_loss])
+                    said["margins"].append(news.reward_margin)
+                    said["digests"].append(_digest(base))
+                    said["off"] = _off(base, devices)
+                    if news.step == case.get("stop_after"):
+                        if devices.leads:
+                            saved = progress.send("save")
+                            assert isinstance(saved, Saved)
+                            said["saved"] = str(saved.folder)
+                            progress.close()
+                            break
+                case Note() if "ran out of memory" in news.message:
+                    said["short"] = True
+                case Evaluated():
+                    said["evaluated"].append([news.step, news.loss, news.accuracy])
+                case Finished():
+                    said["certified"] = news.certificate["passed"]
+                    said["trained_tokens"], said["tokens"] = news.trained_tokens, news.metrics["tokens"]
+                    tensors = news.folder / "adapter_model.safetensors"
+                    said["exported"] = hashlib.sha256(tensors.read_bytes()).hexdigest()
+    except OloraError as error:
+        said["error"] = [error.code, error.message]
+    finally:
+        METHODS["lora"] = LoRA
+    said["statistic"] = made[0].seen_by_step if made and case.get("penalised") else None  # type: ignore
+    said["wrote"] = Path(case["folder"]).exists()
+    return said
+
+
+def _digest(base: Base) -> str:
+    digest = hashlib.sha256()
+    for layer in attached(base.model):
+        for tensor in layer.adapter.state_dict().values():
+            digest.update(tensor.contiguous().numpy().tobytes())
+    return digest.hexdigest()
+
+
+def _off(base: Base, devices: Devices) -> bool:
+    """Whether the base holds its files' values, and with its adapters off gives their logits."""
+    fresh = load_base(base.folder, name="tiny")
+    originals = dict(fresh.model.named_parameters())
+    for name, parameter in base.model.named_parameters():
+        if name.replace(".base.", ".") in originals:
+            original, mine = own_part(originals[name.replace(".base.", ".")], parameter)
+            if not torch.equal(original, mine):
+                return False
+    ids = torch.arange(3, 19)[None]
+    with torch.no_grad(), adapters_off(base.model):
+        return torch.equal(base.model(ids).logits, fresh.model(ids).logits)
+
+
+class Pair:
+    """The two processes, from the outside."""
+
+    def __init__(self, folder: Path, patience_seconds: float = 60.0) -> None:
+        environment = os.environ | {
+            "OMP_NUM_THREADS": "1",
+            "PYTHONPATH": str(ROOT),
+            "GLOO_SOCKET_IFNAME": "lo",
+        }
+        arguments = [sys.executable, "-W", "error::UserWarning", "-m", "tests.core.pair"]
+        logs = [(folder / f"{rank}.log").open("wb") for rank in (0, 1)]
+        self.processes = [
+            subprocess.Popen(
+                [*arguments, str(rank), str(folder / "meeting"), str(patience_seconds)],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=log,
+                env=environment,
+                text=True,
+            )
+            for rank, log in enumerate(logs)
+        ]
+        for log in logs:
+            log.close()
+        self.folder = folder
+
+    def begin(self, case: dict[str, Any]) -> None:
+        for rank, process in enumerate(self.processes):
+            assert process.stdin is not None
+            mine = case | {"folder": f"{case['folder']}-{rank}"}
+            process.stdin.write(json.dumps(mine) + "\n")
+            process.stdin.flush()
+
+    def answer(self, rank: int) -> dict[str, Any]:
+        stdout = self.processes[rank].stdout
+        assert stdout is not None
+        line = stdout.readline()
+        assert line, (self.folder / f"{rank}.log").read_text()[-3000:]
+        return json.loads(line)  # type: ignore[no-any-return]
+
+    def close(self) -> list[int]:
+        """Exit codes of both."""
+        for process in self.processes:
+            assert process.stdin is not None
+            assert process.stdout is not None
+            process.stdin.close()
+        codes = []
+        for process in self.processes:
+            try:
+                codes.append(process.wait(30))
+            except subprocess.TimeoutExpired:
+                process.kill()
+                codes.append(process.wait())
+            process.stdout.close()  # type: ignore[union-attr]
+        return codes
+
+
+def main() -> None:
+    rank, meeting_file, patience = sys.argv[1:]
+    torch.set_num_threads(1)
+    with join(
+        "cpu", rank=int(rank), count=2, meeting_file=Path(meeting_file), patience_seconds=float(patience)
+    ) as devices:
+        for line in sys.stdin:
+            sys.stdout.write(json.dumps(run_case(json.loads(line), devices)) + "\n")
+            sys.stdout.flush()
+
+
+if __name__ == "__main__":
+    main()
