@@ -1,4 +1,6 @@
-"""The worker processes of this machine: one for each GPU, else one; restarted when they die."""
+"""The worker processes of this machine: one for each GPU (or so many of them), else one; restarted when they
+die.
+"""
 
 import os
 import signal
@@ -29,7 +31,7 @@ class Worker:
     """One worker process, and when to start it again once it has died."""
 
     name: str
-    gpu: str | None
+    gpus: str | None
     process: "subprocess.Popen[bytes] | None" = None
     started_at: float = 0.0
     start_at: float = 0.0
@@ -46,8 +48,10 @@ class Workers:
         self._settings = settings
         self._say = say
         self._log = log
-        gpus = visible_gpus()
-        self.workers = [Worker(f"gpu{i}", gpu) for i, gpu in enumerate(gpus)] or [Worker("cpu", None)]
+        gpus, each = visible_gpus(), settings.devices_per_worker
+        self.workers = [
+            Worker(f"gpu{first}", ",".join(gpus[first : first + each])) for first in range(0, len(gpus), each)
+        ] or [Worker("cpu", None)]
 
     def run(self, should_stop: Callable[[], bool], should_kill: Callable[[], bool] = lambda: False) -> None:
         """Keeps the workers up until `should_stop`, then ends them: TERM, a grace, KILL."""
@@ -87,7 +91,7 @@ class Workers:
             # Its own session: Ctrl-C reaches this process alone, which then stops the workers in order.
             worker.process = subprocess.Popen(
                 worker_command(self._settings, name=worker.name),
-                env=worker_environment(os.environ, parent=os.getpid(), gpu=worker.gpu),
+                env=worker_environment(os.environ, parent=os.getpid(), gpus=worker.gpus),
                 stdin=subprocess.DEVNULL,
                 stdout=output,
                 stderr=subprocess.STDOUT if output else None,

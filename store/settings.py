@@ -112,6 +112,12 @@ class Settings(BaseSettings):
     idle_seconds: float = Field(
         default=600.0, ge=0, le=86400, description="A worker without a job keeps its base model this long."
     )
+    devices_per_worker: int = Field(
+        default=1,
+        ge=1,
+        le=64,
+        description="GPUs that one worker owns, on a CPU processes: the most `olora.devices` of a job.",
+    )
     max_upload_mb: int = Field(default=512, ge=1, le=1_048_576, description="Largest upload, in MB (2^20).")
     min_examples: int = Field(default=10, ge=1, description="Fewest rows that a training file may have.")
     token_cache_mb: int = Field(

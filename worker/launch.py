@@ -31,19 +31,20 @@ def worker_command(settings: Settings, *, name: str = "worker") -> list[str]:
 
 
 def worker_environment(
-    environment: Mapping[str, str], *, parent: int | None = None, gpu: str | None = None
+    environment: Mapping[str, str], *, parent: int | None = None, gpus: str | None = None
 ) -> dict[str, str]:
     """What a worker's environment needs besides the settings it inherits.
 
-    With `parent`, the worker ends when that process does; with `gpu` (a UUID), it sees that device alone.
+    With `parent`, the worker ends when that process does; with `gpus` (UUIDs, with commas), it sees
+    those alone.
     """
     chosen = dict(environment)
     # Celery imports `worker.main` by name, wherever it is started.
     chosen["PYTHONPATH"] = os.pathsep.join([str(ROOT), *filter(None, [environment.get("PYTHONPATH")])])
     if parent is not None:
         chosen[_PARENT] = str(parent)
-    if gpu is not None:
-        chosen["CUDA_VISIBLE_DEVICES"] = gpu
+    if gpus is not None:
+        chosen["CUDA_VISIBLE_DEVICES"] = gpus
     return chosen
 
 

@@ -7,8 +7,8 @@ import pytest
 
 from store.settings import read_settings
 from worker.launch import devices_listed, visible_gpus, worker_command, worker_environment
-from worker.process import Ended, trainer_environment
-from worker.protocol import FENCED
+from worker.process import trainer_environment
+from worker.protocol import FENCED, Ended
 
 LISTING = """\
 GPU 0: NVIDIA H200 (UUID: GPU-11111111-aaaa)
@@ -62,7 +62,7 @@ def test_a_worker_has_one_slot_and_a_name(tmp_path: Path) -> None:
 
 
 def test_a_worker_learns_its_device_and_its_parent() -> None:
-    environment = worker_environment({"PATH": "/bin", "OLORA_PORT": "1"}, parent=17, gpu="GPU-1")
+    environment = worker_environment({"PATH": "/bin", "OLORA_PORT": "1"}, parent=17, gpus="GPU-1")
     assert environment["CUDA_VISIBLE_DEVICES"] == "GPU-1"
     assert environment["OLORA_DIE_WITH_PARENT"] == "17"
     assert environment["OLORA_PORT"] == "1"
