@@ -18,10 +18,10 @@ ROOMY = 0.6
 """Share of a device's memory that whole weights may take; the rest is for activations and the adapters."""
 
 
-def is_sharded(spec: TrainSpec, folder: Path, device: str, devices: Devices) -> bool:
+def is_sharded(spec: TrainSpec, folder: Path, device: str, devices: int) -> bool:
     """Whether a run shards its base. "auto": where a GPU has no room for all of it beside the rest."""
     asked = spec.hyperparameters.sharding
-    if devices.count == 1 or asked == "none":
+    if devices == 1 or asked == "none":
         return False
     if asked == "full":
         return True

@@ -34,8 +34,8 @@ from store.settings import Settings
 from .archive import pack
 from .curves import EventFile, curves, event_file_name
 from .lease import DATABASE_AWAY, Lease
-from .process import Ended, TrainerProcess
-from .protocol import Order
+from .process import TrainerProcess
+from .protocol import Ended, Order
 from .strays import checkpoint_folder, remove_strays, result_folder
 from .tokens import tokens_folder
 
@@ -165,6 +165,7 @@ class Attempt:
         try:
             self._remove_strays()
             job = self._ask(lambda session: jobs.get_job(session, self.claim.project_id, self.claim.job_id))
+            self._check_devices(job)
             self._time_up = self._time_limit(job)
             finished = self._train(self._fetch(job))
             self._publish(job, finished)
@@ -196,6 +197,15 @@ class Attempt:
         used = self._ask(lambda session: session.scalar(earlier)) or 0.0
         return time.monotonic() + float(limit) - used
 
+    def _check_devices(self, job: Job) -> None:
+        asked, own = job.options.get("devices", 1), self.settings.devices_per_worker
+        if asked > own:
+            message = (
+                f"olora.devices = {asked}, and the workers of this service own {own} each; ask for fewer, or "
+                "have its operator raise OLORA_DEVICES_PER_WORKER."
+            )
+            raise _Failed(StoreError(message, param="olora.devices", code="too_many_devices"))
+
     def _fetch(self, job: Job) -> Order:
         """Brings the base model and the files to this machine."""
         claim = self.claim
@@ -213,6 +223,7 @@ class Attempt:
             checkpoint_seconds=self.settings.checkpoint_seconds,
             deadline=self.lease.trainer_deadline,
             tokens=tokens_folder(self.settings, claim.project_id),
+            devices=job.options.get("devices", 1),
         )
 
     def _fetch_file(self, key: str | None, role: str) -> Path:

@@ -9,11 +9,10 @@ import subprocess
 import sys
 import threading
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Any
 
 from .launch import ROOT
-from .protocol import FENCED
+from .protocol import Ended
 
 logger = logging.getLogger(__name__)
 CLOSE_SECONDS = 5.0
@@ -23,23 +22,6 @@ _INHERITED_PREFIXES = (
     *("LC_", "CUDA_", "NVIDIA_", "NCCL_", "TORCH", "PYTORCH_", "TRITON_", "HIP_", "ROCR_", "HSA_"),
     *("OMP_", "MKL_", "KMP_", "OPENBLAS_", "GOMP_", "ATEN_", "RAYON_"),
 )
-
-
-@dataclass(frozen=True)
-class Ended:
-    """The last thing that comes from a trainer: its exit code, negative for a signal."""
-
-    code: int
-
-    @property
-    def sentence(self) -> str:
-        if self.code == -signal.SIGKILL:
-            return "The training process was killed (out of memory?)."
-        if self.code < 0:
-            return f"The training process was ended by {signal.Signals(-self.code).name}."
-        if self.code == FENCED:
-            return "The lease could not be renewed in time, so the training process stopped itself."
-        return f"The training process ended unexpectedly (exit code {self.code})."
 
 
 class TrainerProcess:

@@ -18,6 +18,7 @@ Deadlines are readings of the monotonic clock, which all processes of a machine 
 """
 
 import os
+import signal
 from dataclasses import asdict, dataclass
 from typing import Any, BinaryIO, Literal
 
@@ -44,6 +45,7 @@ class Order:
     deadline: float
     tokens: str | None = None
     """Where this project's tokenised files are kept; None: nowhere."""
+    devices: int = 1
 
     def as_message(self) -> dict[str, Any]:
         return {"job": asdict(self)}
@@ -57,3 +59,20 @@ def claim_descriptors() -> tuple[BinaryIO, BinaryIO]:
     os.close(nothing)
     os.dup2(2, 1)
     return received, sent
+
+
+@dataclass(frozen=True)
+class Ended:
+    """The last thing that comes from a trainer: its exit code, negative for a signal."""
+
+    code: int
+
+    @property
+    def sentence(self) -> str:
+        if self.code == -signal.SIGKILL:
+            return "The training process was killed (out of memory?)."
+        if self.code < 0:
+            return f"The training process was ended by {signal.Signals(-self.code).name}."
+        if self.code == FENCED:
+            return "The lease could not be renewed in time, so the training process stopped itself."
+        return f"The training process ended unexpectedly (exit code {self.code})."

@@ -20,18 +20,22 @@ from contextlib import closing
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from olora_core.errors import OloraError
+from olora_core.errors import OloraError, ProcessLost, SpecError
 from olora_core.progress import Finished, Phase, Progress, Saved, Step
 from olora_core.specs import TrainSpec
 
 from .lineage import die_with_parent
+from .peers import Peers
 from .protocol import FENCED, Order, Wish, claim_descriptors
 
 if TYPE_CHECKING:
+    from olora_core.devices import Devices
     from olora_core.model import Base
 
 logger = logging.getLogger("olora.trainer")
 WATCH_SECONDS = 0.1
+LAST_WORDS_SECONDS = 5.0
+"""How long a peer that was lost has to say why, which it knows better."""
 
 
 class Channel:
@@ -114,8 +118,7 @@ class WarmBase:
         quantization = spec.hyperparameters.quantization
         key = (spec.model, str(folder.resolve()), _files_of(folder), dtype, quantization)
         if self._base is None or self._key != key:
-            self._base = self._key = None
-            free_memory()
+            self.drop()
             loading()
             self._base = load_base(
                 folder, name=spec.model, device=self.device, dtype=dtype, quantization=quantization
@@ -123,11 +126,27 @@ class WarmBase:
             self._key = key
         return self._base
 
+    def drop(self) -> None:
+        self._base = self._key = None
+        free_memory()
+
 
 def _files_of(folder: Path) -> tuple[tuple[str, int, int], ...]:
     """Names, sizes and times of a folder's files: enough to see that they were exchanged."""
     stats = ((path.name, path.stat()) for path in sorted(folder.iterdir()) if path.is_file())
     return tuple((name, stat.st_size, stat.st_mtime_ns) for name, stat in stats)
+
+
+def check_devices(devices: int) -> None:
+    """Raises SpecError when a machine with GPUs has not so many for this process."""
+    import torch
+
+    if torch.cuda.is_available() and torch.cuda.device_count() < devices:
+        raise SpecError(
+            f"olora.devices = {devices}, and the worker that took the job has {torch.cuda.device_count()}; "
+            "ask for fewer, or give each worker more GPUs (OLORA_DEVICES_PER_WORKER).",
+            param="olora.devices",
+        )
 
 
 def free_memory() -> None:
@@ -162,26 +181,88 @@ class Trainer:
         """Runs one order to its last word. Ends the process when its state can no longer be trusted."""
         try:
             self._train(order)
+        except ProcessLost as error:
+            self._lost({"crashed": {"message": error.message}})
         except OloraError as error:
             self.channel.say(failed={"code": error.code, "message": error.message, "param": error.param})
         except Exception as error:
             logger.exception("The attempt %s crashed.", order.run)
-            self.channel.say(crashed={"message": _sentence(error)})
-            _leave(1)
+            self.channel.say(crashed={"message": sentence_of(error)})
+            leave(1)
+
+    def _lost(self, message: dict[str, Any]) -> None:
+        """A peer is gone, and this process with it: it may wait for that one in the midst of a step."""
+        self.channel.say(**message)
+        leave(1)
 
     def _train(self, order: Order) -> None:
-        from olora_core.train import train
+        from olora_core.devices import ALONE
 
         spec = TrainSpec.model_validate(order.spec)
+        if order.devices > 1:
+            self._train_together(order, spec)
+        else:
+            self._drive(order, spec, self._warm_base(order, spec), ALONE)
+
+    def _warm_base(self, order: Order, spec: TrainSpec) -> "Base":
+        return self.base.get(Path(order.base), spec, loading=lambda: self._tell(Phase("loading", 0, 1)))
+
+    def _train_together(self, order: Order, spec: TrainSpec) -> None:
+        """As the first of several processes, each on its own device; on CPUs they share the threads."""
+        import torch
+
+        from olora_core.devices import join
+        from olora_core.precision import compute_dtype
+        from olora_core.sharding import is_sharded
+
+        from .peer import shared_base
+
+        check_devices(order.devices)
+        # They talk over loopback alone.
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
+        os.environ.setdefault("NCCL_SOCKET_IFNAME", "lo")
+        folder, threads = Path(order.base), torch.get_num_threads()
+        device = "cuda:0" if self.base.device == "cuda" else self.base.device
+        dtype = str(compute_dtype(spec, folder, device)).removeprefix("torch.")
+        sharding = "full" if is_sharded(spec, folder, device, order.devices) else "none"
+        decided = {"dtype": dtype, "sharding": sharding}
+        plan = spec.model_copy(update={"hyperparameters": spec.hyperparameters.model_copy(update=decided)})
+        share = max(1, threads // order.devices)
+        torch.set_num_threads(share)
+        try:
+            with (
+                Peers(order, plan, threads=share, on_loss=self._lost) as peers,
+                join(device, rank=0, count=order.devices, meeting_file=peers.meeting_file) as devices,
+            ):
+                if sharding == "full":
+                    self.base.drop()
+                    self._tell(Phase("loading", 0, 1))
+                    base = shared_base(order, plan, device, devices)
+                else:
+                    base = self._warm_base(order, plan)
+                try:
+                    self._drive(order, spec, base, devices)
+                except ProcessLost:
+                    time.sleep(LAST_WORDS_SECONDS)
+                    raise
+                finally:
+                    peers.finish()  # before the line to them is taken down
+        finally:
+            torch.set_num_threads(threads)
+
+    def _drive(self, order: Order, spec: TrainSpec, base: "Base", devices: "Devices") -> None:
+        from olora_core.train import train
+
         run = train(
             spec,
-            self.base.get(Path(order.base), spec, loading=lambda: self._tell(Phase("loading", 0, 1))),
+            base,
             Path(order.training),
             Path(order.validation) if order.validation else None,
             Path(order.folder),
             resume=Path(order.resume) if order.resume else None,
             checkpoint_seconds=order.checkpoint_seconds,
             cache=Path(order.tokens) if order.tokens else None,
+            devices=devices,
         )
         stepped = False
         with closing(run):
@@ -230,7 +311,7 @@ def _as_json(value: Any) -> Any:
     return value
 
 
-def _sentence(error: Exception) -> str:
+def sentence_of(error: Exception) -> str:
     """One sentence for the job's owner; the traceback is in the log."""
     import torch
 
@@ -255,7 +336,7 @@ def _device_name() -> str:
     return str(torch.cuda.get_device_name()) if torch.cuda.is_available() else "cpu"
 
 
-def _leave(code: int) -> NoReturn:
+def leave(code: int) -> NoReturn:
     """Ends the process without waiting for the threads that listen and watch."""
     logging.shutdown()
     os._exit(code)

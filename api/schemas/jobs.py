@@ -45,6 +45,9 @@ class JobOptions(Request):
     """The request's `olora` object: how the job is run, not what is trained."""
 
     priority: int = Field(default=0, ge=0, le=9, description="Jobs of a higher priority are started first.")
+    devices: int = Field(
+        default=1, ge=1, le=64, description="GPUs that the job runs on; a worker must own as many."
+    )
     max_seconds: int | None = Field(
         default=None,
         ge=1,

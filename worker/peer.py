@@ -1,0 +1,93 @@
+"""A process that follows the trainer on a device of its own: the same order, the same steps, and no word.
+
+It ends with code 0 when its leader's run is over, however that ended; of trouble that is its own alone it
+says one line and ends with another code. The trainer starts it; see `peers.py`.
+"""
+
+import argparse
+import json
+import logging
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from olora_core.errors import OloraError, ProcessLost
+from olora_core.specs import TrainSpec
+
+from .lineage import die_with_parent
+from .protocol import Order
+
+if TYPE_CHECKING:
+    from olora_core.devices import Devices
+    from olora_core.model import Base
+
+logger = logging.getLogger("olora.peer")
+
+
+def follow(order: Order, rank: int, meeting_file: Path) -> None:
+    import torch
+
+    from olora_core.devices import join
+    from olora_core.train import train
+
+    spec = TrainSpec.model_validate(order.spec)
+    device = f"cuda:{rank}" if torch.cuda.is_available() else "cpu"
+    with join(device, rank=rank, count=order.devices, meeting_file=meeting_file) as devices:
+        run = train(
+            spec,
+            shared_base(order, spec, device, devices),
+            Path(order.training),
+            Path(order.validation) if order.validation else None,
+            Path(order.folder),
+            resume=Path(order.resume) if order.resume else None,
+            cache=Path(order.tokens) if order.tokens else None,
+            devices=devices,
+        )
+        for _ in run:
+            pass
+
+
+def shared_base(order: Order, spec: TrainSpec, device: str, devices: "Devices") -> "Base":
+    """The order's base for one process of several, in the dtype and sharding that its spec says."""
+    from olora_core.model import load_base
+    from olora_core.precision import DTYPES
+    from olora_core.sharding import shard
+
+    dtype = DTYPES[spec.hyperparameters.dtype]
+    if spec.hyperparameters.sharding == "full":
+        base = load_base(Path(order.base), name=spec.model, device="cpu", dtype=dtype)
+        return shard(base, device, devices)
+    return load_base(Path(order.base), name=spec.model, device=device, dtype=dtype)
+
+
+def main() -> None:
+    from .trainer import claim_descriptors, leave, sentence_of
+
+    parser = argparse.ArgumentParser(description="Started by the trainer; not for the command line.")
+    parser.add_argument("--parent", type=int, required=True)
+    parser.add_argument("--rank", type=int, required=True)
+    parser.add_argument("--meeting-file", type=Path, required=True)
+    options = parser.parse_args()
+    die_with_parent(options.parent)
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    received, sent = claim_descriptors()
+
+    def say(**message: Any) -> None:
+        sent.write(json.dumps(message).encode() + b"\n")
+        sent.flush()
+
+    try:
+        follow(Order(**json.loads(received.readline())), options.rank, options.meeting_file)
+    except ProcessLost as error:
+        say(crashed={"message": error.message})
+    except OloraError as error:
+        say(failed={"code": error.code, "message": error.message, "param": error.param})
+    except Exception as error:
+        logger.exception("A peer crashed.")
+        say(crashed={"message": sentence_of(error)})
+    else:
+        leave(0)
+    leave(1)
+
+
+if __name__ == "__main__":
+    main()
