@@ -6,6 +6,7 @@ import signal
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Annotated, Any
@@ -21,6 +22,8 @@ from .progress import TrainingBar
 from .samples import show_samples
 
 if TYPE_CHECKING:
+    from olora_core.devices import Devices
+    from olora_core.model import Base
     from store.integrations import Integration
 
     from .charts import Charts
@@ -32,6 +35,7 @@ TOKENS = "tokens"
 """In the output folder: the tokenised files, for the next start."""
 CURVES_FOLDER = "tensorboard"
 STOPPED = 130
+_LAUNCHED = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0"}
 
 
 def _with_text_names(values: Any) -> Any:
@@ -78,7 +82,12 @@ def train(
 
     A run that was interrupted (Ctrl-C saves a checkpoint) goes on from its last checkpoint when the same
     command is given again. Paths in the file are relative to it.
+
+    On several devices: torchrun --nproc-per-node N -m cli.main train SPEC.yaml
     """
+    if _place()[0] > 0:
+        _follow(device)
+        return
     run = read_run(spec_file)
     asked = read_spec(
         model=run.model,
@@ -253,32 +262,24 @@ def _train(
     with TrainingBar(console) as bar, _stop_signals() as stopping, ExitStack() as stack:
         bar.phase("loading torch")
         os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # as for the service's trainer
-        import torch
-
-        from olora_core.model import load_base
-        from olora_core.precision import compute_dtype
         from olora_core.progress import Evaluated, Finished, Note, Phase, Resolved, Samples, Saved, Step
         from olora_core.token_cache import trim
         from olora_core.train import train as run_training
 
-        if device == "auto":
-            device = "cuda" if torch.cuda.is_available() else "cpu"
+        device, devices = stack.enter_context(_devices(device))
         bar.phase("loading the base model")
-        dtype = compute_dtype(spec, folder, device)
-        base = load_base(
-            folder,
-            name=spec.model,
-            device=device,
-            dtype=dtype,
-            quantization=spec.hyperparameters.quantization,
-        )
         resume = _newest_checkpoint(output)
+        devices.agreed((spec, folder, training, validation, output, resume))
+        base = _load(spec, folder, device, devices)
         if resume is not None:
             bar.say(f"Going on from {resume.name}.")
         charts = stack.enter_context(_charts(output, resume, trackers, bar))
         trim([output / TOKENS])
         progress = run_training(
-            spec, base, training, validation, output, resume=resume, cache=output / TOKENS
+            *(spec, base, training, validation, output),
+            resume=resume,
+            cache=output / TOKENS,
+            devices=devices,
         )
         wish: str | None = None
         samples: dict[str, Any] | None = None
@@ -328,6 +329,68 @@ def _charts(output: Path, resume: Path | None, trackers: "list[Integration]", ba
     step = int(resume.name.removeprefix("step-")) if resume else 0
     say = lambda sentence: bar.say(sentence, "yellow")  # noqa: E731
     return Charts(output / CURVES_FOLDER, step, trackers, get_settings(), say)
+
+
+def _place() -> tuple[int, int, int]:
+    """Rank, number of processes and rank on this machine, as torchrun and `accelerate launch` tell them."""
+    rank, count, here = (int(os.environ.get(name, fallback)) for name, fallback in _LAUNCHED.items())
+    return rank, count, here
+
+
+@contextmanager
+def _devices(device: str) -> Iterator[tuple[str, "Devices"]]:
+    """The device of this process, and the processes that train together."""
+    import torch
+
+    from olora_core.devices import ALONE, join
+
+    _, count, here = _place()
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    if count == 1:
+        yield device, ALONE
+        return
+    if device == "cuda":
+        device = f"cuda:{here}"
+    with join(device) as devices:
+        yield device, devices
+
+
+def _load(spec: TrainSpec, folder: Path, device: str, devices: "Devices") -> "Base":
+    from olora_core.model import load_base
+    from olora_core.precision import compute_dtype
+    from olora_core.sharding import is_sharded, shard
+
+    dtype = devices.agreed(compute_dtype(spec, folder, device))
+    loaded = partial(
+        load_base, folder, name=spec.model, dtype=dtype, quantization=spec.hyperparameters.quantization
+    )
+    if devices.agreed(is_sharded(spec, folder, device, devices.count)):
+        return shard(loaded(device="cpu"), device, devices)
+    return loaded(device=device)
+
+
+def _follow(device: str) -> None:
+    """As one of several processes: without a word, to the end of the first one's run.
+
+    That one hears the signals, and its run's end is told here by the line between them.
+    """
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    from olora_core.train import train as run_training
+
+    with _devices(device) as (own, devices):
+        spec, folder, training, validation, output, resume = devices.agreed(None)
+        base = _load(spec, folder, own, devices)
+        run = run_training(
+            *(spec, base, training, validation, output),
+            resume=resume,
+            cache=output / TOKENS,
+            devices=devices,
+        )
+        for _ in run:
+            pass
 
 
 def _summarise(bar: TrainingBar, finished: Any) -> None:

@@ -39,6 +39,11 @@ def shard(base: Base, device: str, devices: Devices) -> Base:
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
 
+    if base.quantised is not None:
+        raise SpecError(
+            "hyperparameters.sharding: a quantised base cannot be sharded; set it to 'none'.",
+            param="hyperparameters.sharding",
+        )
     model, kind = base.model, torch.device(device).type
     mesh = init_device_mesh(kind, (devices.count,))
     for stack in block_stacks(model):

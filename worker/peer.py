@@ -7,6 +7,7 @@ says one line and ends with another code. The trainer starts it; see `peers.py`.
 import argparse
 import json
 import logging
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -52,11 +53,17 @@ def shared_base(order: Order, spec: TrainSpec, device: str, devices: "Devices") 
     from olora_core.precision import DTYPES
     from olora_core.sharding import shard
 
-    dtype = DTYPES[spec.hyperparameters.dtype]
-    if spec.hyperparameters.sharding == "full":
-        base = load_base(Path(order.base), name=spec.model, device="cpu", dtype=dtype)
-        return shard(base, device, devices)
-    return load_base(Path(order.base), name=spec.model, device=device, dtype=dtype)
+    asked = spec.hyperparameters
+    loaded = partial(
+        load_base,
+        Path(order.base),
+        name=spec.model,
+        dtype=DTYPES[asked.dtype],
+        quantization=asked.quantization,
+    )
+    if asked.sharding == "full":
+        return shard(loaded(device="cpu"), device, devices)
+    return loaded(device=device)
 
 
 def main() -> None:

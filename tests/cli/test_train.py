@@ -168,3 +168,35 @@ def test_a_quantised_base_is_trained_on_and_its_kind_is_remembered(tmp_path: Pat
     refused = olora(tmp_path, "train", spec)
     assert refused.returncode == 1
     assert "hyperparameters.quantization = 'fp4' does not fit" in " ".join(refused.stderr.split())
+
+
+def test_torchrun_trains_one_adapter_on_two_devices(tmp_path: Path) -> None:
+    """Stopped in the midst and started again, to the figures of one device."""
+    alone = olora(tmp_path, "train", write_spec(tmp_path, "alone"), timeout=250)
+    assert alone.returncode == 0, alone.stderr
+    spec, log = write_spec(tmp_path, "together"), tmp_path / "train.log"
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    command = [*launch, "-m", "cli.main", "train", str(spec)]
+    with log.open("wb") as output:
+        process = subprocess.Popen(command, cwd=ROOT, env=environment(tmp_path), stdout=output, stderr=output)
+    try:
+        wait_for(lambda: "step 4/40" in log.read_text() or process.poll() is not None, 100, "step 4")
+    finally:
+        process.send_signal(signal.SIGTERM)
+        process.wait(60)
+    assert log.read_text().count("the same command goes on") == 1, log.read_text()
+    assert not (tmp_path / "together" / "adapter").exists()
+
+    again = subprocess.run(
+        command, cwd=ROOT, env=environment(tmp_path), capture_output=True, text=True, timeout=250
+    )
+    assert again.returncode == 0, again.stderr
+    assert again.stdout.strip() == str(tmp_path / "together" / "adapter")
+    assert again.stderr.count("Going on from step-") == again.stderr.count("Certified") == 1
+
+    metrics = {
+        name: json.loads((tmp_path / name / "adapter" / "manifest.json").read_text())["metrics"]
+        for name in ("alone", "together")
+    }
+    for figure in ("train_loss", "valid_loss_after"):
+        assert metrics["together"][figure] == pytest.approx(metrics["alone"][figure], rel=0, abs=1e-5)
