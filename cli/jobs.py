@@ -41,6 +41,7 @@ def create(
         list[str] | None,
         typer.Option("--set", "-s", help="Any other hyperparameter, as NAME=VALUE; may be repeated."),
     ] = None,
+    devices: Annotated[int | None, typer.Option(help="GPUs that the job runs on; default: one.")] = None,
     follow: Annotated[bool, typer.Option("--watch", help="Follow the job until it ends.")] = False,
     base_url: BaseUrl = None,
 ) -> None:
@@ -54,6 +55,7 @@ def create(
         "method": {"type": training, training: {"hyperparameters": hyperparameters}},
         "suffix": suffix,
         "seed": seed,
+        "olora": {"devices": devices} if devices is not None else None,
     }
     with connect(base_url) as client:
         body["training_file"] = _file_id(client, training_file)

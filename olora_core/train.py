@@ -100,6 +100,7 @@ def train(
     with devices.sharing():
         check_dtype(spec, base)
         check_quantization(spec, base)
+        check_sharding(spec, base, devices)
         check_validation(spec, given=validation is not None)
         sites = target_sites(base.model, spec.adapter.target_modules)
         own_cache = folder / "tokens" if devices.leads else None
@@ -140,6 +141,18 @@ def check_dtype(spec: TrainSpec, base: Base) -> None:
             f"hyperparameters.dtype: the base model is loaded in {str(base.dtype).removeprefix('torch.')}, "
             f"and the run computes in {wanted}; load it with compute_dtype(spec, folder, device).",
             param="hyperparameters.dtype",
+        )
+
+
+def check_sharding(spec: TrainSpec, base: Base, devices: Devices) -> None:
+    """The resident base must be spread over these devices or whole, as the run wants it."""
+    asked = spec.hyperparameters.sharding
+    fitting = (1, devices.count) if asked == "auto" else (devices.count if asked == "full" else 1,)
+    if base.shards not in fitting:
+        raise SpecError(
+            f"hyperparameters.sharding = '{asked}' on {devices.count} devices, and the base model lies in "
+            f"{base.shards} part(s); load it as is_sharded(spec, folder, device, devices) says.",
+            param="hyperparameters.sharding",
         )
 
 

@@ -65,7 +65,7 @@ def test_a_new_job_carries_every_field(client: TestClient) -> None:
         metadata={"a": "1"},
         integrations=[],
         adapter={"method": "lora", "rank": 4},
-        olora={"priority": 3, "max_seconds": 3600},
+        olora={"priority": 3, "max_seconds": 3600, "devices": 2},
     )
     assert set(made) == OPENAI_FIELDS | {"adapter", "olora"}
     assert made["object"] == "fine_tuning.job"
@@ -81,7 +81,8 @@ def test_a_new_job_carries_every_field(client: TestClient) -> None:
         assert {place[name] for name in ("n_epochs", "batch_size", "learning_rate_multiplier")} == {"auto"}
     assert made["adapter"]["method"] == "lora"
     assert (made["adapter"]["rank"], made["adapter"]["alpha"]) == (4, 16)
-    assert (made["olora"]["priority"], made["olora"]["max_seconds"]) == (3, 3600)
+    asked = {name: made["olora"][name] for name in ("priority", "max_seconds", "devices")}
+    assert asked == {"priority": 3, "max_seconds": 3600, "devices": 2}
     assert (made["olora"]["attempt"], made["olora"]["plan"]) == (0, None)
 
 

@@ -270,6 +270,8 @@ BAD_BODIES = (
     bad("metadata-number", {"metadata": {"k": 1}}, "metadata.k", "string"),
     bad("metadata-deep", {"metadata": DEEP}, "metadata" + "[0]" * 24, "nests deeper than 32 levels"),
     bad("priority-10", {"olora": {"priority": 10}}, "olora.priority", "less than or equal to 9"),
+    bad("devices-0", {"olora": {"devices": 0}}, "olora.devices", "greater than or equal to 1"),
+    bad("devices-two", {"olora": {"devices": "2"}}, "olora.devices", "integer"),
     bad("seconds-huge", {"olora": {"max_seconds": 10**400}}, "olora.max_seconds", "less than or equal to"),
     bad("option-typo", {"olora": {"priorty": 1}}, "olora.priorty", "did you mean 'priority'?"),
 )

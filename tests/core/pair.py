@@ -13,13 +13,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from olora_core.adapter import adapters_off, attached
+from olora_core.adapter import Site, adapters_off, attached
 from olora_core.devices import ALONE, Devices, join
 from olora_core.errors import OloraError
 from olora_core.methods import METHODS, Outputs
-from olora_core.methods.lora import LoRA
+from olora_core.methods.lora import LoRA, LoRAAdapter
 from olora_core.model import Base, load_base
 from olora_core.sharding import own_part, shard
 from olora_core.specs import TrainSpec
@@ -46,6 +46,15 @@ class Penalised(LoRA):
         self.seen = torch.zeros(())
 
 
+class Idle(LoRA):
+    """Plain LoRA with a tensor in each adapter that nothing uses, so that it never has a gradient."""
+
+    def adapter(self, weight: Tensor, site: Site) -> LoRAAdapter:
+        adapter = super().adapter(weight, site)
+        adapter.idle = nn.Parameter(torch.ones(3))
+        return adapter
+
+
 class Short(LoRA):
     """Plain LoRA; memory runs out once, at this pass of the second step, if it comes to that."""
 
@@ -70,6 +79,8 @@ class ShortFollower(Short):
 def _method(case: dict[str, Any], devices: Devices) -> type[LoRA]:
     if case.get("penalised"):
         return Penalised
+    if case.get("idle"):
+        return Idle
     if case.get("short"):
         return Short if devices.count == 1 else LoRA if devices.leads else ShortFollower
     return LoRA
@@ -97,6 +108,9 @@ def run_case(case: dict[str, Any], devices: Devices = ALONE) -> dict[str, Any]:
                     said["margins"].append(news.reward_margin)
                     said["digests"].append(_digest(base))
                     said["off"] = _off(base, devices)
+                    said["idle"] = [
+                        layer.adapter.idle.tolist() for layer in attached(base.model) if case.get("idle")
+                    ]
                     if news.step == case.get("stop_after"):
                         if devices.leads:
                             saved = progress.send("save")

@@ -24,6 +24,7 @@ CASES: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
     "packed on GPT-2": ("gpt2", {"packing": True}, {}),
     "preferences": ("llama", {"type": "dpo"}, {}),
     "with a penalty": ("llama", {"method": "lora", "micro_batch_size": 1}, {"penalised": True}),
+    "with an idle tensor": ("llama", {"method": "lora", "weight_decay": 0.5}, {"idle": True}),
     "short of memory once": ("llama", {"method": "lora"}, {"short": True}),
     "sharded": ("llama", {"adapter": {"dropout": 0.2}, "sharding": "full"}, {}),
     "sharded GPT-2, packed": ("gpt2", {"packing": True, "sharding": "full"}, {}),
@@ -141,6 +142,13 @@ def test_a_run_on_two_devices_goes_on_on_one(two, base_folders, files, tmp_path,
     checkpoint = two[f"{name}, stopped"][0]["saved"]
     case = case_of(name, base_folders, files) | {"folder": str(tmp_path / "run"), "resume": checkpoint}
     near(run_case(case)["steps"], two[name][0]["steps"][STOPPED_AFTER:])
+
+
+def test_a_tensor_without_a_gradient_stays_as_it_is(two) -> None:
+    """With a gradient of zeros, as a sum over nothing would give it, the optimizer would shrink it."""
+    for said in two["with an idle tensor"]:
+        assert said["idle"]
+        assert all(values == [1.0] * 3 for values in said["idle"])
 
 
 def test_memory_that_runs_out_on_one_device_has_all_begin_the_step_again(one, two) -> None:
