@@ -15,7 +15,7 @@ from olora_core.errors import OloraError, ProcessLost
 from olora_core.specs import TrainSpec
 
 from .lineage import die_with_parent
-from .protocol import Order
+from .protocol import Order, claim_descriptors
 
 if TYPE_CHECKING:
     from olora_core.devices import Devices
@@ -67,7 +67,7 @@ def shared_base(order: Order, spec: TrainSpec, device: str, devices: "Devices") 
 
 
 def main() -> None:
-    from .trainer import claim_descriptors, leave, sentence_of
+    from .trainer import leave, sentence_of
 
     parser = argparse.ArgumentParser(description="Started by the trainer; not for the command line.")
     parser.add_argument("--parent", type=int, required=True)
