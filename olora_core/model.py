@@ -144,7 +144,7 @@ def load_base(
         f"{len(names)} {LEFT_OUT[kind].format(names=shortened(names))}"
         for kind, names in left_out(model).items()
     ]
-    return Base(model, tokenizer, folder, name, model.dtype, model.device, notes, quantised)
+    return Base(model, tokenizer, folder, name, model.dtype, model.device, notes, quantised=quantised)
 
 
 def check_quantization(spec: TrainSpec, base: Base) -> None:

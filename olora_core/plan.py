@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import PreTrainedModel
@@ -38,6 +38,8 @@ LOGIT_BYTES = 10
 HEAD_BYTES = LOGIT_BYTES * LOGITS_AT_ONCE
 CPU_SLACK = 1.25
 """glibc keeps pieces between tensors of many sizes; measured."""
+PLAIN = (Tensor, nn.Parameter)
+"""Tensors with a storage of their own."""
 MEGABYTE = 2**20
 
 
@@ -254,10 +256,10 @@ class LiveBytes(TorchDispatchMode):
         self._seen: set[int] = set()
 
     def __torch_dispatch__(self, operation: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        known = {id(t.untyped_storage()) for t in tree_leaves((args, kwargs)) if type(t) is Tensor}
+        known = {id(t.untyped_storage()) for t in tree_leaves((args, kwargs)) if type(t) in PLAIN}
         made = operation(*args, **(kwargs or {}))
         for tensor in tree_leaves(made):
-            if type(tensor) is Tensor and id(storage := tensor.untyped_storage()) not in known | self._seen:
+            if type(tensor) in PLAIN and id(storage := tensor.untyped_storage()) not in known | self._seen:
                 self._seen.add(id(storage))
                 self.now += storage.nbytes()
                 self.peak = max(self.peak, self.now)

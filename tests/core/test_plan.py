@@ -236,9 +236,9 @@ def test_the_estimate_is_within_a_quarter_of_the_measured_peak(tmp_path: Path, d
         pad_token_id=0,
     )
     model = LlamaForCausalLM(config).to(getattr(torch, dtype))
-    spec = spec_for(batch_size=48, micro_batch_size=48, micro_batch_tokens=3000, dtype=dtype, n_epochs=3)
+    spec = spec_for(batch_size=30, micro_batch_size=30, micro_batch_tokens=4000, dtype=dtype, n_epochs=3)
     answer = {"role": "assistant", "content": "xyz" * 25}
-    rows = [{"messages": [{"role": "user", "content": "ab" * (10 + i % 5)}, answer]} for i in range(96)]
+    rows = [{"messages": [{"role": "user", "content": "ab" * 12}, answer]} for _ in range(60)]
     case = {
         "base": str(save_base(tmp_path / "base", model)),
         "spec": spec.model_dump(mode="json"),
@@ -255,5 +255,6 @@ def test_the_estimate_is_within_a_quarter_of_the_measured_peak(tmp_path: Path, d
         env={**os.environ, "OMP_WAIT_POLICY": "PASSIVE"},
     )
     figures = json.loads(done.stdout.splitlines()[-1])
+    print(figures)
     assert figures["measured"] > 100 * 2**20  # far above what the libraries' own buffers could hide
     assert figures["estimated"] == pytest.approx(figures["measured"], rel=0.25)
