@@ -31,6 +31,8 @@ from .specs import TrainSpec
 PROBE_LENGTHS = (32, 64, 128)
 IDEAL_TOKENS = {"cpu": 2048, "cuda": 16384}
 """Tokens of a pass beyond which a device gains no more speed."""
+CPU_TOKENS, CPU_BYTES = 512, 192 * 2**20
+"""From so many tokens on, a CPU gains a few per cent by more: no pass is larger that takes more bytes."""
 USABLE = 0.8
 """Share of the free memory that is planned for; the rest is for fragments and for others."""
 LOGIT_BYTES = 10
@@ -127,16 +129,28 @@ def plan_passes(
             )
             why.append(f"gradient_checkpointing = {str(checkpointing).lower()} ({reason})")
         if tokens == "auto":
-            tokens = IDEAL_TOKENS.get(base.device.type, IDEAL_TOKENS["cuda"])
-            while tokens > one and not estimate.fits(tokens, length, checkpointing=checkpointing):
-                tokens //= 2
-            tokens = max(tokens, min(one, 16), 16)
+            tokens = _tokens_of_a_pass(estimate, one, length, base.device.type, checkpointing)
             why.append(f"micro_batch_tokens = {tokens} (what one pass holds, by the memory estimate)")
         notes.append(_note(estimate, max(tokens, one), length, checkpointing))
     hyperparameters = asked.model_copy(
         update={"packing": packing, "micro_batch_tokens": tokens, "gradient_checkpointing": checkpointing}
     )
     return Plan(spec.model_copy(update={"hyperparameters": hyperparameters}), why, notes)
+
+
+def _tokens_of_a_pass(estimate: Estimate, one: int, length: int, device: str, checkpointing: bool) -> int:
+    """As many as are fast and fit; `one` are those of the longest example, which has to."""
+
+    def is_too_large(tokens: int) -> bool:
+        if not estimate.fits(tokens, length, checkpointing=checkpointing):
+            return tokens > one
+        taken = estimate.activations(tokens, length, checkpointing=checkpointing)
+        return device == "cpu" and tokens > CPU_TOKENS and taken > CPU_BYTES
+
+    tokens = IDEAL_TOKENS.get(device, IDEAL_TOKENS["cuda"])
+    while is_too_large(tokens) and tokens > 16:
+        tokens //= 2
+    return tokens
 
 
 def _note(estimate: Estimate, tokens: int, length: int, checkpointing: bool) -> Note:
