@@ -250,3 +250,14 @@ def deal(sizes: Sequence[int], count: int) -> list[list[int]]:
         shares[least].append(position)
         loads[least] += sizes[position]
     return [sorted(share) for share in shares]
+
+
+def is_part(weight: Tensor) -> bool:
+    """Whether this process holds only its rows of the weight (a DTensor, whose import takes its time)."""
+    return hasattr(weight, "full_tensor")
+
+
+def whole(part: Tensor) -> Tensor:
+    """The whole weight, for which every process must ask at once."""
+    gathered: Tensor = part.full_tensor()  # type: ignore[attr-defined]
+    return gathered

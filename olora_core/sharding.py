@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from .devices import Devices
+from .devices import Devices, is_part
 from .errors import SpecError
 from .model import Base, block_stacks, weight_files
 from .specs import TrainSpec
@@ -65,17 +65,6 @@ def _check(base: Base, block: nn.Module) -> None:
                 f"({type(module).__name__}); set it to 'none'.",
                 param="hyperparameters.sharding",
             )
-
-
-def is_part(weight: Tensor) -> bool:
-    """Whether this process holds only its rows of the weight (a DTensor, whose import takes its time)."""
-    return hasattr(weight, "full_tensor")
-
-
-def whole(part: Tensor) -> Tensor:
-    """The whole weight, for which every process must ask at once."""
-    gathered: Tensor = part.full_tensor()  # type: ignore[attr-defined]
-    return gathered
 
 
 def own_part(original: Tensor, resident: Tensor) -> tuple[Tensor, Tensor]:

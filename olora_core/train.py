@@ -5,7 +5,6 @@ Reading order is the order of events: `train` at the top, then what it calls.
 
 import hashlib
 import math
-import resource
 import shutil
 import time
 from collections.abc import Generator, Iterator
@@ -548,10 +547,11 @@ def base_logits(base: Base, batch: MicroBatch) -> Tensor:
 
 
 def peak_memory(device: torch.device) -> int:
-    """Bytes: the device's peak, or on a CPU this process's."""
+    """Bytes: the device's peak, or on a CPU this process's own, which ru_maxrss mixes with its parent's."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    lines = dict(line.split(":") for line in Path("/proc/self/status").read_text().splitlines())
+    return int(lines["VmHWM"].split()[0]) * 1024
 
 
 def glance(run: Run) -> tuple[float, float] | None:

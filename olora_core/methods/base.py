@@ -10,10 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from ..adapter import Adapter, Site, attach, site_weight
-from ..devices import ALONE, Devices
+from ..devices import ALONE, Devices, is_part, whole
 from ..errors import SpecError
 from ..progress import Phase, result_of
-from ..sharding import is_part, whole
 from ..specs import AdapterSpec, check_export_rank
 
 SpecT = TypeVar("SpecT", bound=AdapterSpec)
