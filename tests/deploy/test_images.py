@@ -120,7 +120,8 @@ def test_both_images_install_from_the_one_lock() -> None:
 
 
 @pytest.mark.parametrize(
-    ("trackers", "extras"), [("", "worker,postgres"), ("wandb,mlflow", "worker,postgres,wandb,mlflow")]
+    ("trackers", "extras"),
+    [("", "worker,gpu,postgres"), ("wandb,mlflow", "worker,gpu,postgres,wandb,mlflow")],
 )
 def test_clients_of_trackers_come_by_a_build_argument(trackers: str, extras: str) -> None:
     [install] = [rest for word, rest in instructions("worker") if word == "RUN" and "[worker" in rest]

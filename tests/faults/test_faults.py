@@ -173,4 +173,3 @@ def test_a_second_signal_does_not_wait_for_a_checkpoint(embedded: Fleet) -> None
     assert attempt.end_reason == "released"
     assert embedded.service.job(job_id).failures == 0
     assert embedded.service.warnings(job_id) == []
-    embedded.service.cancel(job_id)

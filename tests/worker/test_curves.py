@@ -69,14 +69,14 @@ def test_a_job_leaves_an_event_file_of_all_its_steps(
 def test_after_a_crash_the_event_file_holds_each_step_once(
     service: Service, supervisor: Supervisor, tmp_path: Path
 ) -> None:
-    job_id = service.queue(rows=64, n_epochs=8)
+    job_id = service.queue(rows=64, n_epochs=24)
     with at_work(supervisor, until=lambda: service.job(job_id).status == "succeeded"):
         service.wait_for_checkpoint(job_id)
         wait_until(lambda: service.job(job_id).step > service.checkpoints(job_id)[0].step, "a lost step")
         os.kill(trainer_pid(supervisor), signal.SIGKILL)
         assert service.wait_for_end(job_id).attempt == 2
     steps = [step for step, _ in charts_of(service, job_id, tmp_path)["train/loss"]]
-    assert steps == list(range(1, 129))
+    assert steps == list(range(1, 385))
 
 
 def test_what_is_not_a_number_is_no_point() -> None:
