@@ -1,0 +1,222 @@
+"""A run between two steps, and how it is set up."""
+
+import hashlib
+import math
+from collections.abc import Generator
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from . import attention
+from .adapter import Adapter, Site, adapter_tensors
+from .batches import epoch_order, steps_per_epoch
+from .data import Data, context_length
+from .devices import Devices
+from .early_stopping import best_of
+from .errors import SpecError, TrainingError
+from .examples import Examples
+from .losses import Loss, loss_of
+from .methods import METHODS, Method
+from .methods.base import Schedule, placing
+from .model import Base
+from .neftune import with_noise
+from .plan import Plan, plan_passes, set_checkpointing
+from .precision import DTYPES
+from .progress import Evaluated, Phase
+from .randomness import Randomness
+from .schedule import schedule_of
+from .specs import Facts, Hyperparameters, TrainSpec
+
+SMALL_VALIDATION_ROWS = 16
+
+
+def check_dtype(spec: TrainSpec, base: Base) -> None:
+    """The resident base must have the dtype that the run computes in."""
+    names = {dtype: name for name, dtype in DTYPES.items()}
+    asked = spec.hyperparameters.dtype
+    if base.dtype not in names or asked not in ("auto", names[base.dtype]):
+        wanted = "float32 or bfloat16" if asked == "auto" else asked
+        raise SpecError(
+            f"hyperparameters.dtype: the base model is loaded in {str(base.dtype).removeprefix('torch.')}, "
+            f"and the run computes in {wanted}; load it with compute_dtype(spec, folder, device).",
+            param="hyperparameters.dtype",
+        )
+
+
+def check_sharding(spec: TrainSpec, base: Base, devices: Devices) -> None:
+    """The resident base must be spread over these devices or whole, as the run wants it."""
+    asked = spec.hyperparameters.sharding
+    fitting = (1, devices.count) if asked == "auto" else (devices.count if asked == "full" else 1,)
+    if base.shards not in fitting:
+        raise SpecError(
+            f"hyperparameters.sharding = '{asked}' on {devices.count} devices, and the base model lies in "
+            f"{base.shards} part(s); load it as is_sharded(spec, folder, device, devices) says.",
+            param="hyperparameters.sharding",
+        )
+
+
+def facts(base: Base, data: Data, devices: Devices) -> Facts:
+    dtype = "bfloat16" if base.dtype == torch.bfloat16 else "float32"
+    width = base.model.config.get_text_config().hidden_size
+    return Facts(
+        len(data.training), width, context_length(base), dtype, devices.count, sharded=base.shards > 1
+    )
+
+
+@dataclass
+class Run:
+    """A run between two steps."""
+
+    asked: TrainSpec
+    spec: TrainSpec
+    base: Base
+    data: Data
+    method: Method
+    adapters: dict[str, Adapter]
+    optimizer: torch.optim.Optimizer
+    schedule: Schedule
+    total_steps: int
+    micro_batch_tokens: int
+    """Of a pass, at most; smaller than the spec's once the device ran out of memory."""
+    checkpointing: bool
+    """Whether the blocks keep only their inputs."""
+    random: Randomness
+    devices: Devices
+    step: int = 0
+    tokens: int = 0
+    trained_tokens: int = 0
+    seconds: float = 0.0
+    """Spent in steps, without evaluations and checkpoints."""
+    history: list[tuple[int, float, float, int]] = field(default_factory=list)
+    """(step, loss, accuracy, trained tokens or pairs) of each step."""
+    glances: list[tuple[int, float, float]] = field(default_factory=list)
+    """(step, loss, accuracy) over the first validation rows."""
+    evaluations: list[Evaluated] = field(default_factory=list)
+    evaluated_at: int = -1
+    """Step of the last full evaluation, or of the last that was due without a validation file."""
+    saved_at: int | None = None
+    """Step of the newest checkpoint."""
+    best_tensors: dict[str, Tensor] | None = None
+    """With early stopping: the adapter's, on the CPU, as of the lowest validation loss."""
+    order: tuple[int, np.ndarray] | None = None
+    """An epoch and its order of examples, made when a step of it asks."""
+
+    @property
+    def hyperparameters(self) -> Hyperparameters:
+        return self.spec.hyperparameters
+
+    @property
+    def best(self) -> Evaluated | None:
+        """With early stopping: the evaluation whose adapter is exported."""
+        return best_of(self.evaluations) if self.hyperparameters.early_stopping_patience else None
+
+    @cached_property
+    def loss(self) -> Loss:
+        return with_noise(loss_of(self.spec), self.hyperparameters.neftune_alpha)
+
+    @cached_property
+    def measure(self) -> Loss:
+        """The loss of evaluations."""
+        return loss_of(self.spec, evaluating=True)
+
+    @cached_property
+    def parameters(self) -> list[nn.Parameter]:
+        return [p for group in self.optimizer.param_groups for p in group["params"]]
+
+    @cached_property
+    def steps_per_epoch(self) -> int:
+        return steps_per_epoch(len(self.data.training), self.hyperparameters.batch_size)
+
+    @cached_property
+    def small_validation(self) -> Examples | None:
+        held_out = self.data.validation
+        return None if held_out is None else held_out.first(SMALL_VALIDATION_ROWS)
+
+    @cached_property
+    def identity(self) -> dict[str, Any]:
+        """What a checkpoint of this run belongs to."""
+        held_out = self.data.validation
+        return {
+            "spec": hashlib.sha256(self.spec.model_dump_json(exclude_defaults=True).encode()).hexdigest(),
+            "training data": self.data.training.digest,
+            "validation data": None if held_out is None else held_out.digest,
+            "base model": self.base.fingerprint,
+            "dtype": str(self.base.dtype),
+        }
+
+    def rows(self, step: int) -> np.ndarray:
+        """The examples of an optimizer step; the last batch of an epoch may hold fewer."""
+        epoch, index = divmod(step - 1, self.steps_per_epoch)
+        if self.order is None or self.order[0] != epoch:
+            self.order = epoch, epoch_order(len(self.data.training), seed=self.spec.seed, epoch=epoch)
+        size = self.hyperparameters.batch_size
+        return self.order[1][index * size : (index + 1) * size]
+
+
+def start(
+    asked: TrainSpec, spec: TrainSpec, base: Base, data: Data, sites: list[Site], devices: Devices
+) -> Generator[Phase, None, tuple[Run, Plan]]:
+    """Puts the adapters in place, plans the passes and makes the optimizer."""
+    devices.meet()
+    hyperparameters = spec.hyperparameters
+    per_epoch = steps_per_epoch(len(data.training), hyperparameters.batch_size)
+    total_steps = min(hyperparameters.n_epochs * per_epoch, hyperparameters.max_steps or math.inf)
+    schedule = schedule_of(hyperparameters)
+    method = METHODS[spec.adapter.method](
+        spec.adapter,
+        seed=spec.seed,
+        total_steps=total_steps,
+        schedule=schedule,
+        weight_decay=hyperparameters.weight_decay,
+    )
+    method.sum_over_processes = devices.sum
+    packing = base.passes.packing  # asked before the adapters come
+    adapters = yield from placing(method, base.model, sites, devices)
+    # Devices of one kind compute the same start; these are the same bits on any.
+    devices.share(adapter_tensors(adapters).values())
+    if packing == "segments":
+        base.model.set_attn_implementation(attention.NAME)
+    own_plan = plan_passes(spec, base, adapters, data.training, loss_of(spec), method.needs_logits)
+    plan = devices.agreed(own_plan)
+    passes = plan.spec.hyperparameters
+    set_checkpointing(base.model, passes.gradient_checkpointing)
+    optimizer = torch.optim.AdamW(
+        method.param_groups(adapters),
+        lr=hyperparameters.learning_rate,
+        betas=(0.9, 0.999),
+        eps=1e-8,
+        fused=True,
+    )
+    run = Run(
+        asked,
+        plan.spec,
+        base,
+        data,
+        method,
+        adapters,
+        optimizer,
+        schedule,
+        total_steps,
+        passes.micro_batch_tokens,
+        passes.gradient_checkpointing,
+        Randomness(spec.seed, base.device),
+        devices,
+    )
+    return run, plan
+
+
+def not_finite(run: Run, what: str) -> TrainingError:
+    """`what` happened; what helps, and from where the run could go on."""
+    kept = "No checkpoint had been made yet."
+    if run.saved_at is not None:
+        kept = f"The last good checkpoint, of step {run.saved_at}, is kept."
+    return TrainingError(
+        f"{what} Lower the learning rate (now {run.hyperparameters.learning_rate:g}), or look at the data of "
+        f"that step for what is out of the ordinary. {kept}",
+        param="hyperparameters.learning_rate",
+        code="not_finite",
+    )

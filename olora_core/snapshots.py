@@ -1,0 +1,105 @@
+"""A run's checkpoints: what of it is set down, and how it is taken up again."""
+
+import shutil
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+
+from . import checkpoint
+from .adapter import adapter_tensors, load_adapter_tensors
+from .checkpoint import Snapshot
+from .errors import CheckpointError
+from .plan import set_checkpointing
+from .progress import Evaluated, Saved
+from .run import Run, not_finite
+
+LOCAL_CHECKPOINTS = 2
+
+
+def save(run: Run, folder: Path) -> Saved:
+    """Sets the run down in a folder of its own; keeps the newest two, and with early stopping the best."""
+    if not all(tensor.isfinite().all() for tensor in adapter_tensors(run.adapters).values()):
+        raise not_finite(run, f"The adapter is not finite after step {run.step}.")
+    place = folder / "checkpoints" / checkpoint_name(run.step)
+    saved = checkpoint.save(place, snapshot(run))
+    best_step = run.best.step if run.best else None
+    for older in sorted(place.parent.glob("step-*"))[:-LOCAL_CHECKPOINTS]:
+        if older.name != checkpoint_name(best_step):
+            shutil.rmtree(older)
+    run.saved_at = run.step
+    return Saved(run.step, saved, checkpoint_metrics(run), best_step)
+
+
+def checkpoint_name(step: int | None) -> str:
+    return f"step-{step or 0:08d}"
+
+
+def snapshot(run: Run) -> Snapshot:
+    moments, groups = checkpoint.optimizer_state(run.optimizer)
+    state = {
+        "step": run.step,
+        "epoch": run.step // run.steps_per_epoch,
+        "index_in_epoch": run.step % run.steps_per_epoch,
+        "method": run.method.state_dict(),
+        "optimizer": groups,
+        "threads": torch.get_num_threads(),
+        "micro_batch_tokens": run.micro_batch_tokens,
+        "checkpointing": run.checkpointing,
+        "tokens": run.tokens,
+        "trained_tokens": run.trained_tokens,
+        "seconds": run.seconds,
+        "history": run.history,
+        "glances": run.glances,
+        "evaluations": [asdict(evaluated) for evaluated in run.evaluations],
+        "evaluated_at": run.evaluated_at,
+    }
+    tensors = {"adapter": adapter_tensors(run.adapters), "optimizer": moments}
+    if run.best_tensors is not None:
+        tensors["best"] = run.best_tensors
+    return Snapshot(run.identity, state, tensors)
+
+
+def take_up(run: Run, folder: Path) -> None:
+    """`restore` on every device, first on the one that tells what is wrong with a checkpoint."""
+    if not run.devices.leads:
+        run.devices.meet()
+    restore(run, folder)
+    if run.devices.leads:
+        run.devices.meet()
+
+
+def restore(run: Run, folder: Path) -> None:
+    """Takes the run up where a checkpoint set it down."""
+    saved = checkpoint.load(folder, run.identity)
+    state, tensors = saved.state, saved.tensors
+    try:
+        load_adapter_tensors(run.adapters, tensors["adapter"])
+        checkpoint.load_optimizer_state(run.optimizer, tensors["optimizer"], state["optimizer"])
+        run.method.load_state_dict(state["method"])
+        run.step, run.tokens, run.trained_tokens = state["step"], state["tokens"], state["trained_tokens"]
+        run.saved_at = run.step
+        run.seconds, run.evaluated_at = state["seconds"], state["evaluated_at"]
+        run.history = [tuple(entry) for entry in state["history"]]
+        run.glances = [tuple(entry) for entry in state["glances"]]
+        run.evaluations = [Evaluated(**values) for values in state["evaluations"]]
+        run.best_tensors = tensors["best"] if run.best else None
+        torch.set_num_threads(state["threads"])
+        run.micro_batch_tokens, run.checkpointing = state["micro_batch_tokens"], state["checkpointing"]
+        set_checkpointing(run.base.model, run.checkpointing)
+    except (KeyError, ValueError, TypeError) as error:
+        raise CheckpointError(
+            f"Checkpoint '{folder.name}' does not fit this run: {error}. Start the run anew."
+        ) from None
+
+
+def checkpoint_metrics(run: Run) -> dict[str, float]:
+    """What was measured at the newest step, under OpenAI's names."""
+    step, loss, accuracy, _ = run.history[-1]
+    metrics = {"step": step, "train_loss": loss, "train_mean_token_accuracy": accuracy}
+    if run.glances and run.glances[-1][0] == step:
+        _, metrics["valid_loss"], metrics["valid_mean_token_accuracy"] = run.glances[-1]
+    if run.evaluations and run.evaluations[-1].step == step:
+        metrics["full_valid_loss"] = run.evaluations[-1].loss
+        metrics["full_valid_mean_token_accuracy"] = run.evaluations[-1].accuracy
+    return metrics
