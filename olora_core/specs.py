@@ -122,8 +122,37 @@ class LoRASpec(FactorsSpec):
     alpha: float = Field(default=16, gt=0, le=65536, description="The update is scaled by alpha / rank.")
 
 
-AnyAdapterSpec = Annotated[OLoRASpec | LoRASpec, Field(discriminator="method")]
-ADAPTER_SPECS: dict[str, type[AdapterSpec]] = {"olora": OLoRASpec, "lora": LoRASpec}
+class SVDSpec(FactorsSpec):
+    """What methods share whose factors start from the SVD of the pretrained weight."""
+
+    svd_iterations: int | None = Field(
+        default=16,
+        ge=0,
+        le=64,
+        description="Power iterations of the randomised SVD; null: an exact SVD, far slower on large layers.",
+    )
+
+
+class PiSSASpec(SVDSpec):
+    """PiSSA: factors that start as the principal part of the pretrained weight (arXiv 2404.02948)."""
+
+    summary: ClassVar[str] = "LoRA whose factors start from the largest singular values of the weight."
+    paper: ClassVar[str] = "arXiv 2404.02948"
+    base_learning_rate: ClassVar[float] = 1e-4
+    width_exponent: ClassVar[float] = 0.7525
+
+    method: Literal["pissa"] = "pissa"
+    rank: int = Field(default=16, ge=1, le=4096, description="r, the width of the trained factors.")
+    alpha: float = Field(default=16, gt=0, le=65536, description="The update is scaled by alpha / rank.")
+
+    @property
+    def pair_rank(self) -> int:
+        """2r: the difference of two products."""
+        return 2 * self.rank
+
+
+AnyAdapterSpec = Annotated[OLoRASpec | LoRASpec | PiSSASpec, Field(discriminator="method")]
+ADAPTER_SPECS: dict[str, type[AdapterSpec]] = {"olora": OLoRASpec, "lora": LoRASpec, "pissa": PiSSASpec}
 DEFAULT_METHOD = "olora"
 AUTO_BETA = 0.1
 """The value of most of the DPO paper's experiments."""
@@ -478,7 +507,7 @@ def learning_rate_for(adapter: AdapterSpec, hidden_size: int) -> float:
     """The method's own peak rate for a model of this width.
 
     `base (4096 / hidden)^e`, through two anchors per method: its card's rate at width 4096, and the optimum
-    measured on the shipped base at width 192 (3e-3 for LoRA, 1e-3 for OLoRA).
+    measured on the shipped base at width 192 (3e-3 for LoRA, 1e-3 for OLoRA and PiSSA).
     """
     return float(
         f"{adapter.base_learning_rate * (REFERENCE_WIDTH / hidden_size) ** adapter.width_exponent:.2g}"

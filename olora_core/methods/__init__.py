@@ -5,7 +5,8 @@ from typing import Any
 from .base import Method, Outputs, place
 from .lora import LoRA
 from .olora import OLoRA
+from .pissa import PiSSA
 
-METHODS: dict[str, type[Method[Any]]] = {"olora": OLoRA, "lora": LoRA}
+METHODS: dict[str, type[Method[Any]]] = {"olora": OLoRA, "lora": LoRA, "pissa": PiSSA}
 
 __all__ = ["METHODS", "Method", "Outputs", "place"]

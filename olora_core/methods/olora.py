@@ -41,21 +41,30 @@ class OLoRA(Method[OLoRASpec]):
 
     def __init__(self, spec: OLoRASpec, **run: Any) -> None:
         super().__init__(spec, **run)
-        if self.weight_decay:
-            self.notes.append(
-                f"weight_decay = {self.weight_decay:g} pulls OLoRA's factors to 0, which takes away "
-                "pretrained weight; 0 is the better choice."
-            )
+        warn_of_decay(self, "OLoRA")
 
     def adapter(self, weight: Tensor, site: Site) -> OLoRAAdapter:
         self.check_rank(site)
         B0, A0 = qr_factors(weight, self.spec.rank)
         if not A0.sum().isfinite():  # every number of W went into A0
-            raise ModelError(f"The weight of '{site.name}' is not finite; the base model is damaged.")
+            raise damaged(site)
         return OLoRAAdapter(A0, B0, scale=self.spec.scale, dropout=self.spec.dropout)
 
     def param_groups(self, adapters: Mapping[str, Adapter]) -> list[dict[str, Any]]:
         return factor_groups(self, cast(Mapping[str, Factors], adapters).values(), self.spec.lora_plus_ratio)
+
+
+def warn_of_decay(method: Method[Any], name: str) -> None:
+    """For methods whose factors start as a part of W."""
+    if method.weight_decay:
+        method.notes.append(
+            f"weight_decay = {method.weight_decay:g} pulls {name}'s factors to 0, which takes away "
+            "pretrained weight; 0 is the better choice."
+        )
+
+
+def damaged(site: Site) -> ModelError:
+    return ModelError(f"The weight of '{site.name}' is not finite; the base model is damaged.")
 
 
 def qr_factors(weight: Tensor, rank: int) -> tuple[Tensor, Tensor]:

@@ -26,6 +26,7 @@ CASES = {
     "lora with dropout": ("llama", spec_for("lora", adapter={"dropout": 0.2}, schedule="cosine")),
     "olora in bf16": ("llama-bf16", spec_for("olora", adapter={"dropout": 0.2}, dtype="bfloat16")),
     "lora in bf16": ("llama-bf16", spec_for("lora", dtype="bfloat16")),
+    "pissa": ("llama", spec_for("pissa", adapter={"dropout": 0.2, "svd_iterations": 2})),
     "olora packed on GPT-2": ("gpt2", spec_for("olora", packing=True)),
     "olora with LoRA+ and decay": (
         "llama",

@@ -8,10 +8,12 @@ import pytest
 
 from olora_core.errors import SpecError
 from olora_core.specs import (
+    ADAPTER_ALIASES,
     ADAPTER_SPECS,
     Facts,
     LoRASpec,
     OLoRASpec,
+    PiSSASpec,
     TrainSpec,
     auto_batch_size,
     auto_epochs,
@@ -119,7 +121,13 @@ def test_every_suggested_name_is_accepted(name) -> None:
         "neftune_alpha": 0,
         "early_stopping_min_delta": 0,
     }
-    read_spec(model="m", type="dpo", hyperparameters={name: values.get(name, 1)})  # takes all of them
+    option = ADAPTER_ALIASES.get(name, name)
+    takes_it = (method for method, spec in ADAPTER_SPECS.items() if option in spec.model_fields)
+    method = next(takes_it, "olora")
+    field = ADAPTER_SPECS[method].model_fields.get(option)
+    value = values.get(name, 1 if field is None else field.default)
+    # dpo takes all of them.
+    read_spec(model="m", type="dpo", adapter={"method": method}, hyperparameters={name: value})
 
 
 def test_an_unknown_option_of_the_adapter_names_the_nearest() -> None:
@@ -273,13 +281,15 @@ def test_auto_batch_is_a_fifth_of_a_percent(examples, batch) -> None:
         (OLoRASpec(), 192, 1e-3),
         (LoRASpec(), 4096, 2e-4),
         (LoRASpec(), 192, 3e-3),
+        (PiSSASpec(), 4096, 1e-4),
+        (PiSSASpec(), 192, 1e-3),
     ],
 )
 def test_the_learning_rate_goes_through_its_anchors(adapter, width, rate) -> None:
     assert learning_rate_for(adapter, width) == rate
 
 
-@pytest.mark.parametrize("adapter", [OLoRASpec(), LoRASpec()])
+@pytest.mark.parametrize("adapter", [OLoRASpec(), LoRASpec(), PiSSASpec()])
 def test_wider_models_learn_more_slowly(adapter) -> None:
     rates = [learning_rate_for(adapter, width) for width in (128, 256, 896, 2048, 4096, 8192)]
     assert rates == sorted(rates, reverse=True)
