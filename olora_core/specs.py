@@ -151,8 +151,38 @@ class PiSSASpec(SVDSpec):
         return 2 * self.rank
 
 
-AnyAdapterSpec = Annotated[OLoRASpec | LoRASpec | PiSSASpec, Field(discriminator="method")]
-ADAPTER_SPECS: dict[str, type[AdapterSpec]] = {"olora": OLoRASpec, "lora": LoRASpec, "pissa": PiSSASpec}
+class MELoRASpec(FactorsSpec):
+    """MELoRA: a stack of mini LoRAs, each of one slice of inputs and outputs (arXiv 2402.17263)."""
+
+    summary: ClassVar[str] = "Mini LoRAs along the diagonal: a higher rank for the same trained numbers."
+    paper: ClassVar[str] = "arXiv 2402.17263"
+    base_learning_rate: ClassVar[float] = 3e-4
+    width_exponent: ClassVar[float] = 0.8850
+
+    method: Literal["melora"] = "melora"
+    rank: int = Field(default=1, ge=1, le=4096, description="r, the width of each mini LoRA's factors.")
+    alpha: float = Field(default=16, gt=0, le=65536, description="The update is scaled by alpha / rank.")
+    dropout: float = Field(default=0.05, ge=0, lt=1, description="Dropout on the adapter's input.")
+    mini_loras: int = Field(
+        default=8,
+        ge=1,
+        le=512,
+        description="n, how many mini LoRAs a layer has; divides its inputs and its outputs. 1 is LoRA.",
+    )
+
+    @property
+    def pair_rank(self) -> int:
+        """n·r: both factors are block diagonal."""
+        return self.mini_loras * self.rank
+
+
+AnyAdapterSpec = Annotated[OLoRASpec | LoRASpec | PiSSASpec | MELoRASpec, Field(discriminator="method")]
+ADAPTER_SPECS: dict[str, type[AdapterSpec]] = {
+    "olora": OLoRASpec,
+    "lora": LoRASpec,
+    "pissa": PiSSASpec,
+    "melora": MELoRASpec,
+}
 DEFAULT_METHOD = "olora"
 AUTO_BETA = 0.1
 """The value of most of the DPO paper's experiments."""

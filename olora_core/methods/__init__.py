@@ -4,9 +4,10 @@ from typing import Any
 
 from .base import Method, Outputs, place
 from .lora import LoRA
+from .melora import MELoRA
 from .olora import OLoRA
 from .pissa import PiSSA
 
-METHODS: dict[str, type[Method[Any]]] = {"olora": OLoRA, "lora": LoRA, "pissa": PiSSA}
+METHODS: dict[str, type[Method[Any]]] = {"olora": OLoRA, "lora": LoRA, "pissa": PiSSA, "melora": MELoRA}
 
 __all__ = ["METHODS", "Method", "Outputs", "place"]

@@ -21,6 +21,7 @@ from olora_core.model import target_sites
 from olora_core.specs import ADAPTER_SPECS, LoRASpec, OLoRASpec, read_spec
 
 from .conftest import make_gpt2, make_llama
+from .runs import OPTIONS
 
 # PEFT looks at a property that transformers has deprecated.
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
@@ -29,7 +30,7 @@ BASES = {"linear": make_llama, "conv1d": make_gpt2}
 
 
 def make_method(name: str, *, seed: int = 0, weight_decay: float = 0.0, **options: object) -> Method:
-    spec = ADAPTER_SPECS[name](**{"rank": 4, "alpha": 6} | options)
+    spec = ADAPTER_SPECS[name](**{"rank": 4, "alpha": 6, "dropout": 0.0} | OPTIONS.get(name, {}) | options)
     return METHODS[name](
         spec, seed=seed, total_steps=10, schedule=lambda i, n: 1.0, weight_decay=weight_decay
     )
@@ -189,7 +190,7 @@ def test_a_rank_wider_than_a_layer_is_refused_by_name(method_name: str, model: P
 
 
 def test_a_rank_that_no_server_loads_is_refused_before_training(method_name: str) -> None:
-    widest = {"olora": 256, "pissa": 256}.get(method_name, 512)
+    widest = {"olora": 256, "pissa": 256, "melora": 256}.get(method_name, 512)
     make_method(method_name, rank=widest)
     with pytest.raises(SpecError, match=rf"rank up to {widest}.*export_rank"):
         make_method(method_name, rank=widest + 1)

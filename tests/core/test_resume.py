@@ -27,6 +27,7 @@ CASES = {
     "olora in bf16": ("llama-bf16", spec_for("olora", adapter={"dropout": 0.2}, dtype="bfloat16")),
     "lora in bf16": ("llama-bf16", spec_for("lora", dtype="bfloat16")),
     "pissa": ("llama", spec_for("pissa", adapter={"dropout": 0.2, "svd_iterations": 2})),
+    "melora": ("llama", spec_for("melora", adapter={"dropout": 0.2, "lora_plus_ratio": 4})),
     "olora packed on GPT-2": ("gpt2", spec_for("olora", packing=True)),
     "olora with LoRA+ and decay": (
         "llama",

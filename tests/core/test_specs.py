@@ -12,6 +12,7 @@ from olora_core.specs import (
     ADAPTER_SPECS,
     Facts,
     LoRASpec,
+    MELoRASpec,
     OLoRASpec,
     PiSSASpec,
     TrainSpec,
@@ -283,13 +284,14 @@ def test_auto_batch_is_a_fifth_of_a_percent(examples, batch) -> None:
         (LoRASpec(), 192, 3e-3),
         (PiSSASpec(), 4096, 1e-4),
         (PiSSASpec(), 192, 1e-3),
+        (MELoRASpec(), 4096, 3e-4),
     ],
 )
 def test_the_learning_rate_goes_through_its_anchors(adapter, width, rate) -> None:
     assert learning_rate_for(adapter, width) == rate
 
 
-@pytest.mark.parametrize("adapter", [OLoRASpec(), LoRASpec(), PiSSASpec()])
+@pytest.mark.parametrize("adapter", [OLoRASpec(), LoRASpec(), PiSSASpec(), MELoRASpec()])
 def test_wider_models_learn_more_slowly(adapter) -> None:
     rates = [learning_rate_for(adapter, width) for width in (128, 256, 896, 2048, 4096, 8192)]
     assert rates == sorted(rates, reverse=True)
