@@ -62,6 +62,8 @@ class Estimate:
     """Bytes a token: what a checkpointed layer keeps."""
     head: int
     """Bytes a token of logits while the loss holds them."""
+    penalty: int
+    """Bytes a token of what the method's penalty holds."""
     slack: float
     """What the allocator takes for a byte that is asked for."""
 
@@ -71,7 +73,7 @@ class Estimate:
         whole = a + b * tokens + c * tokens * length
         if checkpointing:
             whole = whole / max(1, self.layers) + tokens * self.layer_input * self.layers
-        return int(self.slack * (whole + min(self.head * tokens, HEAD_BYTES)))
+        return int(self.slack * (whole + min(self.head * tokens, HEAD_BYTES) + self.penalty * tokens))
 
     def added(self, tokens: int, length: int, *, checkpointing: bool = False) -> int:
         """By training, to what is used."""
@@ -97,6 +99,7 @@ def plan_passes(
     examples: Examples,
     loss: Loss,
     every_logit: bool,
+    penalty_copies: int = 0,
 ) -> Plan:
     """Chooses packing, the tokens of a pass and gradient checkpointing, as far as they are "auto".
 
@@ -119,7 +122,7 @@ def plan_passes(
         why.append(f"packing = {str(packing).lower()} (examples of one row: {reason})")
     tokens, checkpointing = asked.micro_batch_tokens, asked.gradient_checkpointing
     if tokens == "auto" or checkpointing == "auto":
-        estimate = estimate_memory(spec, base, adapters, loss, every_logit)
+        estimate = estimate_memory(spec, base, adapters, loss, every_logit, penalty_copies)
         one = int(examples.row_tokens.max() if packing else examples.sides * examples.lengths.max())
         length = int(examples.lengths.max())
         if checkpointing == "auto":
@@ -184,7 +187,12 @@ def _mb(number: float) -> str:
 
 
 def estimate_memory(
-    spec: TrainSpec, base: Base, adapters: Mapping[str, Adapter], loss: Loss, every_logit: bool
+    spec: TrainSpec,
+    base: Base,
+    adapters: Mapping[str, Adapter],
+    loss: Loss,
+    every_logit: bool,
+    penalty_copies: int = 0,
 ) -> Estimate:
     """Counts what is there, and adds what short passes of the base with its adapters take."""
     trained = sum(p.numel() * p.element_size() for a in adapters.values() for p in a.parameters())
@@ -204,6 +212,7 @@ def estimate_memory(
         layers=getattr(config, "num_hidden_layers", None) or 1,
         layer_input=config.hidden_size * base.model.dtype.itemsize,
         head=head,
+        penalty=penalty_copies * vocabulary * base.model.dtype.itemsize,
         slack=CPU_SLACK if base.device.type == "cpu" else 1.1,
     )
 

@@ -180,7 +180,8 @@ def start(
     devices.share(adapter_tensors(adapters).values())
     if packing == "segments":
         base.model.set_attn_implementation(attention.NAME)
-    own_plan = plan_passes(spec, base, adapters, data.training, loss_of(spec), method.needs_logits)
+    needs = method.needs_logits, method.penalty_copies
+    own_plan = plan_passes(spec, base, adapters, data.training, loss_of(spec), *needs)
     plan = devices.agreed(own_plan)
     passes = plan.spec.hyperparameters
     set_checkpointing(base.model, passes.gradient_checkpointing)

@@ -173,9 +173,11 @@ def need_less(run: Run, step: int, rows: np.ndarray) -> Note:
         done = "blocks are computed once more in the backward from here on"
     else:
         raise no_room(run, step, batches)
+    # A penalty on the logits may look at a pass as a whole.
+    same = "" if run.method.needs_logits else " The result does not change."
     return Note(
         "warn",
-        f"Step {step} ran out of memory and begins again: {done}. The result does not change.",
+        f"Step {step} ran out of memory and begins again: {done}.{same}",
         {"step": step, "micro_batch_tokens": run.micro_batch_tokens, "checkpointing": run.checkpointing},
     )
 

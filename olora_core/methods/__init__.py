@@ -2,12 +2,19 @@
 
 from typing import Any
 
+from .ba_lora import BALoRA
 from .base import Method, Outputs, place
 from .lora import LoRA
 from .melora import MELoRA
 from .olora import OLoRA
 from .pissa import PiSSA
 
-METHODS: dict[str, type[Method[Any]]] = {"olora": OLoRA, "lora": LoRA, "pissa": PiSSA, "melora": MELoRA}
+METHODS: dict[str, type[Method[Any]]] = {
+    "olora": OLoRA,
+    "lora": LoRA,
+    "pissa": PiSSA,
+    "melora": MELoRA,
+    "ba_lora": BALoRA,
+}
 
 __all__ = ["METHODS", "Method", "Outputs", "place"]

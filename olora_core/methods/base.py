@@ -4,7 +4,7 @@ import hashlib
 from collections.abc import Callable, Generator, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, ClassVar, Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -37,8 +37,10 @@ class Outputs:
 class Method(Generic[SpecT]):
     """One object per run. Steps are optimizer steps, counted from 1."""
 
-    needs_logits: ClassVar[bool] = False
+    needs_logits: bool = False
     """Whether `penalty` reads the logits, so that a loss that never builds them cannot be used."""
+    penalty_copies: int = 0
+    """For the memory estimate: tensors of the logits' size that `penalty` and its backward hold at once."""
 
     def __init__(
         self,

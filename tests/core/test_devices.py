@@ -37,6 +37,11 @@ CASES: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
     "sharded, checkpointed": ("llama", {"gradient_checkpointing": True, "sharding": "full"}, {}),
     "sharded, preferences": ("llama", {"type": "dpo", "sharding": "full"}, {}),
     "sharded, with a penalty": ("llama", {"method": "lora", "sharding": "full"}, {"penalised": True}),
+    "sharded, ba_lora": (
+        "llama",
+        {"method": "ba_lora", "adapter": {"lambda_consistency": 0.5}, "sharding": "full"},
+        {},
+    ),
 }
 STEPS = {"stopped early": 2}
 """Of six, three an epoch."""

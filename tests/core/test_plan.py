@@ -43,6 +43,7 @@ def estimate(**changes: Any) -> Estimate:
         "layers": 10,
         "layer_input": 2,
         "head": 0,
+        "penalty": 0,
         "slack": 1.0,
     }
     return Estimate(**known | changes)
@@ -57,6 +58,18 @@ def test_what_fits_leaves_some_memory_free() -> None:
 def test_checkpointed_blocks_keep_their_inputs_and_one_block() -> None:
     assert estimate().activations(100, 10) == 1000
     assert estimate().activations(100, 10, checkpointing=True) == 1000 / 10 + 100 * 2 * 10
+
+
+def test_what_a_penalty_holds_is_counted(llama, training, tmp_path) -> None:
+    assert estimate(penalty=5).activations(100, 10) == 1000 + 500
+    said = []
+    for weight in (0.0, 0.1):
+        weights = dict.fromkeys(("lambda_consistency", "lambda_diversity", "lambda_spectrum"), weight)
+        settings = {"packing": True, "adapter": weights, "micro_batch_tokens": 4096}
+        progress = begun(llama, training, tmp_path / str(weight), method="ba_lora", **settings)
+        (note,) = [p for p in progress if isinstance(p, Note) and "Estimated peak memory" in p.message]
+        said.append(note.data)
+    assert said[1]["activation_bytes"] - said[0]["activation_bytes"] >= 6 * 4096 * VOCABULARY * 4
 
 
 # --- what "auto" becomes -------------------------------------------------------------------------------

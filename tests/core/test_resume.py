@@ -28,6 +28,11 @@ CASES = {
     "lora in bf16": ("llama-bf16", spec_for("lora", dtype="bfloat16")),
     "pissa": ("llama", spec_for("pissa", adapter={"dropout": 0.2, "svd_iterations": 2})),
     "melora": ("llama", spec_for("melora", adapter={"dropout": 0.2, "lora_plus_ratio": 4})),
+    "ba_lora": ("llama", spec_for("ba_lora", adapter={"dropout": 0.2, "lambda_diversity": 0.1})),
+    "ba_lora from LoRA's start": (
+        "llama",
+        spec_for("ba_lora", adapter={"init": "lora", "center_logits": True}, packing=True),
+    ),
     "olora packed on GPT-2": ("gpt2", spec_for("olora", packing=True)),
     "olora with LoRA+ and decay": (
         "llama",

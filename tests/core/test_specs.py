@@ -10,6 +10,7 @@ from olora_core.errors import SpecError
 from olora_core.specs import (
     ADAPTER_ALIASES,
     ADAPTER_SPECS,
+    BALoRASpec,
     Facts,
     LoRASpec,
     MELoRASpec,
@@ -285,13 +286,14 @@ def test_auto_batch_is_a_fifth_of_a_percent(examples, batch) -> None:
         (PiSSASpec(), 4096, 1e-4),
         (PiSSASpec(), 192, 1e-3),
         (MELoRASpec(), 4096, 3e-4),
+        (BALoRASpec(), 4096, 2e-5),
     ],
 )
 def test_the_learning_rate_goes_through_its_anchors(adapter, width, rate) -> None:
     assert learning_rate_for(adapter, width) == rate
 
 
-@pytest.mark.parametrize("adapter", [OLoRASpec(), LoRASpec(), PiSSASpec(), MELoRASpec()])
+@pytest.mark.parametrize("adapter", [OLoRASpec(), LoRASpec(), PiSSASpec(), MELoRASpec(), BALoRASpec()])
 def test_wider_models_learn_more_slowly(adapter) -> None:
     rates = [learning_rate_for(adapter, width) for width in (128, 256, 896, 2048, 4096, 8192)]
     assert rates == sorted(rates, reverse=True)
