@@ -29,7 +29,7 @@ def create(
     training_file: Annotated[str, typer.Argument(help="A path, or the id of an uploaded file.")],
     model: Annotated[str, typer.Option(help="Id of the base model.")] = "olora-tiny",
     validation_file: Annotated[str | None, typer.Option(help="A path, or a file id.")] = None,
-    method: Annotated[str, typer.Option(help="How to adapt: olora or lora.")] = "olora",
+    method: Annotated[str, typer.Option(help="How to adapt; `olora methods` lists the ways.")] = "olora",
     training: Annotated[
         str, typer.Option("--type", help="What to learn: supervised (answers) or dpo (preferences).")
     ] = "supervised",

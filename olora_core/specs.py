@@ -38,6 +38,10 @@ class AdapterSpec(Spec):
 
     summary: ClassVar[str]
     paper: ClassVar[str]
+    cost: ClassVar[str | None] = None
+    """What it trains and what it exports, as a sentence. W is out×in."""
+    choose: ClassVar[str | None] = None
+    """When it is the one to take, as a sentence."""
     base_learning_rate: ClassVar[float]
     width_exponent: ClassVar[float]
 
@@ -79,6 +83,16 @@ class AdapterSpec(Spec):
         """k of the exact pair `ΔW = B A` (B out×k, A k×in) that an adapter of this method exports."""
         return self.rank
 
+    @classmethod
+    def options(cls) -> dict[str, Any]:
+        """The JSON schema of an `adapter` object of this method: every option with default and meaning."""
+        schema = cls.model_json_schema()
+        options = {
+            name: {key: value for key, value in option.items() if key != "title"}
+            for name, option in schema["properties"].items()
+        }
+        return {"type": "object", "properties": options, "additionalProperties": False}
+
 
 class FactorsSpec(AdapterSpec):
     """What methods share that train two plain factors, A (r×in) and B (out×r)."""
@@ -96,6 +110,13 @@ class OLoRASpec(FactorsSpec):
 
     summary: ClassVar[str] = "LoRA whose factors start from the QR decomposition of the pretrained weight."
     paper: ClassVar[str] = "arXiv 2406.01775"
+    cost: ClassVar[str] = (
+        "Trains r (in + out) numbers a layer and keeps as many frozen beside them; exports a LoRA of rank 2r."
+    )
+    choose: ClassVar[str] = (
+        "The default: training starts in directions that the pretrained weight already has, at a lower "
+        "learning rate than LoRA's."
+    )
     base_learning_rate: ClassVar[float] = 1e-4
     width_exponent: ClassVar[float] = 0.7525
 
@@ -114,6 +135,11 @@ class LoRASpec(FactorsSpec):
 
     summary: ClassVar[str] = "Two thin factors beside every frozen weight, one random, one zero."
     paper: ClassVar[str] = "arXiv 2106.09685"
+    cost: ClassVar[str] = "Trains r (in + out) numbers a layer; exports a LoRA of rank r."
+    choose: ClassVar[str] = (
+        "For the smallest file at a given rank, for servers that take low ranks only, and to compare the "
+        "others with."
+    )
     base_learning_rate: ClassVar[float] = 2e-4
     width_exponent: ClassVar[float] = 0.8850
 

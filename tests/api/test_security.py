@@ -48,6 +48,7 @@ MATRIX: dict[tuple[str, str], object] = {
     ("GET", "/v1/models"): OWN,
     ("GET", "/v1/models/{model:path}"): HIDDEN,
     ("DELETE", "/v1/models/{model:path}"): HIDDEN,
+    ("GET", "/v1/adapter_methods"): OWN,
     ("POST", "/v1/uploads"): LATER,
     ("POST", "/v1/uploads/{upload_id}/parts"): LATER,
     ("POST", "/v1/uploads/{upload_id}/complete"): LATER,

@@ -1,0 +1,26 @@
+"""The adapter method object."""
+
+from typing import Any, Literal
+
+from pydantic import BaseModel
+
+
+class AdapterMethodObject(BaseModel):
+    """One value of `adapter.method`, and what may stand beside it."""
+
+    id: str
+    object: Literal["adapter_method"] = "adapter_method"
+    is_default: bool
+    summary: str
+    paper: str
+    cost: str | None
+    choose: str | None
+    options: dict[str, Any]
+    """JSON schema of the `adapter` object."""
+
+
+class AdapterMethodList(BaseModel):
+    """Every method at once; this list has no pages."""
+
+    object: Literal["list"] = "list"
+    data: list[AdapterMethodObject]

@@ -1,0 +1,85 @@
+"""`olora methods`: what can be trained, and the options of each method. Needs no service."""
+
+import json
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from olora_core.errors import SpecError
+from olora_core.specs import ADAPTER_SPECS, AdapterSpec, nearest
+
+
+def methods(
+    method: Annotated[str | None, typer.Argument(help="Show this one's cost, use and options.")] = None,
+) -> None:
+    """List the methods of this version, or the options of one; on a pipe a line each, with tabs."""
+    console = Console()
+    if method is None:
+        rows = [[name, spec.paper, spec.summary] for name, spec in ADAPTER_SPECS.items()]
+        _print(console, ["method", "paper", "what it is"], rows)
+        return
+    if method not in ADAPTER_SPECS:
+        raise SpecError(
+            f"There is no method '{method}'{nearest(method, ADAPTER_SPECS)}. "
+            f"Available: {', '.join(ADAPTER_SPECS)}."
+        )
+    spec = ADAPTER_SPECS[method]
+    if console.is_terminal:
+        _describe(console, method, spec)
+    rows = [
+        [name, json.dumps(option["default"]), _takes(option), option["description"]]
+        for name, option in spec.options()["properties"].items()
+        if name != "method"
+    ]
+    _print(console, ["option", "default", "takes", "meaning"], rows)
+
+
+def _describe(console: Console, method: str, spec: type[AdapterSpec]) -> None:
+    told = (method, spec.summary), ("paper", spec.paper), ("cost", spec.cost), ("choose it", spec.choose)
+    table = Table.grid(padding=(0, 2))
+    for name, sentence in told:
+        if sentence is not None:
+            table.add_row(Text(name, style="bold"), Text(sentence))
+    console.print(table)
+    console.print()
+
+
+def _print(console: Console, header: list[str], rows: list[list[str]]) -> None:
+    if not console.is_terminal:
+        for row in rows:
+            console.file.write("\t".join(row) + "\n")
+        return
+    table = Table(box=None, pad_edge=False)
+    for name in header[:-1]:
+        table.add_column(name, overflow="fold")
+    table.add_column(header[-1])
+    for row in rows:
+        table.add_row(*map(Text, row))
+    console.print(table)
+
+
+def _takes(option: dict[str, Any]) -> str:
+    """What a value may be, from its JSON schema: `integer, 1 to 4096`, `number above 0`, `"auto" or list`."""
+    if "anyOf" in option:
+        return " or ".join(_takes(choice) for choice in option["anyOf"])
+    if "const" in option or "enum" in option:
+        return " or ".join(json.dumps(value) for value in option.get("enum", [option.get("const")]))
+    if option["type"] in ("integer", "number"):
+        return f"{option['type']}{_bounds(option)}"
+    return {"array": "list", "object": "names and values"}.get(option["type"], str(option["type"]))
+
+
+def _bounds(option: dict[str, Any]) -> str:
+    if "minimum" in option and "maximum" in option:
+        return f", {option['minimum']:g} to {option['maximum']:g}"
+    words = {
+        "minimum": "at least",
+        "exclusiveMinimum": "above",
+        "maximum": "at most",
+        "exclusiveMaximum": "below",
+    }
+    told = " and ".join(f"{word} {option[name]:g}" for name, word in words.items() if name in option)
+    return told and f" {told}"
