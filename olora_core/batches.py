@@ -41,6 +41,15 @@ class MicroBatch:
     def trained_tokens(self) -> int:
         return len(self.targets)
 
+    @property
+    def is_token(self) -> Tensor | None:
+        """(rows, length) bool: whether a token stands there, not padding; None where nothing is padded."""
+        rows, length = self.input_ids.shape
+        if self.tokens == rows * length:
+            return None
+        lengths = torch.tensor(self.lengths, device=self.input_ids.device)
+        return torch.arange(length, device=lengths.device) < lengths[:, None]
+
     def to(self, device: torch.device) -> "MicroBatch":
         moved = {
             field.name: value.to(device, non_blocking=True)

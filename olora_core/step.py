@@ -106,6 +106,7 @@ def accumulate(run: Run, rows: np.ndarray) -> tuple[Tensor, int]:
     for position, counts in mine:
         run.random.begin(run.step + 1, position)
         batch = batches[position].to(run.base.device)
+        run.method.before_pass(batch)
         task = run.loss(run.base.model, batch, run.base.passes, every_logit=run.method.needs_logits)
         penalty = run.method.penalty(
             Outputs(task.logits, batch.labels, task.total / task.weight, repeated=not counts),

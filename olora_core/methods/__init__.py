@@ -8,6 +8,7 @@ from .lora import LoRA
 from .melora import MELoRA
 from .olora import OLoRA
 from .pissa import PiSSA
+from .prilora import PRILoRA
 
 METHODS: dict[str, type[Method[Any]]] = {
     "olora": OLoRA,
@@ -15,6 +16,7 @@ METHODS: dict[str, type[Method[Any]]] = {
     "pissa": PiSSA,
     "melora": MELoRA,
     "ba_lora": BALoRA,
+    "prilora": PRILoRA,
 }
 
 __all__ = ["METHODS", "Method", "Outputs", "place"]

@@ -1,4 +1,4 @@
-"""What a method may do to a training run: one required hook, and eight that do nothing unless defined."""
+"""What a method may do to a training run: one required hook, and nine that do nothing unless defined."""
 
 import hashlib
 from collections.abc import Callable, Generator, Iterator, Mapping
@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ..adapter import Adapter, Site, attach, site_weight
+from ..batches import MicroBatch
 from ..devices import ALONE, Devices, is_part, whole
 from ..errors import SpecError
 from ..progress import Phase, result_of
@@ -73,6 +74,9 @@ class Method(Generic[SpecT]):
 
     def placed(self, adapters: Mapping[str, Adapter]) -> None:
         """All adapters exist, in model order, by site name."""
+
+    def before_pass(self, batch: MicroBatch) -> None:
+        """A micro-batch of the step is about to be computed; `penalty` comes after its forward."""
 
     def penalty(self, outputs: Outputs, reference: Callable[[], Tensor]) -> Tensor | None:
         """A scalar added to this micro-batch's loss. `reference()` gives the base's logits for the batch."""

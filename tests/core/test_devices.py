@@ -19,6 +19,7 @@ NINE = 9  # with four a batch, the third batch has one row, and one process none
 CASES: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
     "accumulated": ("llama", {}, {}),
     "lora": ("llama", {"method": "lora"}, {}),
+    "prilora": ("llama", {"method": "prilora", "adapter": {"prune_every": 2}, "packing": False}, {}),
     "dropout": ("llama", {"adapter": {"dropout": 0.2}}, {}),
     "noisy embeddings": ("llama", {"neftune_alpha": 5}, {}),
     "stopped early": (
@@ -36,6 +37,7 @@ CASES: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
     "sharded GPT-2, packed": ("gpt2", {"packing": True, "sharding": "full"}, {}),
     "sharded, checkpointed": ("llama", {"gradient_checkpointing": True, "sharding": "full"}, {}),
     "sharded, preferences": ("llama", {"type": "dpo", "sharding": "full"}, {}),
+    "sharded, prilora": ("llama", {"method": "prilora", "packing": False, "sharding": "full"}, {}),
     "sharded, with a penalty": ("llama", {"method": "lora", "sharding": "full"}, {"penalised": True}),
     "sharded, ba_lora": (
         "llama",

@@ -30,6 +30,12 @@ ADDS_LOSS = {"ba_lora"}
 BASES = {"linear": make_llama, "conv1d": make_gpt2}
 
 
+TOO_WIDE = {"prilora": 66}
+"""Ranks that no layer here holds in its first block, where they are not 33."""
+WIDEST = dict.fromkeys(("olora", "pissa", "melora", "ba_lora"), 256) | {"prilora": 341}
+"""Ranks whose exact pair servers load, where they are not 512."""
+
+
 def make_method(name: str, *, seed: int = 0, weight_decay: float = 0.0, **options: object) -> Method:
     spec = ADAPTER_SPECS[name](**{"rank": 4, "alpha": 6, "dropout": 0.0} | OPTIONS.get(name, {}) | options)
     return METHODS[name](
@@ -153,10 +159,11 @@ def test_the_pair_is_the_update(method_name: str, model: PreTrainedModel) -> Non
     randomise(adapters)
     for adapter in adapters.values():
         pair = adapter.pair()
-        assert pair.rank == method.spec.pair_rank
+        assert pair.rank <= method.spec.pair_rank
         assert {pair.A.dtype, pair.B.dtype} == {torch.float32}
         of_delta = adapter.delta(torch.eye(adapter.in_features)).T
         torch.testing.assert_close(pair.B @ pair.A, of_delta, rtol=1e-5, atol=1e-6)
+    assert max(adapter.pair().rank for adapter in adapters.values()) == method.spec.pair_rank
 
 
 def test_it_trains_what_its_card_counts_and_nothing_else(
@@ -186,12 +193,13 @@ def test_draws_depend_on_seed_and_name_alone_and_leave_the_global_generator(
 
 
 def test_a_rank_wider_than_a_layer_is_refused_by_name(method_name: str, model: PreTrainedModel) -> None:
-    with pytest.raises(SpecError, match=r"adapter\.rank = 33 .*'.*\.0\..*' \(.*×.*\).*at most"):
-        adapted(model, make_method(method_name, rank=33))
+    rank = TOO_WIDE.get(method_name, 33)
+    with pytest.raises(SpecError, match=rf"adapter\.rank = {rank} .*'.*\.0\..*' \(.*×.*\).*at most"):
+        adapted(model, make_method(method_name, rank=rank))
 
 
 def test_a_rank_that_no_server_loads_is_refused_before_training(method_name: str) -> None:
-    widest = {"olora": 256, "pissa": 256, "melora": 256, "ba_lora": 256}.get(method_name, 512)
+    widest = WIDEST.get(method_name, 512)
     make_method(method_name, rank=widest)
     with pytest.raises(SpecError, match=rf"rank up to {widest}.*export_rank"):
         make_method(method_name, rank=widest + 1)

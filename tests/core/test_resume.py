@@ -51,6 +51,14 @@ CASES = {
         "llama",
         spec_for("olora", eval_steps=1, early_stopping_patience=4, early_stopping_min_delta=9.0),
     ),
+    "prilora between two prunings": (
+        "llama",
+        spec_for("prilora", adapter={"prune_every": 3, "dropout": 0.2}, packing=False),
+    ),
+    "prilora that keeps its zeros": (
+        "llama",
+        spec_for("prilora", adapter={"prune_every": 1, "regrow": False}),
+    ),
     "olora on nf4": ("wide-llama", spec_for("olora", adapter={"dropout": 0.2}, quantization="nf4")),
     "lora on int8": ("wide-llama", spec_for("lora", quantization="int8")),
     "olora on torchao-int8": ("wide-llama", spec_for("olora", quantization="torchao-int8")),

@@ -122,6 +122,12 @@ def test_every_suggested_name_is_accepted(name) -> None:
         "label_smoothing": 0.1,
         "neftune_alpha": 0,
         "early_stopping_min_delta": 0,
+        "scale_by": "rank",
+        "prune_share": 0.75,
+        "prune_group": "matrix",
+        "prune_at_end": False,
+        "regrow": False,
+        "importance_decay": 0.5,
     }
     option = ADAPTER_ALIASES.get(name, name)
     takes_it = (method for method, spec in ADAPTER_SPECS.items() if option in spec.model_fields)

@@ -1,0 +1,161 @@
+"""PRILoRA (arXiv 2401.11316): `delta(x) = s_l B A x`, the rank rising with depth, A pruned while it trains.
+
+Block l of L has rank `r_l`, on a straight line from r_s to r_f. Every K steps each row of A loses the share p
+of its entries with the least `S_ij = |A_ij| X̄_j`, where `X̄ ← β X̄ + (1−β) n` follows the size of input feature
+j: n_j is its root mean square over the tokens of a step. (The paper's L2 norm grows with the number of
+tokens; within a row both rank alike.) B is never pruned.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from ..adapter import Adapter, Site
+from ..batches import MicroBatch
+from ..errors import SpecError
+from ..specs import PRILoRASpec
+from .base import Method, Outputs, generator
+from .lora import LoRAAdapter, kaiming_uniform
+from .lora_plus import Factors, factor_groups
+
+SQUARES_AT_ONCE = 2**22
+
+
+@dataclass
+class Pass:
+    """What the adapters of a run know of the pass at hand."""
+
+    counts: bool = False
+    """Whether inputs are looked at; not in a block's second forward, while the gradient is found."""
+    is_token: Tensor | None = None
+    """(rows, length) bool; None where nothing is padded."""
+
+
+class PRILoRAAdapter(LoRAAdapter):
+    """A (r_l×in) and B (out×r_l) are trained; `norm` (in) is X̄."""
+
+    norm: Tensor
+    seen: Tensor
+    """(in + 1): sums of squares of each input feature over this step's tokens, and how many those are."""
+    kept: Tensor | None
+    """Like A, 1 where it was not pruned; None where pruned entries may grow again."""
+
+    def __init__(
+        self, A: Tensor, B: Tensor, *, scale: float, dropout: float, regrow: bool, at_hand: Pass
+    ) -> None:
+        super().__init__(A, B, scale=scale, dropout=dropout)
+        self.at_hand = at_hand
+        self.pending: Tensor | None = None
+        self.register_buffer("norm", torch.zeros(self.in_features))
+        self.register_buffer("seen", torch.zeros(self.in_features + 1), persistent=False)
+        self.register_buffer("kept", None if regrow else torch.ones_like(A))
+
+    def beside(self, layer: nn.Module, x: Tensor) -> Tensor:
+        if self.training and self.at_hand.counts:
+            told = squares(x.detach(), self.at_hand.is_token)
+            self.pending = told if self.pending is None else self.pending + told
+        return super().beside(layer, x)
+
+    @torch.no_grad()
+    def prune(self, share: float, by_row: bool) -> None:
+        """Zeroes the least important entries of A, of equal ones those that come first."""
+        importance = self.A.abs() * self.norm
+        groups = importance if by_row else importance.view(1, -1)
+        least = groups.argsort(dim=1, stable=True)[:, : int(share * groups.shape[1])]
+        self.A.view_as(groups).scatter_(1, least, 0.0)
+        if self.kept is not None:
+            self.kept.view_as(groups).fill_(1.0).scatter_(1, least, 0.0)
+
+
+def squares(x: Tensor, is_token: Tensor | None) -> Tensor:
+    """x (…, in) → (in + 1): each feature's sum of squares over the tokens, and their number; fp32.
+
+    A layer that sees tokens in an order of its own, as an expert does, is taken to see no padding.
+    """
+    flat = x.flatten(0, -2)
+    if is_token is None or is_token.numel() != len(flat):
+        weights = torch.ones(len(flat), device=x.device)
+    else:
+        weights = is_token.flatten().float()
+    # In pieces, since fp32 squares of all tokens at once would need more memory than the layer itself.
+    rows = max(1, SQUARES_AT_ONCE // flat.shape[1])
+    sums = torch.zeros(flat.shape[1], device=x.device)
+    for piece, counts in zip(flat.split(rows), weights.split(rows), strict=True):
+        sums += counts @ piece.float().square()
+    return torch.cat([sums, weights.sum()[None]])
+
+
+class PRILoRA(Method[PRILoRASpec]):
+    """Looks at every layer's inputs, and prunes between steps."""
+
+    def __init__(self, spec: PRILoRASpec, **run: Any) -> None:
+        super().__init__(spec, **run)
+        self.at_hand = Pass()
+        self.adapters: list[PRILoRAAdapter] = []
+
+    def adapter(self, weight: Tensor, site: Site) -> PRILoRAAdapter:
+        rank = self.spec.rank_at(site.layer_index, site.layer_count)
+        limit = min(site.out_features, site.in_features)
+        if rank > limit:
+            raise SpecError(
+                f"adapter.rank = {self.spec.rank} gives layer '{site.name}' ({site.out_features}×"
+                f"{site.in_features}) rank {rank}, and it can hold at most {limit}; lower it, or leave that "
+                "layer out of adapter.target_modules.",
+                param="adapter.rank",
+            )
+        draw = generator(self.seed, self.finished_steps, site.name)
+        return PRILoRAAdapter(
+            kaiming_uniform(rank, site.in_features, draw=draw),
+            torch.zeros(site.out_features, rank),
+            scale=self.spec.scale_at(rank),
+            dropout=self.spec.dropout,
+            regrow=self.spec.regrow,
+            at_hand=self.at_hand,
+        )
+
+    def placed(self, adapters: Mapping[str, Adapter]) -> None:
+        self.adapters = list(cast(Mapping[str, PRILoRAAdapter], adapters).values())
+
+    def param_groups(self, adapters: Mapping[str, Adapter]) -> list[dict[str, Any]]:
+        return factor_groups(self, cast(Mapping[str, Factors], adapters).values(), self.spec.lora_plus_ratio)
+
+    def before_pass(self, batch: MicroBatch) -> None:
+        self.at_hand.counts, self.at_hand.is_token = True, batch.is_token
+        for adapter in self.adapters:
+            adapter.pending = None
+
+    def penalty(self, outputs: Outputs, reference: Callable[[], Tensor]) -> None:
+        self.at_hand.counts, self.at_hand.is_token = False, None
+        for adapter in self.adapters:
+            if adapter.pending is not None and not outputs.repeated:
+                adapter.seen += adapter.pending
+            adapter.pending = None
+
+    def step_again(self) -> None:
+        for adapter in self.adapters:
+            adapter.seen.zero_()
+
+    def after_backward(self, step: int) -> None:
+        """X̄ follows what all devices saw in this step; a layer that saw nothing keeps its own."""
+        sizes = [len(adapter.seen) for adapter in self.adapters]
+        seen = self.sum_over_processes(torch.cat([adapter.seen for adapter in self.adapters]))
+        beta = self.spec.importance_decay if step > 1 else 0.0
+        for adapter, told in zip(self.adapters, seen.split(sizes), strict=True):
+            tokens = told[-1]
+            now = (told[:-1] / tokens.clamp(min=1)).sqrt()
+            follows = beta * adapter.norm + (1 - beta) * now
+            adapter.norm.copy_(torch.where(tokens > 0, follows, adapter.norm))
+            adapter.seen.zero_()
+
+    def after_step(self, step: int, optimizer: torch.optim.Optimizer) -> None:
+        super().after_step(step, optimizer)
+        is_due = step % self.spec.prune_every == 0
+        is_last = step == self.total_steps and self.spec.prune_at_end
+        for adapter in self.adapters:
+            if is_due or is_last:
+                adapter.prune(self.spec.prune_share, self.spec.prune_group == "row")
+            elif adapter.kept is not None:
+                adapter.A.data.mul_(adapter.kept)
