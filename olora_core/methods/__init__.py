@@ -9,6 +9,7 @@ from .melora import MELoRA
 from .olora import OLoRA
 from .pissa import PiSSA
 from .prilora import PRILoRA
+from .tt_lora import TTLoRA
 
 METHODS: dict[str, type[Method[Any]]] = {
     "olora": OLoRA,
@@ -17,6 +18,7 @@ METHODS: dict[str, type[Method[Any]]] = {
     "melora": MELoRA,
     "ba_lora": BALoRA,
     "prilora": PRILoRA,
+    "tt_lora": TTLoRA,
 }
 
 __all__ = ["METHODS", "Method", "Outputs", "place"]

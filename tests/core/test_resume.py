@@ -59,6 +59,10 @@ CASES = {
         "llama",
         spec_for("prilora", adapter={"prune_every": 1, "regrow": False}),
     ),
+    "tt_lora with dropout": (
+        "llama",
+        spec_for("tt_lora", adapter={"dropout": 0.2, "modes": {32: [8, 4]}}, weight_decay=0.1),
+    ),
     "olora on nf4": ("wide-llama", spec_for("olora", adapter={"dropout": 0.2}, quantization="nf4")),
     "lora on int8": ("wide-llama", spec_for("lora", quantization="int8")),
     "olora on torchao-int8": ("wide-llama", spec_for("olora", quantization="torchao-int8")),

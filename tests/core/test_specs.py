@@ -122,6 +122,7 @@ def test_every_suggested_name_is_accepted(name) -> None:
         "label_smoothing": 0.1,
         "neftune_alpha": 0,
         "early_stopping_min_delta": 0,
+        "modes": {768: [12, 8, 8]},
         "scale_by": "rank",
         "prune_share": 0.75,
         "prune_group": "matrix",
