@@ -344,7 +344,7 @@ class TTLoRASpec(AdapterSpec):
         "found it behind LoRA on hard tasks."
     )
     base_learning_rate: ClassVar[float] = 1e-3
-    width_exponent: ClassVar[float] = 0.8850
+    width_exponent: ClassVar[float] = 0.3590
 
     method: Literal["tt_lora"] = "tt_lora"
     rank: int = Field(default=8, ge=1, le=4096, description="r, the bond between two cores.")
@@ -749,7 +749,7 @@ def learning_rate_for(adapter: AdapterSpec, hidden_size: int) -> float:
     """The method's own peak rate for a model of this width.
 
     `base (4096 / hidden)^e`, through two anchors per method: its card's rate at width 4096, and the optimum
-    measured on the shipped base at width 192 (3e-3 for LoRA, 1e-3 for OLoRA and PiSSA).
+    measured on the shipped base at width 192 (3e-3 for LoRA and TT-LoRA, 1e-3 for OLoRA and PiSSA).
     """
     return float(
         f"{adapter.base_learning_rate * (REFERENCE_WIDTH / hidden_size) ** adapter.width_exponent:.2g}"

@@ -17,6 +17,7 @@ from olora_core.specs import (
     OLoRASpec,
     PiSSASpec,
     TrainSpec,
+    TTLoRASpec,
     auto_batch_size,
     auto_epochs,
     known_hyperparameters,
@@ -294,6 +295,8 @@ def test_auto_batch_is_a_fifth_of_a_percent(examples, batch) -> None:
         (PiSSASpec(), 192, 1e-3),
         (MELoRASpec(), 4096, 3e-4),
         (BALoRASpec(), 4096, 2e-5),
+        (TTLoRASpec(), 4096, 1e-3),
+        (TTLoRASpec(), 192, 3e-3),
     ],
 )
 def test_the_learning_rate_goes_through_its_anchors(adapter, width, rate) -> None:
