@@ -165,6 +165,12 @@ class PiSSASpec(SVDSpec):
 
     summary: ClassVar[str] = "LoRA whose factors start from the largest singular values of the weight."
     paper: ClassVar[str] = "arXiv 2404.02948"
+    cost: ClassVar[str] = (
+        "Trains r (in + out) numbers a layer and keeps as many frozen beside them; exports a LoRA of rank 2r."
+    )
+    choose: ClassVar[str] = (
+        "As OLoRA, where a weight's energy lies in few singular values; its start takes longer than OLoRA's."
+    )
     base_learning_rate: ClassVar[float] = 1e-4
     width_exponent: ClassVar[float] = 0.7525
 
@@ -183,6 +189,11 @@ class MELoRASpec(FactorsSpec):
 
     summary: ClassVar[str] = "Mini LoRAs along the diagonal: a higher rank for the same trained numbers."
     paper: ClassVar[str] = "arXiv 2402.17263"
+    cost: ClassVar[str] = (
+        "Trains r (in + out) numbers a layer, however many mini LoRAs share them; exports a LoRA of rank n r "
+        "that is mostly zeros."
+    )
+    choose: ClassVar[str] = "When very few numbers may be trained and a LoRA of as few has too low a rank."
     base_learning_rate: ClassVar[float] = 3e-4
     width_exponent: ClassVar[float] = 0.8850
 
@@ -208,6 +219,11 @@ class BALoRASpec(SVDSpec):
 
     summary: ClassVar[str] = "PiSSA with penalties against drift, narrow answers and noise."
     paper: ClassVar[str] = "arXiv 2408.04556"
+    cost: ClassVar[str] = (
+        "Trains r (in + out) numbers a layer, with one more pass of the base and all logits for each pass; "
+        "exports a LoRA of rank 2r, or r with LoRA's start."
+    )
+    choose: ClassVar[str] = "When data are few or noisy and the model must not drift from what it knows."
     base_learning_rate: ClassVar[float] = 2e-5
     width_exponent: ClassVar[float] = 0.8850
 
