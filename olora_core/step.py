@@ -91,7 +91,7 @@ def write_learning_rates(run: Run, step: int) -> float:
     peak, multiplier = run.hyperparameters.learning_rate, run.schedule(step, run.total_steps)
     for group in run.optimizer.param_groups:
         scheduled = 1.0 if group["lr_by"] == "method" else multiplier
-        group["lr"] = peak * group["lr_multiplier"] * scheduled * group["lr_factor"]
+        group["lr"] = group.get("lr_peak", peak) * group["lr_multiplier"] * scheduled * group["lr_factor"]
     return peak * multiplier
 
 

@@ -95,6 +95,7 @@ class Method(Generic[SpecT]):
     def param_groups(self, adapters: Mapping[str, Adapter]) -> list[dict[str, Any]]:
         """Optimizer groups: `params`, `weight_decay`, and how the loop writes their rate before each step:
         base rate × `lr_multiplier` × schedule × `lr_factor`; with `lr_by: "method"` the schedule is left out.
+        Where a group has `lr_peak`, that stands in for the job's base rate.
         """
         return [self.group(p for adapter in adapters.values() for p in adapter.parameters())]
 
