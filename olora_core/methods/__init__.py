@@ -9,6 +9,7 @@ from .melora import MELoRA
 from .olora import OLoRA
 from .pissa import PiSSA
 from .prilora import PRILoRA
+from .sora import SoRA
 from .tt_lora import TTLoRA
 
 METHODS: dict[str, type[Method[Any]]] = {
@@ -19,6 +20,7 @@ METHODS: dict[str, type[Method[Any]]] = {
     "ba_lora": BALoRA,
     "prilora": PRILoRA,
     "tt_lora": TTLoRA,
+    "sora": SoRA,
 }
 
 __all__ = ["METHODS", "Method", "Outputs", "place"]

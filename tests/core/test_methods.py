@@ -28,6 +28,10 @@ pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is d
 
 ADDS_LOSS = {"ba_lora"}
 BASES = {"linear": make_llama, "conv1d": make_gpt2}
+GROUPS = {"sora": 2}
+"""Optimizer groups; the others have one."""
+GATED = ("sora",)
+"""Train one number more for each component."""
 
 
 TOO_WIDE = {"prilora": 66}
@@ -54,7 +58,7 @@ def numbers_of(method: str, adapter: Adapter, r: int = 4) -> int:
         modes = {16: (16,), 32: (2, 16), 48: (4, 12), 96: (8, 12), 128: (8, 16)}
         sides = [modes[size] for size in (adapter.in_features, adapter.out_features)]
         return sum(r * r * sum(inner) + r * end for *inner, end in sides)
-    return r * (adapter.in_features + adapter.out_features)
+    return r * (adapter.in_features + adapter.out_features + (method in GATED))
 
 
 def randomise(adapters: dict[str, Adapter], size: float = 0.05) -> None:
@@ -243,12 +247,15 @@ def test_it_adds_no_loss_unless_it_says_so(method_name: str) -> None:
     assert make_method(method_name).penalty(outputs, reference) is None
 
 
-def test_groups_carry_the_jobs_decay_and_the_plain_rate(method_name: str, model: PreTrainedModel) -> None:
+def test_factors_carry_the_jobs_decay_and_the_plain_rate(method_name: str, model: PreTrainedModel) -> None:
     method = make_method(method_name, weight_decay=0.1)
     adapters = adapted(model, method)
-    (group,) = method.param_groups(adapters)
-    assert set(group.pop("params")) == {p for a in adapters.values() for p in a.parameters()}
-    assert group == {"weight_decay": 0.1, "lr_multiplier": 1.0, "lr_factor": 1.0, "lr_by": "job"}
+    groups = method.param_groups(adapters)
+    assert len(groups) == GROUPS.get(method_name, 1)
+    grouped = [p for group in groups for p in group.pop("params")]
+    assert len(grouped) == len(set(grouped))
+    assert set(grouped) == {p for a in adapters.values() for p in a.parameters()}
+    assert groups[0] == {"weight_decay": 0.1, "lr_multiplier": 1.0, "lr_factor": 1.0, "lr_by": "job"}
 
 
 def test_a_layer_that_is_used_twice_gets_both_gradients(method_name: str) -> None:

@@ -43,6 +43,10 @@ CASES = {
         spec_for("lora", adapter={"lora_plus_ratio": 16, "rslora": True}, max_grad_norm=0.1),
     ),
     "olora with noise": ("llama", spec_for("olora", neftune_alpha=5)),
+    "sora while gates close": (
+        "llama",
+        spec_for("sora", adapter={"dropout": 0.2, "threshold": 0.1, "gate_learning_rate": 0.2}),
+    ),
     "lora with noise and dropout, packed": (
         "llama",
         spec_for("lora", adapter={"dropout": 0.2}, neftune_alpha=5, packing=True, schedule="cosine"),

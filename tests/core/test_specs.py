@@ -390,7 +390,7 @@ def test_a_multiplier_that_leads_to_an_impossible_rate_is_refused() -> None:
 
 @pytest.mark.parametrize("method", [["olora"], {}, None, 3])
 def test_a_method_that_is_no_name_is_refused(method: object) -> None:
-    with pytest.raises(SpecError, match="Available: olora, lora"):
+    with pytest.raises(SpecError, match="Available: olora, lora, "):
         read_spec(model="m", adapter={"method": method})
 
 
