@@ -9,6 +9,7 @@ from .melora import MELoRA
 from .olora import OLoRA
 from .pissa import PiSSA
 from .prilora import PRILoRA
+from .rm_lora import RMLoRA
 from .sora import SoRA
 from .tt_lora import TTLoRA
 
@@ -21,6 +22,7 @@ METHODS: dict[str, type[Method[Any]]] = {
     "prilora": PRILoRA,
     "tt_lora": TTLoRA,
     "sora": SoRA,
+    "rm_lora": RMLoRA,
 }
 
 __all__ = ["METHODS", "Method", "Outputs", "place"]

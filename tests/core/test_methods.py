@@ -26,7 +26,7 @@ from .runs import OPTIONS
 # PEFT looks at a property that transformers has deprecated.
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
 
-ADDS_LOSS = {"ba_lora"}
+ADDS_LOSS = {"ba_lora", "rm_lora"}
 BASES = {"linear": make_llama, "conv1d": make_gpt2}
 GROUPS = {"sora": 2}
 """Optimizer groups; the others have one."""
