@@ -2,6 +2,7 @@
 
 from typing import Any
 
+from .adalora import AdaLoRA
 from .ba_lora import BALoRA
 from .base import Method, Outputs, place
 from .lora import LoRA
@@ -22,6 +23,7 @@ METHODS: dict[str, type[Method[Any]]] = {
     "prilora": PRILoRA,
     "tt_lora": TTLoRA,
     "sora": SoRA,
+    "adalora": AdaLoRA,
     "rm_lora": RMLoRA,
 }
 

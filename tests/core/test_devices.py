@@ -20,6 +20,7 @@ CASES: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
     "accumulated": ("llama", {}, {}),
     "lora": ("llama", {"method": "lora"}, {}),
     "prilora": ("llama", {"method": "prilora", "adapter": {"prune_every": 2}, "packing": False}, {}),
+    "adalora": ("llama", {"method": "adalora", "micro_batch_size": 1}, {}),
     "rm_lora": ("llama", {"method": "rm_lora", "micro_batch_size": 1}, {}),
     "sora": ("llama", {"method": "sora", "adapter": {"threshold": 0.1}}, {}),
     "dropout": ("llama", {"adapter": {"dropout": 0.2}}, {}),

@@ -48,6 +48,8 @@ CONFIG_KEYS = {
     "modules_to_save",
     "inference_mode",
 }
+REFUSED = [("adalora", True), ("tt_lora", True)]
+"""Methods with a scale of their own, and rslora."""
 
 
 def spec_for(method: str, **adapter: object) -> TrainSpec:
@@ -57,7 +59,7 @@ def spec_for(method: str, **adapter: object) -> TrainSpec:
 
 def trained(base: Base, spec: TrainSpec, *, size: float = 0.05) -> dict[str, Adapter]:
     """Adapters as training would leave them, attached to the base."""
-    method = METHODS[spec.adapter.method](spec.adapter, seed=0, total_steps=1, schedule=lambda i, n: 1.0)
+    method = METHODS[spec.adapter.method](spec.adapter, seed=0, total_steps=10, schedule=lambda i, n: 1.0)
     adapters = place(method, base.model, target_sites(base.model, spec.adapter.target_modules))
     randomise(adapters, size)
     return adapters
@@ -85,8 +87,10 @@ def base(request: pytest.FixtureRequest) -> Base:
 # --- what a loader gets ------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("method", METHODS)
-@pytest.mark.parametrize("rslora", [False, True])
+@pytest.mark.parametrize(
+    ("method", "rslora"),
+    [(method, rslora) for method in METHODS for rslora in (False, True) if (method, rslora) not in REFUSED],
+)
 def test_plain_peft_gives_the_trained_models_logits(
     base: Base, tmp_path: Path, method: str, rslora: bool, token_rows: Tensor
 ) -> None:

@@ -287,7 +287,7 @@ def test_step_0_is_the_base_bit_for_bit(
     for training in (False, True):
         base.model.train(training)
         expected = logits_of(base.model, token_rows)
-        maker = METHODS[method](spec, seed=0, total_steps=1, schedule=lambda i, n: 1.0)
+        maker = METHODS[method](spec, seed=0, total_steps=10, schedule=lambda i, n: 1.0)
         place(maker, base.model, target_sites(base.model, "auto"))
         assert torch.equal(logits_of(base.model, token_rows), expected)
         detach(base.model)

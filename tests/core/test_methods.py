@@ -26,11 +26,13 @@ from .runs import OPTIONS
 # PEFT looks at a property that transformers has deprecated.
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
 
-ADDS_LOSS = {"ba_lora", "rm_lora"}
+ADDS_LOSS = {"ba_lora", "rm_lora", "adalora"}
 BASES = {"linear": make_llama, "conv1d": make_gpt2}
+LEARNING_RATES = {"adalora": 0.1}
+"""Where five steps at 0.01 teach too little."""
 GROUPS = {"sora": 2}
 """Optimizer groups; the others have one."""
-GATED = ("sora",)
+GATED = ("sora", "adalora")
 """Train one number more for each component."""
 
 
@@ -73,7 +75,8 @@ def randomise(adapters: dict[str, Adapter], size: float = 0.05) -> None:
 def train_briefly(
     model: PreTrainedModel, adapters: dict[str, Adapter], method: Method, rows: Tensor
 ) -> list[float]:
-    optimizer = torch.optim.AdamW(method.param_groups(adapters), lr=1e-2)
+    rate = LEARNING_RATES.get(method.spec.method, 1e-2)
+    optimizer = torch.optim.AdamW(method.param_groups(adapters), lr=rate)
     losses = []
     for step in range(1, 6):
         loss = model(rows, labels=rows).loss

@@ -96,7 +96,7 @@ def test_step_0_is_the_quantised_base_bit_for_bit(base_folders, token_rows, name
 
 def placed(base: Base, method: str) -> dict[str, Adapter]:
     spec = spec_for(method)
-    chosen = METHODS[method](spec.adapter, seed=0, total_steps=1, schedule=lambda i, n: 1.0)
+    chosen = METHODS[method](spec.adapter, seed=0, total_steps=10, schedule=lambda i, n: 1.0)
     return place(chosen, base.model, target_sites(base.model, "auto"))
 
 

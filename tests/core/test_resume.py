@@ -43,6 +43,7 @@ CASES = {
         spec_for("lora", adapter={"lora_plus_ratio": 16, "rslora": True}, max_grad_norm=0.1),
     ),
     "olora with noise": ("llama", spec_for("olora", neftune_alpha=5)),
+    "adalora while its budget falls": ("llama", spec_for("adalora", adapter={"dropout": 0.2})),
     "rm_lora with masks": ("llama", spec_for("rm_lora", adapter={"dropout": 0.2, "variant": "v2"})),
     "sora while gates close": (
         "llama",
