@@ -115,7 +115,7 @@ def test_the_config_holds_exactly_what_every_loader_accepts(base: Base, tmp_path
     _, export = exported(base, tmp_path / "adapter", method)
     config = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
     assert config.keys() == CONFIG_KEYS
-    rank = {"olora": 8, "pissa": 8, "melora": 8, "ba_lora": 8}.get(method, 4)
+    rank = {"olora": 8, "pissa": 8, "melora": 8, "ba_lora": 8, "prilora": 6}.get(method, 4)
     assert export.rank == config["r"] == config["lora_alpha"] == rank
     assert config["fan_in_fan_out"] is (base.name == "tiny-gpt2")
     assert config["init_lora_weights"] is True
