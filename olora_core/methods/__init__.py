@@ -3,9 +3,10 @@
 from typing import Any
 
 from .base import Method, Outputs, place
+from .cola import COLA
 from .lora import LoRA
 from .olora import OLoRA
 
-METHODS: dict[str, type[Method[Any]]] = {"olora": OLoRA, "lora": LoRA}
+METHODS: dict[str, type[Method[Any]]] = {"olora": OLoRA, "lora": LoRA, "cola": COLA}
 
 __all__ = ["METHODS", "Method", "Outputs", "place"]

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from ..adapter import Adapter, LowRank, Site, compute_dtype
 from ..products import LowRankProduct, is_plain
-from ..specs import LoRASpec
+from ..specs import AdapterSpec, LoRASpec
 from .base import Method, generator
 from .lora_plus import Factors, factor_groups
 
@@ -45,14 +45,22 @@ class LoRA(Method[LoRASpec]):
     """Plain: beside `adapter`, only rates of their own for A and B, where asked for (LoRA+)."""
 
     def adapter(self, weight: Tensor, site: Site) -> LoRAAdapter:
-        self.check_rank(site)
-        out_features, in_features = weight.shape
-        # Kaiming-uniform with a = √5 comes down to ±1/√in.
-        bound = 1 / math.sqrt(in_features)
-        draw = generator(self.seed, self.finished_steps, site.name)
-        A = torch.empty(self.spec.rank, in_features).uniform_(-bound, bound, generator=draw)
-        B = torch.zeros(out_features, self.spec.rank)
-        return LoRAAdapter(A, B, scale=self.spec.scale, dropout=self.spec.dropout)
+        return lora_adapter(self, site)
 
     def param_groups(self, adapters: Mapping[str, Adapter]) -> list[dict[str, Any]]:
         return factor_groups(self, cast(Mapping[str, Factors], adapters).values(), self.spec.lora_plus_ratio)
+
+
+def lora_adapter(method: Method[Any], site: Site) -> LoRAAdapter:
+    """LoRA's start, for methods that can also begin there. Raises SpecError, naming the layer."""
+    method.check_rank(site)
+    spec: AdapterSpec = method.spec
+    draw = generator(method.seed, method.finished_steps, site.name)
+    A = kaiming_uniform(spec.rank, site.in_features, draw=draw)
+    return LoRAAdapter(A, torch.zeros(site.out_features, spec.rank), scale=spec.scale, dropout=spec.dropout)
+
+
+def kaiming_uniform(*shape: int, draw: torch.Generator) -> Tensor:
+    """With a = √5, which comes down to ±1/√in for a matrix (…, in)."""
+    bound = 1 / math.sqrt(shape[-1])
+    return torch.empty(shape).uniform_(-bound, bound, generator=draw)

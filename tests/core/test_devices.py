@@ -19,6 +19,7 @@ NINE = 9  # with four a batch, the third batch has one row, and one process none
 CASES: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
     "accumulated": ("llama", {}, {}),
     "lora": ("llama", {"method": "lora"}, {}),
+    "cola": ("llama", {"method": "cola", "adapter": {"dropout": 0.2}}, {}),
     "dropout": ("llama", {"adapter": {"dropout": 0.2}}, {}),
     "noisy embeddings": ("llama", {"neftune_alpha": 5}, {}),
     "stopped early": (

@@ -26,6 +26,11 @@ CASES = {
     "lora with dropout": ("llama", spec_for("lora", adapter={"dropout": 0.2}, schedule="cosine")),
     "olora in bf16": ("llama-bf16", spec_for("olora", adapter={"dropout": 0.2}, dtype="bfloat16")),
     "lora in bf16": ("llama-bf16", spec_for("lora", dtype="bfloat16")),
+    "cola at its knots": ("llama", spec_for("cola", adapter={"dropout": 0.2})),
+    "cola within its links": (
+        "llama",
+        spec_for("cola", adapter={"links": 2, "link_ranks": [4, 2]}, schedule="cosine", weight_decay=0.1),
+    ),
     "olora packed on GPT-2": ("gpt2", spec_for("olora", packing=True)),
     "olora with LoRA+ and decay": (
         "llama",

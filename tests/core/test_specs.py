@@ -8,6 +8,7 @@ import pytest
 
 from olora_core.errors import SpecError
 from olora_core.specs import (
+    ADAPTER_ALIASES,
     ADAPTER_SPECS,
     Facts,
     LoRASpec,
@@ -119,7 +120,13 @@ def test_every_suggested_name_is_accepted(name) -> None:
         "neftune_alpha": 0,
         "early_stopping_min_delta": 0,
     }
-    read_spec(model="m", type="dpo", hyperparameters={name: values.get(name, 1)})  # takes all of them
+    option = ADAPTER_ALIASES.get(name, name)
+    takes_it = (method for method, spec in ADAPTER_SPECS.items() if option in spec.model_fields)
+    method = next(takes_it, "olora")
+    field = ADAPTER_SPECS[method].model_fields.get(option)
+    value = values.get(name, 1 if field is None else field.default)
+    # dpo takes all of them.
+    read_spec(model="m", type="dpo", adapter={"method": method}, hyperparameters={name: value})
 
 
 def test_an_unknown_option_of_the_adapter_names_the_nearest() -> None:
@@ -366,7 +373,7 @@ def test_a_multiplier_that_leads_to_an_impossible_rate_is_refused() -> None:
 
 @pytest.mark.parametrize("method", [["olora"], {}, None, 3])
 def test_a_method_that_is_no_name_is_refused(method: object) -> None:
-    with pytest.raises(SpecError, match="Available: olora, lora"):
+    with pytest.raises(SpecError, match="Available: olora, lora, "):
         read_spec(model="m", adapter={"method": method})
 
 
