@@ -6,7 +6,8 @@ from .base import Method, Outputs, place
 from .cola import COLA
 from .lora import LoRA
 from .olora import OLoRA
+from .xgblora import XGBLoRA
 
-METHODS: dict[str, type[Method[Any]]] = {"olora": OLoRA, "lora": LoRA, "cola": COLA}
+METHODS: dict[str, type[Method[Any]]] = {"olora": OLoRA, "lora": LoRA, "cola": COLA, "xgblora": XGBLoRA}
 
 __all__ = ["METHODS", "Method", "Outputs", "place"]

@@ -9,6 +9,8 @@ from olora_core.specs import TrainSpec, read_spec
 from olora_core.train import Finished, Progress, Resolved, Step, train
 
 ROWS = 11
+OPTIONS: dict[str, dict[str, Any]] = {"xgblora": {"layers_per_round": 99}}
+"""What a method needs beside its rank, so that in a short run all layers change."""
 
 
 def chat_rows(count: int = ROWS) -> list[dict[str, Any]]:
@@ -62,7 +64,7 @@ def spec_for(
         model="tiny",
         type=type,
         hyperparameters=chosen,
-        adapter={"method": method, "rank": 4, "alpha": 4} | (adapter or {}),
+        adapter={"method": method, "rank": 4, "alpha": 4} | OPTIONS.get(method, {}) | (adapter or {}),
         seed=seed,
     )
 
@@ -77,6 +79,7 @@ def one(kind: type, progress: Iterable[Progress]) -> Any:
 
 
 __all__ = [
+    "OPTIONS",
     "ROWS",
     "Finished",
     "Resolved",

@@ -19,7 +19,8 @@ NINE = 9  # with four a batch, the third batch has one row, and one process none
 CASES: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
     "accumulated": ("llama", {}, {}),
     "lora": ("llama", {"method": "lora"}, {}),
-    "cola": ("llama", {"method": "cola", "adapter": {"dropout": 0.2}}, {}),
+    "cola": ("llama", {"method": "cola", "adapter": {"dropout": 0.2}, "warmup_ratio": 0}, {}),
+    "xgblora": ("llama", {"method": "xgblora", "adapter": {"steps_per_round": 2, "layers_per_round": 1}}, {}),
     "dropout": ("llama", {"adapter": {"dropout": 0.2}}, {}),
     "noisy embeddings": ("llama", {"neftune_alpha": 5}, {}),
     "stopped early": (

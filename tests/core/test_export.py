@@ -27,6 +27,7 @@ from olora_core.methods.lora import LoRAAdapter
 from olora_core.model import Base, target_sites
 from olora_core.specs import TrainSpec, read_spec
 
+from .runs import OPTIONS
 from .test_methods import randomise
 
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
@@ -50,7 +51,8 @@ CONFIG_KEYS = {
 
 
 def spec_for(method: str, **adapter: object) -> TrainSpec:
-    return read_spec(model="tiny", adapter={"method": method, "rank": 4, "alpha": 6} | adapter)
+    chosen = {"method": method, "rank": 4, "alpha": 6} | OPTIONS.get(method, {}) | adapter
+    return read_spec(model="tiny", adapter=chosen)
 
 
 def trained(base: Base, spec: TrainSpec, *, size: float = 0.05) -> dict[str, Adapter]:

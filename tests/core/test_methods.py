@@ -21,6 +21,7 @@ from olora_core.model import target_sites
 from olora_core.specs import ADAPTER_SPECS, LoRASpec, OLoRASpec, read_spec
 
 from .conftest import make_gpt2, make_llama
+from .runs import OPTIONS
 
 # PEFT looks at a property that transformers has deprecated.
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")
@@ -37,7 +38,7 @@ OWN_SCHEDULE = {"cola"}
 
 
 def make_method(name: str, *, seed: int = 0, weight_decay: float = 0.0, **options: object) -> Method:
-    spec = ADAPTER_SPECS[name](**{"rank": 4, "alpha": 6} | options)
+    spec = ADAPTER_SPECS[name](**{"rank": 4, "alpha": 6} | OPTIONS.get(name, {}) | options)
     return METHODS[name](
         spec, seed=seed, total_steps=10, schedule=lambda i, n: 1.0, weight_decay=weight_decay
     )
@@ -396,7 +397,10 @@ def test_the_widest_rank_reproduces_the_whole_weight() -> None:
 
 def olora_adapter(weight: Tensor, **options: object) -> OLoRAAdapter:
     method = OLoRA(
-        OLoRASpec(**{"rank": 4, "alpha": 6} | options), seed=0, total_steps=1, schedule=lambda i, n: 1.0
+        OLoRASpec(**{"rank": 4, "alpha": 6} | options),
+        seed=0,
+        total_steps=1,
+        schedule=lambda i, n: 1.0,
     )
     return method.adapter(weight, Site("layer", None, 0, "linear", *weight.shape))
 
