@@ -172,7 +172,7 @@ class SeveralDevices(Devices):
     def check_equal(self, tensors: Iterable[Tensor]) -> None:
         digest = hashlib.sha256()
         for tensor in tensors:
-            digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy())
+            digest.update(tensor.detach().cpu().flatten().view(torch.uint8).numpy())
         mine = torch.zeros(self.count, dtype=torch.int64)
         mine[self.rank] = int.from_bytes(digest.digest()[:7], "big")
         self.meet()

@@ -575,6 +575,112 @@ class AdaLoRASpec(AdapterSpec):
         return self.alpha / (self.rank + 1e-5)
 
 
+Start = Literal["kaiming", "gaussian"]
+
+
+class RoundsSpec(AdapterSpec):
+    """What methods share that train one pair of factors after another."""
+
+    init: Start = Field(
+        default="kaiming",
+        description="How A of every pair is drawn: evenly up to 1/sqrt(in), or normally, deviation 1/rank.",
+    )
+
+
+class COLASpec(RoundsSpec):
+    """COLA, Chain of LoRA: one LoRA after another, each on top of those before (arXiv 2401.04151)."""
+
+    summary: ClassVar[str] = "A chain of LoRAs, trained one after another, whose sum has the rank of all."
+    paper: ClassVar[str] = "arXiv 2401.04151"
+    cost: ClassVar[str] = (
+        "Trains r (in + out) numbers a layer at a time and keeps the finished links frozen beside them; "
+        "exports a LoRA of the links' ranks together, 3r by default."
+    )
+    choose: ClassVar[str] = (
+        "For an update of higher rank with the optimizer's memory of one small LoRA, on jobs of some hundred "
+        "steps and more."
+    )
+    base_learning_rate: ClassVar[float] = 5e-4
+    width_exponent: ClassVar[float] = 0.8850
+
+    method: Literal["cola"] = "cola"
+    rank: int = Field(default=8, ge=1, le=4096, description="r, the width of a link's factors.")
+    alpha: float = Field(
+        default=16, gt=0, le=65536, description="A link's update is scaled by alpha / its rank."
+    )
+    links: int = Field(default=3, ge=1, le=64, description="M, how many LoRAs are trained. 1 is LoRA.")
+    link_shares: tuple[Annotated[float, Field(gt=0)], ...] | None = Field(
+        default=None, description="Shares of the steps that the links get, as [3, 2]; null: equal ones."
+    )
+    link_ranks: tuple[Annotated[int, Field(ge=1)], ...] | None = Field(
+        default=None, description="Rank of each link, at most `rank`; null: `rank` for all."
+    )
+    lr_restart: Literal["link", "never"] = Field(
+        default="link", description="Run the learning-rate schedule anew, warm-up included, over each link."
+    )
+
+    @field_validator("link_shares", "link_ranks")
+    @classmethod
+    def _one_for_each_link(cls, value: tuple[Any, ...] | None, info: ValidationInfo) -> Any:
+        links, rank = info.data.get("links"), info.data.get("rank")
+        if value is None or links is None or rank is None:
+            return value
+        if len(value) != links:
+            raise ValueError(f"one value for each of the {links} links")
+        if info.field_name == "link_ranks" and max(value) > rank:
+            raise ValueError(f"ranks up to adapter.rank = {rank}")
+        return value
+
+    @property
+    def ranks(self) -> tuple[int, ...]:
+        return self.link_ranks or (self.rank,) * self.links
+
+    @property
+    def shares(self) -> tuple[float, ...]:
+        return self.link_shares or (1.0,) * self.links
+
+    @property
+    def pair_rank(self) -> int:
+        """Of all links."""
+        return sum(self.ranks)
+
+    def scale_of(self, rank: int) -> float:
+        """s_j of a link of that rank."""
+        return self.alpha / (rank**0.5 if self.rslora else rank)
+
+
+class XGBLoRASpec(RoundsSpec):
+    """XGBLoRA: gradient boosting, with LoRAs of a few blocks as weak learners (arXiv 2410.19694)."""
+
+    summary: ClassVar[str] = "Many rounds of rank-1 LoRAs on a few random blocks each, which add up."
+    paper: ClassVar[str] = "arXiv 2410.19694"
+    cost: ClassVar[str] = (
+        "Trains r (in + out) numbers a layer at a time, of a third of the blocks, and keeps those of every "
+        "finished round; exports a LoRA of r times the rounds that drew a layer, about 30 at most by default."
+    )
+    choose: ClassVar[str] = "For long jobs, when an update of high rank is to come of very small steps."
+    base_learning_rate: ClassVar[float] = 2e-4
+    width_exponent: ClassVar[float] = 0.8850
+
+    method: Literal["xgblora"] = "xgblora"
+    rank: int = Field(default=1, ge=1, le=4096, description="r, the width of a round's factors.")
+    alpha: float = Field(default=2, gt=0, le=65536, description="The update is scaled by alpha / rank.")
+    layers_per_round: int | None = Field(
+        default=None,
+        ge=1,
+        description="Blocks that a round draws, all if there are fewer; null: a third, rounded up.",
+    )
+    steps_per_round: int | None = Field(
+        default=None, ge=1, description="Steps of a round; null: a 64th of the job's, at least 16."
+    )
+    boosting_rate: float = Field(default=1.0, ge=0, le=1, description="Times what a finished round adds.")
+    ramp_steps: int | None = Field(
+        default=None,
+        ge=1,
+        description="Steps over which the rate rises in later rounds; null: a tenth of a round, 1 to 10.",
+    )
+
+
 AnyAdapterSpec = Annotated[
     OLoRASpec
     | LoRASpec
@@ -585,7 +691,9 @@ AnyAdapterSpec = Annotated[
     | TTLoRASpec
     | SoRASpec
     | RMLoRASpec
-    | AdaLoRASpec,
+    | AdaLoRASpec
+    | COLASpec
+    | XGBLoRASpec,
     Field(discriminator="method"),
 ]
 ADAPTER_SPECS: dict[str, type[AdapterSpec]] = {
@@ -599,6 +707,8 @@ ADAPTER_SPECS: dict[str, type[AdapterSpec]] = {
     "sora": SoRASpec,
     "adalora": AdaLoRASpec,
     "rm_lora": RMLoRASpec,
+    "cola": COLASpec,
+    "xgblora": XGBLoRASpec,
 }
 DEFAULT_METHOD = "olora"
 AUTO_BETA = 0.1

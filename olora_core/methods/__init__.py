@@ -5,6 +5,7 @@ from typing import Any
 from .adalora import AdaLoRA
 from .ba_lora import BALoRA
 from .base import Method, Outputs, place
+from .cola import COLA
 from .lora import LoRA
 from .melora import MELoRA
 from .olora import OLoRA
@@ -13,6 +14,7 @@ from .prilora import PRILoRA
 from .rm_lora import RMLoRA
 from .sora import SoRA
 from .tt_lora import TTLoRA
+from .xgblora import XGBLoRA
 
 METHODS: dict[str, type[Method[Any]]] = {
     "olora": OLoRA,
@@ -25,6 +27,8 @@ METHODS: dict[str, type[Method[Any]]] = {
     "sora": SoRA,
     "adalora": AdaLoRA,
     "rm_lora": RMLoRA,
+    "cola": COLA,
+    "xgblora": XGBLoRA,
 }
 
 __all__ = ["METHODS", "Method", "Outputs", "place"]

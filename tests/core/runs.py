@@ -9,8 +9,8 @@ from olora_core.specs import TrainSpec, read_spec
 from olora_core.train import Finished, Progress, Resolved, Step, train
 
 ROWS = 11
-OPTIONS: dict[str, dict[str, Any]] = {"melora": {"mini_loras": 2}}
-"""What a method needs beside its rank on layers as small as the tests'."""
+OPTIONS: dict[str, dict[str, Any]] = {"melora": {"mini_loras": 2}, "xgblora": {"layers_per_round": 99}}
+"""What a method needs beside its rank on layers as small, and in runs as short, as the tests'."""
 
 
 def chat_rows(count: int = ROWS) -> list[dict[str, Any]]:

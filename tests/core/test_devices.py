@@ -23,6 +23,8 @@ CASES: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
     "adalora": ("llama", {"method": "adalora", "micro_batch_size": 1}, {}),
     "rm_lora": ("llama", {"method": "rm_lora", "micro_batch_size": 1}, {}),
     "sora": ("llama", {"method": "sora", "adapter": {"threshold": 0.1}}, {}),
+    "cola": ("llama", {"method": "cola", "adapter": {"dropout": 0.2}, "warmup_ratio": 0}, {}),
+    "xgblora": ("llama", {"method": "xgblora", "adapter": {"steps_per_round": 2, "layers_per_round": 1}}, {}),
     "dropout": ("llama", {"adapter": {"dropout": 0.2}}, {}),
     "noisy embeddings": ("llama", {"neftune_alpha": 5}, {}),
     "stopped early": (

@@ -33,6 +33,19 @@ CASES = {
         "llama",
         spec_for("ba_lora", adapter={"init": "lora", "center_logits": True}, packing=True),
     ),
+    "cola at its knots": ("llama", spec_for("cola", adapter={"dropout": 0.2})),
+    "cola within its links": (
+        "llama",
+        spec_for("cola", adapter={"links": 2, "link_ranks": [4, 2]}, schedule="cosine", weight_decay=0.1),
+    ),
+    "xgblora at its rounds' ends": (
+        "llama",
+        spec_for("xgblora", adapter={"dropout": 0.2, "steps_per_round": 2, "layers_per_round": 1}),
+    ),
+    "xgblora within its rounds": (
+        "llama",
+        spec_for("xgblora", adapter={"steps_per_round": 3, "ramp_steps": 2}, weight_decay=0.1),
+    ),
     "olora packed on GPT-2": ("gpt2", spec_for("olora", packing=True)),
     "olora with LoRA+ and decay": (
         "llama",

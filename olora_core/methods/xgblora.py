@@ -1,0 +1,95 @@
+"""XGBLoRA (arXiv 2410.19694): `delta(x) = Σ_t ρ s b_t a_tᵀ x + s b aᵀ drop(x)`, boosting with weak LoRAs.
+
+In each round of κ steps a few blocks, drawn at random, train a booster of rank r (1 in the paper) on top of
+all finished ones; then it is kept, and the next round draws anew.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..adapter import Site
+from ..errors import SpecError
+from ..specs import MAX_EXPORT_RANK, XGBLoRASpec
+from .base import Method, generator
+from .rounds import RoundsAdapter, forget, ramp, set_lr_factor
+
+MAX_ROUNDS = 256
+
+
+class XGBLoRA(Method[XGBLoRASpec]):
+    """Keeps the boosters at each round's end, and draws the next round's blocks."""
+
+    def __init__(self, spec: XGBLoRASpec, **run: Any) -> None:
+        super().__init__(spec, **run)
+        self.round_steps = spec.steps_per_round or max(16, -(-self.total_steps // 64))
+        self.ramp_steps = spec.ramp_steps or max(1, min(10, self.round_steps // 10))
+        if self.total_steps > MAX_ROUNDS * self.round_steps:
+            raise SpecError(
+                f"adapter.steps_per_round = {self.round_steps} makes more than {MAX_ROUNDS} rounds of the "
+                f"job's {self.total_steps} steps; use at least {-(-self.total_steps // MAX_ROUNDS)}.",
+                param="adapter.steps_per_round",
+            )
+        self.layer_of: dict[str, int | None] = {}
+        self.adapters: Mapping[str, RoundsAdapter] = {}
+
+    def adapter(self, weight: Tensor, site: Site) -> RoundsAdapter:
+        self.check_rank(site)
+        self.layer_of[site.name] = site.layer_index
+        adapter = RoundsAdapter(self.spec.rank, site, dropout=self.spec.dropout)
+        self.begin(site.name, adapter)
+        return adapter
+
+    def begin(self, name: str, adapter: RoundsAdapter) -> None:
+        draw = generator(self.seed, self.finished_steps, name)
+        adapter.begin(self.spec.rank, draw, init=self.spec.init, scale=self.spec.scale)
+
+    def placed(self, adapters: Mapping[str, Any]) -> None:
+        self.adapters = adapters
+        for name in adapters:
+            if self.layer_of[name] is None:
+                raise SpecError(
+                    f"XGBLoRA draws blocks, and layer '{name}' is in none; leave it out of "
+                    "adapter.target_modules.",
+                    param="adapter.target_modules",
+                )
+        draws = [self.drawn(step) for step in range(0, self.total_steps, self.round_steps)]
+        for name, adapter in self.adapters.items():
+            width = self.spec.rank * sum(self.layer_of[name] in draw for draw in draws)
+            if width > MAX_EXPORT_RANK and self.spec.export_rank is None:
+                raise SpecError(
+                    f"{len(draws)} rounds of adapter.rank = {self.spec.rank} export a LoRA of rank {width} "
+                    f"for layer '{name}', and servers load at most {MAX_EXPORT_RANK}; use a lower rank, more "
+                    "adapter.steps_per_round, or let adapter.export_rank truncate the export.",
+                    param="adapter.rank",
+                )
+            adapter.make_room(width)
+        self.sit_out(draws[0])
+
+    def drawn(self, step: int) -> set[int]:
+        """The blocks that train in the round after this step."""
+        layers = sorted({layer for layer in self.layer_of.values() if layer is not None})
+        count = self.spec.layers_per_round or -(-len(layers) // 3)
+        order = torch.randperm(len(layers), generator=generator(self.seed, step, ""))
+        return {layers[i] for i in order[:count].tolist()}
+
+    def sit_out(self, drawn: set[int]) -> None:
+        """All other blocks' boosters have no part in the round: their scale is 0, so their gradient is."""
+        for name, adapter in self.adapters.items():
+            if self.layer_of[name] not in drawn:
+                adapter.scale.zero_()
+                adapter.width.zero_()
+
+    def after_step(self, step: int, optimizer: torch.optim.Optimizer) -> None:
+        super().after_step(step, optimizer)
+        is_last = step == self.total_steps
+        if step % self.round_steps == 0 or is_last:
+            for name, adapter in self.adapters.items():
+                adapter.keep(self.spec.boosting_rate)
+                self.begin(name, adapter)
+                forget(optimizer, adapter.parameters())
+            self.sit_out(set() if is_last else self.drawn(step))
+        if step >= self.round_steps:
+            set_lr_factor(optimizer, ramp(step % self.round_steps + 1, self.ramp_steps))
