@@ -38,7 +38,7 @@ def test_a_killed_parent_takes_its_child_along() -> None:
         assert parent.stdout.readline() == "alive\n"
         assert exists(child)
         parent.send_signal(signal.SIGKILL)
-        wait_until(lambda: not exists(child), "the end of the child", seconds=5)
+        wait_until(lambda: not exists(child), "the end of the child", seconds=20)
 
 
 def test_a_process_whose_parent_is_gone_already_ends_at_once() -> None:
