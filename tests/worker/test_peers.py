@@ -111,7 +111,7 @@ def test_a_killed_trainer_takes_its_peers_along(service: Service, supervisor: Su
     job_id, thread = begun(service, supervisor, **LONG)
     assert supervisor.trainer is not None
     os.kill(supervisor.trainer.pid, signal.SIGKILL)
-    wait_until(lambda: peers(service) == [], "the end of the peers", seconds=5)
+    wait_until(lambda: peers(service) == [], "the end of the peers", seconds=20)
     service.cancel(job_id)
     service.wait_for_end(job_id)
     thread.join(60)
