@@ -48,7 +48,7 @@ class AdapterSpec(Spec):
 
     method: str
     rank: int = Field(ge=1, le=4096, description="r, the width of the trained factors.")
-    alpha: float = Field(gt=0, le=65536, description="The update is scaled by alpha / rank.")
+    alpha: float = Field(default=16, gt=0, le=65536, description="The update is scaled by alpha / rank.")
     dropout: float = Field(default=0.0, ge=0, lt=1, description="Dropout on the adapter's input.")
     rslora: bool = Field(default=False, description="Scale by alpha / sqrt(rank) instead (arXiv 2312.03732).")
     target_modules: Auto | str | tuple[str, ...] = Field(
@@ -123,7 +123,6 @@ class OLoRASpec(FactorsSpec):
 
     method: Literal["olora"] = "olora"
     rank: int = Field(default=32, ge=1, le=4096, description="r, the width of the trained factors.")
-    alpha: float = Field(default=16, gt=0, le=65536, description="The update is scaled by alpha / rank.")
 
     @property
     def pair_rank(self) -> int:
@@ -146,7 +145,6 @@ class LoRASpec(FactorsSpec):
 
     method: Literal["lora"] = "lora"
     rank: int = Field(default=8, ge=1, le=4096, description="r, the width of the trained factors.")
-    alpha: float = Field(default=16, gt=0, le=65536, description="The update is scaled by alpha / rank.")
 
 
 class SVDSpec(FactorsSpec):
@@ -176,7 +174,6 @@ class PiSSASpec(SVDSpec):
 
     method: Literal["pissa"] = "pissa"
     rank: int = Field(default=16, ge=1, le=4096, description="r, the width of the trained factors.")
-    alpha: float = Field(default=16, gt=0, le=65536, description="The update is scaled by alpha / rank.")
 
     @property
     def pair_rank(self) -> int:
@@ -199,7 +196,6 @@ class MELoRASpec(FactorsSpec):
 
     method: Literal["melora"] = "melora"
     rank: int = Field(default=1, ge=1, le=4096, description="r, the width of each mini LoRA's factors.")
-    alpha: float = Field(default=16, gt=0, le=65536, description="The update is scaled by alpha / rank.")
     dropout: float = Field(default=0.05, ge=0, lt=1, description="Dropout on the adapter's input.")
     mini_loras: int = Field(
         default=8,
@@ -229,7 +225,6 @@ class BALoRASpec(SVDSpec):
 
     method: Literal["ba_lora"] = "ba_lora"
     rank: int = Field(default=16, ge=1, le=4096, description="r, the width of the trained factors.")
-    alpha: float = Field(default=16, gt=0, le=65536, description="The update is scaled by alpha / rank.")
     init: Literal["pissa", "lora"] = Field(
         default="pissa", description="Start from the weight's SVD, or as LoRA does."
     )
@@ -416,7 +411,6 @@ class SoRASpec(AdapterSpec):
 
     method: Literal["sora"] = "sora"
     rank: int = Field(default=16, ge=1, le=4096, description="r, the components that a layer starts with.")
-    alpha: float = Field(default=16, gt=0, le=65536, description="The update is scaled by alpha / rank.")
     threshold: Auto | Annotated[float, Field(ge=0, le=1024)] = Field(
         default="auto",
         description="xi: every gate shrinks by this much after every step; auto: 0.5 / the run's steps.",
@@ -465,7 +459,6 @@ class RMLoRASpec(FactorsSpec):
 
     method: Literal["rm_lora"] = "rm_lora"
     rank: int = Field(default=8, ge=1, le=4096, description="r, the width of the trained factors.")
-    alpha: float = Field(default=16, gt=0, le=65536, description="The update is scaled by alpha / rank.")
     moved_rank: Auto | Annotated[int, Field(ge=1, le=4096)] = Field(
         default="auto",
         description="p, the rows of A and columns of B that a step's gradient reaches; auto: half the rank.",
