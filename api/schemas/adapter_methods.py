@@ -13,8 +13,8 @@ class AdapterMethodObject(BaseModel):
     is_default: bool
     summary: str
     paper: str
-    cost: str | None
-    choose: str | None
+    cost: str
+    choose: str
     options: dict[str, Any]
     """JSON schema of the `adapter` object."""
 

@@ -1,0 +1,104 @@
+""" "auto" turned into numbers, once the data are tokenised and the model's config is read."""
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from ..errors import SpecError
+from .adapters import AdapterSpec
+from .base import read
+from .training import Hyperparameters, TrainSpec
+
+REFERENCE_WIDTH = 4096
+"""Hidden size at which a method's `base_learning_rate` holds; see `learning_rate_for`."""
+AUTO_BETA = 0.1
+"""The value of most of the DPO paper's experiments."""
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What "auto" depends on: known once the data are tokenised and the model's config is read."""
+
+    examples: int
+    hidden_size: int
+    context_length: int
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    devices: int = 1
+    sharded: bool = False
+
+
+def auto_epochs(examples: int) -> int:
+    """OpenAI's public rule: 3, more for very few examples, fewer for very many."""
+    if 3 * examples < 100:
+        return min(25, 100 // max(1, examples))
+    if 3 * examples > 25_000:
+        return max(1, 25_000 // examples)
+    return 3
+
+
+def auto_batch_size(examples: int) -> int:
+    """0.2 % of the examples, from 4 to 256."""
+    return min(256, max(4, round(0.002 * examples)))
+
+
+def learning_rate_for(adapter: AdapterSpec, hidden_size: int) -> float:
+    """The method's own peak rate for a model of this width.
+
+    `base (4096 / hidden)^e`, through two anchors per method: its card's rate at width 4096, and the optimum
+    measured on the shipped base at width 192 (3e-3 for LoRA and TT-LoRA, 1e-3 for OLoRA and PiSSA).
+    """
+    return float(
+        f"{adapter.base_learning_rate * (REFERENCE_WIDTH / hidden_size) ** adapter.width_exponent:.2g}"
+    )
+
+
+def resolve(spec: TrainSpec, facts: Facts) -> tuple[TrainSpec, list[str]]:
+    """Turns every "auto" into a number. Returns the spec and one sentence for each decision.
+
+    Raises SpecError when a number that follows from the request does not fit: what is resolved keeps to the
+    bounds of what may be asked for.
+    """
+    asked, why = spec.hyperparameters, []
+    chosen: dict[str, Any] = {}
+
+    def decide(name: str, value: Any, reason: str) -> None:
+        if getattr(asked, name) == "auto":
+            chosen[name] = value
+            why.append(f"{name} = {value} ({reason})")
+
+    decide("n_epochs", auto_epochs(facts.examples), f"from {facts.examples} examples")
+    decide("batch_size", auto_batch_size(facts.examples), "0.2 % of the examples, from 4 to 256")
+    decide("context_length", facts.context_length, "the model's own context")
+    decide("beta", AUTO_BETA, "DPO's usual value")
+    decide("dtype", facts.dtype, "the faster one on this device")
+    own_rate = learning_rate_for(spec.adapter, facts.hidden_size)
+    if asked.learning_rate == "auto":
+        factor = 1.0 if asked.learning_rate_multiplier == "auto" else asked.learning_rate_multiplier
+        chosen["learning_rate"] = own_rate * factor
+        chosen["learning_rate_multiplier"] = factor
+        why.append(
+            f"learning_rate = {own_rate * factor:g} ({factor:g} times {spec.adapter.method}'s own rate "
+            f"{own_rate:g} for a model {facts.hidden_size} wide)"
+        )
+    elif asked.learning_rate_multiplier == "auto":
+        chosen["learning_rate_multiplier"] = asked.learning_rate / own_rate
+    batch_size = chosen.get("batch_size", asked.batch_size)
+    if asked.sharding == "auto":
+        chosen["sharding"] = "full" if facts.sharded else "none"
+        if facts.devices > 1:
+            why.append(f"sharding = {chosen['sharding']} (by the device's memory)")
+    if asked.micro_batch_size == "auto":
+        chosen["micro_batch_size"] = -(-batch_size // facts.devices)
+    elif asked.micro_batch_size > batch_size:
+        raise SpecError(
+            f"hyperparameters.micro_batch_size = {asked.micro_batch_size} exceeds batch_size = {batch_size}.",
+            param="hyperparameters.micro_batch_size",
+        )
+    if asked.context_length != "auto" and asked.context_length > facts.context_length:
+        raise SpecError(
+            f"hyperparameters.context_length = {asked.context_length} exceeds the model's context of "
+            f"{facts.context_length} tokens.",
+            param="hyperparameters.context_length",
+        )
+    values = asked.model_dump() | chosen
+    hyperparameters = read(Hyperparameters, values, lambda name: "hyperparameters")
+    return spec.model_copy(update={"hyperparameters": hyperparameters}), why

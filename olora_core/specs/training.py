@@ -1,0 +1,279 @@
+"""One training run: the loop's options, and how loose input becomes a spec."""
+
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal, cast, get_args
+
+from pydantic import Field
+
+from ..errors import SpecError
+from .adapters import (
+    ADAPTER_SPECS,
+    DEFAULT_METHOD,
+    MAX_LEARNING_RATE,
+    AnyAdapterSpec,
+    OLoRASpec,
+    check_export_rank,
+)
+from .base import Auto, Spec, nearest, read
+
+MAX_SEED = 2**31 - 1
+MAX_CONTEXT = 2**20
+Quantization = Literal["none", "nf4", "int8", "torchao-int8", "torchao-fp8"]
+
+
+class Hyperparameters(Spec):
+    """How to train; OpenAI's three names first, then ours."""
+
+    n_epochs: Auto | Annotated[int, Field(ge=1, le=50)] = Field(
+        default="auto", description="Passes over the data."
+    )
+    batch_size: Auto | Annotated[int, Field(ge=1, le=256)] = Field(
+        default="auto", description="Examples in one optimizer step."
+    )
+    learning_rate_multiplier: Auto | Annotated[float, Field(gt=0)] = Field(
+        default="auto", description="Times the method's own rate for a model of this size."
+    )
+    learning_rate: Auto | Annotated[float, Field(gt=0, le=MAX_LEARNING_RATE)] = Field(
+        default="auto", description="Absolute peak rate, instead of the multiplier."
+    )
+    schedule: Literal["linear", "cosine", "constant"] = Field(
+        default="linear", description="How the rate falls after the warm-up."
+    )
+    warmup_ratio: float = Field(default=0.03, ge=0, le=1, description="Share of the steps that warm up.")
+    weight_decay: float = Field(default=0.0, ge=0, le=1, description="AdamW's decoupled weight decay.")
+    max_grad_norm: float = Field(default=1.0, gt=0, description="The gradient's norm is clipped to this.")
+    neftune_alpha: float = Field(
+        default=0.0,
+        ge=0,
+        le=1000,
+        description="Noise on the embedded tokens while training, supervised only; 0 is none "
+        "(NEFTune, arXiv 2310.05914).",
+    )
+    context_length: Auto | Annotated[int, Field(ge=16, le=MAX_CONTEXT)] = Field(
+        default="auto", description="Tokens of an example that are kept; auto: the model's own context."
+    )
+    max_steps: int | None = Field(default=None, ge=1, description="Stop after this many optimizer steps.")
+    eval_steps: int | None = Field(
+        default=None,
+        ge=1,
+        description="Evaluate the whole validation file also every so many steps; null: at epochs' ends.",
+    )
+    early_stopping_patience: int | None = Field(
+        default=None,
+        ge=1,
+        description="Stop after so many evaluations in a row without a lower validation loss, and export the "
+        "adapter of the lowest one; null: never.",
+    )
+    early_stopping_min_delta: float = Field(
+        default=0.0, ge=0, description="By how much a validation loss must be lower to count as lower."
+    )
+    samples: int = Field(
+        default=4,
+        ge=0,
+        le=16,
+        description="Rows that the base and the tuned model answer at the end, for people.",
+    )
+    micro_batch_size: Auto | Annotated[int, Field(ge=1, le=256)] = Field(
+        default="auto",
+        description="Most examples in one forward pass; gradients accumulate up to batch_size.",
+    )
+    micro_batch_tokens: Auto | Annotated[int, Field(ge=16, le=MAX_CONTEXT)] = Field(
+        default="auto",
+        description="Most tokens in one forward pass, padding included; auto: by an estimate of the memory.",
+    )
+    packing: Auto | bool = Field(
+        default="auto",
+        description="Lay a pass's examples end to end in one row, unpadded; auto: where that is exact.",
+    )
+    gradient_checkpointing: Auto | bool = Field(
+        default="auto",
+        description="Compute each block once more in the backward to save memory; auto: only if it must be.",
+    )
+    label_smoothing: float = Field(
+        default=0.0,
+        ge=0,
+        lt=1,
+        description="Share of each target's probability that is spread evenly (arXiv 1512.00567).",
+    )
+    dtype: Literal["auto", "float32", "bfloat16"] = Field(
+        default="auto", description="Compute precision; auto times both on the device at hand."
+    )
+    quantization: Quantization = Field(
+        default="none",
+        description="How the frozen base holds its weights: nf4, int8 (bitsandbytes), torchao-int8, "
+        "torchao-fp8, or none: as its files do.",
+    )
+    sharding: Auto | Literal["none", "full"] = Field(
+        default="auto",
+        description="On several devices: spread the base over them (full), or keep it whole on each.",
+    )
+    beta: Auto | Annotated[float, Field(gt=0, le=2)] | None = Field(
+        default=None, description="dpo alone: how firmly the model is held to the base; auto is 0.1."
+    )
+
+
+TrainingType = Literal["supervised", "dpo"]
+
+
+class TrainSpec(Spec):
+    """One training run, without its files: what the core is asked for."""
+
+    model: str = Field(min_length=1, description="Id of the base model.")
+    type: TrainingType = Field(
+        default="supervised",
+        description="Learn answers, or which of two answers to prefer (DPO, arXiv 2305.18290).",
+    )
+    adapter: AnyAdapterSpec = Field(default_factory=OLoRASpec)
+    hyperparameters: Hyperparameters = Field(default_factory=Hyperparameters)
+    seed: int = Field(default=0, ge=0, le=MAX_SEED)
+
+
+def check_validation(spec: TrainSpec, *, given: bool, prefix: str = "hyperparameters") -> None:
+    """Refuses options that look at a validation file where none is `given`."""
+    for name in ("early_stopping_patience", "eval_steps"):
+        if getattr(spec.hyperparameters, name) is not None and not given:
+            raise SpecError(
+                f"{prefix}.{name} looks at the validation loss, and there is no validation_file; "
+                "give one, or leave the option out.",
+                param=f"{prefix}.{name}",
+            )
+
+
+HYPERPARAMETER_ALIASES = {"lr": "learning_rate", "epochs": "n_epochs", "lr_scheduler_type": "schedule"}
+ADAPTER_ALIASES = {
+    "lora_r": "rank",
+    "lora_alpha": "alpha",
+    "lora_dropout": "dropout",
+    "lora_target_modules": "target_modules",
+    "r": "rank",
+}
+
+
+def read_spec(
+    *,
+    model: str,
+    type: str = "supervised",
+    hyperparameters: Mapping[str, Any] | None = None,
+    adapter: Mapping[str, Any] | None = None,
+    seed: int = 0,
+    prefix: str = "hyperparameters",
+) -> TrainSpec:
+    """Reads loose input into a spec.
+
+    `hyperparameters` may also carry the adapter's options (`rank`, `lora_r`, …), as callers of hosted
+    services send them. `prefix` is the caller's name for that object, so that an error's `param` fits.
+
+    Raises SpecError, naming the place, what is allowed and the nearest known name.
+    """
+    if type not in get_args(TrainingType):
+        raise SpecError(
+            f"method.type '{type}' is not available; use 'supervised' or 'dpo'.", param="method.type"
+        )
+    adapter_values: dict[str, Any] = {}
+    for name, value in (adapter or {}).items():
+        _put(adapter_values, ADAPTER_ALIASES.get(name, name), value, f"adapter.{name}")
+    places = dict.fromkeys(adapter_values, "adapter")
+    training_values: dict[str, Any] = {}
+    for name, value in (hyperparameters or {}).items():
+        _route_hyperparameter(name, value, training_values, adapter_values, places, prefix)
+    multiplier = training_values.get("learning_rate_multiplier", "auto")
+    if multiplier != "auto" and training_values.get("learning_rate", "auto") != "auto":
+        raise SpecError(
+            "learning_rate and learning_rate_multiplier exclude each other; give one of them.",
+            param=f"{prefix}.learning_rate",
+        )
+    if type == "dpo" and training_values.get("beta") is None:
+        training_values["beta"] = "auto"
+    if type != "dpo" and training_values.get("beta") is not None:
+        raise SpecError(
+            f"{prefix}.beta is for method.type 'dpo', and this is '{type}'; leave it out, or ask for dpo.",
+            param=f"{prefix}.beta",
+        )
+    chosen = read(Hyperparameters, training_values, lambda name: prefix)
+    if type == "dpo" and chosen.neftune_alpha:
+        raise SpecError(
+            f"{prefix}.neftune_alpha is for method.type 'supervised': dpo compares the model with the base, "
+            "and noise on one side of a comparison is an error in it. Leave it out, or set it to 0.",
+            param=f"{prefix}.neftune_alpha",
+        )
+    if chosen.early_stopping_min_delta and chosen.early_stopping_patience is None:
+        raise SpecError(
+            f"{prefix}.early_stopping_min_delta goes with early_stopping_patience, which says after how many "
+            "evaluations to stop; give that too, or leave this out.",
+            param=f"{prefix}.early_stopping_min_delta",
+        )
+    method = adapter_values.setdefault("method", DEFAULT_METHOD)
+    if not isinstance(method, str) or method not in ADAPTER_SPECS:
+        raise SpecError(
+            f"adapter.method {method!r} is unknown{nearest(str(method), ADAPTER_SPECS)}. "
+            f"Available: {', '.join(ADAPTER_SPECS)}.",
+            param="adapter.method",
+        )
+    read_adapter = read(ADAPTER_SPECS[method], adapter_values, lambda name: places.get(name, "adapter"))
+    check_export_rank(read_adapter)
+    return TrainSpec(
+        model=model,
+        type=cast(TrainingType, type),
+        adapter=read_adapter,
+        hyperparameters=chosen,
+        seed=_read_seed(seed),
+    )
+
+
+def _route_hyperparameter(
+    name: str,
+    value: Any,
+    training_values: dict[str, Any],
+    adapter_values: dict[str, Any],
+    places: dict[str, str],
+    prefix: str,
+) -> None:
+    """Puts one hyperparameter where it belongs: with the loop's options, or with the adapter's."""
+    if name == "lora":
+        if value is not True:
+            raise SpecError(
+                f"{prefix}.lora: full fine-tuning is not offered, an adapter is always trained; "
+                "leave 'lora' out or set it to true.",
+                param=f"{prefix}.lora",
+            )
+        return
+    target = HYPERPARAMETER_ALIASES.get(name, name)
+    option = ADAPTER_ALIASES.get(name, name)
+    if target in Hyperparameters.model_fields:
+        values, key = training_values, target
+    elif option != "method" and any(option in spec.model_fields for spec in ADAPTER_SPECS.values()):
+        values, key = adapter_values, option
+        places.setdefault(option, prefix)
+    else:
+        raise SpecError(
+            f"{prefix}.{name} is unknown{nearest(name, known_hyperparameters())}.", param=f"{prefix}.{name}"
+        )
+    _put(values, key, value, f"{prefix}.{name}")
+
+
+def _put(values: dict[str, Any], key: str, value: Any, place: str) -> None:
+    """An option may stand in two places, with one value."""
+    if key in values and values[key] != value:
+        raise SpecError(
+            f"{place} = {value!r} contradicts {key} = {values[key]!r} given elsewhere; give it once.",
+            param=place,
+        )
+    values[key] = value
+
+
+def known_hyperparameters() -> list[str]:
+    """Every name that a hyperparameters object may carry, aliases included."""
+    options = {name for spec in ADAPTER_SPECS.values() for name in spec.model_fields if name != "method"}
+    return [
+        *Hyperparameters.model_fields,
+        *HYPERPARAMETER_ALIASES,
+        *ADAPTER_ALIASES,
+        *sorted(options),
+        "lora",
+    ]
+
+
+def _read_seed(seed: Any) -> int:
+    if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed <= MAX_SEED:
+        raise SpecError(f"seed must be an integer from 0 to {MAX_SEED}, not {seed!r}.", param="seed")
+    return seed
