@@ -100,10 +100,12 @@ def plan_passes(
     loss: Loss,
     every_logit: bool,
     penalty_copies: int = 0,
+    processes: int = 1,
 ) -> Plan:
     """Chooses packing, the tokens of a pass and gradient checkpointing, as far as they are "auto".
 
-    The base bears the adapters. Raises SpecError for what was asked for and this base cannot do.
+    The base bears the adapters. `processes` train this job together; on a CPU they share its memory.
+    Raises SpecError for what was asked for and this base cannot do.
     """
     asked, why, notes = spec.hyperparameters, [], []
     packing = base.passes.packing is not None if asked.packing == "auto" else asked.packing
@@ -122,7 +124,7 @@ def plan_passes(
         why.append(f"packing = {str(packing).lower()} (examples of one row: {reason})")
     tokens, checkpointing = asked.micro_batch_tokens, asked.gradient_checkpointing
     if tokens == "auto" or checkpointing == "auto":
-        estimate = estimate_memory(spec, base, adapters, loss, every_logit, penalty_copies)
+        estimate = estimate_memory(spec, base, adapters, loss, every_logit, penalty_copies, processes)
         one = int(examples.row_tokens.max() if packing else examples.sides * examples.lengths.max())
         length = int(examples.lengths.max())
         if checkpointing == "auto":
@@ -193,6 +195,7 @@ def estimate_memory(
     loss: Loss,
     every_logit: bool,
     penalty_copies: int = 0,
+    processes: int = 1,
 ) -> Estimate:
     """Counts what is there, and adds what short passes of the base with its adapters take."""
     trained = sum(p.numel() * p.element_size() for a in adapters.values() for p in a.parameters())
@@ -206,7 +209,7 @@ def estimate_memory(
     config = base.model.config.get_text_config()
     return Estimate(
         used=used,
-        free=free,
+        free=free // processes if base.device.type == "cpu" else free,
         optimizer=3 * trained,
         passes=base.pass_bytes[how],
         layers=getattr(config, "num_hidden_layers", None) or 1,

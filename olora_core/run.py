@@ -180,7 +180,7 @@ def start(
     devices.share(adapter_tensors(adapters).values())
     if packing == "segments":
         base.model.set_attn_implementation(attention.NAME)
-    needs = method.needs_logits, method.penalty_copies
+    needs = method.needs_logits, method.penalty_copies, devices.count
     own_plan = plan_passes(spec, base, adapters, data.training, loss_of(spec), *needs)
     plan = devices.agreed(own_plan)
     passes = plan.spec.hyperparameters

@@ -13,9 +13,13 @@ from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from olora_core import plan
+from olora_core.adapter import detach
 from olora_core.errors import SpecError, TrainingError
-from olora_core.model import Base, load_base
-from olora_core.plan import Estimate, LiveBytes
+from olora_core.losses import loss_of
+from olora_core.methods import METHODS
+from olora_core.methods.base import place
+from olora_core.model import Base, load_base, target_sites
+from olora_core.plan import Estimate, LiveBytes, estimate_memory
 from olora_core.train import Finished, Note, Progress, Resolved, Saved, Step, train
 
 from .conftest import CONTEXT, VOCABULARY, save_base
@@ -96,6 +100,20 @@ def test_with_room_enough_a_pass_is_as_large_as_is_fast(llama, training, tmp_pat
     assert (chosen.micro_batch_tokens, chosen.packing, chosen.gradient_checkpointing) == (2048, True, False)
     (said,) = [p for p in progress if isinstance(p, Note) and "Estimated peak memory" in p.message]
     assert said.level == "info"
+
+
+def test_the_processes_of_one_job_share_a_cpus_memory(llama, monkeypatch) -> None:
+    with_free(monkeypatch, 2**40)
+    spec = spec_for("lora")
+    method = METHODS["lora"](spec.adapter, seed=0, total_steps=1, schedule=lambda step, steps: 1.0)
+    adapters = place(method, llama.model, target_sites(llama.model, "auto"))
+    try:
+        alone, together = (
+            estimate_memory(spec, llama, adapters, loss_of(spec), False, processes=n).free for n in (1, 2)
+        )
+    finally:
+        detach(llama.model)
+    assert (alone, together) == (2**40, 2**39)
 
 
 def test_with_little_room_passes_shrink_and_then_blocks_are_checkpointed(
