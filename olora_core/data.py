@@ -21,7 +21,7 @@ from .progress import Note, Phase
 from .specs import MAX_CONTEXT, TrainSpec
 from .templates import end_of_turn_tokens
 from .token_cache import keep, new_entry, use
-from .tokenising import overlap_note, tokenise_into
+from .tokenising import overlap_note, tokenise
 
 UNKNOWN_CONTEXT = 2048
 """Tokens kept of an example when neither model nor tokenizer names a limit."""
@@ -108,7 +108,7 @@ def read_file(
         report = yield from _checked(path)
         _refuse_unfit(report, role, how, training_format)
         with new_entry(cache) as folder, ExampleWriter(folder, len(how.tokenizer)) as writer:
-            examples, notes = yield from tokenise_into(
+            examples, notes = yield from tokenise(
                 writer,
                 path,
                 how.tokenizer,

@@ -4,8 +4,6 @@ Only answers are trained: an assistant's tokens up to and with its end-of-turn t
 its end-of-sequence token; of a plain text, everything.
 """
 
-import shutil
-import tempfile
 from array import array
 from collections import deque
 from collections.abc import Generator, Iterable, Iterator, Sequence
@@ -38,34 +36,6 @@ LINES_NAMED = 50
 
 
 def tokenise(
-    path: Path,
-    tokenizer: PreTrainedTokenizerBase,
-    *,
-    context_length: int,
-    end_tokens: frozenset[int],
-    role: str = "training",
-    total: int = 0,
-) -> Generator[Phase, None, tuple[Examples, list[Note]]]:
-    """`tokenise_into` a folder that only the examples hold on to."""
-    folder = Path(tempfile.mkdtemp())
-    try:
-        with ExampleWriter(folder, len(tokenizer)) as writer:
-            return (
-                yield from tokenise_into(
-                    writer,
-                    path,
-                    tokenizer,
-                    context_length=context_length,
-                    end_tokens=end_tokens,
-                    role=role,
-                    total=total,
-                )
-            )
-    finally:
-        shutil.rmtree(folder)
-
-
-def tokenise_into(
     writer: ExampleWriter,
     path: Path,
     tokenizer: PreTrainedTokenizerBase,

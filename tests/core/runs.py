@@ -1,11 +1,18 @@
 """Runs of the training generator that several test files start."""
 
 import json
+import tempfile
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from transformers import PreTrainedTokenizerBase
+
+from olora_core.example_files import ExampleWriter
+from olora_core.examples import Examples
+from olora_core.progress import Note, result_of
 from olora_core.specs import TrainSpec, read_spec
+from olora_core.tokenising import tokenise
 from olora_core.train import Finished, Progress, Resolved, Step, train
 
 ROWS = 11
@@ -41,6 +48,15 @@ def preference_rows(count: int = ROWS) -> list[dict[str, Any]]:
 def write_rows(path: Path, rows: Iterable[dict[str, Any]]) -> Path:
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return path
+
+
+def tokenised(
+    path: Path, tokenizer: PreTrainedTokenizerBase, *, context_length: int, end_tokens: frozenset[int]
+) -> tuple[Examples, list[Note]]:
+    """A training file's examples, in a folder beside it, and what is said of them."""
+    with ExampleWriter(Path(tempfile.mkdtemp(dir=path.parent)), len(tokenizer)) as writer:
+        how = {"context_length": context_length, "end_tokens": end_tokens, "role": "training", "total": 0}
+        return result_of(tokenise(writer, path, tokenizer, **how))
 
 
 def spec_for(

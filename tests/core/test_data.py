@@ -16,13 +16,13 @@ from olora_core.data import Data, read_data
 from olora_core.errors import DataError, ModelError
 from olora_core.examples import Examples
 from olora_core.model import Base
-from olora_core.progress import Note, Phase, result_of
+from olora_core.progress import Note, Phase
 from olora_core.templates import end_of_turn_tokens
 from olora_core.token_cache import trim
-from olora_core.tokenising import overlap_note, token_from, tokenise
+from olora_core.tokenising import overlap_note, token_from
 
 from .conftest import make_tokenizer
-from .runs import spec_for, write_rows
+from .runs import spec_for, tokenised, write_rows
 
 EXAMPLE_BASE = Path(__file__).resolve().parents[2] / "examples" / "base"
 
@@ -69,14 +69,8 @@ def run(
 ) -> tuple[Examples, list[Note]]:
     path = tmp_path / "rows.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    steps = tokenise(
-        path, tokenizer, context_length=context, end_tokens=end_of_turn_tokens(tokenizer), role="training"
-    )
-    while True:
-        try:
-            assert isinstance(next(steps), Phase)
-        except StopIteration as end:
-            return end.value
+    ends = end_of_turn_tokens(tokenizer)
+    return tokenised(path, tokenizer, context_length=context, end_tokens=ends)
 
 
 def trained_text(tokenizer: PreTrainedTokenizerBase, examples: Examples, i: int = 0) -> str:
@@ -370,13 +364,13 @@ def test_instructions_and_turns_train_as_the_conversation_they_are(tmp_path, tok
 def test_a_place_is_called_by_what_its_container_counts(tmp_path, tokenizer) -> None:
     path = tmp_path / "rows"
     path.write_text(json.dumps([{"prompt": "a", "completion": "b"}] * 2, indent=1))
-    examples, notes = result_of(tokenise(path, tokenizer, context_length=99, end_tokens=frozenset({2})))
+    examples, notes = tokenised(path, tokenizer, context_length=99, end_tokens=frozenset({2}))
     assert examples.lines.tolist() == [1, 2]
     assert "(element 2)" in notes[-1].message
     tokenizer.chat_template = WITHOUT_END
     path.write_text(json.dumps([chat(QUESTION, ANSWER)]))
     with pytest.raises(DataError, match="Element 1 of the training file has no end-of-turn token"):
-        result_of(tokenise(path, tokenizer, context_length=99, end_tokens=frozenset({2})))
+        tokenised(path, tokenizer, context_length=99, end_tokens=frozenset({2}))
 
 
 # --- positions in text ---------------------------------------------------------------------------------

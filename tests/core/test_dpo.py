@@ -25,13 +25,13 @@ from olora_core.errors import DataError
 from olora_core.examples import Examples
 from olora_core.methods import METHODS
 from olora_core.model import Base, load_base, target_sites
-from olora_core.progress import Note, result_of
+from olora_core.progress import Note
 from olora_core.specs import TrainSpec
 from olora_core.templates import end_of_turn_tokens
-from olora_core.tokenising import overlap_note, tokenise
+from olora_core.tokenising import overlap_note
 from olora_core.train import Evaluated, Finished, Resolved, Saved, Step, train
 
-from .runs import chat_rows, one, preference_rows, spec_for, write_rows
+from .runs import chat_rows, one, preference_rows, spec_for, tokenised, write_rows
 from .test_parity import masked, padded, peft_model
 
 LN_2 = math.log(2)
@@ -238,12 +238,12 @@ def said(text: str) -> list[dict[str, str]]:
     return [{"role": "assistant", "content": text}]
 
 
-def tokenised(
+def pairs_of(
     folder: Path, base: Base, rows: list[dict[str, Any]], context: int = 4096
 ) -> tuple[Examples, list[Note]]:
     path = write_rows(folder / "pairs.jsonl", rows)
     ends = end_of_turn_tokens(base.tokenizer)
-    return result_of(tokenise(path, base.tokenizer, context_length=context, end_tokens=ends))
+    return tokenised(path, base.tokenizer, context_length=context, end_tokens=ends)
 
 
 PAIRS = {
@@ -264,7 +264,7 @@ PAIRS = {
 
 @pytest.mark.parametrize("spelling", PAIRS)
 def test_a_pair_is_one_prompt_with_two_trained_answers(llama: Base, tmp_path, spelling) -> None:
-    examples, _ = tokenised(tmp_path, llama, [PAIRS[spelling]])
+    examples, _ = pairs_of(tmp_path, llama, [PAIRS[spelling]])
     assert (len(examples), examples.sides) == (1, 2)
     prompts, answers = [], []
     for tokens, trained in examples.example(0):
@@ -287,7 +287,7 @@ def test_pairs_that_say_nothing_are_named_and_left_out(llama: Base, tmp_path) ->
         good | {"chosen": "Because of this and that", "rejected": "Because of this and this"},
         good | {"chosen": "Because of that"},
     ]
-    examples, notes = tokenised(tmp_path, llama, rows, context)
+    examples, notes = pairs_of(tmp_path, llama, rows, context)
     assert examples.lines.tolist() == [1, 6]
     named = {note.data["code"]: note.data["lines"] for note in notes if note.data and "code" in note.data}
     assert named == {"no_trained_token": [2, 3, 4], "n_too_long": [3, 4, 5], "equal_preference": [5]}
@@ -295,8 +295,8 @@ def test_pairs_that_say_nothing_are_named_and_left_out(llama: Base, tmp_path) ->
 
 def test_equal_pairs_of_two_files_are_told(llama: Base, tmp_path) -> None:
     rows = preference_rows(6)
-    training, _ = tokenised(tmp_path, llama, rows[:4])
-    validation, _ = tokenised(tmp_path, llama, rows[3:])
+    training, _ = pairs_of(tmp_path, llama, rows[:4])
+    validation, _ = pairs_of(tmp_path, llama, rows[3:])
     note = overlap_note(training, validation)
     assert note is not None
     assert note.data == {"code": "overlap", "lines": [1], "count": 1}
