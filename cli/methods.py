@@ -41,8 +41,7 @@ def _describe(console: Console, method: str, spec: type[AdapterSpec]) -> None:
     told = (method, spec.summary), ("paper", spec.paper), ("cost", spec.cost), ("choose it", spec.choose)
     table = Table.grid(padding=(0, 2))
     for name, sentence in told:
-        if sentence is not None:
-            table.add_row(Text(name, style="bold"), Text(sentence))
+        table.add_row(Text(name, style="bold"), Text(sentence))
     console.print(table)
     console.print()
 

@@ -113,6 +113,7 @@ MODELS = {
     "llama-tied": lambda: make_llama(tied=True),
     "llama-bf16": lambda: make_llama(dtype=torch.bfloat16),
     "gpt2": lambda: make_gpt2(),
+    "gpt2-bf16": lambda: make_gpt2(dtype=torch.bfloat16),
     "wide-llama": lambda: make_llama(width=128),
     "wide-llama-bf16": lambda: make_llama(width=128, dtype=torch.bfloat16),
     "wide-gpt2": lambda: make_gpt2(width=64),

@@ -19,6 +19,10 @@ NINE = 9  # with four a batch, the third batch has one row, and one process none
 CASES: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
     "accumulated": ("llama", {}, {}),
     "lora": ("llama", {"method": "lora"}, {}),
+    "pissa": ("llama", {"method": "pissa"}, {}),
+    "melora": ("llama", {"method": "melora", "adapter": {"dropout": 0.2}}, {}),
+    "tt_lora": ("llama", {"method": "tt_lora"}, {}),
+    "ba_lora": ("llama", {"method": "ba_lora", "micro_batch_size": 1}, {}),
     "prilora": ("llama", {"method": "prilora", "adapter": {"prune_every": 2}, "packing": False}, {}),
     "adalora": ("llama", {"method": "adalora", "micro_batch_size": 1}, {}),
     "rm_lora": ("llama", {"method": "rm_lora", "micro_batch_size": 1}, {}),
