@@ -14,7 +14,7 @@ from rich.text import Text
 
 from olora_core.errors import OloraError
 
-from . import adapters, files, jobs, methods, serve, train
+from . import adapters, compare, files, jobs, methods, serve, train
 
 LONGEST_REASON = 300
 
@@ -28,6 +28,7 @@ app.command()(serve.serve)
 app.command()(serve.worker)
 app.command()(serve.migrate)
 app.command()(train.train)
+app.command()(compare.compare)
 app.command()(methods.methods)
 app.add_typer(files.app, name="files", help="Upload training files.")
 app.add_typer(jobs.app, name="jobs", help="Ask for fine-tuning jobs, and follow them.")

@@ -1,4 +1,4 @@
-"""The progress bar of a training run: step, loss, tokens a second, time left."""
+"""The progress bars of a training run and of a comparison: steps, losses, time left."""
 
 from collections import deque
 from collections.abc import Mapping
@@ -7,6 +7,8 @@ from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+
+from olora_core.progress import ComparedStep, RunFinished
 
 
 class TrainingBar:
@@ -91,6 +93,72 @@ class TrainingBar:
 
     def say(self, message: str, style: str = "") -> None:
         """A line above the bar."""
+        self.console.print(message, style=style, markup=False, highlight=False, soft_wrap=True)
+
+
+class ComparisonBars:
+    """Two live bars: the whole comparison, and the run at hand; on a pipe a line for each run that ends."""
+
+    def __init__(self, console: Console) -> None:
+        self.console = console
+        self._progress = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(),
+            TextColumn("{task.fields[count]}"),
+            TextColumn("{task.fields[figures]}"),
+            TimeRemainingColumn(compact=True),
+            console=console,
+        )
+        self._whole = self._progress.add_task("comparing", total=None, count="", figures="")
+        self._run = self._progress.add_task("waiting", total=None, count="", figures="")
+
+    def __enter__(self) -> "ComparisonBars":
+        self._progress.start()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._progress.stop()
+
+    def phase(self, name: str, done: int = 0, total: int | None = None) -> None:
+        """What a run does beside its steps."""
+        count = f"{done}/{total}" if total else ""
+        self._progress.update(
+            self._run, description=name, completed=done, total=total or None, count=count, figures=""
+        )
+
+    def step(self, step: ComparedStep) -> None:
+        self._progress.update(
+            self._whole,
+            completed=step.step,
+            total=step.total_steps,
+            count=f"run {step.run}/{step.runs}",
+        )
+        what = f"seed {step.seed}" if step.stage == "final" else "search"
+        self._progress.update(
+            self._run,
+            description=f"{step.method}, {what}, {step.learning_rate:g}",
+            completed=step.run_step,
+            total=step.run_steps,
+            count=f"{step.run_step}/{step.run_steps}",
+            figures=_named("loss", step.loss),
+        )
+
+    def finished(self, run: RunFinished) -> None:
+        """Above the bars, or on a pipe."""
+        what = f"seed {run.seed}" if run.stage == "final" else f"search, {run.steps} steps"
+        loss = "not finite" if run.loss is None else f"{run.loss:.4f}"
+        self.say(
+            f"run {run.run}/{run.runs}  {run.method}, {what}, rate {run.learning_rate:g}: loss {loss}",
+            "dim" if run.stage == "search" else "",
+        )
+
+    def say(self, message: str, style: str = "") -> None:
+        """A line above the bars."""
         self.console.print(message, style=style, markup=False, highlight=False, soft_wrap=True)
 
 

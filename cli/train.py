@@ -8,16 +8,24 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
-from types import FrameType
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
-from rich.console import Console
 
 from olora_core.errors import SpecError
 from olora_core.specs import MAX_SEED, TrainSpec, check_validation, nearest, read_spec, spec_error
 
+from .local import (
+    STOPPED,
+    base_folder,
+    check_data,
+    console,
+    existing_file,
+    make_output,
+    newest_checkpoint,
+    stop_signals,
+)
 from .progress import TrainingBar
 from .samples import show_samples
 
@@ -28,13 +36,11 @@ if TYPE_CHECKING:
 
     from .charts import Charts
 
-console = Console(stderr=True)
 RUN_FILE = "run.json"
 """In the output folder: what was asked for and what "auto" became, so that a later start goes on with it."""
 TOKENS = "tokens"
 """In the output folder: the tokenised files, for the next start."""
 CURVES_FOLDER = "tensorboard"
-STOPPED = 130
 _LAUNCHED = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0"}
 
 
@@ -99,8 +105,8 @@ def train(
     check_validation(asked, given=run.validation_file is not None)
     trackers = _trackers(run)
     here = spec_file.resolve().parent
-    training = _existing(here / run.training_file, "training_file")
-    validation = _existing(here / run.validation_file, "validation_file") if run.validation_file else None
+    training = existing_file(here / run.training_file, "training_file")
+    validation = existing_file(here / run.validation_file, "validation_file") if run.validation_file else None
     output = here / run.output
     adapter = output / "adapter"
     if fresh:
@@ -110,9 +116,9 @@ def train(
             f"{adapter} is finished already; name another output, or say --fresh.", param="output"
         )
     spec = _recorded(output, asked)
-    _check_data(training, validation, spec.type)
-    folder = _base_folder(run.model, here)
-    _make(output)
+    check_data(training, validation, spec.type)
+    folder = base_folder(run.model, here)
+    make_output(output)
     if not _train(spec, asked, folder, training, validation, output, device, trackers):
         console.print("Stopped; the same command goes on from the last checkpoint.")
         raise typer.Exit(STOPPED)
@@ -156,41 +162,6 @@ def _trackers(run: RunFile) -> "list[Integration]":
     return integrations
 
 
-def _existing(path: Path, name: str) -> Path:
-    if not path.is_file():
-        raise SpecError(f"{name}: {path} is not a file.", param=name)
-    return path
-
-
-def _check_data(training: Path, validation: Path | None, type: str) -> None:
-    """Raises DataError with the first bad line, before anything is loaded."""
-    from olora_core.formats import check_for_training, validate
-
-    with training.open("rb") as stream:
-        report = validate(stream)
-    trouble = check_for_training(report, role="training", minimum_rows=1, type=type)
-    if trouble is None and validation is not None:
-        with validation.open("rb") as stream:
-            other = validate(stream)
-        trouble = check_for_training(
-            other, role="validation", minimum_rows=1, training_format=report.format, type=type
-        )
-    if trouble is not None:
-        raise trouble
-
-
-def _base_folder(model: str, here: Path) -> Path:
-    """A folder, beside the spec file or as the service knows it. Raises ModelError for an unknown name."""
-    from store.bases import fetch_base, find_base
-    from store.settings import get_settings
-
-    folder = here / Path(model).expanduser()
-    if folder.is_dir():
-        return folder
-    settings = get_settings()
-    return fetch_base(find_base(settings, model), settings)
-
-
 def _recorded(output: Path, asked: TrainSpec) -> TrainSpec:
     """The spec to train: what an unfinished run in `output` resolved, or as asked."""
     if not (output / RUN_FILE).exists():
@@ -213,20 +184,6 @@ def _recorded(output: Path, asked: TrainSpec) -> TrainSpec:
     return resolved
 
 
-def _make(output: Path) -> None:
-    """The output folder. Raises SpecError when it cannot be made, or nothing can be written there."""
-    try:
-        output.mkdir(parents=True, exist_ok=True)
-        writable = os.access(output, os.W_OK | os.X_OK)
-    except (OSError, ValueError) as error:  # ValueError: a name with a null byte
-        reason = getattr(error, "strerror", None) or error
-        raise SpecError(
-            f"output: {output} cannot be made: {reason}. Name another folder.", param="output"
-        ) from None
-    if not writable:
-        raise SpecError(f"output: nothing can be written to {output}. Name another folder.", param="output")
-
-
 def _record(output: Path, asked: TrainSpec, resolved: TrainSpec) -> None:
     aside = output / f"{RUN_FILE}.part"
     content = {"asked": asked.model_dump(mode="json"), "resolved": resolved.model_dump(mode="json")}
@@ -243,11 +200,6 @@ def _clear(output: Path) -> None:
     (output / RUN_FILE).unlink(missing_ok=True)
 
 
-def _newest_checkpoint(output: Path) -> Path | None:
-    folders = sorted(path for path in (output / "checkpoints").glob("step-*") if path.is_dir())
-    return folders[-1] if folders else None
-
-
 def _train(
     spec: TrainSpec,
     asked: TrainSpec,
@@ -259,7 +211,7 @@ def _train(
     trackers: "list[Integration]",
 ) -> bool:
     """Drives the core. False when Ctrl-C or SIGTERM stopped the run, after a checkpoint."""
-    with TrainingBar(console) as bar, _stop_signals() as stopping, ExitStack() as stack:
+    with TrainingBar(console) as bar, stop_signals() as stopping, ExitStack() as stack:
         bar.phase("loading torch")
         os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # as for the service's trainer
         from olora_core.progress import Evaluated, Finished, Note, Phase, Resolved, Samples, Saved, Step
@@ -268,7 +220,7 @@ def _train(
 
         device, devices = stack.enter_context(_devices(device))
         bar.phase("loading the base model")
-        resume = _newest_checkpoint(output)
+        resume = newest_checkpoint(output)
         devices.agreed((spec, folder, training, validation, output, resume))
         base = _load(spec, folder, device, devices)
         if resume is not None:
@@ -404,22 +356,3 @@ def _summarise(bar: TrainingBar, finished: Any) -> None:
     before, after = certificate.get("valid_loss_before"), certificate.get("valid_loss_after")
     if before is not None and after is not None:
         bar.say(f"Validation loss {before:.4f} before, {after:.4f} after.")
-
-
-@contextmanager
-def _stop_signals() -> Iterator[list[int]]:
-    """Collects SIGINT and SIGTERM; a second one ends the process at once."""
-    received: list[int] = []
-
-    def stop(number: int, frame: FrameType | None) -> None:
-        if received:
-            raise KeyboardInterrupt
-        received.append(number)
-        console.print("Stopping at the next step, with a checkpoint; once more to stop at once.")
-
-    before = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield received
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)

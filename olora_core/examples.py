@@ -101,6 +101,20 @@ class Examples:
             None if self.known_prints is None else self.known_prints[:kept],
         )
 
+    def taken(self, which: np.ndarray) -> "Examples":
+        """These examples alone, in this order, copied."""
+        rows = (self.sides * which[:, None] + np.arange(self.sides)).ravel()
+        parts = [self.row(i) for i in rows.tolist()]
+        return Examples(
+            np.concatenate([tokens for tokens, _ in parts]),
+            np.concatenate([trained for _, trained in parts]),
+            np.concatenate([[0], np.cumsum([len(tokens) for tokens, _ in parts], dtype=np.int64)]),
+            self.lines[which],
+            self.sides,
+            None if self.trained_counts is None else self.trained_counts[rows],
+            None if self.known_prints is None else self.known_prints[which],
+        )
+
 
 def fingerprint(rows: Rows) -> int:
     """64 bits of an example's tokens. Two among a million share theirs once in 30 million files."""

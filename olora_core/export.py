@@ -263,7 +263,7 @@ def _manifest(base: Base, export: Export, story: Story) -> dict[str, Any]:
         },
         "metrics": dict(story.metrics),
         "samples": None if story.samples is None else asdict(story.samples),
-        "versions": _versions(),
+        "versions": versions(),
     }
 
 
@@ -279,7 +279,7 @@ def _quantization(base: Base) -> dict[str, Any] | None:
     }
 
 
-def _versions() -> dict[str, str]:
+def versions() -> dict[str, str]:
     found = {}
     for package in PACKAGES:
         try:

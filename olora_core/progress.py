@@ -1,4 +1,4 @@
-"""What a training run says while it runs. Whoever drives `train` records these values."""
+"""What a training run says while it runs, and a comparison of many. Whoever drives them records it."""
 
 from collections.abc import Generator
 from dataclasses import dataclass
@@ -18,6 +18,9 @@ PhaseName = Literal[
     "exporting",
     "certifying",
 ]
+
+Stage = Literal["search", "final"]
+"""Of a comparison: which rate is best, and how good the method is at it."""
 
 
 @dataclass(frozen=True)
@@ -130,7 +133,53 @@ class Finished:
     steps: int
 
 
+@dataclass(frozen=True)
+class ComparedStep:
+    """One optimizer step of one run of a comparison. Totals are as planned now; a search may add runs."""
+
+    step: int
+    """Over all runs so far; it never falls."""
+    total_steps: int
+    method: str
+    """The compared method's label."""
+    stage: Stage
+    learning_rate: float
+    """The run's peak."""
+    seed: int
+    run: int
+    runs: int
+    run_step: int
+    run_steps: int
+    loss: float
+
+
+@dataclass(frozen=True)
+class RunFinished:
+    """One run of a comparison is over."""
+
+    run: int
+    runs: int
+    method: str
+    stage: Stage
+    learning_rate: float
+    seed: int
+    steps: int
+    loss: float | None
+    """Nats over the search split, or over the validation file; None when it was not finite."""
+    seconds: float
+    """Spent in steps."""
+
+
+@dataclass(frozen=True)
+class Compared:
+    """The comparison is done: `folder` holds comparison.html and comparison.json, `report` is the latter."""
+
+    folder: Path
+    report: dict[str, Any]
+
+
 Progress = Phase | Note | Resolved | Step | Evaluated | Saved | Samples | Finished
+ComparisonProgress = Phase | Note | ComparedStep | RunFinished | Saved | Compared
 ResultT = TypeVar("ResultT")
 
 

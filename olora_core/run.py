@@ -1,8 +1,8 @@
 """A run between two steps, and how it is set up."""
 
 import hashlib
-import math
-from collections.abc import Generator
+from collections.abc import Generator, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from . import attention
-from .adapter import Adapter, Site, adapter_tensors
+from .adapter import Adapter, Site, adapter_tensors, detach
 from .batches import epoch_order, steps_per_epoch
 from .data import Data, context_length
 from .devices import Devices
@@ -65,6 +65,20 @@ def facts(base: Base, data: Data, devices: Devices) -> Facts:
     return Facts(
         len(data.training), width, context_length(base), dtype, devices.count, sharded=base.shards > 1
     )
+
+
+@contextmanager
+def borrowed(base: Base) -> Iterator[None]:
+    """Inside, the base may bear adapters and be set up for a run; afterwards it is as it was."""
+    threads, attention_before = torch.get_num_threads(), base.model.config._attn_implementation
+    try:
+        yield
+    finally:
+        detach(base.model)
+        set_checkpointing(base.model, False)
+        base.model.set_attn_implementation(attention_before)
+        base.model.eval()
+        torch.set_num_threads(threads)
 
 
 @dataclass
@@ -157,14 +171,19 @@ class Run:
         return self.order[1][index * size : (index + 1) * size]
 
 
+def steps_of(hyperparameters: Hyperparameters, examples: int) -> int:
+    """Optimizer steps of a run over so many examples; nothing that it looks at is "auto" any more."""
+    whole = hyperparameters.n_epochs * steps_per_epoch(examples, hyperparameters.batch_size)
+    return min(whole, hyperparameters.max_steps or whole)
+
+
 def start(
     asked: TrainSpec, spec: TrainSpec, base: Base, data: Data, sites: list[Site], devices: Devices
 ) -> Generator[Phase, None, tuple[Run, Plan]]:
     """Puts the adapters in place, plans the passes and makes the optimizer."""
     devices.meet()
     hyperparameters = spec.hyperparameters
-    per_epoch = steps_per_epoch(len(data.training), hyperparameters.batch_size)
-    total_steps = min(hyperparameters.n_epochs * per_epoch, hyperparameters.max_steps or math.inf)
+    total_steps = steps_of(hyperparameters, len(data.training))
     schedule = schedule_of(hyperparameters)
     method = METHODS[spec.adapter.method](
         spec.adapter,

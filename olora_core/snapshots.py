@@ -1,7 +1,9 @@
 """A run's checkpoints: what of it is set down, and how it is taken up again."""
 
 import shutil
-from dataclasses import asdict
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import torch
@@ -17,18 +19,41 @@ from .run import Run, not_finite
 LOCAL_CHECKPOINTS = 2
 
 
+@dataclass
+class Checkpoints:
+    """How a run is set down, and when: after so many seconds, and after every evaluation or not."""
+
+    save: Callable[[Run], Saved]
+    seconds: float
+    follow_evaluations: bool = True
+    saved_at: float = field(default_factory=time.monotonic)
+
+    @property
+    def are_due(self) -> bool:
+        return time.monotonic() - self.saved_at >= self.seconds
+
+    def make(self, run: Run) -> Saved:
+        saved = self.save(run)
+        self.saved_at = time.monotonic()
+        return saved
+
+
 def save(run: Run, folder: Path) -> Saved:
     """Sets the run down in a folder of its own; keeps the newest two, and with early stopping the best."""
-    if not all(tensor.isfinite().all() for tensor in adapter_tensors(run.adapters).values()):
-        raise not_finite(run, f"The adapter is not finite after step {run.step}.")
-    place = folder / "checkpoints" / checkpoint_name(run.step)
-    saved = checkpoint.save(place, snapshot(run))
     best_step = run.best.step if run.best else None
-    for older in sorted(place.parent.glob("step-*"))[:-LOCAL_CHECKPOINTS]:
-        if older.name != checkpoint_name(best_step):
-            shutil.rmtree(older)
+    saved = put(folder, run.step, snapshot(run), keep=best_step)
     run.saved_at = run.step
     return Saved(run.step, saved, checkpoint_metrics(run), best_step)
+
+
+def put(folder: Path, step: int, taken: Snapshot, keep: int | None = None) -> Path:
+    """Writes the checkpoint of a step; removes all but the newest two, and that of the step `keep`."""
+    place = folder / "checkpoints" / checkpoint_name(step)
+    saved = checkpoint.save(place, taken)
+    for older in sorted(place.parent.glob("step-*"))[:-LOCAL_CHECKPOINTS]:
+        if older.name != checkpoint_name(keep):
+            shutil.rmtree(older)
+    return saved
 
 
 def checkpoint_name(step: int | None) -> str:
@@ -36,6 +61,9 @@ def checkpoint_name(step: int | None) -> str:
 
 
 def snapshot(run: Run) -> Snapshot:
+    """Raises TrainingError for an adapter from which no run could go on."""
+    if not all(tensor.isfinite().all() for tensor in adapter_tensors(run.adapters).values()):
+        raise not_finite(run, f"The adapter is not finite after step {run.step}.")
     moments, groups = checkpoint.optimizer_state(run.optimizer)
     state = {
         "step": run.step,
@@ -64,14 +92,13 @@ def take_up(run: Run, folder: Path) -> None:
     """`restore` on every device, first on the one that tells what is wrong with a checkpoint."""
     if not run.devices.leads:
         run.devices.meet()
-    restore(run, folder)
+    restore(run, checkpoint.load(folder, run.identity), folder.name)
     if run.devices.leads:
         run.devices.meet()
 
 
-def restore(run: Run, folder: Path) -> None:
-    """Takes the run up where a checkpoint set it down."""
-    saved = checkpoint.load(folder, run.identity)
+def restore(run: Run, saved: Snapshot, name: str) -> None:
+    """Takes the run up where the checkpoint of that name set it down."""
     state, tensors = saved.state, saved.tensors
     try:
         load_adapter_tensors(run.adapters, tensors["adapter"])
@@ -89,7 +116,7 @@ def restore(run: Run, folder: Path) -> None:
         set_checkpointing(run.base.model, run.checkpointing)
     except (KeyError, ValueError, TypeError) as error:
         raise CheckpointError(
-            f"Checkpoint '{folder.name}' does not fit this run: {error}. Start the run anew."
+            f"Checkpoint '{name}' does not fit this run: {error}. Start the run anew."
         ) from None
 
 

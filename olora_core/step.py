@@ -1,8 +1,10 @@
 """One optimizer step: its passes, their gradients, and what happens when memory or numbers run out."""
 
+import ctypes
 import math
 import time
 from collections.abc import Generator
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -201,6 +203,18 @@ def base_logits(base: Base, batch: MicroBatch) -> Tensor:
     """What the base says of a batch: adapters off, eval mode."""
     with adapters_off(base.model), evaluating(base.model):
         return base.passes.logits(base.model, batch)[1]
+
+
+def forget_peak_memory(device: torch.device) -> None:
+    """From here on `peak_memory` tells of what comes; where the system does not allow that, of all so far."""
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats(device)
+        return
+    with suppress(OSError, AttributeError):
+        # What earlier runs have freed lies about in glibc's heap, and would count as used.
+        ctypes.CDLL(None).malloc_trim(0)
+        Path("/proc/self/clear_refs").write_text("5")
 
 
 def peak_memory(device: torch.device) -> int:

@@ -4,14 +4,12 @@ Reading order is the order of events: `train` at the top, then what it calls.
 """
 
 import shutil
-import time
-from collections.abc import Generator, Iterator
+from collections.abc import Callable, Generator, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from .adapter import adapter_tensors, detach, load_adapter_tensors
+from .adapter import adapter_tensors, load_adapter_tensors
 from .certify import certify
 from .data import Data, read_data
 from .devices import ALONE, Devices
@@ -19,12 +17,12 @@ from .early_stopping import is_over
 from .evaluations import evaluate_fully
 from .export import Story, export_adapter, record_certificate
 from .model import Base, check_quantization, target_sites
-from .plan import Plan, set_checkpointing
+from .plan import Plan
 from .precision import compute_dtype
 from .progress import Evaluated, Finished, Note, Phase, Progress, Resolved, Samples, Saved, Step
-from .run import Run, check_dtype, check_sharding, facts, start
+from .run import Run, borrowed, check_dtype, check_sharding, facts, start
 from .samples import sample
-from .snapshots import save, take_up
+from .snapshots import Checkpoints, save, take_up
 from .specs import TrainSpec, check_validation, resolve
 from .step import fill_note, peak_memory, take_step
 
@@ -73,8 +71,7 @@ def train(
 
     Raises OloraErrors only for expected trouble; each says what to do.
     """
-    asked, threads = spec, torch.get_num_threads()
-    attention_before = base.model.config._attn_implementation
+    asked = spec
     with devices.sharing():
         check_dtype(spec, base)
         check_quantization(spec, base)
@@ -84,7 +81,7 @@ def train(
         own_cache = folder / "tokens" if devices.leads else None
         data = yield from read_data(spec, base, training, validation, cache or own_cache)
         spec, why = resolve(spec, facts(base, data, devices))
-        try:
+        with borrowed(base):
             run, plan = yield from start(asked, spec, base, data, sites, devices)
             trained = sum(parameter.numel() for parameter in run.parameters)
             targets = [site.name for site in sites]
@@ -94,16 +91,10 @@ def train(
                 yield from notes(run, plan)
             else:
                 take_up(run, resume)
-            yield from steps(run, folder, checkpoint_seconds)
+            yield from steps(run, Checkpoints(partial(save, folder=folder), checkpoint_seconds))
             devices.check_equal(adapter_tensors(run.adapters).values())
             if devices.leads:
                 yield from finish(run, folder)
-        finally:
-            detach(base.model)
-            set_checkpointing(base.model, False)
-            base.model.set_attn_implementation(attention_before)
-            base.model.eval()
-            torch.set_num_threads(threads)
 
 
 def notes(run: Run, plan: Plan) -> Iterator[Note]:
@@ -125,15 +116,22 @@ def notes(run: Run, plan: Plan) -> Iterator[Note]:
 # --- the loop ------------------------------------------------------------------------------------------
 
 
-def steps(run: Run, folder: Path, checkpoint_seconds: float) -> Wishes:
-    """Steps, with the whole validation file at the start and whenever it is due, and checkpoints."""
-    saved_at = time.monotonic()
+def evaluation_is_due(run: Run) -> bool:
+    """At the very start, at epochs' ends, at the last step, and every `eval_steps`."""
+    every = run.hyperparameters.eval_steps
+    at_epoch_end = run.step % run.steps_per_epoch == 0 or run.step == run.total_steps
+    return at_epoch_end or (every is not None and run.step % every == 0)
+
+
+def steps(
+    run: Run, checkpoints: Checkpoints, is_due: Callable[[Run], bool] = evaluation_is_due
+) -> Generator[Note | Phase | Step | Evaluated | Saved, str | None, None]:
+    """Steps, with the whole validation file whenever it `is_due`, and checkpoints."""
     while True:
-        if evaluation_is_due(run) and run.evaluated_at != run.step:
+        if is_due(run) and run.evaluated_at != run.step:
             yield from evaluate_fully(run)
-            if run.step and run.devices.leads:
-                yield save(run, folder)
-                saved_at = time.monotonic()
+            if checkpoints.follow_evaluations and run.step and run.devices.leads:
+                yield checkpoints.make(run)
         if run.step == run.total_steps:
             return
         if is_over(run.evaluations, run.hyperparameters):
@@ -145,18 +143,9 @@ def steps(run: Run, folder: Path, checkpoint_seconds: float) -> Wishes:
             )
             return
         wish = yield (yield from take_step(run))
-        is_due = time.monotonic() - saved_at >= checkpoint_seconds
-        # After an evaluation a checkpoint follows anyway.
-        if run.devices.leads and (wish == "save" or (is_due and not evaluation_is_due(run))):
-            yield save(run, folder)
-            saved_at = time.monotonic()
-
-
-def evaluation_is_due(run: Run) -> bool:
-    """At the very start, at epochs' ends, at the last step, and every `eval_steps`."""
-    every = run.hyperparameters.eval_steps
-    at_epoch_end = run.step % run.steps_per_epoch == 0 or run.step == run.total_steps
-    return at_epoch_end or (every is not None and run.step % every == 0)
+        follows_anyway = checkpoints.follow_evaluations and is_due(run)
+        if run.devices.leads and (wish == "save" or (checkpoints.are_due and not follows_anyway)):
+            yield checkpoints.make(run)
 
 
 # --- the end -------------------------------------------------------------------------------------------

@@ -9,7 +9,7 @@ and a component i is worth s(λ_i) + mean_j s(P_ji) + mean_j s(Q_ij). At a maski
 together keep their λ, as many as the budget says; the others' is set to 0, and may come back before the next.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, cast
 
 import torch
@@ -79,6 +79,11 @@ class AdaLoRA(Method[AdaLoRASpec]):
                 "falls; use at most as many.",
                 param="adapter.mask_interval",
             )
+
+    @classmethod
+    def trained_numbers(cls, spec: AdaLoRASpec, sites: Sequence[Site], total_steps: int) -> int:
+        """And a number for each component."""
+        return super().trained_numbers(spec, sites, total_steps) + spec.rank * len(sites)
 
     def adapter(self, weight: Tensor, site: Site) -> AdaLoRAAdapter:
         self.check_rank(site)

@@ -1,7 +1,10 @@
-"""What a method may do to a training run: one required hook, and nine that do nothing unless defined."""
+"""What a method may do to a training run: one required hook, and nine that do nothing unless defined.
+
+Beside them, what it says of itself before any run: how many numbers it trains, and how wide it can be.
+"""
 
 import hashlib
-from collections.abc import Callable, Generator, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
@@ -64,6 +67,16 @@ class Method(Generic[SpecT]):
         self.sum_over_processes: Callable[[Tensor], Tensor] = lambda tensor: tensor
         """For statistics over a whole optimizer batch, of which each device sees its micro-batches alone: the
         sum over all devices. To be called by every process alike, so in `after_backward` or `after_step`."""
+
+    @classmethod
+    def trained_numbers(cls, spec: SpecT, sites: Sequence[Site], total_steps: int) -> int:
+        """How many numbers a run of so many steps trains in all of these layers, those of rounds together."""
+        return sum(spec.rank * (site.in_features + site.out_features) for site in sites)
+
+    @classmethod
+    def widest_rank(cls, spec: SpecT, sites: Sequence[Site], total_steps: int) -> int:
+        """The largest rank at which every one of these layers holds its adapter."""
+        return min(min(site.in_features, site.out_features) for site in sites)
 
     def adapter(self, weight: Tensor, site: Site) -> Adapter:
         """Builds the adapter of one layer. `weight` is W as out×in, in the base's dtype; read only.

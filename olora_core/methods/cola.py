@@ -4,7 +4,7 @@ M links are trained one after another. At a knot, link i joins the finished ones
 fresh LoRA with a fresh optimizer; so the sum reaches a rank that none of its links has.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from itertools import accumulate
 from typing import Any
 
@@ -22,8 +22,8 @@ class COLA(Method[COLASpec]):
 
     def __init__(self, spec: COLASpec, **run: Any) -> None:
         super().__init__(spec, **run)
-        links = min(spec.links, self.total_steps)
-        self.ranks = spec.ranks[:links]
+        self.ranks = links_ranks(spec, self.total_steps)
+        links = len(self.ranks)
         self.knots = knots(spec.shares[:links], self.total_steps)
         """The last step of each link."""
         self.adapters: Mapping[str, RoundsAdapter] = {}
@@ -32,6 +32,11 @@ class COLA(Method[COLASpec]):
                 f"adapter.links = {spec.links} is more than the job's {self.total_steps} step(s); it trains "
                 f"{links} link(s) of a step each."
             )
+
+    @classmethod
+    def trained_numbers(cls, spec: COLASpec, sites: Sequence[Site], total_steps: int) -> int:
+        ranks = links_ranks(spec, total_steps)
+        return sum(sum(ranks) * (site.in_features + site.out_features) for site in sites)
 
     def adapter(self, weight: Tensor, site: Site) -> RoundsAdapter:
         self.check_rank(site)
@@ -72,6 +77,11 @@ class COLA(Method[COLASpec]):
             adapter.keep()
             self.begin(name, adapter, link)
             forget(optimizer, adapter.parameters())
+
+
+def links_ranks(spec: COLASpec, total_steps: int) -> tuple[int, ...]:
+    """Of the links that a run trains; each has a step at least."""
+    return spec.ranks[: min(spec.links, total_steps)]
 
 
 def knots(shares: tuple[float, ...], steps: int) -> list[int]:

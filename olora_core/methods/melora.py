@@ -5,7 +5,7 @@ the update is block diagonal, of rank n·r, with the trained numbers of one LoRA
 """
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, cast
 
 import torch
@@ -43,6 +43,11 @@ class MELoRAAdapter(Adapter):
 
 class MELoRA(Method[MELoRASpec]):
     """Plain: beside `adapter`, only rates of their own for A and B, where asked for (LoRA+)."""
+
+    @classmethod
+    def widest_rank(cls, spec: MELoRASpec, sites: Sequence[Site], total_steps: int) -> int:
+        """That of a slice."""
+        return super().widest_rank(spec, sites, total_steps) // spec.mini_loras
 
     def adapter(self, weight: Tensor, site: Site) -> Adapter:
         n, rank = self.spec.mini_loras, self.spec.rank

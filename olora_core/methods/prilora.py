@@ -6,7 +6,7 @@ j: n_j is its root mean square over the tokens of a step. (The paper's L2 norm g
 tokens; within a row both rank alike.) B is never pruned.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -88,6 +88,10 @@ def squares(x: Tensor, is_token: Tensor | None) -> Tensor:
     return torch.cat([sums, weights.sum()[None]])
 
 
+def rank_of(spec: PRILoRASpec, site: Site) -> int:
+    return spec.rank_at(site.layer_index, site.layer_count)
+
+
 class PRILoRA(Method[PRILoRASpec]):
     """Looks at every layer's inputs, and prunes between steps."""
 
@@ -96,8 +100,23 @@ class PRILoRA(Method[PRILoRASpec]):
         self.at_hand = Pass()
         self.adapters: list[PRILoRAAdapter] = []
 
+    @classmethod
+    def trained_numbers(cls, spec: PRILoRASpec, sites: Sequence[Site], total_steps: int) -> int:
+        return sum(rank_of(spec, site) * (site.in_features + site.out_features) for site in sites)
+
+    @classmethod
+    def widest_rank(cls, spec: PRILoRASpec, sites: Sequence[Site], total_steps: int) -> int:
+        """The last block's is the largest, at most twice the mean."""
+        widest = super().widest_rank(spec, sites, total_steps)
+
+        def fits(rank: int) -> bool:
+            wider = spec.model_copy(update={"rank": rank})
+            return all(rank_of(wider, s) <= min(s.in_features, s.out_features) for s in sites)
+
+        return max(filter(fits, range(1, widest + 1)), default=0)
+
     def adapter(self, weight: Tensor, site: Site) -> PRILoRAAdapter:
-        rank = self.spec.rank_at(site.layer_index, site.layer_count)
+        rank = rank_of(self.spec, site)
         limit = min(site.out_features, site.in_features)
         if rank > limit:
             raise SpecError(

@@ -4,7 +4,7 @@ After each optimizer step comes the proximal step of λ‖g‖₁, `g ← sign(g
 term. The authors' code shrinks twice, so that all |g| < 2ξ vanish; this is the soft threshold itself.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, cast
 
 import torch
@@ -55,6 +55,11 @@ class SoRA(Method[SoRASpec]):
                 f"adapter.threshold = {self.threshold:g} is not below {told}: every gate shrinks faster than "
                 "training can move it, and all will be 0 in the end. Lower it."
             )
+
+    @classmethod
+    def trained_numbers(cls, spec: SoRASpec, sites: Sequence[Site], total_steps: int) -> int:
+        """And a number for each component."""
+        return super().trained_numbers(spec, sites, total_steps) + spec.rank * len(sites)
 
     def adapter(self, weight: Tensor, site: Site) -> GatedAdapter:
         self.check_rank(site)

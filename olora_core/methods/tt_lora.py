@@ -58,9 +58,20 @@ def contracted_outputs(cores: Sequence[Tensor]) -> Tensor:
 class TTLoRA(Method[TTLoRASpec]):
     """Plain: cores that the optimizer moves like any tensor."""
 
+    @classmethod
+    def trained_numbers(cls, spec: TTLoRASpec, sites: Sequence[Site], total_steps: int) -> int:
+        """r·m of the two cores at the ends of each train, r·m·r of those between."""
+        r, total = spec.rank, 0
+        for site in sites:
+            for size in (site.in_features, site.out_features):
+                end, *inner = modes_of(spec, size)
+                total += r * end + r * r * sum(inner)
+        return total
+
     def adapter(self, weight: Tensor, site: Site) -> TTLoRAAdapter:
         self.check_rank(site)
-        r, ins, outs = self.spec.rank, self.modes(site.in_features), self.modes(site.out_features)[::-1]
+        r, ins = self.spec.rank, modes_of(self.spec, site.in_features)
+        outs = modes_of(self.spec, site.out_features)[::-1]
         draw = generator(self.seed, self.finished_steps, site.name)
         # The variance of an entry of G is that of its p factors, over r paths at each of p - 1 bonds.
         spread = (1 / (3 * site.in_features * r ** (len(ins) - 1))) ** (1 / (2 * len(ins)))
@@ -82,9 +93,10 @@ class TTLoRA(Method[TTLoRASpec]):
                 param="adapter.modes",
             )
 
-    def modes(self, size: int) -> tuple[int, ...]:
-        """Of an input of this size; an output's are the same in reverse."""
-        return (self.spec.modes or {}).get(size) or factored(size)
+
+def modes_of(spec: TTLoRASpec, size: int) -> tuple[int, ...]:
+    """Of an input of this size; an output's are the same in reverse."""
+    return (spec.modes or {}).get(size) or factored(size)
 
 
 def factored(size: int) -> tuple[int, ...]:

@@ -4,7 +4,7 @@ In each round of κ steps a few blocks, drawn at random, train a booster of rank
 all finished ones; then it is kept, and the next round draws anew.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -24,7 +24,7 @@ class XGBLoRA(Method[XGBLoRASpec]):
 
     def __init__(self, spec: XGBLoRASpec, **run: Any) -> None:
         super().__init__(spec, **run)
-        self.round_steps = spec.steps_per_round or max(16, -(-self.total_steps // 64))
+        self.round_steps = steps_of_a_round(spec, self.total_steps)
         self.ramp_steps = spec.ramp_steps or max(1, min(10, self.round_steps // 10))
         if self.total_steps > MAX_ROUNDS * self.round_steps:
             raise SpecError(
@@ -34,6 +34,20 @@ class XGBLoRA(Method[XGBLoRASpec]):
             )
         self.layer_of: dict[str, int | None] = {}
         self.adapters: Mapping[str, RoundsAdapter] = {}
+
+    @classmethod
+    def trained_numbers(cls, spec: XGBLoRASpec, sites: Sequence[Site], total_steps: int) -> int:
+        """Of the blocks that each round draws, which is exact where all are alike."""
+        layers = {site.layer_index for site in sites}
+        drawn = min(len(layers), blocks_of_a_round(spec, len(layers)))
+        rounds = -(-total_steps // steps_of_a_round(spec, total_steps))
+        return super().trained_numbers(spec, sites, total_steps) * rounds * drawn // len(layers)
+
+    @classmethod
+    def widest_rank(cls, spec: XGBLoRASpec, sites: Sequence[Site], total_steps: int) -> int:
+        """At which servers load what comes of a layer that every round draws."""
+        rounds = -(-total_steps // steps_of_a_round(spec, total_steps))
+        return min(super().widest_rank(spec, sites, total_steps), MAX_EXPORT_RANK // rounds)
 
     def adapter(self, weight: Tensor, site: Site) -> RoundsAdapter:
         self.check_rank(site)
@@ -71,7 +85,7 @@ class XGBLoRA(Method[XGBLoRASpec]):
     def drawn(self, step: int) -> set[int]:
         """The blocks that train in the round after this step."""
         layers = sorted({layer for layer in self.layer_of.values() if layer is not None})
-        count = self.spec.layers_per_round or -(-len(layers) // 3)
+        count = blocks_of_a_round(self.spec, len(layers))
         order = torch.randperm(len(layers), generator=generator(self.seed, step, ""))
         return {layers[i] for i in order[:count].tolist()}
 
@@ -93,3 +107,12 @@ class XGBLoRA(Method[XGBLoRASpec]):
             self.sit_out(set() if is_last else self.drawn(step))
         if step >= self.round_steps:
             set_lr_factor(optimizer, ramp(step % self.round_steps + 1, self.ramp_steps))
+
+
+def steps_of_a_round(spec: XGBLoRASpec, total_steps: int) -> int:
+    return spec.steps_per_round or max(16, -(-total_steps // 64))
+
+
+def blocks_of_a_round(spec: XGBLoRASpec, blocks: int) -> int:
+    """How many of so many are drawn; more than there are stands for all."""
+    return spec.layers_per_round or -(-blocks // 3)

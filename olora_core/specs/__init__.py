@@ -26,6 +26,7 @@ from .adapters import (
     check_export_rank,
 )
 from .base import Spec, nearest, spec_error
+from .comparison import MAX_SEEDS, ComparedMethod, ComparisonSpec, read_comparison
 from .resolving import Facts, auto_batch_size, auto_epochs, learning_rate_for, resolve
 from .training import (
     ADAPTER_ALIASES,
@@ -45,10 +46,13 @@ __all__ = [
     "MAX_CONTEXT",
     "MAX_EXPORT_RANK",
     "MAX_SEED",
+    "MAX_SEEDS",
     "AdaLoRASpec",
     "AdapterSpec",
     "BALoRASpec",
     "COLASpec",
+    "ComparedMethod",
+    "ComparisonSpec",
     "Facts",
     "Hyperparameters",
     "LoRASpec",
@@ -71,6 +75,7 @@ __all__ = [
     "known_hyperparameters",
     "learning_rate_for",
     "nearest",
+    "read_comparison",
     "read_spec",
     "resolve",
     "spec_error",

@@ -22,7 +22,8 @@ SpecT = TypeVar("SpecT", bound=Spec)
 
 def read(model: type[SpecT], values: Mapping[str, Any], place_of: Any) -> SpecT:
     for name, value in values.items():
-        param = f"{place_of(name)}.{name}"
+        place = place_of(name)
+        param = f"{place}.{name}" if place else name
         if name not in model.model_fields:
             raise SpecError(f"{param} is unknown{nearest(name, model.model_fields)}.", param=param)
         # Python counts true as 1, pydantic too.

@@ -36,7 +36,7 @@ def test_help_answers_at_once(tmp_path: Path) -> None:
 
 def test_help_names_every_command(tmp_path: Path) -> None:
     shown = olora(tmp_path, "--help").stdout
-    for command in ("serve", "worker", "migrate", "train", "methods", "files", "jobs", "adapters"):
+    for command in ("serve", "worker", "migrate", "train", "compare", "methods", "files", "jobs", "adapters"):
         assert command in shown
     for command in ("create", "list", "watch", "cancel"):
         assert command in olora(tmp_path, "jobs", "--help").stdout

@@ -1,0 +1,425 @@
+"""A comparison's report as one HTML page that needs nothing beside itself: curves, a table, and what to take.
+
+The shapes of a chart are SVG that stretches with the page; its words are HTML around it, so that they stay as
+large on a phone as elsewhere. Whatever comes from outside goes through `text`.
+"""
+
+import html
+import json
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+Report = Mapping[str, Any]
+COLOURED = 6
+"""Methods with a colour of their own in the chart of all curves; the others are grey."""
+
+STYLE = Path(__file__).with_suffix(".css")
+
+
+def page(report: Report) -> str:
+    """The whole page. Methods stand by their final loss, those without one last."""
+    ranked = sorted(
+        (method for method in report["methods"] if method["final"]), key=lambda m: m["final"]["mean"]
+    )
+    failed = [method for method in report["methods"] if not method["final"]]
+    colours = _colours(ranked, report)
+    parts = [
+        f"<h1>{text(_title(report))}</h1>",
+        f'<p class="verdict">{text(report["verdict"]["sentence"])}</p>',
+        _facts(report),
+        *([_finals(ranked, colours, report), _curves(ranked, colours, report)] if ranked else []),
+        _table([*ranked, *failed], report),
+        *([_one_by_one(ranked, report)] if len(ranked) > 2 else []),
+        _searches([*ranked, *failed], report),
+        _recipe(report),
+        _rules(report),
+        _footer(report),
+    ]
+    return (
+        '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
+        f"<title>{text(_title(report))}</title>\n<style>\n{STYLE.read_text(encoding='utf-8')}</style>\n"
+        "</head>\n<body>\n<main>\n" + "\n".join(parts) + "\n</main>\n</body>\n</html>\n"
+    )
+
+
+def text(value: Any) -> str:
+    """Any value as the text of an element or an attribute."""
+    return html.escape(str(value), quote=True)
+
+
+def _title(report: Report) -> str:
+    return f"{len(report['methods'])} methods on {report['model']}, compared"
+
+
+def _colours(ranked: Sequence[Report], report: Report) -> dict[str, str]:
+    """LoRA is grey, the method to take has the first colour; what is left goes by rank."""
+    chosen = {report["yardstick"]: "var(--c1)"}
+    chosen.setdefault(report["verdict"]["take"], "var(--c0)")
+    free = iter(["var(--c0)"] * (len(chosen) == 1) + [f"var(--c{i})" for i in range(2, COLOURED)])
+    for method in ranked:
+        if method["label"] not in chosen:
+            chosen[method["label"]] = next(free, "var(--rest)")
+    return chosen
+
+
+# --- what to take --------------------------------------------------------------------------------------
+
+
+def _facts(report: Report) -> str:
+    taken = _find(report, report["verdict"]["take"])
+    if taken is None:
+        return ""
+    steps = taken["steps_to_yardstick"]
+    facts = [
+        ("Method", f"{taken['label']}, rank {taken['rank']}"),
+        ("Learning rate", f"{taken['learning_rate']:g}"),
+        ("Final validation loss", _loss(taken["final"]["mean"])),
+    ]
+    if taken["label"] != report["yardstick"] and steps is not None:
+        facts.append(("Reaches LoRA's final loss after", f"{steps:,.0f} of {report['steps']:,} steps"))
+    shown = "".join(f"<div><dt>{text(name)}</dt><dd>{text(value)}</dd></div>" for name, value in facts)
+    return f'<dl class="facts">{shown}</dl>'
+
+
+def _find(report: Report, label: str | None) -> Report | None:
+    return next((method for method in report["methods"] if method["label"] == label), None)
+
+
+# --- final losses ------------------------------------------------------------------------------------------
+
+
+def _finals(ranked: Sequence[Report], colours: Mapping[str, str], report: Report) -> str:
+    """A row for each method, a dot for each seed."""
+    low, high = _range([loss for method in ranked for loss in method["final"]["losses"]], ranked)
+
+    def at(loss: float) -> str:
+        return f"{100 * min(1.0, (loss - low) / (high - low)):.2f}%"
+
+    yardstick = _find(report, report["yardstick"])
+    mark = ""
+    if yardstick and yardstick["final"]:
+        mark = f'<span class="mark" style="left:{at(yardstick["final"]["mean"])}"></span>'
+    rows = []
+    for method in ranked:
+        colour, final = colours[method["label"]], method["final"]
+        dots = "".join(
+            f'<span class="dot" style="left:{at(loss)};background:{colour}"></span>'
+            for loss in final["losses"]
+        )
+        tick = f'<span class="tick" style="left:{at(final["mean"])};background:{colour}"></span>'
+        if final["mean"] > high:
+            dots, tick = "", '<span class="far">→</span>'
+        spread = "" if final["deviation"] is None else f"<small>± {_loss(final['deviation'])}</small>"
+        rows.append(
+            f'<b>{text(method["label"])}</b><div class="track">{mark}{dots}{tick}</div>'
+            f'<span class="value">{_loss(final["mean"])}{spread}</span>'
+        )
+    scale = "".join(f'<span style="left:{at(tick)}">{tick:g}</span>' for tick in ticks(low, high, 5))
+    return _section(
+        "Final validation loss",
+        f"In {report['unit']}, lower is better. A dot is a seed, a bar the mean of {_seeds(report)}; the "
+        "dashed line is LoRA's mean. Beside each: mean and standard deviation. An arrow: beyond this scale.",
+        f'<div class="dots">{"".join(rows)}<span></span><div class="scale">{scale}</div><span></span></div>',
+    )
+
+
+def _range(values: Sequence[float], ranked: Sequence[Report]) -> tuple[float, float]:
+    """Of the axis. One method that is far behind must not squeeze all others into a corner."""
+    low, high = min(values), max(values)
+    means = [method["final"]["mean"] for method in ranked]
+    middle = means[len(means) // 2]
+    if middle > low:
+        high = min(high, low + 4 * (middle - low))
+    margin = 0.06 * (high - low) or 0.01 * abs(low) or 0.01
+    return low - margin, high + margin
+
+
+# --- curves --------------------------------------------------------------------------------------------
+
+
+def _curves(ranked: Sequence[Report], colours: Mapping[str, str], report: Report) -> str:
+    drawn = [(m, colours[m["label"]], m["label"] == report["yardstick"]) for m in reversed(ranked)]
+    items = "".join(
+        f'<li><i class="{"dash" if is_yardstick else ""}" style="border-color:{colour}"></i>'
+        f"{text(method['label'])}</li>"
+        for method, colour, is_yardstick in reversed(drawn)
+        if colour != "var(--rest)"
+    )
+    rest = sum(colour == "var(--rest)" for _, colour, _ in drawn)
+    if rest:
+        items += f'<li><i style="border-color:var(--rest)"></i>{rest} more, below one by one</li>'
+    return _section(
+        "Validation loss while training",
+        f"The whole validation file, {report['validation']['examples']:,} rows, after the same steps for all "
+        f"methods. Lines are means of {_seeds(report)}, bands reach from the lowest seed to the highest.",
+        _chart(drawn, report) + f'<ul class="legend">{items}</ul>',
+    )
+
+
+def _one_by_one(ranked: Sequence[Report], report: Report) -> str:
+    yardstick = _find(report, report["yardstick"])
+    charts = []
+    for method in ranked:
+        is_yardstick = method["label"] == report["yardstick"]
+        behind = [(yardstick, "var(--c1)", True)] if yardstick and yardstick["final"] else []
+        drawn = behind if is_yardstick else [*behind, (method, "var(--c0)", False)]
+        charts.append(
+            f'<div class="small"><h3>{text(method["label"])} <i>{_loss(method["final"]["mean"])}</i></h3>'
+            f"{_chart(drawn, report, all_of=ranked, ticks_y=3)}</div>"
+        )
+    return _section(
+        "One by one",
+        "Each method against LoRA (dashed), on one scale; beside its name the final loss.",
+        f'<div class="many">{"".join(charts)}</div>',
+    )
+
+
+def _chart(
+    drawn: Sequence[tuple[Report, str, bool]],
+    report: Report,
+    *,
+    all_of: Sequence[Report] | None = None,
+    ticks_y: int = 5,
+) -> str:
+    """Bands and lines of methods with a colour each, the last on top; dashed where the third says so."""
+    steps = report["steps"]
+    low, high = _heights([method for method, _, _ in drawn] if all_of is None else all_of)
+
+    def points(xs: Iterable[float], ys: Iterable[float]) -> str:
+        return " ".join(
+            f"{100 * x / steps:.2f},{100 * (high - y) / (high - low):.2f}"
+            for x, y in zip(xs, ys, strict=True)
+        )
+
+    lines = [f'<path class="grid" d="M0 {_up(y, low, high)}H100"/>' for y in ticks(low, high, ticks_y)]
+    for method, colour, _ in drawn:
+        curve = method["curve"]
+        around = points(
+            [*curve["steps"], *reversed(curve["steps"])], [*curve["max"], *reversed(curve["min"])]
+        )
+        if colour != "var(--rest)":
+            lines.append(f'<polygon class="band" style="fill:{colour}" points="{around}"/>')
+    for method, colour, is_dashed in drawn:
+        kind = "mean" + (" rest" if colour == "var(--rest)" else "") + (" dashed" if is_dashed else "")
+        line = points(method["curve"]["steps"], method["curve"]["mean"])
+        lines.append(f'<polyline class="{kind}" style="stroke:{colour}" points="{line}"/>')
+    y_labels = "".join(
+        f'<span class="y" style="top:{_up(y, low, high)}%">{y:g}</span>' for y in ticks(low, high, ticks_y)
+    )
+    x_labels = "".join(
+        f'<span class="x" style="left:{100 * x / steps:.2f}%">{x:,g}</span>' for x in _step_ticks(steps)
+    )
+    name = '<span class="x name">optimizer steps</span>' if all_of is None else ""
+    labels = ", ".join(method["label"] for method, _, _ in drawn)
+    return (
+        f'<div class="chart"><svg viewBox="0 0 100 100" preserveAspectRatio="none" role="img" '
+        f'aria-label="Validation loss of {text(labels)} over {steps} steps">{"".join(lines)}</svg>'
+        f"{y_labels}{x_labels}{name}</div>"
+    )
+
+
+def _heights(methods: Sequence[Report]) -> tuple[float, float]:
+    """Of the axis: the better half is in sight from a quarter of the run on, when most have come down."""
+    curves = sorted((method["curve"] for method in methods), key=lambda curve: curve["mean"][-1])
+    better = curves[: len(curves) // 2 + 1]
+    low = min(min(curve["min"]) for curve in curves)
+    high = max(max(curve["max"][len(curve["max"]) // 4 :]) for curve in better)
+    margin = 0.05 * (high - low) or 0.01 * abs(low) or 0.01
+    return low - margin, high + margin
+
+
+def _up(y: float, low: float, high: float) -> str:
+    return f"{100 * (high - y) / (high - low):.2f}"
+
+
+def ticks(low: float, high: float, count: int) -> list[float]:
+    """About so many round numbers between two."""
+    raw = (high - low) / count
+    power = 10.0 ** math.floor(math.log10(raw))
+    step = next(power * factor for factor in (1, 2, 2.5, 5, 10) if power * factor >= raw)
+    first = math.ceil(low / step)
+    return [float(f"{i * step:.10g}") for i in range(first, math.floor(high / step) + 1)]
+
+
+def _step_ticks(steps: int) -> list[int]:
+    return sorted({round(tick) for tick in ticks(0, steps, 4)} | {0})
+
+
+# --- the table -----------------------------------------------------------------------------------------
+
+
+def _table(methods: Sequence[Report], report: Report) -> str:
+    heads = [
+        "Method",
+        "Final loss",
+        "Below LoRA's",
+        "Learning rate",
+        "Rank",
+        "Trained numbers",
+        "Steps to LoRA's loss",
+        "Accuracy",
+        "Training time",
+        "Peak memory",
+        "Exported rank",
+    ]
+    head = "".join(f'<th scope="col">{name}</th>' for name in heads)
+    body = "".join(_row(method, report, len(heads)) for method in methods)
+    return _section(
+        "All figures",
+        "“Beyond” and “within” say whether the seeds' spread leaves room for no difference: Student's t, "
+        "95 %, paired by seed. Time is that of the steps alone, the median of the seeds; memory the highest "
+        "of the process or the device.",
+        f'<div class="wide"><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>',
+    )
+
+
+def _row(method: Report, report: Report, columns: int) -> str:
+    name = f'<th scope="row">{text(method["label"])}</th>'
+    if not method["final"]:
+        return f'<tr>{name}<td class="plain" colspan="{columns - 1}">{text(method["problem"])}</td></tr>'
+    final, is_yardstick = method["final"], method["label"] == report["yardstick"]
+    steps = method["steps_to_yardstick"]
+    share = method["trained_numbers"] / report["budget"]
+    cells = [
+        _loss(final["mean"])
+        + ("" if final["deviation"] is None else f"<small>± {_loss(final['deviation'])}</small>"),
+        "–" if is_yardstick else _below(final["below_yardstick"]),
+        f"{method['learning_rate']:g}",
+        str(method["rank"]),
+        f"{method['trained_numbers']:,}<small>{share:.0%} of budget</small>",
+        "never" if steps is None else f"{steps:,.0f}",
+        f"{final['accuracy']:.1%}",
+        _seconds(method["seconds"]),
+        _memory(method["peak_memory_bytes"]),
+        "merged only" if method["exported_rank"] is None else str(method["exported_rank"]),
+    ]
+    kind = ' class="taken"' if method["label"] == report["verdict"]["take"] else ""
+    return f"<tr{kind}>{name}{''.join(f'<td>{cell}</td>' for cell in cells)}</tr>"
+
+
+def _below(found: Report | None) -> str:
+    if found is None:
+        return "–"
+    told = "one seed" if found["low"] is None else "beyond" if found["beyond_spread"] else "within"
+    return f"{found['mean']:+.4f}<small>{told}</small>"
+
+
+# --- the search ----------------------------------------------------------------------------------------
+
+
+def _searches(methods: Sequence[Report], report: Report) -> str:
+    searched = report["search"]
+    asked = (
+        "each method's own rate times 0.1, 0.32, 1, 3.2 and 10"
+        if searched["learning_rates"] == "auto"
+        else (", ".join(f"{rate:g}" for rate in searched["learning_rates"]))
+    )
+    tables = "".join(_search(method) for method in methods if method["search"])
+    return _section(
+        "The search for the learning rate",
+        f"Tried: {asked}. Every rung trains the rates that are left for so many steps, with a complete "
+        f"schedule, and keeps the better half by the loss over {searched['examples']:,} rows that were held "
+        f"out of the training rows (seed {searched['seed']}; {searched['trained_on']:,} are trained on). "
+        "The validation file has no part in it. Green is the rate that was taken, grey what was left behind.",
+        f'<div class="many">{tables}</div>' if tables else "<p>Nothing was searched: there was one rate.</p>",
+    )
+
+
+def _search(method: Report) -> str:
+    """Rates down, rungs across."""
+    rates = sorted({trial["learning_rate"] for rung in method["search"] for trial in rung["trials"]})
+    head = "".join(f'<th scope="col">{rung["steps"]:,} steps</th>' for rung in method["search"])
+    rows = []
+    for rate in rates:
+        cells = "".join(_trial(rung, rate) for rung in method["search"])
+        kind = ' class="taken"' if rate == method["learning_rate"] else ""
+        rows.append(f'<tr{kind}><th scope="row">{rate:g}</th>{cells}</tr>')
+    return (
+        f'<div class="wide"><h3>{text(method["label"])}</h3><table><thead><tr><th scope="col">rate</th>'
+        f"{head}</tr></thead><tbody>{''.join(rows)}</tbody></table></div>"
+    )
+
+
+def _trial(rung: Report, rate: float) -> str:
+    trial = next((trial for trial in rung["trials"] if trial["learning_rate"] == rate), None)
+    if trial is None:
+        return "<td></td>"
+    shown = "diverged" if trial["loss"] is None else _loss(trial["loss"])
+    return f"<td>{shown}</td>" if trial["kept"] else f'<td class="gone">{shown}</td>'
+
+
+# --- the rest ------------------------------------------------------------------------------------------
+
+
+def _recipe(report: Report) -> str:
+    if report["winner"] is None:
+        return ""
+    spec = json.dumps(report["winner"], indent=2, ensure_ascii=False)
+    return _section(
+        "To train it",
+        "Saved as winner.yaml beside the data, this is what “olora train winner.yaml” takes. A request to "
+        "the API takes model, adapter, hyperparameters and seed as they stand here.",
+        f"<pre>{text(spec)}</pre>",
+    )
+
+
+def _rules(report: Report) -> str:
+    training, validation = report["training"], report["validation"]
+    shared = ", ".join(f"{name} {_plain(value)}" for name, value in report["hyperparameters"].items())
+    rules = [
+        f"All methods train on the same tokens of {training['file']} ({training['examples']:,} rows), in the "
+        f"same order for the same seed, for {report['steps']:,} steps. They share: {shared}.",
+        "Where the rank was free, it is the one at which a method trains most nearly "
+        f"{report['budget']:,} numbers; what is trained one after another counts together. Other options are "
+        "the method's defaults, unless given.",
+        f"All results are of {validation['file']} ({validation['examples']:,} rows), by which nothing was "
+        "chosen.",
+        "The difference of two methods is taken seed by seed; it is called beyond the spread when Student's "
+        "t puts 0 outside of its 95 % interval. Of twenty methods that are no better than LoRA, one may come "
+        "out so by chance.",
+        "Steps to LoRA's loss: where a method's mean curve first comes down to LoRA's mean final loss, on "
+        "straight lines between evaluations.",
+    ]
+    items = "".join(f"<li>{text(rule)}</li>" for rule in rules)
+    return _section("How it was measured", "", f'<ul class="rules">{items}</ul>')
+
+
+def _plain(value: Any) -> str:
+    return json.dumps(value) if isinstance(value, bool | list | dict) else str(value)
+
+
+def _footer(report: Report) -> str:
+    versions = ", ".join(f"{name} {version}" for name, version in report["versions"].items())
+    return (
+        f"<footer>{text(report['model'])} ({text(report['base_sha256'][:12])}) in {text(report['dtype'])} on "
+        f"{text(report['device'])}; {text(versions)}. Files: {text(report['training']['sha256'][:12])} and "
+        f"{text(report['validation']['sha256'][:12])}. All numbers of this page are in comparison.json."
+        "</footer>"
+    )
+
+
+def _section(title: str, saying: str, content: str) -> str:
+    said = f'<p class="say">{text(saying)}</p>' if saying else ""
+    return f"<section><h2>{text(title)}</h2>{said}{content}</section>"
+
+
+def _seeds(report: Report) -> str:
+    count = len(report["seeds"])
+    return "one seed" if count == 1 else f"{count} seeds"
+
+
+def _loss(loss: float) -> str:
+    return f"{loss:.4f}"
+
+
+def _seconds(seconds: float) -> str:
+    if seconds < 120:
+        return f"{seconds:.1f} s"
+    return f"{seconds / 60:.1f} min" if seconds < 7200 else f"{seconds / 3600:.1f} h"
+
+
+def _memory(size: int) -> str:
+    return f"{size / 2**20:,.0f} MB" if size < 2**33 else f"{size / 2**30:,.1f} GB"

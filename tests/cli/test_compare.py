@@ -1,0 +1,117 @@
+"""`olora compare`: which method to take, on from where it was stopped, and refused in sentences."""
+
+import json
+import signal
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.browser import chromium
+from tests.cli.running import ROOT, ROWS, environment, olora, wait_for
+
+pytestmark = pytest.mark.slow
+TIMINGS = ("seconds", "tokens_per_second", "peak_memory_bytes")
+
+
+def command(folder: Path, output: str, *more: str) -> list[str | Path]:
+    rows = ROWS.read_text().splitlines(keepends=True)
+    (folder / "train.jsonl").write_text("".join(rows[:40]))
+    (folder / "valid.jsonl").write_text("".join(rows[40:50]))
+    return [
+        *("compare", folder / "train.jsonl", "--validation", folder / "valid.jsonl"),
+        *("--base", "olora-tiny", "--methods", "olora, lora", "--learning-rates", "1e-3,3e-3"),
+        *("--seeds", "2", "--max-steps", "8", "--batch-size", "2", "--set", "dtype=float32"),
+        *("--output", folder / output),
+        *more,
+    ]
+
+
+def report(folder: Path) -> dict[str, Any]:
+    """Without what differs from one run of the same to the next."""
+    found = json.loads((folder / "comparison.json").read_text())
+    for method in found["methods"]:
+        for name in TIMINGS:
+            assert method.pop(name) > 0
+    return found
+
+
+def interrupted(folder: Path, arguments: list[str | Path]) -> str:
+    log = folder / "compare.log"
+    with log.open("wb") as output:
+        process = subprocess.Popen(
+            [sys.executable, "-m", "cli.main", *map(str, arguments)],
+            cwd=ROOT,
+            env=environment(folder),
+            stdout=output,
+            stderr=output,
+        )
+    wait_for(lambda: "run 3/" in log.read_text() or process.poll() is not None, 200, "the third run")
+    process.send_signal(signal.SIGINT)
+    assert process.wait(60) == 130, log.read_text()
+    return log.read_text()
+
+
+def test_a_comparison_says_which_to_take_and_goes_on_after_an_interruption(tmp_path: Path) -> None:
+    through = olora(tmp_path, *command(tmp_path, "through"), timeout=250)
+    assert through.returncode == 0, through.stderr
+    page = tmp_path / "through" / "comparison.html"
+    assert through.stdout.strip() == str(page)
+    found = report(tmp_path / "through")
+    assert found["verdict"]["sentence"] in through.stderr
+    assert [method["label"] for method in found["methods"]] == ["olora", "lora"]
+    assert not (tmp_path / "through" / "checkpoints").exists()
+
+    said = interrupted(tmp_path, command(tmp_path, "stopped"))
+    assert "the same command goes on" in said
+    assert not (tmp_path / "stopped" / "comparison.html").exists()
+    changed = olora(tmp_path, *command(tmp_path, "stopped", "--seeds", "3"))
+    assert changed.returncode == 1
+    assert "with other seeds" in changed.stderr
+    again = olora(tmp_path, *command(tmp_path, "stopped"), timeout=250)
+    assert again.returncode == 0, again.stderr
+    assert "Going on from step-" in again.stderr
+    assert "run 1/" not in again.stderr
+    assert report(tmp_path / "stopped") == found
+
+    refused = olora(tmp_path, *command(tmp_path, "stopped"))
+    assert refused.returncode == 1
+    assert "finished" in refused.stderr
+    assert "--fresh" in refused.stderr
+
+    browser = chromium(tmp_path)
+    assert found["verdict"]["sentence"] in browser.document(page)
+    assert browser.overflow(page, 500) == 0
+
+    # What the page says of training it is what `olora train` takes.
+    spec = tmp_path / "winner.yaml"
+    spec.write_text(json.dumps(found["winner"]))
+    trained = olora(tmp_path, "train", spec, timeout=250)
+    assert trained.returncode == 0, trained.stderr
+    manifest = json.loads((tmp_path / found["winner"]["output"] / "adapter" / "manifest.json").read_text())
+    taken = next(m for m in found["methods"] if m["label"] == found["verdict"]["take"])
+    assert manifest["metrics"]["valid_loss_after"] == pytest.approx(taken["final"]["losses"][0], abs=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("more", "sentence"),
+    [
+        (("--methods", "olora, lara"), "there is no method 'lara' (did you mean 'lora'?)"),
+        (("--methods", "olora, {"), "is no list such as"),
+        (("--learning-rates", "quick"), "--learning-rates: 'quick' is no number"),
+        (("--set", "learning_rate=1"), "learning_rate cannot be chosen"),
+        (("--set", "nonsense"), "is not NAME=VALUE"),
+        (("--seeds", "0"), "seeds = 0 does not fit"),
+        (("--validation", "missing.jsonl"), "missing.jsonl is not a file"),
+        (("--base", "no-such-model"), "no-such-model"),
+    ],
+)
+def test_what_does_not_fit_is_refused_before_anything_is_loaded(
+    tmp_path: Path, more: tuple[str, ...], sentence: str
+) -> None:
+    refused = olora(tmp_path, *command(tmp_path, "out", *more))
+    assert refused.returncode == 1
+    assert sentence in " ".join(refused.stderr.split())
+    assert not (tmp_path / "out").exists()

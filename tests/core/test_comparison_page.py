@@ -1,0 +1,143 @@
+"""The page of a comparison: nothing beside itself, nothing that a name could smuggle in, legible anywhere."""
+
+import math
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from olora_core.comparison_page import page, ticks
+from olora_core.comparison_report import Candidate, Facts, Outcome, Trial, report_of
+from tests.browser import Chromium, chromium
+
+STEPS = 120
+ENDS = {
+    "olora": 1.21,
+    "lora": 1.26,
+    "pissa": 1.22,
+    "cola": 1.25,
+    "tt_lora": 1.4,
+    "sora": 1.31,
+    "xgblora": 2.6,
+}
+SLY = '<script>alert("x")</script>'
+
+
+def candidate(label: str, end: float, seeds: int) -> Candidate:
+    finals = []
+    for seed in range(seeds):
+        shift = 0.004 * ((seed + len(label)) % 3)
+        points = [STEPS * i // 12 for i in range(13)]
+        curve = [(step, end + shift + (3 - end) * math.exp(-step / 25), 0.5 + step / 400) for step in points]
+        finals.append(
+            Outcome(
+                label, "final", 1e-3, seed, STEPS, curve[-1][1], None, curve, 30.0 + seed, 9000, 2**30, 16
+            )
+        )
+    trials = [Trial(rate, 30, loss) for rate, loss in ((1e-4, 1.9), (3.2e-4, 1.7), (1e-3, 1.6), (1e-2, None))]
+    trials += [Trial(rate, STEPS, loss) for rate, loss in ((3.2e-4, 1.5), (1e-3, 1.4))]
+    adapter = {"method": label.split()[0], "rank": 8}
+    return Candidate(label, adapter, 98_304, 1e-3, trials, 1e-3, finals, None)
+
+
+def report(seeds: int = 3, model: str = "olora-tiny", **more: Candidate) -> dict[str, Any]:
+    file = {"file": "train.jsonl", "sha256": "a" * 64, "examples": 160}
+    facts = Facts(
+        model=model,
+        type="supervised",
+        base_sha256="b" * 64,
+        device="cpu",
+        dtype="float32",
+        hyperparameters={"n_epochs": 3, "batch_size": 4, "packing": True},
+        asked={"n_epochs": 3, "batch_size": 4},
+        steps=STEPS,
+        seeds=list(range(seeds)),
+        budget=98_304,
+        yardstick="lora",
+        training=file,
+        validation=file | {"file": "valid.jsonl", "examples": 60},
+        search={"learning_rates": "auto", "seed": 0, "trained_on": 144, "examples": 16},
+        versions={"olora": "0.1.0"},
+    )
+    failed = Candidate(
+        "adalora", {"method": "adalora", "rank": 8}, None, None, [], None, [], "It has no step."
+    )
+    candidates = [candidate(label, end, seeds) for label, end in ENDS.items()]
+    return report_of(facts, [*candidates, failed, *more.values()])
+
+
+@pytest.fixture
+def browser(tmp_path: Path) -> Chromium:
+    return chromium(tmp_path)
+
+
+def test_it_needs_nothing_beside_itself() -> None:
+    whole = page(report())
+    for foreign in ("http:", "https:", "src=", "href=", "url(", "@import", "<script", "<link"):
+        assert foreign not in whole, foreign
+
+
+def test_every_text_from_outside_is_escaped() -> None:
+    label = f"lora ({SLY})"
+    sly = candidate(label, 1.1, 3)
+    whole = page(report(model=SLY, sly=sly))
+    assert "<script" not in whole
+    assert whole.count("&lt;script&gt;") > 4
+
+
+def test_it_says_the_sentence_and_every_method_with_its_figures() -> None:
+    found = report()
+    whole = page(found)
+    assert found["verdict"]["sentence"].replace("'", "&#x27;") in whole
+    for method in found["methods"]:
+        assert f">{method['label']}</th>" in whole
+        if method["final"]:
+            assert f"{method['final']['mean']:.4f}" in whole
+    assert "It has no step." in whole
+    assert "diverged" in whole
+
+
+def test_methods_stand_by_their_loss_and_those_without_one_last() -> None:
+    table = page(report()).partition("<h2>All figures</h2>")[2].partition("</table>")[0]
+    found = re.findall(r'<th scope="row">([^<]+)</th>', table)
+    assert found == [*sorted(ENDS, key=ENDS.__getitem__), "adalora"]
+
+
+def test_a_curve_and_its_band_are_drawn_where_they_belong() -> None:
+    """The y of a point, read back by the labels of the axis."""
+    chart = page(report()).partition("<h2>Validation loss while training</h2>")[2].partition("</section>")[0]
+    labels = re.findall(r'<span class="y" style="top:([\d.]+)%">([\d.]+)</span>', chart)
+    (top, high), (bottom, low) = ((float(at), float(value)) for at, value in (labels[0], labels[-1]))
+    line = re.findall(r'<polyline class="mean" style="stroke:var\(--c0\)" points="([^"]+)"', chart)[0]
+    x, y = (float(number) for number in line.split()[-1].split(","))
+    assert x == 100
+    last = high + (low - high) * (y - top) / (bottom - top)
+    own = next(method for method in report()["methods"] if method["label"] == "olora")
+    assert last == pytest.approx(own["final"]["mean"], abs=2e-3)
+    assert chart.count('class="band"') >= len(ENDS) - 1
+
+
+@pytest.mark.parametrize(("low", "high"), [(1.2, 1.4), (0.0, 17.0), (-0.002, 0.0041), (800.0, 1200.0)])
+def test_ticks_are_a_few_round_numbers_inside(low: float, high: float) -> None:
+    found = ticks(low, high, 5)
+    assert 2 <= len(found) <= 6
+    assert all(low <= tick <= high for tick in found)
+    assert all(len(f"{tick:g}".replace("-", "").replace(".", "").strip("0")) <= 3 for tick in found)
+
+
+@pytest.mark.parametrize("seeds", [1, 2])
+def test_few_seeds_and_a_lone_method_have_a_page_too(seeds: int) -> None:
+    assert "seed" in page(report(seeds=seeds))
+
+
+@pytest.mark.slow
+def test_chromium_opens_it_and_it_fits_a_phone(browser: Chromium, tmp_path: Path) -> None:
+    path = tmp_path / "comparison.html"
+    path.write_text(page(report()), encoding="utf-8")
+    document = browser.document(path)
+    assert "Take olora" in document
+    assert document.count("<polyline") == len(re.findall("<polyline", path.read_text()))
+    assert browser.overflow(path, 1200) == 0
+    assert browser.overflow(path, 500) == 0
+    assert browser.screenshot(path).stat().st_size > 50_000
