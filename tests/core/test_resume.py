@@ -82,6 +82,15 @@ CASES = {
         "llama",
         spec_for("tt_lora", adapter={"dropout": 0.2, "modes": {32: [8, 4]}}, weight_decay=0.1),
     ),
+    "mora": ("llama", spec_for("mora", adapter={"dropout": 0.2, "type": 4}, weight_decay=0.1)),
+    "mora at its restarts": (
+        "llama",
+        spec_for("mora", adapter={"dropout": 0.2, "restart_every": 2, "ramp_steps": 2}),
+    ),
+    "mora within its rounds": (
+        "llama-bf16",
+        spec_for("mora", adapter={"restart_every": 3, "restart_types": [1, 2]}, dtype="bfloat16"),
+    ),
     "olora on nf4": ("wide-llama", spec_for("olora", adapter={"dropout": 0.2}, quantization="nf4")),
     "lora on int8": ("wide-llama", spec_for("lora", quantization="int8")),
     "olora on torchao-int8": ("wide-llama", spec_for("olora", quantization="torchao-int8")),
