@@ -3,6 +3,9 @@
 C (r̂×in) and D (out×r̂) are fixed matrices of zeros and ones: C folds the inputs into r̂ sums, D unfolds r̂
 numbers over the outputs. r̂² is about r (in + out), so that LoRA's trained numbers make an update of rank r̂.
 
+Type 6: `delta(x) = [M R_0 x_0 ; M R_1 x_1 ; …]`, x cut into blocks x_j of r̂, and R_j the rotation of rotary
+position embeddings, at position j. Such an update has any rank, and no pair.
+
 ReMoRA: `delta(x) = Σ_t D_t M_t C_t x + D M C drop(x)`. Every F steps M joins what is kept of its type t, and
 one of the next type begins at 0. All that was kept of one type adds up to one matrix.
 """
@@ -18,7 +21,7 @@ from ..adapter import Adapter, LowRank, Site
 from ..errors import SpecError
 from ..export import server_rank
 from ..model import shortened
-from ..specs import MAX_EXPORT_RANK, MoRASpec
+from ..specs import MAX_EXPORT_RANK, WHERE_TOO_WIDE, MoRASpec
 from .base import Method
 from .rounds import forget, ramp, set_lr_factor
 
@@ -32,9 +35,7 @@ UNREMARKABLE_RANK = 16
 def summed_by_turns(x: Tensor, side: int) -> Tensor:
     """(…, in) → (…, side): x_i counts into i mod side; up to a multiple, x goes on with its own beginning."""
     turns = -(-x.shape[-1] // side)
-    if missing := turns * side - x.shape[-1]:
-        x = torch.cat([x, x[..., :missing]], dim=-1)
-    return x.unflatten(-1, (turns, side)).sum(-2)
+    return tiled(x, turns * side).unflatten(-1, (turns, side)).sum(-2)
 
 
 def summed_neighbours(x: Tensor, side: int) -> Tensor:
@@ -50,7 +51,9 @@ def summed_neighbours(x: Tensor, side: int) -> Tensor:
 
 def tiled(h: Tensor, size: int) -> Tensor:
     """(…, side) → (…, size): over and over, the last time only as far as there is room."""
-    return torch.cat([h] * -(-size // h.shape[-1]), dim=-1)[..., :size]
+    times, rest = divmod(size, h.shape[-1])
+    pieces = [h] * times + ([h[..., :rest]] if rest else [])
+    return torch.cat(pieces, dim=-1) if len(pieces) > 1 else pieces[0]
 
 
 def repeated(h: Tensor, size: int) -> Tensor:
@@ -95,6 +98,7 @@ class MoRAAdapter(Adapter):
 
     @property
     def side(self) -> int:
+        """r̂"""
         return len(self.M)
 
     @property
@@ -140,6 +144,37 @@ class MoRAAdapter(Adapter):
         self.running.fill_(type)
 
 
+class RotationAdapter(Adapter):
+    """M (r̂×r̂, r̂ even) is trained. cos and sin (blocks×r̂) of each block's angles are no part of the state."""
+
+    cos: Tensor
+    sin: Tensor
+
+    def __init__(self, side: int, site: Site, *, dropout: float) -> None:
+        super().__init__(site.in_features, site.out_features, dropout)
+        self.M = nn.Parameter(torch.zeros(side, side))
+        blocks = torch.arange(-(-site.in_features // side), dtype=torch.float64)
+        speeds = 10000 ** (-2 * torch.arange(side // 2, dtype=torch.float64) / side)
+        angles = torch.outer(blocks, speeds).repeat(1, 2)
+        self.register_buffer("cos", angles.cos().float(), persistent=False)
+        self.register_buffer("sin", angles.sin().float(), persistent=False)
+
+    @property
+    def side(self) -> int:
+        """r̂"""
+        return len(self.M)
+
+    def delta(self, x: Tensor) -> Tensor:
+        blocks, side = self.cos.shape
+        u = tiled(self.drop(x), blocks * side).unflatten(-1, (blocks, side))
+        first, second = u.chunk(2, dim=-1)
+        turned = u * self.cos.to(x.dtype) + torch.cat([-second, first], dim=-1) * self.sin.to(x.dtype)
+        return tiled(F.linear(turned, self.M.to(x.dtype)).flatten(-2), self.out_features)
+
+    def pair(self) -> None:
+        return None
+
+
 # --- the method --------------------------------------------------------------------------------------------
 
 
@@ -156,7 +191,9 @@ class MoRA(Method[MoRASpec]):
         """Of the matrix that begins at each restart."""
         self.narrow: list[str] = []
         """Layers that cannot hold the matrix they are due."""
-        self.adapters: Mapping[str, MoRAAdapter] = {}
+        self.unturned: list[str] = []
+        """Layers of a run of type 6 that are of type 1."""
+        self.adapters: Mapping[str, Any] = {}
 
     def _restarts(self) -> range:
         every = self.spec.restart_every
@@ -176,16 +213,20 @@ class MoRA(Method[MoRASpec]):
             )
         return range(max(every, warm_up), self.total_steps, every)
 
-    def adapter(self, weight: Tensor, site: Site) -> MoRAAdapter:
+    def adapter(self, weight: Tensor, site: Site) -> MoRAAdapter | RotationAdapter:
         self.check_rank(site)
-        side = square_side(self.spec.rank, site)
-        limit = min(site.out_features, site.in_features)
+        type, dropout = self.spec.type, self.spec.dropout
+        side, limit = square_side(self.spec.rank, site), min(site.out_features, site.in_features)
         if side > limit:
+            side = limit
             self.narrow.append(site.name)
-        kept = sorted({self.spec.type, *self.types}) if self.restarts else ()
-        return MoRAAdapter(
-            min(side, limit), site, type=self.spec.type, kept_types=kept, dropout=self.spec.dropout
-        )
+        if type == 6:
+            if site.out_features >= site.in_features > 1:
+                return RotationAdapter(side // 2 * 2, site, dropout=dropout)
+            self.unturned.append(site.name)
+            type = 1
+        kept = sorted({type, *self.types}) if self.restarts else ()
+        return MoRAAdapter(side, site, type=type, kept_types=kept, dropout=dropout)
 
     def placed(self, adapters: Mapping[str, Any]) -> None:
         self.adapters = adapters
@@ -194,27 +235,32 @@ class MoRA(Method[MoRASpec]):
                 f"adapter.rank = {self.spec.rank} is due a wider matrix than {len(self.narrow)} layers "
                 f"({shortened(self.narrow)}) can hold; theirs is as wide as they are."
             )
-        name, widest = max(self.adapters.items(), key=lambda item: item[1].pair_rank)
-        self._check_width(name, widest)
-        if self.spec.export_rank is None and widest.pair_rank > UNREMARKABLE_RANK:
+        if self.unturned:
             self.notes.append(
-                f"The adapter is exported as a LoRA of rank {widest.pair_rank}; start vLLM with "
-                f"--max-lora-rank {server_rank(widest.pair_rank)}."
+                f"{len(self.unturned)} layers ({shortened(self.unturned)}) have fewer outputs than inputs, "
+                "of which type 6 would ignore most; they are of type 1."
             )
+        if self.spec.export == "adapter":
+            self._check_width(*max(self.adapters.items(), key=lambda item: item[1].pair_rank))
 
     def _check_width(self, name: str, widest: MoRAAdapter) -> None:
+        """Refuses, or points out, how wide the exported pair will be."""
         width = widest.pair_rank
-        if width <= MAX_EXPORT_RANK or self.spec.export_rank is not None:
-            return
-        side = MAX_EXPORT_RANK * widest.side // width
-        fits = (side**2 + side) // (widest.in_features + widest.out_features)
-        smaller = f"use a rank up to {fits}" if fits else "leave it out of adapter.target_modules"
-        raise SpecError(
-            f"adapter.rank = {self.spec.rank} exports a LoRA of rank {width} for layer '{name}' "
-            f"({widest.out_features}×{widest.in_features}), and servers load at most {MAX_EXPORT_RANK}; "
-            f"{smaller}, or let adapter.export_rank truncate the export.",
-            param="adapter.rank",
-        )
+        if self.spec.is_too_wide(width):
+            side = MAX_EXPORT_RANK * widest.side // width
+            fits = (side**2 + side) // (widest.in_features + widest.out_features)
+            smaller = f"use a rank up to {fits}" if fits else "leave it out of adapter.target_modules"
+            raise SpecError(
+                f"adapter.rank = {self.spec.rank} exports a LoRA of rank {width} for layer '{name}' "
+                f"({widest.out_features}×{widest.in_features}), and servers load at most {MAX_EXPORT_RANK}; "
+                f"{smaller}, {WHERE_TOO_WIDE}.",
+                param="adapter.rank",
+            )
+        if self.spec.export_rank is None and width > UNREMARKABLE_RANK:
+            self.notes.append(
+                f"The adapter is exported as a LoRA of rank {width}; start vLLM with "
+                f"--max-lora-rank {server_rank(width)}."
+            )
 
     def after_step(self, step: int, optimizer: torch.optim.Optimizer) -> None:
         super().after_step(step, optimizer)

@@ -8,6 +8,7 @@ from .adapters import (
     ADAPTER_SPECS,
     DEFAULT_METHOD,
     MAX_EXPORT_RANK,
+    WHERE_TOO_WIDE,
     AdaLoRASpec,
     AdapterSpec,
     BALoRASpec,
@@ -24,7 +25,7 @@ from .adapters import (
     SVDSpec,
     TTLoRASpec,
     XGBLoRASpec,
-    check_export_rank,
+    check_export,
 )
 from .base import Spec, nearest, spec_error
 from .resolving import Facts, auto_batch_size, auto_epochs, learning_rate_for, resolve
@@ -46,6 +47,7 @@ __all__ = [
     "MAX_CONTEXT",
     "MAX_EXPORT_RANK",
     "MAX_SEED",
+    "WHERE_TOO_WIDE",
     "AdaLoRASpec",
     "AdapterSpec",
     "BALoRASpec",
@@ -68,7 +70,7 @@ __all__ = [
     "XGBLoRASpec",
     "auto_batch_size",
     "auto_epochs",
-    "check_export_rank",
+    "check_export",
     "check_validation",
     "known_hyperparameters",
     "learning_rate_for",

@@ -10,9 +10,12 @@ from torch import Tensor
 
 from olora_core.adapter import Site, adapter_tensors, load_adapter_tensors
 from olora_core.errors import SpecError
-from olora_core.methods.mora import MoRA, MoRAAdapter, square_side
+from olora_core.methods import place
+from olora_core.methods.mora import MoRA, MoRAAdapter, RotationAdapter, square_side
+from olora_core.model import target_sites
 from olora_core.specs import MoRASpec, read_spec
 
+from .conftest import make_gpt2, make_llama
 from .runs import chat_rows, losses, spec_for, train, write_rows
 
 SHAPES = [(24, 24), (12, 40), (40, 12), (31, 17)]
@@ -40,7 +43,7 @@ def running(
     return method, adapter, torch.optim.AdamW(groups, lr=0.01, fused=True)
 
 
-def randomised(adapter: MoRAAdapter) -> MoRAAdapter:
+def randomised(adapter: Any) -> Any:
     with torch.no_grad():
         adapter.M.normal_(generator=torch.Generator().manual_seed(4))
     return adapter
@@ -164,6 +167,7 @@ def test_an_adapter_too_wide_for_servers_is_refused_before_any_training(options,
         placed((1024, 4096), (4096, 14336), **options)
     assert caught.value.param == "adapter.rank"
     assert "adapter.export_rank" in caught.value.message
+    assert "adapter.export = 'merged'" in caught.value.message
     placed((1024, 4096), (4096, 14336), **options | {"rank": most})
     placed((1024, 4096), (4096, 14336), **options | {"export_rank": 64})
 
@@ -295,6 +299,117 @@ def test_it_trains_and_exports_a_certified_lora(llama, tmp_path: Path, options: 
     assert said[-1].certificate["passed"]
 
 
+# --- type 6 ------------------------------------------------------------------------------------------------
+
+
+def rotating(out: int, in_features: int, rank: int = 2) -> RotationAdapter:
+    """With random values, as training would leave them."""
+    method = MoRA(
+        MoRASpec(type=6, rank=rank, export="merged"), seed=0, total_steps=1, schedule=lambda i, n: 1.0
+    )
+    adapter = method.adapter(torch.zeros(out, in_features), site_of(out, in_features))
+    assert isinstance(adapter, RotationAdapter)
+    return randomised(adapter.eval())
+
+
+def rotated(adapter: RotationAdapter, x: Tensor) -> Tensor:
+    """The paper's formula for one input, a block and a pair of its numbers at a time."""
+    M, out = adapter.M.detach().double(), adapter.out_features
+    side, blocks = len(M), math.ceil(len(x) / len(M))
+    y: list[float] = []
+    for j in range(blocks):
+        block = [float(x[(j * side + i) % len(x)]) for i in range(side)]
+        turned = [0.0] * side
+        for i in range(side // 2):
+            angle = j * 10000 ** (-2 * i / side)
+            first, second = block[i], block[i + side // 2]
+            turned[i] = first * math.cos(angle) - second * math.sin(angle)
+            turned[i + side // 2] = second * math.cos(angle) + first * math.sin(angle)
+        y += (M @ torch.tensor(turned, dtype=torch.float64)).tolist()
+    return torch.tensor([y[o % len(y)] for o in range(out)], dtype=torch.float64)
+
+
+@pytest.mark.parametrize(("out", "in_features"), [(24, 24), (40, 12), (31, 17), (70, 10)])
+def test_type_6_turns_each_block_and_lays_the_products_side_by_side(out: int, in_features: int) -> None:
+    adapter = rotating(out, in_features)
+    assert adapter.side % 2 == 0
+    x = torch.randn(3, in_features, dtype=torch.float64)
+    expected = torch.stack([rotated(adapter, row) for row in x])
+    torch.testing.assert_close(adapter.delta(x.float()).double(), expected, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(x @ adapter.delta_weight().double().T, expected, rtol=1e-5, atol=1e-5)
+    assert adapter.delta(x.float().view(1, 3, -1)).shape == (1, 3, out)
+    in_bf16 = adapter.delta(x.bfloat16()).double()
+    assert (in_bf16 - expected).norm() < 0.02 * expected.norm()
+
+
+def test_type_6_has_any_rank_and_no_pair() -> None:
+    adapter = rotating(96, 96)
+    assert adapter.side == 20
+    assert torch.linalg.matrix_rank(adapter.delta_weight().double()) == 96
+    assert adapter.pair() is None
+
+
+def test_type_6_trains_about_as_many_numbers_as_lora() -> None:
+    for out, in_features in ((96, 96), (120, 40), (33, 17)):
+        adapter = rotating(out, in_features)
+        (counted,) = (p.numel() for p in adapter.parameters())
+        assert abs(counted - 2 * (out + in_features)) <= 3 * adapter.side + 3
+        assert list(adapter_tensors({"": adapter})) == [".M"]
+
+
+@pytest.mark.parametrize(("out", "in_features", "share"), [(1024, 4096, 0.30), (4096, 14336, 0.29)])
+def test_fewer_outputs_than_inputs_would_leave_most_inputs_unread(out, in_features, share) -> None:
+    """Why such layers are of type 1."""
+    side = square_side(8, site_of(out, in_features)) // 2 * 2
+    assert math.ceil(out / side) * side / in_features == pytest.approx(share, abs=0.01)
+    small = RotationAdapter(6, site_of(12, 40), dropout=0.0)
+    read = randomised(small).delta_weight().any(dim=0)
+    assert read.tolist() == [i < 12 for i in range(40)]
+
+
+def test_narrower_layers_of_a_run_of_type_6_are_of_type_1_and_the_owner_is_told() -> None:
+    method, adapter, _ = running(12, 40, type=6, export="merged")
+    assert isinstance(adapter, MoRAAdapter)
+    assert adapter.running_type == 1
+    assert adapter.side == square_side(2, site_of(12, 40))
+    (note,) = method.notes
+    assert "1 layers (layer) have fewer outputs than inputs" in note
+    assert "type 1" in note
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("make", [make_llama, make_gpt2])
+def test_type_6_starts_as_the_base_bit_for_bit(make, token_rows: Tensor, dtype: torch.dtype) -> None:
+    model = make().to(dtype).requires_grad_(False)
+    before = model(token_rows).logits
+    method = MoRA(MoRASpec(type=6, export="merged"), seed=0, total_steps=1, schedule=lambda i, n: 1.0)
+    adapters = place(method, model.train(), target_sites(model, "auto"))
+    assert {type(adapter) for adapter in adapters.values()} == {MoRAAdapter, RotationAdapter}
+    assert torch.equal(model(token_rows).logits, before)
+
+
+@pytest.mark.parametrize("packing", [False, True])
+def test_type_6_trains_and_leaves_a_certified_model(llama, tmp_path: Path, packing: bool) -> None:
+    training = write_rows(tmp_path / "training.jsonl", chat_rows())
+    adapter = {"type": 6, "export": "merged", "dropout": 0.1}
+    spec = spec_for("mora", adapter=adapter, n_epochs=4, learning_rate=1e-2, packing=packing)
+    said = list(train(spec, llama, training, None, tmp_path / "run"))
+    assert losses(said)[-1] < losses(said)[0] - 0.3
+    assert said[-1].certificate["passed"]
+
+
+def test_type_6_is_merged_or_refused_with_both_remedies() -> None:
+    with pytest.raises(SpecError, match=r"adapter\.type = 6") as refused:
+        read_spec(model="m", adapter={"method": "mora", "type": 6})
+    assert refused.value.param == "adapter.export"
+    assert "adapter.export = 'merged', or another adapter.type" in refused.value.message
+    assert read_spec(model="m", adapter={"method": "mora", "type": 6, "export": "merged"}).adapter.type == 6
+
+
+def test_merged_weights_are_never_too_wide() -> None:
+    assert placed((4096, 14336), rank=15, export="merged").notes == []
+
+
 # --- what is refused ---------------------------------------------------------------------------------------
 
 
@@ -307,6 +422,7 @@ def test_it_trains_and_exports_a_certified_lora(llama, tmp_path: Path, options: 
         ({"restart_types": [2, 3], "restart_every": 10}, r"adapter\.type = 1"),
         ({"restart_types": []}, "at least 1"),
         ({"restart_types": [1, 7]}, "1, 2, 3"),
+        ({"restart_every": 5, "type": 6, "export": "merged"}, "which has no restarts"),
         ({"restart_every": -1}, "greater than or equal to 0"),
         ({"ramp_steps": 0}, "greater than or equal to 1"),
     ],
@@ -317,13 +433,17 @@ def test_options_that_do_not_fit_are_refused_by_name(options: dict[str, Any], sa
     assert refused.value.param == f"adapter.{next(iter(options))}"
 
 
-def test_alpha_is_refused_under_every_name_and_place() -> None:
-    for place, values in [("adapter", {"lora_alpha": 16}), ("hyperparameters", {"lora_alpha": 16})]:
-        sent = {"adapter": {"method": "mora"}} | {place: {"method": "mora"} | values}
-        sent.get("hyperparameters", {}).pop("method", None)
-        with pytest.raises(SpecError, match="the scale of mora is 1; leave it out") as refused:
-            read_spec(model="m", **sent)
-        assert refused.value.param == f"{place}.alpha"
+@pytest.mark.parametrize(
+    "sent",
+    [
+        {"adapter": {"method": "mora", "lora_alpha": 16}},
+        {"adapter": {"method": "mora"}, "hyperparameters": {"lora_alpha": 16}},
+    ],
+)
+def test_alpha_is_refused_under_every_name_and_place(sent: dict[str, Any]) -> None:
+    with pytest.raises(SpecError, match="the scale of mora is 1; leave it out") as refused:
+        read_spec(model="m", **sent)
+    assert refused.value.param == f"{list(sent)[-1]}.alpha"
 
 
 def test_alpha_is_not_shown_as_if_it_did_something() -> None:
