@@ -1,4 +1,4 @@
-"""`olora adapters`: the trained adapter comes down as a folder."""
+"""`olora adapters`: the trained adapter, or the model it was merged into, comes down as a folder."""
 
 import tempfile
 import zipfile
@@ -12,7 +12,7 @@ import typer
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TransferSpeedColumn
 
-from .client import BaseUrl, ServiceError, connect, raise_for
+from .client import BaseUrl, ServiceError, connect, raise_for, send
 
 app = typer.Typer(no_args_is_help=True)
 console = Console(stderr=True)
@@ -29,14 +29,19 @@ def download(
     to: Annotated[Path | None, typer.Option(help="The folder to make; default: ./JOB.")] = None,
     base_url: BaseUrl = None,
 ) -> None:
-    """Download a job's adapter into a folder; prints the folder."""
+    """Download a job's adapter into a folder; prints the folder.
+
+    Of a job that left the whole model (adapter.export = 'merged'), that model.
+    """
     folder = to or Path(job)
     with _writing(folder):
         taken = folder.exists() and (not folder.is_dir() or any(folder.iterdir()))
     if taken:
         raise ServiceError(f"{folder} exists already and is not empty; name another folder with --to.")
     with connect(base_url) as client, tempfile.TemporaryFile() as archive:
-        _fetch(client, f"fine_tuning/jobs/{job}/adapter", archive, folder)
+        model = send(client, "GET", f"fine_tuning/jobs/{job}")["olora"]["results"].get("model")
+        path = f"files/{model}/content" if model else f"fine_tuning/jobs/{job}/adapter"
+        _fetch(client, path, archive, folder)
         with _writing(folder), zipfile.ZipFile(archive) as zipped:
             zipped.extractall(folder)
     typer.echo(str(folder))

@@ -84,7 +84,7 @@ def train(
         str, typer.Option(help="Where to train: cpu, cuda, cuda:1; auto takes a GPU.")
     ] = "auto",
 ) -> None:
-    """Train an adapter on this machine, without the service.
+    """Train an adapter on this machine, without the service; prints its folder, or the merged model's.
 
     A run that was interrupted (Ctrl-C saves a checkpoint) goes on from its last checkpoint when the same
     command is given again. Paths in the file are relative to it.
@@ -108,12 +108,12 @@ def train(
     training = existing_file(here / run.training_file, "training_file")
     validation = existing_file(here / run.validation_file, "validation_file") if run.validation_file else None
     output = here / run.output
-    adapter = output / "adapter"
+    exported = output / ("model" if asked.adapter.export == "merged" else "adapter")
     if fresh:
         _clear(output)
-    elif (adapter / "manifest.json").exists():
+    elif (exported / "manifest.json").exists():
         raise SpecError(
-            f"{adapter} is finished already; name another output, or say --fresh.", param="output"
+            f"{exported} is finished already; name another output, or say --fresh.", param="output"
         )
     spec = _recorded(output, asked)
     check_data(training, validation, spec.type)
@@ -122,7 +122,7 @@ def train(
     if not _train(spec, asked, folder, training, validation, output, device, trackers):
         console.print("Stopped; the same command goes on from the last checkpoint.")
         raise typer.Exit(STOPPED)
-    typer.echo(str(adapter))
+    typer.echo(str(exported))
 
 
 def read_run(path: Path) -> RunFile:
@@ -195,7 +195,7 @@ def _clear(output: Path) -> None:
     """Removes what an earlier run left in `output`, and nothing else."""
     import shutil
 
-    for name in ("checkpoints", "adapter", CURVES_FOLDER):
+    for name in ("checkpoints", "adapter", "model", CURVES_FOLDER):
         shutil.rmtree(output / name, ignore_errors=True)
     (output / RUN_FILE).unlink(missing_ok=True)
 
@@ -353,6 +353,10 @@ def _summarise(bar: TrainingBar, finished: Any) -> None:
         f"(allowed: {certificate['bound']:.1e}).",
         "green",
     )
+    if (written := certificate.get("as_written")) is not None:
+        bar.say(
+            f"As written, in {written['dtype']}, they differ by up to {written['max_abs_logit_diff']:.1e}."
+        )
     before, after = certificate.get("valid_loss_before"), certificate.get("valid_loss_after")
     if before is not None and after is not None:
         bar.say(f"Validation loss {before:.4f} before, {after:.4f} after.")

@@ -78,6 +78,9 @@ class Adapter(nn.Module):
         eye = torch.eye(self.in_features, device=next(self.parameters()).device)
         return self.delta(eye).T
 
+    def loaded(self) -> None:
+        """Its tensors were overwritten by those of another step: what else it goes by is to follow them."""
+
     def drop(self, x: Tensor) -> Tensor:
         """x with dropout while training; leaves the global generator alone when dropout is 0."""
         return F.dropout(x, self.dropout, self.training) if self.dropout else x
@@ -230,3 +233,5 @@ def load_adapter_tensors(adapters: Mapping[str, Adapter], tensors: Mapping[str, 
     with torch.no_grad():
         for name, tensor in mine.items():
             tensor.copy_(tensors[name])
+    for adapter in adapters.values():
+        adapter.loaded()

@@ -7,7 +7,7 @@ from pydantic import ValidationError
 from .adapter import Site
 from .errors import SpecError
 from .methods import METHODS
-from .specs import MAX_EXPORT_RANK, AdapterSpec, check_export_rank
+from .specs import MAX_EXPORT_RANK, AdapterSpec, check_export
 
 
 def trained_numbers(adapter: AdapterSpec, sites: Sequence[Site], total_steps: int) -> int:
@@ -42,7 +42,7 @@ def _at_rank(adapter: AdapterSpec, rank: int) -> AdapterSpec | None:
     """None where the other options do not go with that rank, or no server would load the export."""
     try:
         changed = type(adapter).model_validate(adapter.model_dump() | {"rank": rank})
-        check_export_rank(changed)
+        check_export(changed)
     except (ValidationError, SpecError):
         return None
     return changed

@@ -30,10 +30,12 @@ from .adapter import (
     bare_modules,
     detach,
     full_precision,
+    is_linear,
     is_stored_transposed,
     site_shape,
+    site_weight,
 )
-from .errors import CertificateError
+from .errors import CertificateError, ModelError
 from .export import CONFIG, KEY_PREFIX, TENSORS, energy, exact_pairs, exported_pairs
 from .model import Base, ends_in, load_base
 from .sharding import own_part
@@ -52,9 +54,7 @@ def certify(
 
     Raises CertificateError, with both figures, when the trained model's logits are not given.
     """
-    if not any(rows):
-        raise CertificateError("There is no row to compare logits on.")
-    tokens = [torch.tensor([list(row)]) for row in rows if row]
+    tokens = _tokens(rows)
     pristine = _pristine(base)
     _check_resident(base, pristine)
     trained = {name: copy.deepcopy(adapter).eval() for name, adapter in adapters.items()}
@@ -79,6 +79,45 @@ def certify(
         del pristine
         certificate["on_full_precision"] = _on_full_precision(base, candidates["gate"], tokens, logits)
     return certificate
+
+
+def certify_merged(
+    base: Base, adapters: Mapping[str, Adapter], folder: Path, rows: Sequence[Sequence[int]]
+) -> dict[str, Any]:
+    """As `certify`, for a folder with the whole model.
+
+    W + ΔW in fp32 is the gate. The files must hold these weights, rounded once, and their own figures, loaded
+    in fp32, stand under "as_written".
+    """
+    tokens = _tokens(rows)
+    pristine = _pristine(base)
+    _check_resident(base, pristine)
+    if base.quantised is not None:
+        quantisation.dequantise(pristine, torch.device(_device(base)))
+    trained = {name: copy.deepcopy(adapter).eval() for name, adapter in adapters.items()}
+    logits: list[Tensor] = []
+    _compared(pristine, trained, {}, tokens, keep=logits)
+    with full_precision(), torch.no_grad():
+        for name, adapter in trained.items():
+            site_weight(pristine.get_submodule(name)).add_(adapter.delta_weight())
+    gate = _against(pristine, tokens, logits)
+    try:
+        files = load_base(folder, name=base.name).model
+    except ModelError as error:
+        raise CertificateError(f"The exported model cannot be read back: {error.message}") from None
+    dtype = str(files.dtype).removeprefix("torch.")
+    _check_rounded(files, pristine, max(torch.finfo(d).eps for d in (files.dtype, base.dtype)))
+    del pristine
+    as_written = _against(files.to(_device(base), torch.float32), tokens, logits)
+    certificate = _certificate({"gate": gate, "as_written": as_written})
+    certificate["as_written"]["dtype"] = dtype
+    return certificate
+
+
+def _tokens(rows: Sequence[Sequence[int]]) -> list[Tensor]:
+    if not any(rows):
+        raise CertificateError("There is no row to compare logits on.")
+    return [torch.tensor([list(row)]) for row in rows if row]
 
 
 def _pristine(base: Base) -> nn.Module:
@@ -119,6 +158,15 @@ def _compared(
             if keep is not None:
                 keep.append(expected.cpu())
     return comparisons
+
+
+def _against(model: nn.Module, tokens: Sequence[Tensor], expected: Sequence[Tensor]) -> "Comparison":
+    """The model's own logits against those."""
+    comparison = Comparison()
+    with full_precision(), torch.no_grad():
+        for row, logits in zip(tokens, expected, strict=True):
+            comparison.add(logits, _logits(model, row).cpu())
+    return comparison
 
 
 def _logits(model: nn.Module, row: Tensor) -> Tensor:
@@ -259,6 +307,20 @@ def _check_truncated(adapters: Mapping[str, Adapter], files: Mapping[str, LowRan
         gap = LowRank(torch.cat([pair.B, -want.B], dim=1), torch.cat([pair.A, want.A]))
         if not energy(gap) <= 1e-8 * max(energy(want), 1e-30):
             raise CertificateError(f"The exported factors of {name} are not those that were trained.")
+
+
+def _check_rounded(files: nn.Module, whole: nn.Module, eps: float) -> None:
+    """Whether one is the other, rounded by up to half of `eps`, a share; a sum's last bits may differ."""
+    for path, module in whole.named_modules():
+        for name, tensor in module.named_parameters(recurse=False):
+            written = files.get_submodule(path)
+            if name == "weight" and is_linear(module):
+                want, got = site_weight(module), site_weight(written)
+            else:
+                want, got = tensor, written.get_parameter(name)
+            slack = 1e-5 * float(want.abs().max())
+            if not torch.allclose(got.to(want.device, want.dtype), want, rtol=eps, atol=slack):
+                raise CertificateError(f"The exported {path}.{name} is not the one that was trained.")
 
 
 def _check_resident(base: Base, pristine: nn.Module) -> None:

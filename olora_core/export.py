@@ -86,12 +86,20 @@ def export_adapter(base: Base, adapters: Mapping[str, Adapter], folder: Path, st
 
     aside = folder.with_name(f".{folder.name}.part")
     shutil.rmtree(aside, ignore_errors=True)
-    (aside / NATIVE).parent.mkdir(parents=True)
+    aside.mkdir(parents=True)
     save_file(_named(padded), aside / TENSORS, metadata={"format": "pt"})
-    save_file(_on_disk(adapter_tensors(adapters)), aside / NATIVE, metadata={"format": "pt"})
-    _write_json(aside / CONFIG, adapter_config(base.name, rank, endings, transposed))
-    _copy_tokenizer(base.folder, aside)
-    _write_json(aside / MANIFEST, _manifest(base, export, story))
+    save_native(adapters, aside)
+    write_json(aside / CONFIG, adapter_config(base.name, rank, endings, transposed))
+    copy_tokenizer(base.folder, aside)
+    facts = {
+        "kind": "adapter",
+        "rank": export.rank,
+        "target_modules": export.target_modules,
+        "left_out": left_out(base.model),
+        "energy_kept": export.energy_kept,
+        "max_lora_rank": server_rank(export.rank),
+    }
+    write_json(aside / MANIFEST, manifest(base, story, facts))
     (aside / CARD).write_text(model_card(base, export, story), encoding="utf-8")
     aside.rename(folder)
     return export
@@ -99,13 +107,19 @@ def export_adapter(base: Base, adapters: Mapping[str, Adapter], folder: Path, st
 
 def record_certificate(folder: Path, certificate: Mapping[str, Any]) -> None:
     """Adds the certificate to the manifest and the model card of an exported folder."""
-    manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
-    _write_json(folder / MANIFEST, manifest | {"certificate": dict(certificate)})
+    recorded = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+    write_json(folder / MANIFEST, recorded | {"certificate": dict(certificate)})
     card = (folder / CARD).read_text(encoding="utf-8")
     _write(folder / CARD, card.rstrip("\n") + "\n\n" + _certificate_section(certificate))
 
 
-def _copy_tokenizer(base: Path, folder: Path) -> None:
+def save_native(adapters: Mapping[str, Adapter], folder: Path) -> None:
+    """The method's own tensors."""
+    (folder / NATIVE).parent.mkdir()
+    save_file(_on_disk(adapter_tensors(adapters)), folder / NATIVE, metadata={"format": "pt"})
+
+
+def copy_tokenizer(base: Path, folder: Path) -> None:
     for pattern in TOKENIZER_PARTS:
         for path in sorted(base.glob(pattern)):
             if path.is_file():
@@ -242,7 +256,8 @@ def adapter_config(base_name: str, rank: int, target_modules: list[str], transpo
     }
 
 
-def _manifest(base: Base, export: Export, story: Story) -> dict[str, Any]:
+def manifest(base: Base, story: Story, export: Mapping[str, Any]) -> dict[str, Any]:
+    """Where the files come from; `export` says what they are."""
     return {
         "base_model": {
             "name": base.name,
@@ -254,13 +269,7 @@ def _manifest(base: Base, export: Export, story: Story) -> dict[str, Any]:
             "resolved": story.resolved.model_dump(mode="json"),
         },
         "data": {role: {"sha256": digest} for role, digest in story.data.items()},
-        "export": {
-            "rank": export.rank,
-            "target_modules": export.target_modules,
-            "left_out": left_out(base.model),
-            "energy_kept": export.energy_kept,
-            "max_lora_rank": server_rank(export.rank),
-        },
+        "export": dict(export),
         "metrics": dict(story.metrics),
         "samples": None if story.samples is None else asdict(story.samples),
         "versions": versions(),
@@ -294,7 +303,7 @@ def server_rank(rank: int) -> int:
     return next(allowed for allowed in SERVER_RANKS if allowed >= rank)
 
 
-def _write_json(path: Path, value: Mapping[str, Any]) -> None:
+def write_json(path: Path, value: Mapping[str, Any]) -> None:
     _write(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
 
 
@@ -311,7 +320,6 @@ def _write(path: Path, text: str) -> None:
 def model_card(base: Base, export: Export, story: Story) -> str:
     """README.md: what this is, how to load it, how it was trained."""
     adapter = story.resolved.adapter
-    training = story.resolved.hyperparameters
     truncated_to = (
         f"\nTruncated to rank {export.rank}: {export.energy_kept:.2%} of the update's energy is kept.\n"
         if export.energy_kept < 1
@@ -366,12 +374,19 @@ llama.cpp:
 python convert_lora_to_gguf.py --base BASE ADAPTER
 ```
 
+{how_it_was_trained(base, story, export.target_modules)}"""
+
+
+def how_it_was_trained(base: Base, story: Story, adapted: Sequence[str]) -> str:
+    """The part of the card that is the same for everything a run may leave."""
+    adapter, training = story.resolved.adapter, story.resolved.hyperparameters
+    return f"""\
 ## How it was trained
 
 | | |
 |---|---|
 | method | {adapter.method}, rank {adapter.rank}, alpha {adapter.alpha:g} |
-| adapted layers | {", ".join(export.target_modules)} |
+| adapted layers | {", ".join(adapted)} |
 | epochs | {training.n_epochs} |
 | batch size | {training.batch_size} |
 | learning rate | {_number(training.learning_rate)}, {training.schedule} schedule |
@@ -448,12 +463,19 @@ def sparkline(values: Sequence[float], width: int = 60) -> str:
 
 
 def _certificate_section(certificate: Mapping[str, Any]) -> str:
+    files = "merged weights in fp32" if "as_written" in certificate else "files on a pristine base"
     section = (
         "## Certificate\n\n"
-        f"These files on a pristine base give the trained model's logits within "
-        f"{certificate['max_abs_logit_diff']:.2e}\n(allowed: {certificate['bound']:.2e}; "
-        f"{certificate['rows']} rows, {certificate['tokens']} tokens, all in fp32).\n"
+        f"These {files} give the trained model's logits within {certificate['max_abs_logit_diff']:.2e}\n"
+        f"(allowed: {certificate['bound']:.2e}; {certificate['rows']} rows, {certificate['tokens']} tokens, "
+        "all in fp32).\n"
     )
+    if (rounded := certificate.get("as_written")) is not None:
+        section += (
+            f"\nAs they are written, in {rounded['dtype']}, they give others, by up to "
+            f"{_number(rounded['max_abs_logit_diff'])}; the likeliest token agrees for\n"
+            f"{_number(rounded['top1_agreement'])} of all tokens.\n"
+        )
     if (whole := certificate.get("on_full_precision")) is not None:
         section += (
             "\nOn the base as it was before it was quantised they give other logits, by up to "

@@ -250,7 +250,7 @@ def _load_model(
 ) -> tuple[PreTrainedModel, list[str]]:
     """The model, and the names of tensors in its files that it does not use. `how` is for transformers."""
     try:
-        with _no_progress_bar():
+        with no_progress_bar():
             model, report = AutoModelForCausalLM.from_pretrained(
                 str(folder),
                 config=config,
@@ -275,7 +275,7 @@ def _load_model(
 
 
 @contextmanager
-def _no_progress_bar() -> Iterator[None]:
+def no_progress_bar() -> Iterator[None]:
     before = logging.is_progress_bar_enabled()
     logging.disable_progress_bar()
     try:

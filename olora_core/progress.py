@@ -124,9 +124,10 @@ class Samples:
 
 @dataclass(frozen=True)
 class Finished:
-    """The adapter is exported and certified."""
+    """What was trained is exported and certified."""
 
     folder: Path
+    """Named `adapter`, or `model` where the whole one was asked for."""
     certificate: dict[str, Any]
     metrics: dict[str, Any]
     trained_tokens: int

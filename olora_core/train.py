@@ -10,12 +10,13 @@ from pathlib import Path
 from typing import Any
 
 from .adapter import adapter_tensors, load_adapter_tensors
-from .certify import certify
+from .certify import certify, certify_merged
 from .data import Data, read_data
 from .devices import ALONE, Devices
 from .early_stopping import is_over
 from .evaluations import evaluate_fully
 from .export import Story, export_adapter, record_certificate
+from .merged import Merged, check_mergeable, export_merged
 from .model import Base, check_quantization, target_sites
 from .plan import Plan
 from .precision import compute_dtype
@@ -42,6 +43,7 @@ __all__ = [
 
 CERTIFICATE_ROWS, CERTIFICATE_TOKENS = 16, 4096
 TINY_MULTIPLIER = 0.01
+ROUNDING_WORTH_A_WARNING = 0.01
 
 Wishes = Generator[Progress, str | None, None]
 
@@ -59,6 +61,8 @@ def train(
     devices: Devices = ALONE,
 ) -> Wishes:
     """Trains an adapter for `base` and exports it, certified, to `folder / "adapter"`.
+
+    Where the spec asks for merged weights, the whole model is exported to `folder / "model"` instead.
 
     `base` is loaded in `compute_dtype(spec, …)` and bears no adapter. While the loop runs, Finished included,
     it answers as the tuned model; when the loop is left, however that happens, it is as it was. `folder` is
@@ -78,6 +82,7 @@ def train(
         check_sharding(spec, base, devices)
         check_validation(spec, given=validation is not None)
         sites = target_sites(base.model, spec.adapter.target_modules)
+        check_mergeable(spec, base, sites)
         own_cache = folder / "tokens" if devices.leads else None
         data = yield from read_data(spec, base, training, validation, cache or own_cache)
         spec, why = resolve(spec, facts(base, data, devices))
@@ -152,7 +157,7 @@ def steps(
 
 
 def finish(run: Run, folder: Path) -> Iterator[Note | Phase | Samples | Finished]:
-    """Has both models answer, exports the adapter and lets it pass only with a certificate."""
+    """Has both models answer, exports what was trained and lets it pass only with a certificate."""
     run.base.model.eval()
     yield from take_the_best(run)
     samples = None
@@ -163,20 +168,36 @@ def finish(run: Run, folder: Path) -> Iterator[Note | Phase | Samples | Finished
         samples = yield from sample(run.base, run.data, run.hyperparameters.samples)
     if samples:
         yield samples
-    adapter_folder, metrics = folder / "adapter", final_metrics(run)
+    merges = run.spec.adapter.export == "merged"
+    exported, metrics = folder / ("model" if merges else "adapter"), final_metrics(run)
     yield Phase("exporting", 0, 1)
-    shutil.rmtree(adapter_folder, ignore_errors=True)
+    shutil.rmtree(exported, ignore_errors=True)
     losses = [(step, loss) for step, loss, _, _ in run.history]
     story = Story(run.asked, run.spec, run.data.hashes, metrics, losses, samples)
-    export_adapter(run.base, run.adapters, adapter_folder, story)
+    if merges:
+        yield rounding_note(export_merged(run.base, run.adapters, exported, story))
+    else:
+        export_adapter(run.base, run.adapters, exported, story)
     yield Phase("exporting", 1, 1)
     yield Phase("certifying", 0, 1)
-    certificate = certify(run.base, run.adapters, adapter_folder, certificate_rows(run.data))
+    certified = certify_merged if merges else certify
+    certificate = certified(run.base, run.adapters, exported, certificate_rows(run.data))
     kept = ("valid_loss_before", "valid_loss_after", "exported_step")
     certificate |= {name: metrics[name] for name in kept}
-    record_certificate(adapter_folder, certificate)
+    record_certificate(exported, certificate)
     yield Phase("certifying", 1, 1)
-    yield Finished(adapter_folder, certificate, metrics, run.trained_tokens, run.step)
+    yield Finished(exported, certificate, metrics, run.trained_tokens, run.step)
+
+
+def rounding_note(merged: Merged) -> Note:
+    """What the weights' dtype took of the update; in bf16 it may be much of a small one."""
+    level = "warn" if merged.rounding_loss > ROUNDING_WORTH_A_WARNING else "info"
+    sentence = (
+        f"Merged and rounded to {merged.dtype}, the weights lose {merged.rounding_loss:.2%} of the update."
+    )
+    if level == "warn":
+        sentence += " An adapter, adapter.export = 'adapter', loses nothing."
+    return Note(level, sentence, {"rounding_loss": merged.rounding_loss})
 
 
 def take_the_best(run: Run) -> Iterator[Note]:

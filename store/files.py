@@ -363,7 +363,7 @@ def delete_file(session: Session, project_id: str, file_id: str) -> File:
     model_id = _model_of(session, file)
     if model_id is not None:
         raise FileInUse(
-            f"File {file_id} is the adapter of the model '{model_id}'; delete the model instead, and the "
+            f"File {file_id} holds the weights of the model '{model_id}'; delete the model instead, and the "
             f"file goes with it: DELETE /v1/models/{model_id}.",
             param="file_id",
         )
@@ -372,7 +372,7 @@ def delete_file(session: Session, project_id: str, file_id: str) -> File:
 
 
 def _model_of(session: Session, file: File) -> str | None:
-    """The model whose adapter this file is: the second of its job's result files."""
+    """The model whose weights this file holds: the second of its job's result files."""
     named = cast(Job.result_files, Text).contains(file.id, autoescape=True)
     rows = select(Model.id, Job.result_files).join(Job, Job.id == Model.job_id)
     rows = rows.where(Model.project_id == file.project_id, Model.deleted_at.is_(None), named)

@@ -1,4 +1,4 @@
-"""Fine-tuned models: the names of succeeded jobs' adapters."""
+"""Fine-tuned models: the names of what succeeded jobs have trained."""
 
 import re
 from collections.abc import Sequence
@@ -42,13 +42,13 @@ def get_model(session: Session, project_id: str, model_id: str) -> Model:
 
 
 def delete_model(session: Session, project_id: str, model_id: str) -> Model:
-    """The model and its adapter file go, the job keeps its record. Raises NotFound."""
+    """The model and the file with its weights go, the job keeps its record. Raises NotFound."""
     model = get_model(session, project_id, model_id)
     model.deleted_at = db_now()
     job = session.scalar(select(Job).where(Job.id == model.job_id))
-    adapters = job.result_files[1:2] if job else []
+    weights = job.result_files[1:2] if job else []
     session.execute(
-        update(File).where(File.id.in_(adapters), File.deleted_at.is_(None)).values(deleted_at=db_now())
+        update(File).where(File.id.in_(weights), File.deleted_at.is_(None)).values(deleted_at=db_now())
     )
     settle(session, model)
     return model

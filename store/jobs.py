@@ -154,7 +154,7 @@ def succeed(
 ) -> Job:
     """The job's end: its result files, its model, its certificate.
 
-    Of the files the CSV is the first, the adapter the second and TensorBoard's the third.
+    Of the files the CSV is the first, the adapter (or the model) the second and TensorBoard's the third.
     Raises LeaseLost; then nothing of it holds.
     """
     job = write_as(
@@ -341,6 +341,11 @@ def get_job(session: Session, project_id: str, job_id: str) -> Job:
     if job is None:
         raise NotFound(f"No such fine-tuning job: {job_id}.", param="fine_tuning_job_id")
     return job
+
+
+def leaves_model(job: Job) -> bool:
+    """Whether its result is the whole model, where other jobs have an adapter."""
+    return bool(job.spec["adapter"].get("export") == "merged")
 
 
 def list_jobs(

@@ -1,4 +1,4 @@
-"""An adapter's folder as a zip whose bytes depend on nothing but the files' names and contents."""
+"""An exported folder as a zip whose bytes depend on nothing but the files' names and contents."""
 
 import shutil
 import zipfile

@@ -49,7 +49,9 @@ CANCEL_SECONDS = 15.0
 """A cancelled trainer that has not come to its next step by then is killed."""
 RELEASE_SECONDS = 90.0
 """Likewise one that has not saved its checkpoint by then."""
-METRICS_FILE, ADAPTER_FILE = "step_metrics.csv", "adapter.zip"
+METRICS_FILE = "step_metrics.csv"
+WEIGHTS_FILES = {"adapter": "adapter.zip", "merged": "model.zip"}
+"""By the spec's `export`."""
 
 
 class Shutdown(Protocol):
@@ -414,11 +416,13 @@ class Attempt:
         results.mkdir()
         table = self._ask(lambda session: progress.metrics_csv(session, job.id))
         (results / METRICS_FILE).write_text(table)
-        pack(Path(finished["folder"]), results / ADAPTER_FILE)
+        weights_file = WEIGHTS_FILES[self.claim.spec.adapter.export]
+        pack(Path(finished["folder"]), results / weights_file)
+        shutil.rmtree(finished["folder"])  # a whole model is large
         events_file = self._write_event_file(results)
         prefix = result_folder(job.id, self.claim.attempt)
         self.storage.put_folder(prefix, results)
-        files = [_result_file(results / name, prefix) for name in (METRICS_FILE, ADAPTER_FILE, events_file)]
+        files = [_result_file(results / name, prefix) for name in (METRICS_FILE, weights_file, events_file)]
         model = fine_tuned.model_name(self.claim.spec.model, self.settings.organization, job.suffix, job.id)
         self._end(
             lambda session: jobs.succeed(

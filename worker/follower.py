@@ -23,7 +23,7 @@ from store import progress
 from store.claims import Claim
 from store.errors import BadIntegration
 from store.integrations import Integration, read_integrations, require_offered
-from store.jobs import ENDED
+from store.jobs import ENDED, leaves_model
 from store.models import File, Job
 from store.session import Sessions
 from store.settings import Settings
@@ -86,12 +86,12 @@ class JobSource:
         return News(self._config, rows, job.status, self._summary(session, job))
 
     def _summary(self, session: Session, job: Job) -> dict[str, Any]:
-        adapter = select(File.sha256).where(File.id.in_(job.result_files[1:2]))
+        weights = select(File.sha256).where(File.id.in_(job.result_files[1:2]))
         return {
             "fine_tuned_model": job.fine_tuned_model,
             "trained_tokens": job.trained_tokens,
             "certificate": job.certificate,
-            "adapter_sha256": session.scalar(adapter),
+            "model_sha256" if leaves_model(job) else "adapter_sha256": session.scalar(weights),
             "error": job.error,
         }
 

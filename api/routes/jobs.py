@@ -174,7 +174,7 @@ def describe_adapter(job_id: str, call: CallDep) -> Response:
 def _adapter_file(job_id: str, call: Call) -> File:
     with call.reading() as session:
         job = jobs.get_job(session, call.project_id, job_id)
-        if job.status != "succeeded":
+        if job.status != "succeeded" or jobs.leaves_model(job):
             raise JobStateError(_why_no_adapter(job))
         try:
             return files.get_file(session, call.project_id, job.result_files[1])
@@ -190,6 +190,12 @@ def _why_no_adapter(job: Job) -> str:
         return f"Job {job.id} has failed and has no adapter: {(job.error or {}).get('message')}"
     if job.status == "cancelled":
         return f"Job {job.id} was cancelled and has no adapter; create it again to train one."
+    if jobs.leaves_model(job):
+        where = f"download its result file {job.result_files[1]}" if job.result_files else "wait for its end"
+        return (
+            f"Job {job.id} leaves no adapter but the whole model, since its adapter.export is 'merged'; "
+            f"{where} (olora.results.model), or train again with adapter.export = 'adapter'."
+        )
     reached = f" (step {job.step} of {job.total_steps})" if job.total_steps else ""
     return f"Job {job.id} is {job.status}{reached}; its adapter can be downloaded once it has succeeded."
 

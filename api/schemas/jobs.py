@@ -8,16 +8,13 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from olora_core.specs import MAX_SEED, TrainSpec, check_validation, read_spec
 from store.fine_tuned import model_name
+from store.jobs import leaves_model
 from store.models import Checkpoint, Event, Job
 
 from ..errors import BadRequest, misfit
 
 MAX_SECONDS = 2**31 - 1
 """68 years; a worker adds its clock to it, in which far larger numbers have no place."""
-
-
-RESULTS = ("metrics", "adapter", "tensorboard")
-"""What the result files are, in their order; code in the wild counts on the first."""
 
 
 class Request(BaseModel):
@@ -239,8 +236,13 @@ def _own_facts(row: Job) -> dict[str, Any]:
         "plan": row.resolved,
         "certificate": row.certificate,
         "samples": row.samples,
-        "results": dict(zip(RESULTS, row.result_files, strict=False)),
+        "results": dict(zip(_result_names(row), row.result_files, strict=False)),
     }
+
+
+def _result_names(row: Job) -> tuple[str, ...]:
+    """What the result files are, in their order; code in the wild counts on the first."""
+    return "metrics", "model" if leaves_model(row) else "adapter", "tensorboard"
 
 
 def _seconds(moment: float | None) -> int | None:

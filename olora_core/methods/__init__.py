@@ -8,6 +8,7 @@ from .base import Method, Outputs, place
 from .cola import COLA
 from .lora import LoRA
 from .melora import MELoRA
+from .mora import MoRA
 from .olora import OLoRA
 from .pissa import PiSSA
 from .prilora import PRILoRA
@@ -29,6 +30,7 @@ METHODS: dict[str, type[Method[Any]]] = {
     "rm_lora": RMLoRA,
     "cola": COLA,
     "xgblora": XGBLoRA,
+    "mora": MoRA,
 }
 
 __all__ = ["METHODS", "Method", "Outputs", "place"]

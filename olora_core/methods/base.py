@@ -17,7 +17,7 @@ from ..batches import MicroBatch
 from ..devices import ALONE, Devices, is_part, whole
 from ..errors import SpecError
 from ..progress import Phase, result_of
-from ..specs import AdapterSpec, check_export_rank
+from ..specs import AdapterSpec, check_export
 
 SpecT = TypeVar("SpecT", bound=AdapterSpec)
 Schedule = Callable[[int, int], float]
@@ -55,7 +55,7 @@ class Method(Generic[SpecT]):
         schedule: Schedule,
         weight_decay: float = 0.0,
     ) -> None:
-        check_export_rank(spec)
+        check_export(spec)
         self.spec = spec
         self.seed = seed
         self.total_steps = total_steps

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ..adapter import Site
 from ..errors import SpecError
-from ..specs import MAX_EXPORT_RANK, XGBLoRASpec
+from ..specs import MAX_EXPORT_RANK, WHERE_TOO_WIDE, XGBLoRASpec
 from .base import Method, generator
 from .rounds import RoundsAdapter, forget, ramp, set_lr_factor
 
@@ -72,11 +72,11 @@ class XGBLoRA(Method[XGBLoRASpec]):
         draws = [self.drawn(step) for step in range(0, self.total_steps, self.round_steps)]
         for name, adapter in self.adapters.items():
             width = self.spec.rank * sum(self.layer_of[name] in draw for draw in draws)
-            if width > MAX_EXPORT_RANK and self.spec.export_rank is None:
+            if self.spec.is_too_wide(width):
                 raise SpecError(
                     f"{len(draws)} rounds of adapter.rank = {self.spec.rank} export a LoRA of rank {width} "
                     f"for layer '{name}', and servers load at most {MAX_EXPORT_RANK}; use a lower rank, more "
-                    "adapter.steps_per_round, or let adapter.export_rank truncate the export.",
+                    f"adapter.steps_per_round, {WHERE_TOO_WIDE}.",
                     param="adapter.rank",
                 )
             adapter.make_room(width)

@@ -12,6 +12,10 @@ from .base import Auto, Spec
 MAX_LEARNING_RATE = 10.0
 MAX_EXPORT_RANK = 512
 """The widest pair that servers accept (vLLM's largest `--max-lora-rank`)."""
+WHERE_TOO_WIDE = (
+    "let adapter.export_rank truncate the export, or take the whole model with adapter.export = 'merged'"
+)
+"""What helps whatever the method."""
 
 
 class AdapterSpec(Spec):
@@ -41,6 +45,11 @@ class AdapterSpec(Spec):
         le=4096,
         description="Truncate the exported pair to this rank; null exports it exactly.",
     )
+    export: Literal["adapter", "merged"] = Field(
+        default="adapter",
+        description="What is left at the end: a LoRA for the untouched base, or the whole model, the update "
+        "merged into its weights.",
+    )
 
     @field_validator("target_modules")
     @classmethod
@@ -61,8 +70,20 @@ class AdapterSpec(Spec):
 
     @property
     def pair_rank(self) -> int:
-        """k of the exact pair `ΔW = B A` (B out×k, A k×in) that an adapter of this method exports at most."""
+        """k of the exact pair `ΔW = B A` (B out×k, A k×in) that an adapter of this method exports at most.
+
+        Where k depends on the layers, at least this: the method checks it once they are known.
+        """
         return self.rank
+
+    @property
+    def has_pair(self) -> bool:
+        """Whether an adapter of this method is a LoRA of some rank."""
+        return True
+
+    def is_too_wide(self, pair_rank: int) -> bool:
+        """Whether a pair of that rank would be exported, and no server could load it."""
+        return self.export == "adapter" and self.export_rank is None and pair_rank > MAX_EXPORT_RANK
 
     @classmethod
     def options(cls) -> dict[str, Any]:
@@ -654,6 +675,99 @@ class XGBLoRASpec(RoundsSpec):
     )
 
 
+class MoRASpec(AdapterSpec):
+    """MoRA: one square matrix between two fixed foldings (arXiv 2405.12130)."""
+
+    summary: ClassVar[str] = (
+        "A square matrix in place of two thin factors: a far higher rank for as many trained numbers."
+    )
+    paper: ClassVar[str] = "arXiv 2405.12130"
+    cost: ClassVar[str] = (
+        "Trains about r (in + out) numbers a layer, as one square matrix; exports a LoRA as wide as that "
+        "matrix, 256 for a 4096×4096 weight at rank 8, and twice as wide with restarts; of type 6, the whole "
+        "model."
+    )
+    choose: ClassVar[str] = (
+        "For facts to remember, such as continued pretraining on new texts, where a low rank is what holds "
+        "LoRA back, and where the server takes wide adapters."
+    )
+    base_learning_rate: ClassVar[float] = 3e-4
+    width_exponent: ClassVar[float] = 0.8850
+
+    method: Literal["mora"] = "mora"
+    rank: int = Field(
+        default=8, ge=1, le=4096, description="r, of the LoRA that would train as many numbers."
+    )
+    alpha: float = Field(
+        default=1,
+        description="Not of this method, whose scale is 1.",
+        json_schema_extra={"const": 1},
+    )
+    rslora: bool = Field(
+        default=False,
+        description="Not of this method, whose scale is 1.",
+        json_schema_extra={"const": False},
+    )
+    dropout: float = Field(default=0.05, ge=0, lt=1, description="Dropout on the adapter's input.")
+    type: Literal[1, 2, 3, 4, 6] = Field(
+        default=1,
+        description="How inputs are summed, and outputs filled: 1 by turns, tiled; 2 neighbours, repeated; "
+        "3 neighbours, tiled; 4 by turns, repeated; 6 a block at a time, each rotated, and merged only.",
+    )
+    restart_every: int = Field(
+        default=0,
+        ge=0,
+        description="ReMoRA: steps after which the matrix is kept and a new one begun; 0 is never.",
+    )
+    restart_types: tuple[Literal[1, 2, 3, 4], ...] = Field(
+        default=(1, 2, 3, 4),
+        min_length=1,
+        description="ReMoRA: the types that follow each other, over and over, beginning with `type`.",
+    )
+    ramp_steps: int = Field(
+        default=50,
+        ge=1,
+        description="ReMoRA: steps over which the rate rises after a restart, at most all until the next.",
+    )
+
+    @field_validator("alpha")
+    @classmethod
+    def _the_scale_is_one(cls, value: float) -> float:
+        if value != 1:
+            raise ValueError("no alpha, since the scale of mora is 1; leave it out, or change the rate")
+        return value
+
+    @field_validator("rslora")
+    @classmethod
+    def _whatever_the_rank(cls, value: bool) -> bool:
+        if value:
+            raise ValueError("false, since the scale of mora is 1, whatever the rank; leave it out")
+        return value
+
+    @field_validator("restart_every")
+    @classmethod
+    def _no_blocks_to_keep(cls, value: int, info: ValidationInfo) -> int:
+        if value and info.data.get("type") == 6:
+            raise ValueError("0 with adapter.type = 6, which has no restarts; use another type")
+        return value
+
+    @field_validator("restart_types")
+    @classmethod
+    def _begin_somewhere(cls, value: tuple[int, ...], info: ValidationInfo) -> tuple[int, ...]:
+        type = info.data.get("type")
+        if info.data.get("restart_every") and type not in (None, *value):
+            raise ValueError(f"types among which is adapter.type = {type}, that of the first matrix")
+        return value
+
+    @property
+    def scale(self) -> float:
+        return 1.0
+
+    @property
+    def has_pair(self) -> bool:
+        return self.type != 6
+
+
 AnyAdapterSpec = Annotated[
     OLoRASpec
     | LoRASpec
@@ -666,7 +780,8 @@ AnyAdapterSpec = Annotated[
     | RMLoRASpec
     | AdaLoRASpec
     | COLASpec
-    | XGBLoRASpec,
+    | XGBLoRASpec
+    | MoRASpec,
     Field(discriminator="method"),
 ]
 ADAPTER_SPECS: dict[str, type[AdapterSpec]] = {
@@ -682,22 +797,37 @@ ADAPTER_SPECS: dict[str, type[AdapterSpec]] = {
     "rm_lora": RMLoRASpec,
     "cola": COLASpec,
     "xgblora": XGBLoRASpec,
+    "mora": MoRASpec,
 }
 DEFAULT_METHOD = "olora"
 
 
-def check_export_rank(spec: AdapterSpec) -> None:
-    """Refuses, before any training, an adapter that no server could load."""
+def check_export(spec: AdapterSpec) -> None:
+    """Refuses, before any training, an export that there is none of, and one that no server could load."""
+    if spec.export == "merged":
+        if spec.export_rank is not None:
+            raise SpecError(
+                "adapter.export_rank truncates an adapter, and adapter.export = 'merged' leaves none; leave "
+                "one of the two out.",
+                param="adapter.export_rank",
+            )
+        return
+    if not spec.has_pair:
+        raise SpecError(
+            "adapter.export = 'adapter': an update of adapter.type = 6 is no LoRA of any rank that servers "
+            "load; take the whole model with adapter.export = 'merged', or another adapter.type.",
+            param="adapter.export",
+        )
     if spec.export_rank is not None and spec.export_rank > MAX_EXPORT_RANK:
         raise SpecError(
             f"adapter.export_rank = {spec.export_rank} is more than servers load; "
             f"use at most {MAX_EXPORT_RANK}.",
             param="adapter.export_rank",
         )
-    if spec.export_rank is None and spec.pair_rank > MAX_EXPORT_RANK:
+    if spec.is_too_wide(spec.pair_rank):
         widest = MAX_EXPORT_RANK * spec.rank // spec.pair_rank
         raise SpecError(
             f"adapter.rank = {spec.rank} exports a LoRA of rank {spec.pair_rank}, and servers load at most "
-            f"{MAX_EXPORT_RANK}; use a rank up to {widest}, or let adapter.export_rank truncate the export.",
+            f"{MAX_EXPORT_RANK}; use a rank up to {widest}, {WHERE_TOO_WIDE}.",
             param="adapter.rank",
         )

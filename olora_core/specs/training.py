@@ -12,7 +12,7 @@ from .adapters import (
     MAX_LEARNING_RATE,
     AnyAdapterSpec,
     OLoRASpec,
-    check_export_rank,
+    check_export,
 )
 from .base import Auto, Spec, nearest, read
 
@@ -210,7 +210,7 @@ def read_spec(
             param="adapter.method",
         )
     read_adapter = read(ADAPTER_SPECS[method], adapter_values, lambda name: places.get(name, "adapter"))
-    check_export_rank(read_adapter)
+    check_export(read_adapter)
     return TrainSpec(
         model=model,
         type=cast(TrainingType, type),

@@ -136,7 +136,8 @@ class Attempt:
         with self.sessions.begin() as session:
             table = progress.metrics_csv(session, self.claim.job_id).encode()
         files = []
-        names = ("step_metrics.csv", "adapter.zip", "events.out.tfevents.0.job")
+        weights = "model.zip" if self.claim.spec.adapter.export == "merged" else "adapter.zip"
+        names = ("step_metrics.csv", weights, "events.out.tfevents.0.job")
         for name, content in zip(names, (table, adapter, b"events"), strict=True):
             key = f"results/{self.claim.job_id}/{name}"
             with stored.writer(key) as writer:

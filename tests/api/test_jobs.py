@@ -320,6 +320,42 @@ def test_without_success_there_is_no_adapter_and_the_answer_says_why(
     assert client.head(f"/v1/fine_tuning/jobs/{made['id']}/adapter").status_code == 400
 
 
+MERGED = {"method": "mora", "type": 6, "export": "merged"}
+
+
+def test_a_job_that_merges_leaves_a_model_and_no_adapter(client: TestClient, settings: Settings) -> None:
+    made = created(client, adapter=MERGED)
+    refused = client.get(f"/v1/fine_tuning/jobs/{made['id']}/adapter")
+    assert "adapter.export is 'merged'; wait for its end" in refused.json()["error"]["message"]
+    client.post(f"/v1/fine_tuning/jobs/{made['id']}/cancel")
+
+    done = finished(client, settings, adapter=MERGED)
+    assert done["adapter"]["export"] == "merged"
+    results = done["olora"]["results"]
+    assert results == dict(zip(("metrics", "model", "tensorboard"), done["result_files"], strict=True))
+    assert client.get(f"/v1/files/{results['model']}").json()["filename"] == "model.zip"
+    content = client.get(f"/v1/files/{results['model']}/content")
+    assert (content.status_code, content.headers["content-type"]) == (200, "application/zip")
+    for call in (client.get, client.head):
+        refused = call(f"/v1/fine_tuning/jobs/{done['id']}/adapter")
+        assert refused.status_code == 400
+    error = client.get(f"/v1/fine_tuning/jobs/{done['id']}/adapter").json()["error"]
+    assert error["code"] == "invalid_job_state"
+    assert f"download its result file {results['model']} (olora.results.model)" in error["message"]
+    assert "train again with adapter.export = 'adapter'" in error["message"]
+
+    refused = client.delete(f"/v1/files/{results['model']}")
+    assert "holds the weights of the model" in refused.json()["error"]["message"]
+    assert client.delete(f"/v1/models/{done['fine_tuned_model']}").json()["deleted"] is True
+    assert client.get(f"/v1/files/{results['model']}").status_code == 404
+
+
+def test_an_update_that_is_no_adapter_must_be_merged(client: TestClient) -> None:
+    answer = create(client, adapter={"method": "mora", "type": 6})
+    assert (answer.status_code, answer.json()["error"]["param"]) == (400, "adapter.export")
+    assert "adapter.type = 6" in answer.json()["error"]["message"]
+
+
 @BOTH_DATABASES
 def test_a_deleted_model_takes_its_adapter_along_and_leaves_the_jobs_record(
     client: TestClient, settings: Settings

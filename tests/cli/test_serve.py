@@ -90,6 +90,22 @@ def test_a_job_is_asked_for_watched_and_downloaded(service: Serving, few_rows: P
     assert manifest["certificate"]["passed"]
 
 
+def test_a_merged_model_is_downloaded_in_the_adapters_place(
+    service: Serving, few_rows: Path, tmp_path: Path
+) -> None:
+    asked = service.run(
+        *("jobs", "create", few_rows, "--method", "mora", "--set", "type=6", "--set", "export=merged"),
+        *("--epochs", "1", "--set", "max_steps=2", "--set", "samples=0", "--watch"),
+    )
+    assert asked.returncode == 0, asked.stderr
+    job = asked.stdout.strip()
+    assert f"Fetch it: olora adapters download {job}" in asked.stderr
+    fetched = service.run("adapters", "download", job, "--to", tmp_path / "model")
+    assert fetched.stdout.strip() == str(tmp_path / "model"), fetched.stderr
+    assert not (tmp_path / "model" / "adapter_config.json").exists()
+    AutoModelForCausalLM.from_pretrained(tmp_path / "model")
+
+
 def test_an_uploaded_file_is_named_by_its_id(service: Serving, few_rows: Path, tmp_path: Path) -> None:
     odd_name = tmp_path / "[b] few.jsonl"
     odd_name.write_bytes(few_rows.read_bytes())

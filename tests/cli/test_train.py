@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import re
 import signal
 import subprocess
 import sys
@@ -66,6 +67,19 @@ def interrupted(spec: Path, home: Path, number: signal.Signals, **settings: str)
     process.send_signal(number)
     assert process.wait(60) == 130, log.read_text()
     return log.read_text()
+
+
+def test_merged_weights_stand_in_the_adapters_place(tmp_path: Path) -> None:
+    spec = write_spec(tmp_path, "whole")
+    spec.write_text(spec.read_text().replace("rank: 4}", "rank: 4, export: merged}").replace("2, b", "1, b"))
+    done = olora(tmp_path, "train", spec, timeout=250)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip() == str(tmp_path / "whole" / "model")
+    assert re.search(r"As written, in \w+, they differ by up to", done.stderr)
+    assert (tmp_path / "whole" / "model" / "model.safetensors").exists()
+    assert not (tmp_path / "whole" / "adapter").exists()
+    again = olora(tmp_path, "train", spec)
+    assert (again.returncode, "model is finished already" in again.stderr) == (1, True)
 
 
 @pytest.mark.filterwarnings("ignore::sqlalchemy.exc.SADeprecationWarning")  # MLflow's own

@@ -125,7 +125,7 @@ def run_case(case: dict[str, Any], devices: Devices = ALONE) -> dict[str, Any]:
                 case Finished():
                     said["certified"] = news.certificate["passed"]
                     said["trained_tokens"], said["tokens"] = news.trained_tokens, news.metrics["tokens"]
-                    tensors = news.folder / "adapter_model.safetensors"
+                    (tensors,) = news.folder.glob("*model.safetensors")
                     said["exported"] = hashlib.sha256(tensors.read_bytes()).hexdigest()
     except OloraError as error:
         said["error"] = [error.code, error.message]

@@ -16,7 +16,11 @@ from olora_core.tokenising import tokenise
 from olora_core.train import Finished, Progress, Resolved, Step, train
 
 ROWS = 11
-OPTIONS: dict[str, dict[str, Any]] = {"melora": {"mini_loras": 2}, "xgblora": {"layers_per_round": 99}}
+OPTIONS: dict[str, dict[str, Any]] = {
+    "melora": {"mini_loras": 2},
+    "xgblora": {"layers_per_round": 99},
+    "mora": {"alpha": 1},
+}
 """What a method needs beside its rank on layers as small, and in runs as short, as the tests'."""
 
 

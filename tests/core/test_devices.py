@@ -29,6 +29,13 @@ CASES: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
     "sora": ("llama", {"method": "sora", "adapter": {"threshold": 0.1}}, {}),
     "cola": ("llama", {"method": "cola", "adapter": {"dropout": 0.2}, "warmup_ratio": 0}, {}),
     "xgblora": ("llama", {"method": "xgblora", "adapter": {"steps_per_round": 2, "layers_per_round": 1}}, {}),
+    "mora": ("llama", {"method": "mora", "adapter": {"restart_every": 2, "ramp_steps": 2}}, {}),
+    "mora of type 6": ("llama", {"method": "mora", "adapter": {"type": 6, "export": "merged"}}, {}),
+    "sharded, mora of type 6": (
+        "llama",
+        {"method": "mora", "adapter": {"type": 6, "export": "merged"}, "sharding": "full"},
+        {},
+    ),
     "dropout": ("llama", {"adapter": {"dropout": 0.2}}, {}),
     "noisy embeddings": ("llama", {"neftune_alpha": 5}, {}),
     "stopped early": (

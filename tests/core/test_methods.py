@@ -66,7 +66,22 @@ def numbers_of(method: str, adapter: Adapter, r: int = 4) -> int:
         modes = {16: (16,), 32: (2, 16), 48: (4, 12), 96: (8, 12), 128: (8, 16)}
         sides = [modes[size] for size in (adapter.in_features, adapter.out_features)]
         return sum(r * r * sum(inner) + r * end for *inner, end in sides)
+    if method == "mora":
+        return mora_side(adapter, r) ** 2
     return r * (adapter.in_features + adapter.out_features + (method in GATED))
+
+
+def mora_side(adapter: Adapter, r: int = 4) -> int:
+    """The whole number whose square is nearest to LoRA's count."""
+    numbers = r * (adapter.in_features + adapter.out_features)
+    return min(range(1, numbers + 1), key=lambda side: abs(side - math.sqrt(numbers)))
+
+
+def widest_pair(method: Method, adapters: dict[str, Adapter]) -> int:
+    """Rank of the widest pair at the start."""
+    if method.spec.method == "mora":
+        return max(mora_side(adapter) for adapter in adapters.values())
+    return AT_START.get(method.spec.method, method.spec.pair_rank)
 
 
 def randomise(adapters: dict[str, Adapter], size: float = 0.05) -> None:
@@ -179,7 +194,7 @@ def test_the_pair_is_the_update(method_name: str, model: PreTrainedModel) -> Non
     method = make_method(method_name)
     adapters = adapted(model, method)
     randomise(adapters)
-    widest = AT_START.get(method_name, method.spec.pair_rank)
+    widest = widest_pair(method, adapters)
     for adapter in adapters.values():
         pair = adapter.pair()
         assert pair.rank <= widest

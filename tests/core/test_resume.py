@@ -82,6 +82,19 @@ CASES = {
         "llama",
         spec_for("tt_lora", adapter={"dropout": 0.2, "modes": {32: [8, 4]}}, weight_decay=0.1),
     ),
+    "mora": ("llama", spec_for("mora", adapter={"dropout": 0.2, "type": 4}, weight_decay=0.1)),
+    "mora at its restarts": (
+        "llama",
+        spec_for("mora", adapter={"dropout": 0.2, "restart_every": 2, "ramp_steps": 2}),
+    ),
+    "mora within its rounds": (
+        "llama-bf16",
+        spec_for("mora", adapter={"restart_every": 3, "restart_types": [1, 2]}, dtype="bfloat16"),
+    ),
+    "mora of type 6": (
+        "llama",
+        spec_for("mora", adapter={"type": 6, "export": "merged", "dropout": 0.2}),
+    ),
     "olora on nf4": ("wide-llama", spec_for("olora", adapter={"dropout": 0.2}, quantization="nf4")),
     "lora on int8": ("wide-llama", spec_for("lora", quantization="int8")),
     "olora on torchao-int8": ("wide-llama", spec_for("olora", quantization="torchao-int8")),
@@ -214,7 +227,11 @@ def test_a_resumed_run_equals_an_unbroken_one(unbroken, resumed, name, step) -> 
     assert rest["steps"] == whole.steps[step:]
     assert rest["evaluated"] == [entry for entry in whole.evaluated if entry[0] > step]
     assert rest["trained_tokens"] == whole.finished.trained_tokens
-    for file in ("adapter_model.safetensors", "native/adapter.safetensors"):
+    merged = whole.finished.folder.name == "model"
+    for file in (
+        "model.safetensors" if merged else "adapter_model.safetensors",
+        "native/adapter.safetensors",
+    ):
         assert (Path(rest["folder"]) / file).read_bytes() == (whole.finished.folder / file).read_bytes()
     timed = {"seconds", "tokens_per_second", "peak_memory_bytes"}
     for metric in whole.finished.metrics.keys() - timed:

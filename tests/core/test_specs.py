@@ -14,6 +14,7 @@ from olora_core.specs import (
     Facts,
     LoRASpec,
     MELoRASpec,
+    MoRASpec,
     OLoRASpec,
     PiSSASpec,
     TrainSpec,
@@ -297,6 +298,8 @@ def test_auto_batch_is_a_fifth_of_a_percent(examples, batch) -> None:
         (BALoRASpec(), 4096, 2e-5),
         (TTLoRASpec(), 4096, 1e-3),
         (TTLoRASpec(), 192, 3e-3),
+        (MoRASpec(), 4096, 3e-4),
+        (MoRASpec(), 192, 4.5e-3),
     ],
 )
 def test_the_learning_rate_goes_through_its_anchors(adapter, width, rate) -> None:

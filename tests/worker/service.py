@@ -75,13 +75,14 @@ class Service:
         integrations: list[Any] | None = None,
         project: str = PROJECT,
         type: str = "supervised",
+        adapter: dict[str, Any] | None = None,
         **hyperparameters: Any,
     ) -> str:
         """A job in `validating_files`. Returns its id."""
         training = self.upload(data or chat_rows(rows), project)
         held_out = self.upload(validation, project) if validation else None
         asked = {"batch_size": 4, "n_epochs": 2, "samples": 0, **hyperparameters}
-        spec = read_spec(model=model, type=type, hyperparameters=asked, seed=7)
+        spec = read_spec(model=model, type=type, hyperparameters=asked, adapter=adapter, seed=7)
         with self.write.begin() as session:
             return jobs.create(
                 session,
@@ -145,7 +146,7 @@ class Service:
             return stored.read()
 
     def adapter(self, job_id: str) -> dict[str, bytes]:
-        """The files of a succeeded job's adapter."""
+        """The files of a succeeded job's adapter, or model."""
         with zipfile.ZipFile(io.BytesIO(self.result(job_id, 1))) as archive:
             return {name: archive.read(name) for name in archive.namelist()}
 

@@ -21,7 +21,7 @@ from olora_core.errors import TrainingError
 from olora_core.model import load_base
 from olora_core.specs import TrainSpec
 from olora_core.train import Step, train
-from store import progress
+from store import files, progress
 from store.files import Storage
 from tests.services import wait_until
 from tests.worker.service import Service, exists
@@ -88,6 +88,35 @@ def test_a_job_becomes_a_certified_adapter(service: Service, supervisor: Supervi
     files = service.adapter(job_id)
     assert {"adapter_config.json", "adapter_model.safetensors", "manifest.json", "README.md"} <= files.keys()
     assert json.loads(files["manifest.json"])["certificate"]["passed"] is True
+
+
+def test_merged_weights_are_the_jobs_model(service: Service, supervisor: Supervisor, tmp_path: Path) -> None:
+    job_id = service.queue(
+        rows=32, n_epochs=8, adapter={"method": "mora", "type": 6, "export": "merged"}, learning_rate=1e-2
+    )
+    assert supervisor.run_until_idle() == 1
+    job = service.job(job_id)
+    assert (job.status, job.error) == ("succeeded", None)
+    assert job.certificate is not None
+    assert job.certificate["passed"] is True
+    assert job.certificate["as_written"]["dtype"] == "float32"
+    assert any("of the update" in event.message for event in service.events(job_id))
+    with service.write() as session:
+        assert files.get_file(session, "default", job.result_files[1]).filename == "model.zip"
+
+    for name, content in service.adapter(job_id).items():
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_bytes(content)
+    manifest = json.loads((tmp_path / "manifest.json").read_text())
+    assert manifest["certificate"] == job.certificate
+    assert not (tmp_path / "adapter_config.json").exists()
+    trained, base = (
+        load_base(tmp_path, name="trained"),
+        load_base(service.settings.models_dir / "tiny", name="t"),
+    )
+    ids = trained.tokenizer("2 + 2 =", return_tensors="pt").input_ids
+    assert trained.model.dtype == base.model.dtype
+    assert (trained.model(ids).logits - base.model(ids).logits).abs().max() > 0.1
 
 
 def test_preferences_are_trained_by_dpo(service: Service, supervisor: Supervisor) -> None:

@@ -185,6 +185,20 @@ def test_a_job_may_have_a_run_in_each_of_two_projects(service: Service, told: To
 
 
 @pytest.mark.filterwarnings(MLFLOW_STORES)
+def test_the_hash_of_a_merged_model_is_told_as_a_models(
+    service: Service, supervisor: Supervisor, mlflow_uri: str
+) -> None:
+    with with_settings(supervisor, mlflow_tracking_uri=mlflow_uri):
+        job_id = service.queue(rows=16, max_steps=1, adapter={"export": "merged"}, integrations=[MLFLOW])
+        supervisor.run_until_idle()
+        settled()
+    [(_, run)] = mlflow_runs(mlflow_uri, job_id)
+    assert run.data.tags["olora.model_sha256"] == hashlib.sha256(service.result(job_id, 1)).hexdigest()
+    assert run.data.tags["olora.certificate/as_written/dtype"] == "float32"
+    assert "olora.adapter_sha256" not in run.data.tags
+
+
+@pytest.mark.filterwarnings(MLFLOW_STORES)
 def test_mlflow_holds_the_whole_job(service: Service, told: Told, mlflow_uri: str) -> None:
     job = told.job
     [(client, run)] = mlflow_runs(mlflow_uri, job.id)

@@ -1,0 +1,177 @@
+"""A trained model whole: the base with the update merged into its weights, as a folder that everything loads.
+
+The base in memory is not touched: its files are read once more, into main memory, in their own dtype.
+"""
+
+import json
+import shutil
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from transformers import PreTrainedModel
+
+from . import quantisation
+from .adapter import Adapter, Site, bare_modules, full_precision, site_weight
+from .errors import SpecError
+from .export import (
+    CARD,
+    MANIFEST,
+    Story,
+    copy_tokenizer,
+    how_it_was_trained,
+    manifest,
+    save_native,
+    write_json,
+)
+from .model import Base, left_out, load_base, no_progress_bar
+from .specs import TrainSpec
+
+
+@dataclass(frozen=True)
+class Merged:
+    """What was written."""
+
+    folder: Path
+    dtype: str
+    rounding_loss: float
+    """‖round(W + ΔW) − (W + ΔW)‖ / ‖ΔW‖ over all adapted layers, Frobenius; 0 in fp32, and where ΔW is."""
+
+
+def check_mergeable(spec: TrainSpec, base: Base, sites: Sequence[Site]) -> None:
+    """Refuses, before any training, merged weights where there are none to merge into."""
+    if spec.adapter.export != "merged":
+        return
+    if base.quantised is not None and base.quantised.from_files:
+        raise SpecError(
+            f"adapter.export = 'merged': base model '{base.name}' is quantised in its files, which hold no "
+            "whole weights to merge into; take adapter.export = 'adapter', or train on its checkpoint before "
+            "quantisation and let hyperparameters.quantization quantise it.",
+            param="adapter.export",
+        )
+    weights = [(name, module._parameters.get("weight")) for name, module in base.model.named_modules()]
+    for site in sites:
+        mine = base.model.get_submodule(site.name).weight
+        if shared := [name for name, weight in weights if weight is mine and name != site.name]:
+            raise SpecError(
+                f"adapter.export = 'merged': layer '{site.name}' shares its weight with '{shared[0]}', which "
+                "the merged update would change as well; leave it out of adapter.target_modules, or take "
+                "adapter.export = 'adapter'.",
+                param="adapter.export",
+            )
+
+
+def export_merged(base: Base, adapters: Mapping[str, Adapter], folder: Path, story: Story) -> Merged:
+    """Writes the whole model; the adapters are in eval mode.
+
+    `folder` must not exist; it appears complete or not at all.
+    """
+    model = load_base(base.folder, name=base.name).model
+    merged = Merged(folder, str(model.dtype).removeprefix("torch."), merge(base, adapters, model))
+
+    aside = folder.with_name(f".{folder.name}.part")
+    shutil.rmtree(aside, ignore_errors=True)
+    aside.mkdir(parents=True)
+    with no_progress_bar():
+        model.save_pretrained(aside)
+    save_native(adapters, aside)
+    copy_tokenizer(base.folder, aside)
+    facts = {
+        "kind": "merged",
+        "dtype": merged.dtype,
+        "rounding_loss": merged.rounding_loss,
+        "dequantized": base.quantised is not None,
+        "adapted_layers": list(adapters),
+        "left_out": left_out(base.model),
+    }
+    write_json(aside / MANIFEST, manifest(base, story, facts))
+    (aside / CARD).write_text(model_card(base, adapters, merged, story), encoding="utf-8")
+    aside.rename(folder)
+    return merged
+
+
+@torch.no_grad()
+def merge(base: Base, adapters: Mapping[str, Adapter], model: PreTrainedModel) -> float:
+    """Makes of `model`, freshly loaded from the base's files, the trained one; returns `rounding_loss`.
+
+    W + ΔW is computed in fp32 and rounded once, to the dtype of the files. Every layer that the base holds
+    quantised gets the W that its bits stand for, for that is what was trained on.
+    """
+    quantised = {
+        name: layer
+        for name, layer in bare_modules(base.model)
+        if quantisation.kind_of(layer) in quantisation.PACKAGES
+    }
+    changed = lost = 0.0
+    for name in {**quantised, **adapters}:
+        stored = site_weight(model.get_submodule(name))
+        whole = (site_weight(quantised[name]) if name in quantised else stored).float().cpu()
+        if name in adapters:
+            with full_precision():
+                change = adapters[name].delta_weight().cpu()
+            whole = whole + change
+            changed += float(change.double().square().sum())
+            lost += float((whole.to(stored.dtype).double() - whole.double()).square().sum())
+        stored.copy_(whole)
+    return (lost / changed) ** 0.5 if changed else 0.0
+
+
+def model_card(base: Base, adapters: Mapping[str, Adapter], merged: Merged, story: Story) -> str:
+    """README.md: what this is, how to load it, how it was trained."""
+    adapter = story.resolved.adapter
+    endings = list(dict.fromkeys(path.rpartition(".")[2] for path in adapters))
+    return f"""\
+---
+base_model: {json.dumps(base.name)}
+library_name: transformers
+pipeline_tag: text-generation
+tags:
+- {adapter.method}
+---
+
+# {base.name}, fine-tuned
+
+Trained with {adapter.method} ({adapter.paper}): {adapter.summary}
+
+What is stored here is the whole model: the update is merged into the weights of {base.name}.
+
+They are stored in {merged.dtype}. W + ΔW was computed in fp32 and rounded once, which takes a larger share of
+a small update; of this one it took {merged.rounding_loss:.2%} (‖round(W + ΔW) − (W + ΔW)‖ / ‖ΔW‖).
+{_quantised_sentence(base)}
+## How to load it
+
+`MODEL` is this folder.
+
+transformers:
+
+```python
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+model = AutoModelForCausalLM.from_pretrained(MODEL, dtype="auto")
+tokenizer = AutoTokenizer.from_pretrained(MODEL)
+```
+
+vLLM:
+
+```
+vllm serve MODEL
+```
+
+llama.cpp:
+
+```
+python convert_hf_to_gguf.py MODEL
+```
+
+{how_it_was_trained(base, story, endings)}"""
+
+
+def _quantised_sentence(base: Base) -> str:
+    if (quantised := base.quantised) is None:
+        return ""
+    how = f"{quantised.kind}, {quantised.package}"
+    return (
+        f"\nThe base was quantised while it was trained on ({how}). Its quantised layers are stored\n"
+        "here as what their bits stood for, multiplied out, and not as in the base's files.\n"
+    )
