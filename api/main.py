@@ -33,7 +33,7 @@ from store.settings import Settings, get_settings
 
 from .deps import Services
 from .errors import ApiError, MethodNotAllowed, as_api_error
-from .routes import adapter_methods, events, files, health, jobs, later, models
+from .routes import adapter_methods, comparisons, events, files, health, jobs, later, models
 from .security import Gate
 
 logger = logging.getLogger("olora.api")
@@ -50,7 +50,7 @@ EXPECTED = (
 )
 """What is answered with a sentence; anything else is the gate's 500."""
 
-ROUTES = (health, files, jobs, events, models, adapter_methods, later)
+ROUTES = (health, files, jobs, comparisons, events, models, adapter_methods, later)
 
 
 def create_app(settings: Settings | None = None) -> FastAPI:

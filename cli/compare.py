@@ -85,12 +85,12 @@ def compare(
     given = {"n_epochs": epochs, "max_steps": max_steps, "batch_size": batch_size}
     spec = read_comparison(
         model=base,
-        methods=_methods(methods),
+        methods=read_methods(methods),
         type=training,
-        budget=budget if budget == "auto" else _number(budget, "budget"),
+        budget=read_budget(budget),
         hyperparameters=dict(map(_option, options or []))
         | {name: value for name, value in given.items() if value is not None},
-        learning_rates=_rates(learning_rates),
+        learning_rates=read_rates(learning_rates),
         seeds=seeds,
         seed=seed,
         search_share=search_share,
@@ -113,14 +113,14 @@ def compare(
     if report is None:
         console.print("Stopped; the same command goes on from here.")
         raise typer.Exit(STOPPED)
-    _show(report)
+    show_report(report)
     typer.echo(str(output / PAGE))
 
 
 # --- what was said on the command line -------------------------------------------------------------------
 
 
-def _methods(text: str) -> list[Any]:
+def read_methods(text: str) -> list[Any]:
     import yaml
 
     try:
@@ -135,8 +135,12 @@ def _methods(text: str) -> list[Any]:
     return list(found)
 
 
-def _rates(text: str) -> Any:
+def read_rates(text: str) -> Any:
     return text if text == "auto" else [_number(part, "learning-rates") for part in text.split(",")]
+
+
+def read_budget(text: str) -> Any:
+    return text if text == "auto" else _number(text, "budget")
 
 
 def _number(text: str, name: str) -> float | int:
@@ -253,7 +257,7 @@ def _compare(
 # --- what came of it -------------------------------------------------------------------------------------
 
 
-def _show(report: Mapping[str, Any]) -> None:
+def show_report(report: Mapping[str, Any]) -> None:
     """The table of the page, shorter, and the sentence."""
     table = Table(box=None, pad_edge=False)
     table.add_column("method")

@@ -21,6 +21,7 @@ console = Console(stderr=True)
 POLL_SECONDS = 1.0
 ENDED = ("succeeded", "failed", "cancelled")
 STYLES = {"succeeded": "green", "failed": "red", "cancelled": "yellow", "running": "cyan"}
+LEVELS = {"warn": "yellow", "error": "red"}
 JobId = Annotated[str, typer.Argument(help="The job's id: ftjob-…")]
 
 
@@ -46,7 +47,7 @@ def create(
     base_url: BaseUrl = None,
 ) -> None:
     """Ask for a job; files given as paths are uploaded first. Prints the job's id."""
-    hyperparameters = dict(_option(text) for text in options or [])
+    hyperparameters = dict(option(text) for text in options or [])
     if epochs is not None:
         hyperparameters["n_epochs"] = epochs
     body: dict[str, Any] = {
@@ -58,15 +59,16 @@ def create(
         "olora": {"devices": devices} if devices is not None else None,
     }
     with connect(base_url) as client:
-        body["training_file"] = _file_id(client, training_file)
-        body["validation_file"] = _file_id(client, validation_file) if validation_file else None
+        body["training_file"] = file_id(client, training_file)
+        body["validation_file"] = file_id(client, validation_file) if validation_file else None
         job = send(client, "POST", "fine_tuning/jobs", json=body)
         typer.echo(job["id"])
         if follow:
             _watch(client, job["id"])
 
 
-def _option(text: str) -> tuple[str, Any]:
+def option(text: str) -> tuple[str, Any]:
+    """NAME=VALUE, the value as YAML reads it. Raises ServiceError."""
     import yaml
 
     name, equals, value = text.partition("=")
@@ -78,7 +80,7 @@ def _option(text: str) -> tuple[str, Any]:
         return name, value
 
 
-def _file_id(client: httpx.Client, name: str) -> str:
+def file_id(client: httpx.Client, name: str) -> str:
     """A path is uploaded; anything else must be an id."""
     if Path(name).is_file():
         return str(send_file(client, Path(name))["id"])
@@ -94,10 +96,10 @@ def list_jobs(
     """List the newest jobs."""
     with connect(base_url) as client:
         jobs = send(client, "GET", "fine_tuning/jobs", params={"limit": limit})["data"]
-    _print_jobs(jobs, Console())
+    print_jobs(jobs, Console())
 
 
-def _print_jobs(jobs: list[dict[str, Any]], to: Console) -> None:
+def print_jobs(jobs: list[dict[str, Any]], to: Console, noun: str = "job") -> None:
     """A table that keeps ids whole; on a pipe a line for each job, with tabs, for grep and awk."""
     if not to.is_terminal:
         for job in jobs:
@@ -106,7 +108,7 @@ def _print_jobs(jobs: list[dict[str, Any]], to: Console) -> None:
             to.file.write("\t".join(cells) + "\n")
         return
     table = Table(box=None, pad_edge=False)
-    table.add_column("job", no_wrap=True, min_width=max((len(job["id"]) for job in jobs), default=0))
+    table.add_column(noun, no_wrap=True, min_width=max((len(job["id"]) for job in jobs), default=0))
     table.add_column("status", no_wrap=True)
     table.add_column("created", no_wrap=True)
     table.add_column("model", overflow="fold")
@@ -119,8 +121,9 @@ def _print_jobs(jobs: list[dict[str, Any]], to: Console) -> None:
 
 
 def _result(job: dict[str, Any]) -> str:
-    """The model it made, or why it made none; on one line."""
-    result = job["fine_tuned_model"] or (job.get("error") or {}).get("message") or ""
+    """The model it made or what it found, or why it did not; on one line."""
+    made = job.get("fine_tuned_model") or (job.get("verdict") or {}).get("sentence")
+    result = made or (job.get("error") or {}).get("message") or ""
     return " ".join(result.split())
 
 
@@ -170,10 +173,11 @@ def _watch(client: httpx.Client, job_id: str) -> None:
 def _follow(client: httpx.Client, job_id: str) -> dict[str, Any]:
     """Shows a job's events as they come, until it ends. Returns the job."""
     seen: set[str] = set()
+    path = f"fine_tuning/jobs/{job_id}"
     with TrainingBar(console) as bar:
         while True:
-            job: dict[str, Any] = send(client, "GET", f"fine_tuning/jobs/{job_id}")
-            for event in _new_events(client, job_id, seen):
+            job: dict[str, Any] = send(client, "GET", path)
+            for event in new_events(client, path, seen):
                 _show(bar, event)
             if job["status"] in ENDED:
                 return job
@@ -182,12 +186,14 @@ def _follow(client: httpx.Client, job_id: str) -> dict[str, Any]:
             time.sleep(POLL_SECONDS)
 
 
-def _new_events(client: httpx.Client, job_id: str, seen: set[str]) -> Iterator[dict[str, Any]]:
-    """Events not yet seen, oldest first. The service lists the newest first, a page at a time."""
+def new_events(client: httpx.Client, path: str, seen: set[str]) -> Iterator[dict[str, Any]]:
+    """Events not yet seen of the job at `path`, oldest first. The service lists the newest first, a page at a
+    time.
+    """
     fresh: list[dict[str, Any]] = []
     after: dict[str, str] = {}
     while True:
-        page = send(client, "GET", f"fine_tuning/jobs/{job_id}/events", params={"limit": 100} | after)
+        page = send(client, "GET", f"{path}/events", params={"limit": 100} | after)
         unseen = [event for event in page["data"] if event["id"] not in seen]
         fresh += unseen
         if not page["has_more"] or len(unseen) < len(page["data"]):
@@ -202,4 +208,4 @@ def _show(bar: TrainingBar, event: dict[str, Any]) -> None:
     if event["type"] == "metrics" and "step" in data:
         bar.metrics(data)
     else:
-        bar.say(event["message"], {"warn": "yellow", "error": "red"}.get(event["level"], ""))
+        bar.say(event["message"], LEVELS.get(event["level"], ""))

@@ -14,7 +14,7 @@ from rich.text import Text
 
 from olora_core.errors import OloraError
 
-from . import adapters, compare, files, jobs, methods, serve, train
+from . import adapters, compare, comparisons, files, jobs, methods, serve, train
 
 LONGEST_REASON = 300
 
@@ -32,6 +32,7 @@ app.command()(compare.compare)
 app.command()(methods.methods)
 app.add_typer(files.app, name="files", help="Upload training files.")
 app.add_typer(jobs.app, name="jobs", help="Ask for fine-tuning jobs, and follow them.")
+app.add_typer(comparisons.app, name="comparisons", help="Have the service compare methods.")
 app.add_typer(adapters.app, name="adapters", help="Fetch what a job has trained.")
 
 

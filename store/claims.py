@@ -11,10 +11,9 @@ from typing import Any, Literal
 from sqlalchemy import ColumnElement, Engine, and_, func, or_, select, update
 from sqlalchemy.orm import Session
 
-from olora_core.specs import TrainSpec
-
 from .errors import LeaseLost
 from .events import Note, tell
+from .kinds import Kind, Work, kind_of, work_of
 from .models import Attempt, File, Job, Project
 from .session import db_now, reader
 
@@ -29,7 +28,8 @@ class Claim:
     attempt: int
     owner: str
     project_id: str
-    spec: TrainSpec
+    kind: Kind
+    spec: Work
     resolved: bool
     training_key: str
     validation_key: str | None
@@ -80,7 +80,7 @@ def claim(session: Session, *, owner: str, lease_seconds: float) -> Claim | None
     session.execute(update(Project).where(Project.id == job.project_id).values(last_turn_at=db_now()))
     session.add(Attempt(job_id=job.id, attempt=job.attempt, owner=owner))
     if job.attempt == 1:
-        tell(session, job.id, Note("info", "Fine-tuning job started"))
+        tell(session, job.id, Note("info", f"{kind_of(job).noun.capitalize()} started"))
     return _claim_of(session, job, owner)
 
 
@@ -101,7 +101,8 @@ def _claim_of(session: Session, job: Job, owner: str) -> Claim:
         attempt=job.attempt,
         owner=owner,
         project_id=job.project_id,
-        spec=TrainSpec.model_validate(job.resolved or job.spec),
+        kind=kind_of(job),
+        spec=work_of(job),
         resolved=job.resolved is not None,
         training_key=keys[job.training_file] or "",
         validation_key=keys[job.validation_file] if job.validation_file else None,

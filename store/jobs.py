@@ -1,23 +1,24 @@
 """The life of a job: created, admitted, ended. Each transition is one short transaction.
 
 The row is the truth. `claims.py` tells who works on it, `progress.py` what is recorded meanwhile.
+A comparison lives the same life; what it has of its own is in `comparisons.py`.
 """
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from sqlalchemy import func, select, update
+from sqlalchemy import and_, func, select, update
 from sqlalchemy.orm import Session
 
 from olora_core.errors import OloraError
 from olora_core.formats import Report, check_for_training
-from olora_core.specs import TrainSpec
 
 from .claims import Claim, lease_is_over, write_as
 from .errors import FileUnusable, JobStateError, NotFound, StoreError
 from .events import Note, Notice, storable, tell
 from .files import lock_file, new_file_id, record_file
+from .kinds import FINE_TUNING, Kind, Work, kind_for, kind_of
 from .models import Attempt, File, Job, Model, new_id
 from .pages import Page, read_page
 from .progress import latest_checkpoint
@@ -42,7 +43,7 @@ def create(
     session: Session,
     *,
     project_id: str,
-    spec: TrainSpec,
+    spec: Work,
     training_file: File,
     validation_file: File | None = None,
     suffix: str | None = None,
@@ -52,7 +53,8 @@ def create(
     seed: int | None = None,
     notes: Sequence[Notice] = (),
 ) -> Job:
-    """A new job in `validating_files`. `seed` is the spec's own unless given; `notes` become its events.
+    """A new job, or comparison, in `validating_files`. `seed` is the spec's own unless given; `notes` become
+    its events.
 
     Raises NotFound when a file was deleted meanwhile and FileUnusable when it is no training file.
     """
@@ -61,9 +63,11 @@ def create(
             _check_purpose(file, param)
             lock_file(session, file)
     seed = spec.seed if seed is None else seed
+    kind = kind_for(spec)
     job = Job(
-        id=new_id("ftjob-"),
+        id=new_id(kind.prefix),
         project_id=project_id,
+        kind=kind.name,
         status="validating_files",
         model=spec.model,
         training_file=training_file.id,
@@ -80,7 +84,7 @@ def create(
     checked = f"Validating training file: {training_file.id}"
     if validation_file:
         checked += f" and validation file: {validation_file.id}"
-    tell(session, job.id, Note("info", f"Created fine-tuning job: {job.id}"), Note("info", checked), *notes)
+    tell(session, job.id, Note("info", f"Created {kind.noun}: {job.id}"), Note("info", checked), *notes)
     return job
 
 
@@ -106,7 +110,7 @@ def admit(session: Session, settings: Settings) -> int:
             _end_failed(session, job, error_dict(error))
             continue
         job.status = "queued"
-        tell(session, job.id, Note("info", "Files validated, moving job to queued state"))
+        tell(session, job.id, Note("info", f"Files validated, moving {kind_of(job).word} to queued state"))
     session.flush()
     return len(jobs)
 
@@ -157,25 +161,23 @@ def succeed(
     Of the files the CSV is the first, the adapter (or the model) the second and TensorBoard's the third.
     Raises LeaseLost; then nothing of it holds.
     """
-    job = write_as(
-        session,
-        claim,
-        status="succeeded",
-        finished_at=db_now(),
-        fine_tuned_model=model,
-        certificate=certificate,
-        trained_tokens=trained_tokens,
-        **_AT_REST,
-    )
-    job.result_files = [_record_result(session, job, file).id for file in files]
+    made = {"fine_tuned_model": model, "certificate": certificate, "trained_tokens": trained_tokens}
+    job = complete(session, claim, files, f"New fine-tuned model created: {model}", **made)
     session.add(Model(id=model, project_id=job.project_id, job_id=job.id))
+    session.flush()
+    return job
+
+
+def complete(session: Session, claim: Claim, files: Sequence[ResultFile], outcome: str, **result: Any) -> Job:
+    """The good end of either kind: its result files, the columns of its `result`, and a sentence on it.
+
+    Raises LeaseLost.
+    """
+    job = write_as(session, claim, status="succeeded", finished_at=db_now(), **result, **_AT_REST)
+    job.result_files = [_record_result(session, job, file).id for file in files]
     _end_attempt(session, job, "succeeded")
-    tell(
-        session,
-        job.id,
-        Note("info", f"New fine-tuned model created: {model}"),
-        Note("info", "The job has successfully completed"),
-    )
+    ended = f"The {kind_of(job).word} has successfully completed"
+    tell(session, job.id, Note("info", outcome), Note("info", ended))
     settle(session, job)
     return job
 
@@ -262,14 +264,15 @@ def _release(session: Session, job: Job, reason: str, message: str, crashed: boo
     _rest(job)
     data = {"reason": reason, "attempt": job.attempt, "step": job.step}
     data["resumes_from_step"] = checkpoint.step if checkpoint else 0
-    onward = f"Step {job.step} was reached; the job is queued again and goes on from {start}."
+    onward = f"Step {job.step} was reached; the {kind_of(job).word} is queued again and goes on from {start}."
     tell(session, job.id, Note("warn" if crashed else "info", f"{message} {onward}", data))
     settle(session, job)
 
 
 def _gave_up(job: Job, reason: str, message: str, start: str) -> dict[str, Any]:
     times = "once" if job.failures == 1 else f"{job.failures} times"
-    sentence = f"The job failed {times} without a new checkpoint in between (the last one is {start})."
+    word = kind_of(job).word
+    sentence = f"The {word} failed {times} without a new checkpoint in between (the last one is {start})."
     return {"code": reason, "message": f"{sentence} At last: {message}", "param": None}
 
 
@@ -293,10 +296,16 @@ def cancel(session: Session, job: Job) -> Job:
         if current.requested != "cancel":
             current.requested = "cancel"
             tell(
-                session, current.id, Note("info", "Cancellation was requested; the job ends at its next step")
+                session,
+                current.id,
+                Note(
+                    "info",
+                    f"Cancellation was requested; the {kind_of(current).word} ends at its next step",
+                ),
             )
     elif current.status != "cancelled":
-        raise JobStateError(f"Job {current.id} cannot be cancelled: it has {current.status} already.")
+        name = kind_of(current).word.capitalize()
+        raise JobStateError(f"{name} {current.id} cannot be cancelled: it has {current.status} already.")
     session.flush()
     return current
 
@@ -305,7 +314,7 @@ def _end_cancelled(session: Session, job: Job) -> None:
     job.status, job.finished_at = "cancelled", db_now()
     _end_attempt(session, job, "cancelled")
     _rest(job)
-    tell(session, job.id, Note("info", "The job has been cancelled"))
+    tell(session, job.id, Note("info", f"The {kind_of(job).word} has been cancelled"))
     settle(session, job)
 
 
@@ -314,7 +323,7 @@ def _end_failed(session: Session, job: Job, error: dict[str, Any]) -> None:
     job.error = error
     _end_attempt(session, job, str(error["code"]))
     _rest(job)
-    tell(session, job.id, Note("error", f"The job failed: {error['message']}"))
+    tell(session, job.id, Note("error", f"The {kind_of(job).word} failed: {error['message']}"))
     settle(session, job)
 
 
@@ -335,11 +344,13 @@ def _end_attempt(session: Session, job: Job, reason: str) -> None:
     )
 
 
-def get_job(session: Session, project_id: str, job_id: str) -> Job:
-    """Raises NotFound, also for another project's job."""
-    job = session.scalar(select(Job).where(Job.id == job_id, Job.project_id == project_id))
+def get_job(session: Session, project_id: str, job_id: str, kind: Kind = FINE_TUNING) -> Job:
+    """Raises NotFound, also for another project's job and for one of another kind."""
+    job = session.scalar(
+        select(Job).where(Job.id == job_id, Job.project_id == project_id, Job.kind == kind.name)
+    )
     if job is None:
-        raise NotFound(f"No such fine-tuning job: {job_id}.", param="fine_tuning_job_id")
+        raise NotFound(f"No such {kind.noun}: {job_id}.", param=kind.param)
     return job
 
 
@@ -352,18 +363,22 @@ def list_jobs(
     session: Session,
     project_id: str,
     *,
+    kind: Kind = FINE_TUNING,
     metadata: Mapping[str, str] | Literal["null"] | None = None,
     after: str | None = None,
     limit: int = 20,
 ) -> Page[Job]:
-    """Newest first. `metadata` keeps the jobs with all these pairs, or with "null" those without any."""
+    """Of one kind, newest first. `metadata` keeps the jobs with all these pairs, or with "null" those without
+    any.
+    """
     rows = select(Job)
     if metadata == "null":
         rows = rows.where(Job.job_metadata.is_(None))
     elif metadata:
         for key, value in metadata.items():
             rows = rows.where(_has_pair(session, key, value))
-    return read_page(session, rows, Job, within=Job.project_id == project_id, after=after, limit=limit)
+    within = and_(Job.project_id == project_id, Job.kind == kind.name)
+    return read_page(session, rows, Job, within=within, after=after, limit=limit)
 
 
 def _has_pair(session: Session, key: str, value: str) -> Any:

@@ -101,17 +101,20 @@ class File(Base):
     __table_args__ = (Index(None, "project_id", "seq"),)
 
 
+KIND_NAMES = ("fine_tuning", "comparison")
 STATUSES = ("validating_files", "queued", "running", "paused", "succeeded", "failed", "cancelled")
 
 
 class Job(Base):
-    """A fine-tuning job; `store/jobs.py` tells its life."""
+    """A fine-tuning job, or a comparison of methods, which lives like one; `store/jobs.py` tells its life."""
 
     __tablename__ = "jobs"
 
     seq: Mapped[int] = mapped_column(Sequence, primary_key=True, autoincrement=True)
     id: Mapped[str] = mapped_column(String(64), unique=True)
     project_id: Mapped[str] = mapped_column(ForeignKey("projects.id"))
+    kind: Mapped[str] = mapped_column(String(16), default="fine_tuning", server_default="fine_tuning")
+    """See `store/kinds.py`."""
     status: Mapped[str] = mapped_column(String(24))
     model: Mapped[str] = mapped_column(String(256))
     training_file: Mapped[str] = mapped_column(String(64))
@@ -120,7 +123,7 @@ class Job(Base):
     seed: Mapped[int]
     job_metadata: Mapped[dict[str, Any] | None] = mapped_column("metadata")
     spec: Mapped[dict[str, Any]]
-    """TrainSpec as asked for."""
+    """What is asked for: a TrainSpec, or a ComparisonSpec."""
     resolved: Mapped[dict[str, Any] | None]
     """TrainSpec with every "auto" a number; what the first attempt resolves, later attempts keep."""
     options: Mapped[dict[str, Any]] = mapped_column(default=dict)
@@ -158,11 +161,16 @@ class Job(Base):
     certificate: Mapped[dict[str, Any] | None]
     samples: Mapped[dict[str, Any] | None]
     """What the base and the tuned model answer: `file` and `rows`, as the trainer's `Samples`."""
+    at_run: Mapped[dict[str, Any] | None]
+    """Which of a comparison's runs is at hand; see `store/comparisons.py`."""
+    findings: Mapped[dict[str, Any] | None]
+    """What a comparison has found: its report without the curves."""
 
     __table_args__ = (
-        Index(None, "project_id", "seq"),
+        Index(None, "project_id", "kind", "seq"),
         Index(None, "status", "priority", "seq"),
         CheckConstraint(f"status IN {STATUSES}", name="status"),
+        CheckConstraint(f"kind IN {KIND_NAMES}", name="kind"),
     )
 
 

@@ -71,7 +71,7 @@ def record(
     What the first attempt resolved, stays. Raises LeaseLost.
     """
     reached = max((int(step["step"]) for step in steps), default=0)
-    job = write_as(session, claim, step=_greatest(Job.step, reached))
+    job = write_as(session, claim, step=greatest(Job.step, reached))
     if total_steps is not None:
         job.total_steps = total_steps
     if resolved is not None and job.resolved is None:
@@ -93,7 +93,7 @@ def _storable(row: Mapping[str, Any]) -> dict[str, Any]:
     return {name: storable(value) if isinstance(value, str) else value for name, value in row.items()}
 
 
-def _greatest(column: Any, value: int) -> Any:
+def greatest(column: Any, value: int) -> Any:
     """The larger of the two, in words that both databases know."""
     return case((column < value, value), else_=column)
 
@@ -204,7 +204,7 @@ def add_checkpoint(
 
     Progress beyond every earlier checkpoint sets the count of failures back. Raises LeaseLost.
     """
-    job = write_as(session, claim, step=_greatest(Job.step, step))
+    job = write_as(session, claim, step=greatest(Job.step, step))
     furthest = session.scalar(select(func.max(Checkpoint.step)).where(Checkpoint.job_id == job.id))
     if furthest is None or step > furthest:
         job.failures = 0

@@ -1,4 +1,4 @@
-"""One attempt at a job: from its files in a scratch folder to its adapter in the storage.
+"""One attempt at a job: from its files in a scratch folder to its adapter, or its report, in the storage.
 
 Everything that it writes to the rows is fenced: once the lease is lost, nothing of it holds.
 """
@@ -21,11 +21,13 @@ from sqlalchemy.orm import Session
 
 from olora_core.errors import CheckpointError, OloraError
 from olora_core.specs import TrainSpec
-from store import claims, fine_tuned, jobs, progress
+from store import claims, comparisons, fine_tuned, jobs, progress
 from store.bases import fetch_base, find_base
+from store.comparisons import EndedRun
 from store.errors import LeaseLost, StorageError, StoreError
-from store.events import Note
+from store.events import Note, Notice
 from store.files import Storage
+from store.kinds import COMPARISON
 from store.models import Attempt as AttemptRow
 from store.models import Checkpoint, Job
 from store.session import Sessions
@@ -52,6 +54,7 @@ RELEASE_SECONDS = 90.0
 METRICS_FILE = "step_metrics.csv"
 WEIGHTS_FILES = {"adapter": "adapter.zip", "merged": "model.zip"}
 """By the spec's `export`."""
+PAGE_FILE, REPORT_FILE = "comparison.html", "comparison.json"
 
 
 class Shutdown(Protocol):
@@ -92,10 +95,12 @@ class _Unrecorded:
 
     steps: list[dict[str, Any]] = dataclasses.field(default_factory=list)
     evaluations: list[dict[str, Any]] = dataclasses.field(default_factory=list)
-    events: list[Note] = dataclasses.field(default_factory=list)
+    events: list[Notice] = dataclasses.field(default_factory=list)
     resolved: TrainSpec | None = None
     total_steps: int | None = None
     samples: dict[str, Any] | None = None
+    compared: dict[str, Any] | None = None
+    """Of a comparison the newest step; it is all that is kept of its steps."""
 
 
 class Attempt:
@@ -137,6 +142,7 @@ class Attempt:
         self._refusal: str | None = None
         self._stepped = False
         self._stepped_at = 0.0
+        self._first_compared: tuple[int, float] | None = None
         self._evaluating = False
         self._saved: Counter[int] = Counter()
         self._unrecorded = _Unrecorded()
@@ -166,7 +172,8 @@ class Attempt:
     def _do(self) -> None:
         try:
             self._remove_strays()
-            job = self._ask(lambda session: jobs.get_job(session, self.claim.project_id, self.claim.job_id))
+            claim = self.claim
+            job = self._ask(lambda session: jobs.get_job(session, claim.project_id, claim.job_id, claim.kind))
             self._check_devices(job)
             self._time_up = self._time_limit(job)
             finished = self._train(self._fetch(job))
@@ -212,8 +219,10 @@ class Attempt:
         """Brings the base model and the files to this machine."""
         claim = self.claim
         base = fetch_base(find_base(self.settings, claim.spec.model), self.settings)
-        training = self._fetch_file(claim.training_key, "training")
-        validation = self._fetch_file(claim.validation_key, "validation") if job.validation_file else None
+        training = self._fetch_file(job.training_file, claim.training_key, "training")
+        validation = None
+        if job.validation_file:
+            validation = self._fetch_file(job.validation_file, claim.validation_key, "validation")
         return Order(
             run=self.run_name,
             spec=claim.spec.model_dump(mode="json"),
@@ -226,13 +235,17 @@ class Attempt:
             deadline=self.lease.trainer_deadline,
             tokens=tokens_folder(self.settings, claim.project_id),
             devices=job.options.get("devices", 1),
+            kind=claim.kind.name,
         )
 
-    def _fetch_file(self, key: str | None, role: str) -> Path:
+    def _fetch_file(self, file_id: str, key: str | None, role: str) -> Path:
+        """Named by its id, which is what a comparison's report calls it."""
         if not key or not self.storage.exists(key):
-            message = f"The {role} file is no longer stored; upload it again and create a new job."
+            again = f"create a new {self.claim.kind.word}"
+            message = f"The {role} file is no longer stored; upload it again and {again}."
             raise _Failed(StoreError(message, param=f"{role}_file", code=f"invalid_{role}_file"))
-        path = self.folder / role
+        path = self.folder / role / file_id
+        path.parent.mkdir()
         self.storage.fetch(key, path)
         return path
 
@@ -251,7 +264,8 @@ class Attempt:
             onward = f"the one before, at step {before[0].step}" if before else "the start"
             self._note(
                 "warn",
-                f"The checkpoint at step {checkpoint.step} cannot be used; the job goes on from {onward}.",
+                f"The checkpoint at step {checkpoint.step} cannot be used; "
+                f"the {self.claim.kind.word} goes on from {onward}.",
                 {"step": checkpoint.step, "reason": self._refusal},
             )
         yield None
@@ -268,7 +282,7 @@ class Attempt:
     # --- the training ----------------------------------------------------------------------------------
 
     def _train(self, order: Order) -> dict[str, Any]:
-        """Returns the trainer's `Finished`."""
+        """Returns the trainer's `Finished` or `Compared`."""
         for resume in self._checkpoints():
             try:
                 return self._drive(dataclasses.replace(order, resume=str(resume) if resume else None))
@@ -321,7 +335,8 @@ class Attempt:
             self._stop_now("release")
         if self._time_up is not None and now > self._time_up:
             self.trainer.kill()
-            message = "The job has used up its max_seconds; a larger limit lets a new job go further."
+            word = self.claim.kind.word
+            message = f"The {word} has used up its max_seconds; a larger limit lets a new {word} go further."
             raise _Failed(StoreError(message, param="olora.max_seconds", code="time_limit"))
 
     def _stop_now(self, wish: str) -> None:
@@ -329,7 +344,7 @@ class Attempt:
         raise _Stopped(wish)
 
     def _hear(self, message: dict[str, Any] | Ended) -> dict[str, Any] | None:
-        """Takes in one message; returns the trainer's `Finished`."""
+        """Takes in one message; returns the trainer's `Finished` or `Compared`."""
         match message:
             case Ended():
                 raise _Crashed("trainer_lost", message.sentence)
@@ -352,10 +367,14 @@ class Attempt:
         self._evaluating = kind == "Phase" and values["name"] == "evaluating"
         match kind:
             case "Step":
-                if not self._stepped:
-                    self._recorded_at = -math.inf  # whoever waits for the job sees at once that it trains
-                self._stepped, self._stepped_at = True, time.monotonic()
+                self._note_step()
                 self._unrecorded.steps.append(values)
+            case "ComparedStep":
+                self._note_step()
+                self._first_compared = self._first_compared or (values["step"], self._stepped_at)
+                self._unrecorded.compared = values
+            case "RunFinished":
+                self._unrecorded.events.append(EndedRun(values))
             case "Evaluated" if values["step"] == 0:
                 before = f"Before the training: validation loss={values['loss']:.2f}"
                 self._note("info", before, {"loss": values["loss"], "accuracy": values["accuracy"]})
@@ -371,9 +390,14 @@ class Attempt:
                 self._flush()  # what leads to a checkpoint is recorded before it: nobody will redo it
                 folder = Path(values["folder"])
                 self._store_checkpoint(values["step"], folder, values["metrics"], values["best_step"])
-            case "Finished":
+            case "Finished" | "Compared":
                 return values
         return None
+
+    def _note_step(self) -> None:
+        if not self._stepped:
+            self._recorded_at = -math.inf  # whoever waits for the job sees at once that it trains
+        self._stepped, self._stepped_at = True, time.monotonic()
 
     def _note(self, level: str, message: str, data: dict[str, Any] | None = None) -> None:
         self._unrecorded.events.append(Note(level, message, data))
@@ -414,16 +438,21 @@ class Attempt:
         self._flush()
         results = self.folder / "results"
         results.mkdir()
+        if isinstance(self.claim.spec, TrainSpec):
+            self._publish_weights(results, job, self.claim.spec, finished)
+        else:
+            self._publish_report(results, finished)
+        self._remove_strays()
+
+    def _publish_weights(self, results: Path, job: Job, spec: TrainSpec, finished: dict[str, Any]) -> None:
         table = self._ask(lambda session: progress.metrics_csv(session, job.id))
         (results / METRICS_FILE).write_text(table)
-        weights_file = WEIGHTS_FILES[self.claim.spec.adapter.export]
+        weights_file = WEIGHTS_FILES[spec.adapter.export]
         pack(Path(finished["folder"]), results / weights_file)
         shutil.rmtree(finished["folder"])  # a whole model is large
         events_file = self._write_event_file(results)
-        prefix = result_folder(job.id, self.claim.attempt)
-        self.storage.put_folder(prefix, results)
-        files = [_result_file(results / name, prefix) for name in (METRICS_FILE, weights_file, events_file)]
-        model = fine_tuned.model_name(self.claim.spec.model, self.settings.organization, job.suffix, job.id)
+        files = self._store_results(results, METRICS_FILE, weights_file, events_file)
+        model = fine_tuned.model_name(spec.model, self.settings.organization, job.suffix, job.id)
         self._end(
             lambda session: jobs.succeed(
                 session,
@@ -434,7 +463,18 @@ class Attempt:
                 trained_tokens=finished["trained_tokens"],
             )
         )
-        self._remove_strays()
+
+    def _publish_report(self, results: Path, finished: dict[str, Any]) -> None:
+        for name in (PAGE_FILE, REPORT_FILE):
+            shutil.copyfile(Path(finished["folder"]) / name, results / name)
+        files = self._store_results(results, PAGE_FILE, REPORT_FILE)
+        findings = comparisons.findings_of(finished["report"])
+        self._end(lambda session: comparisons.succeed(session, self.claim, files=files, findings=findings))
+
+    def _store_results(self, results: Path, *names: str) -> list[jobs.ResultFile]:
+        prefix = result_folder(self.claim.job_id, self.claim.attempt)
+        self.storage.put_folder(prefix, results)
+        return [_result_file(results / name, prefix) for name in names]
 
     def _write_event_file(self, folder: Path) -> str:
         """TensorBoard's view of the rows, so that it is complete after a crash as well. Returns its name."""
@@ -460,9 +500,36 @@ class Attempt:
         if hold_newest and said.steps and said.steps[-1]["step"] not in evaluated:
             self._unrecorded.steps.append(said.steps.pop())
         self._recorded_at = time.monotonic()
-        if said != _Unrecorded():
-            fields = {field.name: getattr(said, field.name) for field in dataclasses.fields(said)}
-            self._persist(lambda session: progress.record(session, self.claim, **fields))
+        if said == _Unrecorded():
+            return
+        if self.claim.kind is COMPARISON:
+            left = self._seconds_left(said.compared)
+            self._persist(
+                lambda session: comparisons.record(
+                    session, self.claim, at=said.compared, events=said.events, seconds_left=left
+                )
+            )
+        else:
+            self._persist(
+                lambda session: progress.record(
+                    session,
+                    self.claim,
+                    steps=said.steps,
+                    evaluations=said.evaluations,
+                    events=said.events,
+                    resolved=said.resolved,
+                    total_steps=said.total_steps,
+                    samples=said.samples,
+                )
+            )
+
+    def _seconds_left(self, newest: dict[str, Any] | None) -> float | None:
+        """Of a comparison, by the mean step of this attempt, whatever lay between the steps included."""
+        if newest is None or self._first_compared is None:
+            return None
+        step, moment = self._first_compared
+        done = newest["step"] - step
+        return (newest["total_steps"] - newest["step"]) * (self._stepped_at - moment) / done if done else None
 
     def _newest_may_grow(self) -> bool:
         """A step's evaluation is told right after it, and belongs into the same event.

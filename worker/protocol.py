@@ -1,15 +1,15 @@
 """What supervisor and trainer say to each other: one JSON object a line, over the trainer's pipes.
 
 Supervisor to trainer
-    {"job": Order}                                 train this
+    {"job": Order}                                 train this, or compare these
     {"lease": {"run": …, "deadline": seconds}}     the lease was renewed
     {"wish": {"run": …, "what": …}}                "cancel": stop; "release": save a checkpoint, then stop
 
 Trainer to supervisor
     {"ready": {"pid": …, "device": …}}             the libraries are loaded
     {"accepted": {"run": …}}                       the job has begun
-    {"progress": {"kind": …, …}}                   one item of `olora_core.train.train`, by its class name
-    and one last word on the job: progress of kind "Finished", or
+    {"progress": {"kind": …, …}}                   one item of `train` or `compare`, by its class name
+    and one last word on the job: progress of kind "Finished" or "Compared", or
     {"stopped": {"wish": …}}                       as wished
     {"failed": {"code", "message", "param"}}       the job cannot be done
     {"crashed": {"message"}}                       this attempt could not be done; the trainer ends
@@ -46,6 +46,8 @@ class Order:
     tokens: str | None = None
     """Where this project's tokenised files are kept; None: nowhere."""
     devices: int = 1
+    kind: str = "fine_tuning"
+    """Or "comparison": which of the core's generators the spec is for."""
 
     def as_message(self) -> dict[str, Any]:
         return {"job": asdict(self)}

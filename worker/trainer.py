@@ -1,4 +1,4 @@
-"""The process that trains: one job after another, on a base model that stays loaded.
+"""The process that trains: one job or comparison after another, on a base model that stays loaded.
 
 It has no database and no network. It ends when its supervisor does, and ends itself when the lease of the
 job at hand was not renewed in time, for then another worker may already have that job.
@@ -21,8 +21,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from olora_core.errors import OloraError, ProcessLost, SpecError
-from olora_core.progress import Finished, Phase, Progress, Saved, Step
-from olora_core.specs import TrainSpec
+from olora_core.progress import (
+    Compared,
+    ComparedStep,
+    ComparisonProgress,
+    Finished,
+    Phase,
+    Progress,
+    Saved,
+    Step,
+)
+from olora_core.specs import ComparisonSpec, TrainSpec
 
 from .lineage import die_with_parent
 from .peers import Peers
@@ -31,6 +40,9 @@ from .protocol import FENCED, Order, Wish, claim_descriptors
 if TYPE_CHECKING:
     from olora_core.devices import Devices
     from olora_core.model import Base
+
+Said = Progress | ComparisonProgress
+Work = Generator[Said, str | None, None]
 
 logger = logging.getLogger("olora.trainer")
 WATCH_SECONDS = 0.1
@@ -180,7 +192,10 @@ class Trainer:
     def _attempt(self, order: Order) -> None:
         """Runs one order to its last word. Ends the process when its state can no longer be trusted."""
         try:
-            self._train(order)
+            if order.kind == "comparison":
+                self._compare(order)
+            else:
+                self._train(order)
         except ProcessLost as error:
             self._lost({"crashed": {"message": error.message}})
         except OloraError as error:
@@ -202,7 +217,7 @@ class Trainer:
         if order.devices > 1:
             self._train_together(order, spec)
         else:
-            self._drive(order, spec, self._warm_base(order, spec), ALONE)
+            self._train_on(order, spec, self._warm_base(order, spec), ALONE)
 
     def _warm_base(self, order: Order, spec: TrainSpec) -> "Base":
         return self.base.get(Path(order.base), spec, loading=lambda: self._tell(Phase("loading", 0, 1)))
@@ -241,7 +256,7 @@ class Trainer:
                 else:
                     base = self._warm_base(order, plan)
                 try:
-                    self._drive(order, spec, base, devices)
+                    self._train_on(order, spec, base, devices)
                 except ProcessLost:
                     time.sleep(LAST_WORDS_SECONDS)
                     raise
@@ -250,7 +265,7 @@ class Trainer:
         finally:
             torch.set_num_threads(threads)
 
-    def _drive(self, order: Order, spec: TrainSpec, base: "Base", devices: "Devices") -> None:
+    def _train_on(self, order: Order, spec: TrainSpec, base: "Base", devices: "Devices") -> None:
         from olora_core.train import train
 
         run = train(
@@ -264,24 +279,43 @@ class Trainer:
             cache=Path(order.tokens) if order.tokens else None,
             devices=devices,
         )
+        self._drive(run)
+
+    def _compare(self, order: Order) -> None:
+        """All runs of a comparison are on one base."""
+        from olora_core.compare import compare
+
+        assert order.validation is not None
+        spec = ComparisonSpec.model_validate(order.spec)
+        run = compare(
+            spec,
+            self._warm_base(order, spec.training),
+            Path(order.training),
+            Path(order.validation),
+            Path(order.folder),
+            resume=Path(order.resume) if order.resume else None,
+            checkpoint_seconds=order.checkpoint_seconds,
+            cache=Path(order.tokens) if order.tokens else None,
+        )
+        self._drive(run)
+
+    def _drive(self, run: Work) -> None:
         stepped = False
         with closing(run):
             for progress in run:
                 self._tell(progress)
-                stepped = stepped or isinstance(progress, Step)
+                stepped = stepped or isinstance(progress, Step | ComparedStep)
                 wish = self.channel.wish()
                 if wish is not None and self._stops(run, progress, wish, stepped):
                     self.channel.say(stopped={"wish": wish})
                     return
 
-    def _stops(
-        self, run: Generator[Progress, str | None, None], progress: Progress, wish: Wish, stepped: bool
-    ) -> bool:
+    def _stops(self, run: Work, progress: Said, wish: Wish, stepped: bool) -> bool:
         """Whether the job can be left here: a release does not throw away what the last steps learned."""
         match progress:
-            case Finished():
+            case Finished() | Compared():
                 return False
-            case Step() if wish == "release":
+            case Step() | ComparedStep() if wish == "release":
                 self._tell(run.send("save"))
                 return True
             case Saved() | Phase("sampling" | "exporting" | "certifying"):
@@ -289,7 +323,7 @@ class Trainer:
             case _:
                 return wish == "cancel" or not stepped
 
-    def _tell(self, progress: Progress) -> None:
+    def _tell(self, progress: Said) -> None:
         if isinstance(progress, Saved):
             progress = dataclasses.replace(progress, folder=_hand_over(progress.folder))
         fields = {f.name: _as_json(getattr(progress, f.name)) for f in dataclasses.fields(progress)}

@@ -1,4 +1,6 @@
-"""A job's events: in pages, newest first, or as a stream that a client may leave and come back to."""
+"""A job's or a comparison's events: in pages, newest first, or as a stream that a client may leave and come
+back to.
+"""
 
 import asyncio
 import time
@@ -14,51 +16,75 @@ from store import jobs
 from store.errors import UnknownCursor
 from store.events import events_since
 from store.events import list_events as page_of_events
+from store.kinds import COMPARISON, FINE_TUNING, Kind
 from store.models import Event
 
 from ..deps import After, Call, CallDep, Limit
 from ..schemas.jobs import EventObject
 from ..schemas.pages import Page
 
-router = APIRouter(prefix="/v1/fine_tuning/jobs", tags=["fine-tuning"])
+router = APIRouter(prefix="/v1")
 
 POLL_SECONDS = 0.5
 HEARTBEAT_SECONDS = 15.0
 BATCH = 500
+Stream = Annotated[bool, Query(description="Server-sent events, oldest first, until the end.")]
+LastEventId = Annotated[str | None, Header(max_length=64)]
 
 
-@router.get("/{job_id}/events", response_model=Page[EventObject])
+@router.get("/fine_tuning/jobs/{job_id}/events", response_model=Page[EventObject], tags=["fine-tuning"])
 async def list_events(
     job_id: str,
     call: CallDep,
     after: After = None,
     limit: Limit = 20,
-    stream: Annotated[bool, Query(description="Server-sent events, oldest first, until the end.")] = False,
-    last_event_id: Annotated[str | None, Header(max_length=64)] = None,
+    stream: Stream = False,
+    last_event_id: LastEventId = None,
 ) -> Page[EventObject] | Response:
     """A page, newest first. With `stream=true` server-sent events, oldest first: all of them, or those after
     `Last-Event-ID` (or `after`), until the job has ended; the last one is `event: done`.
     """
     if not stream:
-        return await run_in_threadpool(_page, call, job_id, after, limit)
+        return await run_in_threadpool(_page, call, FINE_TUNING, job_id, after, limit)
+    return await _streamed(call, FINE_TUNING, job_id, after, last_event_id)
+
+
+@router.get("/comparisons/{comparison_id}/events", response_model=Page[EventObject], tags=["comparisons"])
+async def list_comparison_events(
+    comparison_id: str,
+    call: CallDep,
+    after: After = None,
+    limit: Limit = 20,
+    stream: Stream = False,
+    last_event_id: LastEventId = None,
+) -> Page[EventObject] | Response:
+    """As a job's events; one of type `run` tells of each training run that has ended."""
+    if not stream:
+        return await run_in_threadpool(_page, call, COMPARISON, comparison_id, after, limit)
+    return await _streamed(call, COMPARISON, comparison_id, after, last_event_id)
+
+
+async def _streamed(
+    call: Call, kind: Kind, job_id: str, after: str | None, last_event_id: str | None
+) -> Response:
     param = "Last-Event-ID" if last_event_id else "after"
-    seq = await run_in_threadpool(_start, call, job_id, last_event_id or after, param)
+    seq = await run_in_threadpool(_start, call, kind, job_id, last_event_id or after, param)
     return StreamingResponse(
-        _stream(call, job_id, seq), media_type="text/event-stream", headers={"x-accel-buffering": "no"}
+        _stream(call, kind, job_id, seq), media_type="text/event-stream", headers={"x-accel-buffering": "no"}
     )
 
 
-def _page(call: Call, job_id: str, after: str | None, limit: int) -> Page[EventObject]:
+def _page(call: Call, kind: Kind, job_id: str, after: str | None, limit: int) -> Page[EventObject]:
     with call.reading() as session:
-        job = jobs.get_job(session, call.project_id, job_id)
+        job = jobs.get_job(session, call.project_id, job_id, kind)
         page = page_of_events(session, job.id, after=after, limit=limit)
-        return Page[EventObject].of([EventObject.of(row) for row in page.data], page.has_more)
+        return Page[EventObject].of([EventObject.of(row, kind) for row in page.data], page.has_more)
 
 
-def _start(call: Call, job_id: str, after: str | None, param: str) -> int:
+def _start(call: Call, kind: Kind, job_id: str, after: str | None, param: str) -> int:
     """The sequence number to go on from. Raises NotFound, and UnknownCursor for another job's event."""
     with call.reading() as session:
-        job = jobs.get_job(session, call.project_id, job_id)
+        job = jobs.get_job(session, call.project_id, job_id, kind)
         if after is None:
             return 0
         seq = session.scalar(select(Event.seq).where(Event.id == after, Event.job_id == job.id))
@@ -67,13 +93,13 @@ def _start(call: Call, job_id: str, after: str | None, param: str) -> int:
         return seq
 
 
-async def _stream(call: Call, job_id: str, seq: int) -> AsyncIterator[str]:
+async def _stream(call: Call, kind: Kind, job_id: str, seq: int) -> AsyncIterator[str]:
     """Holds neither a thread nor a connection between its looks at the database."""
     spoken = time.monotonic()
     while not call.services.closing.is_set():
-        rows, status = await run_in_threadpool(_news, call, job_id, seq)
+        rows, status = await run_in_threadpool(_news, call, kind, job_id, seq)
         for row in rows:
-            yield _message(row.type, EventObject.of(row).model_dump_json(), row.id)
+            yield _message(row.type, EventObject.of(row, kind).model_dump_json(), row.id)
             seq, spoken = row.seq, time.monotonic()
         if len(rows) == BATCH:
             continue
@@ -86,10 +112,10 @@ async def _stream(call: Call, job_id: str, seq: int) -> AsyncIterator[str]:
         await asyncio.sleep(POLL_SECONDS)
 
 
-def _news(call: Call, job_id: str, seq: int) -> tuple[list[Event], str]:
+def _news(call: Call, kind: Kind, job_id: str, seq: int) -> tuple[list[Event], str]:
     """The status is read first: once it says that the job has ended, its last event is there to be read."""
     with call.reading() as session:
-        status = jobs.get_job(session, call.project_id, job_id).status
+        status = jobs.get_job(session, call.project_id, job_id, kind).status
         return list(events_since(session, job_id, seq, BATCH)), status
 
 

@@ -39,6 +39,7 @@ FIELD_BYTES = 1000
 FIELDS = ("purpose", "expires_after[anchor]", "expires_after[seconds]")
 MEDIA_TYPES = {
     ".csv": "text/csv; charset=utf-8",
+    ".html": "text/html; charset=utf-8",
     ".json": "application/json",
     ".jsonl": "application/jsonl",
     ".parquet": "application/vnd.apache.parquet",

@@ -16,8 +16,9 @@ from store.models import File, Job
 from ..deps import After, BodyDep, Call, CallDep, Limit
 from ..errors import BadRequest, NotFound
 from ..once import once
-from ..schemas.jobs import CheckpointObject, CreateJob, JobObject, JobOptions, read_create, spec_of
+from ..schemas.jobs import CheckpointObject, CreateJob, JobObject, read_create, spec_of
 from ..schemas.pages import Page
+from ..schemas.requests import JobOptions
 from .files import is_current, send_file
 
 router = APIRouter(prefix="/v1/fine_tuning/jobs", tags=["fine-tuning"])
@@ -38,7 +39,7 @@ def create_job(body: BodyDep, call: CallDep) -> JobObject:
     spec = spec_of(request)
     trackers = read_integrations(request.integrations or [])
     require_offered(trackers, call.settings)
-    _check_base(call, request.model)
+    check_base(call, request.model)
     made_id, _ = once(
         call,
         "POST /v1/fine_tuning/jobs",
@@ -49,7 +50,8 @@ def create_job(body: BodyDep, call: CallDep) -> JobObject:
     return retrieve_job(made_id, call)
 
 
-def _check_base(call: Call, model: str) -> None:
+def check_base(call: Call, model: str) -> None:
+    """Raises BadRequest or ModelError for what is no base model here."""
     if model.startswith("ft:"):
         raise BadRequest(
             f"Training on from the fine-tuned model '{model}' is not available yet; name a base model.",
@@ -67,9 +69,9 @@ def _make(
         session,
         project_id=call.project_id,
         spec=spec,
-        training_file=_usable(session, call, request.training_file, "training_file"),
+        training_file=usable(session, call, request.training_file, "training_file"),
         validation_file=(
-            _usable(session, call, request.validation_file, "validation_file")
+            usable(session, call, request.validation_file, "validation_file")
             if request.validation_file is not None
             else None
         ),
@@ -82,7 +84,7 @@ def _make(
     return job.id
 
 
-def _usable(
+def usable(
     session: Session, call: Call, file_id: str, param: Literal["training_file", "validation_file"]
 ) -> File:
     """The caller's own file, validated. Raises BadRequest naming `param`."""
@@ -109,13 +111,14 @@ def list_jobs(request: Request, call: CallDep, after: After = None, limit: Limit
     """Newest first. `metadata[key]=value`, repeated, keeps the jobs with all those pairs; `metadata=null`
     keeps those without any.
     """
-    wanted = _metadata_filter(request)
+    wanted = metadata_filter(request)
     with call.reading() as session:
         page = jobs.list_jobs(session, call.project_id, metadata=wanted, after=after, limit=limit)
         return Page[JobObject].of([_object(row, call) for row in page.data], page.has_more)
 
 
-def _metadata_filter(request: Request) -> dict[str, str] | Literal["null"] | None:
+def metadata_filter(request: Request) -> dict[str, str] | Literal["null"] | None:
+    """What a list is asked to keep. Raises BadRequest."""
     pairs: dict[str, str] = {}
     for name, value in request.query_params.multi_items():
         if name.startswith("metadata[") and name.endswith("]"):

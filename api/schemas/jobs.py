@@ -1,56 +1,17 @@
 """The body that creates a job, and the objects of a job: itself, its events, its checkpoints."""
 
-import difflib
 import secrets
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, Field
 
 from olora_core.specs import MAX_SEED, TrainSpec, check_validation, read_spec
 from store.fine_tuned import model_name
 from store.jobs import leaves_model
+from store.kinds import FINE_TUNING, Kind
 from store.models import Checkpoint, Event, Job
 
-from ..errors import BadRequest, misfit
-
-MAX_SECONDS = 2**31 - 1
-"""68 years; a worker adds its clock to it, in which far larger numbers have no place."""
-
-
-class Request(BaseModel):
-    """Takes the names it knows, in the types it says."""
-
-    model_config = ConfigDict(extra="forbid", strict=True)
-
-
-class SupervisedRequest(Request):
-    hyperparameters: dict[str, Any] | None = None
-
-
-class DpoRequest(Request):
-    hyperparameters: dict[str, Any] | None = None
-
-
-class MethodRequest(Request):
-    type: str = Field(description="'supervised' or 'dpo'.")
-    supervised: SupervisedRequest | None = None
-    dpo: DpoRequest | None = None
-    reinforcement: dict[str, Any] | None = Field(default=None, description="Not available yet.")
-
-
-class JobOptions(Request):
-    """The request's `olora` object: how the job is run, not what is trained."""
-
-    priority: int = Field(default=0, ge=0, le=9, description="Jobs of a higher priority are started first.")
-    devices: int = Field(
-        default=1, ge=1, le=64, description="GPUs that the job runs on; a worker must own as many."
-    )
-    max_seconds: int | None = Field(
-        default=None,
-        ge=1,
-        le=MAX_SECONDS,
-        description="The job fails when its attempts together have taken this long.",
-    )
+from .requests import JobOptions, MethodRequest, Request, check_metadata, hyperparameters_of, read_request
 
 
 class CreateJob(Request):
@@ -79,87 +40,24 @@ class CreateJob(Request):
 
 def read_create(values: dict[str, Any]) -> CreateJob:
     """Reads the body's own structure; `spec_of` reads what to train. Raises BadRequest."""
-    try:
-        request = CreateJob.model_validate(values)
-    except ValidationError as error:
-        raise _bad_field(error) from None
-    _check_metadata(request.metadata)
+    request = read_request(CreateJob, values)
+    check_metadata(request.metadata)
     return request
 
 
 def spec_of(request: CreateJob) -> TrainSpec:
     """What to train. Raises SpecError or BadRequest, naming the place."""
-    method = request.method or MethodRequest(type="supervised")
-    for other in ("supervised" if method.type == "dpo" else "dpo", "reinforcement"):
-        if getattr(method, other) is not None and method.type != other:
-            raise BadRequest(
-                f"method.{other} does not go with method.type '{method.type}'; leave it out.",
-                param=f"method.{other}",
-            )
-    own = method.dpo if method.type == "dpo" else method.supervised
-    place = f"method.{method.type}.hyperparameters"
-    new = (own and own.hyperparameters) or {}
-    old = request.hyperparameters or {}
-    for name in new.keys() & old.keys():
-        if new[name] != old[name]:
-            raise BadRequest(
-                f"hyperparameters.{name} = {old[name]!r} contradicts "
-                f"{place}.{name} = {new[name]!r}; give it once.",
-                param=f"hyperparameters.{name}",
-            )
-    prefix = place if new and not old else "hyperparameters"
+    type, hyperparameters, prefix = hyperparameters_of(request.method, request.hyperparameters)
     spec = read_spec(
         model=request.model,
-        type=method.type,
-        hyperparameters={**old, **new},
+        type=type,
+        hyperparameters=hyperparameters,
         adapter=request.adapter,
         seed=secrets.randbelow(MAX_SEED + 1) if request.seed is None else request.seed,
         prefix=prefix,
     )
     check_validation(spec, given=request.validation_file is not None, prefix=prefix)
     return spec
-
-
-def _check_metadata(metadata: dict[str, str] | None) -> None:
-    if metadata is None:
-        return
-    if len(metadata) > 16:
-        raise BadRequest(f"metadata has {len(metadata)} pairs; it may have 16.", param="metadata")
-    for key, value in metadata.items():
-        if not 1 <= len(key) <= 64:
-            raise BadRequest(
-                f"metadata key {key[:70]!r} has {len(key)} characters; 1 to 64 fit.", param="metadata"
-            )
-        if len(value) > 512:
-            raise BadRequest(f"metadata.{key} has {len(value)} characters; 512 fit.", param=f"metadata.{key}")
-
-
-def _bad_field(error: ValidationError) -> BadRequest:
-    """The first complaint as one sentence that names the field, with the nearest known name."""
-    problems = error.errors(include_url=False)
-    problem = next((p for p in problems if p["type"] == "extra_forbidden"), problems[0])
-    place = [str(part) for part in problem["loc"]]
-    param = ".".join(place)
-    if problem["type"] == "extra_forbidden":
-        known = _fields_at(place[:-1])
-        match = difflib.get_close_matches(place[-1], known, n=1, cutoff=0.6)
-        hint = f" (did you mean '{match[0]}'?)" if match else ""
-        return BadRequest(f"{param} is unknown{hint}. Known here: {', '.join(known)}.", param=param)
-    if problem["type"] == "missing":
-        return BadRequest(f"{param} is missing; it is required.", param=param)
-    return BadRequest(misfit(param, problem["input"], str(problem["msg"])), param=param)
-
-
-def _fields_at(place: list[str]) -> list[str]:
-    """The known names in the object at `place`."""
-    models: dict[str, type[Request]] = {
-        "": CreateJob,
-        "method": MethodRequest,
-        "method.supervised": SupervisedRequest,
-        "method.dpo": DpoRequest,
-        "olora": JobOptions,
-    }
-    return list(models[".".join(place)].model_fields)
 
 
 class JobError(BaseModel):
@@ -201,8 +99,8 @@ class JobObject(BaseModel):
         return cls(
             id=row.id,
             created_at=int(row.created_at),
-            finished_at=_seconds(row.finished_at),
-            estimated_finish=_seconds(row.estimated_finish) if row.status == "running" else None,
+            finished_at=whole_seconds(row.finished_at),
+            estimated_finish=whole_seconds(row.estimated_finish) if row.status == "running" else None,
             status=row.status,
             model=row.model,
             fine_tuned_model=row.fine_tuned_model,
@@ -230,7 +128,7 @@ def _own_facts(row: Job) -> dict[str, Any]:
         "attempt": row.attempt,
         "failures": row.failures,
         "requested": row.requested,
-        "started_at": _seconds(row.started_at),
+        "started_at": whole_seconds(row.started_at),
         "step": row.step,
         "total_steps": row.total_steps,
         "plan": row.resolved,
@@ -245,15 +143,22 @@ def _result_names(row: Job) -> tuple[str, ...]:
     return "metrics", "model" if leaves_model(row) else "adapter", "tensorboard"
 
 
-def _seconds(moment: float | None) -> int | None:
+def whole_seconds(moment: float | None) -> int | None:
     return None if moment is None else int(moment)
+
+
+EventName = Literal["fine_tuning.job.event", "comparison.event"]
+EVENT_OBJECTS: dict[str, EventName] = {
+    "fine_tuning": "fine_tuning.job.event",
+    "comparison": "comparison.event",
+}
 
 
 class EventObject(BaseModel):
     """Something that happened to a job; `data` carries the numbers of a metrics event."""
 
     id: str
-    object: Literal["fine_tuning.job.event"] = "fine_tuning.job.event"
+    object: EventName
     created_at: int
     level: str
     message: str
@@ -261,9 +166,10 @@ class EventObject(BaseModel):
     data: dict[str, Any] | None
 
     @classmethod
-    def of(cls, row: Event) -> "EventObject":
+    def of(cls, row: Event, kind: Kind = FINE_TUNING) -> "EventObject":
         return cls(
             id=row.id,
+            object=EVENT_OBJECTS[kind.name],
             created_at=int(row.created_at),
             level=row.level,
             message=row.message,

@@ -10,7 +10,8 @@ from typing import Any, TypeVar
 from starlette.testclient import TestClient
 
 from olora_core.specs import Facts, TrainSpec, resolve
-from store import claims, fine_tuned, jobs, progress
+from store import claims, comparisons, fine_tuned, jobs, progress
+from store.comparisons import EndedRun
 from store.files import storage
 from store.session import make_engine, sessions
 from store.settings import Settings
@@ -67,6 +68,21 @@ def created(client: TestClient, **body: Any) -> dict[str, Any]:
     return dict(answer.json())
 
 
+def compare(client: TestClient, **body: Any) -> Any:
+    """The answer to a comparison's creation, as a response; files are uploaded where none are named."""
+    asked = {"model": "olora-tiny", "methods": ["olora", "lora"], **body}
+    for name in ("training_file", "validation_file"):
+        if name not in asked:
+            asked[name] = uploaded(client)
+    return client.post("/v1/comparisons", json=asked)
+
+
+def compared(client: TestClient, **body: Any) -> dict[str, Any]:
+    answer = compare(client, **body)
+    assert answer.status_code == 200, answer.text
+    return dict(answer.json())
+
+
 def job(client: TestClient, job_id: str) -> dict[str, Any]:
     return dict(client.get(f"/v1/fine_tuning/jobs/{job_id}").json())
 
@@ -90,6 +106,17 @@ def settled(client: TestClient, job_id: str) -> dict[str, Any]:
     return eventually(lambda: (now := job(client, job_id))["status"] != "validating_files" and now)
 
 
+def comparison(client: TestClient, comparison_id: str) -> dict[str, Any]:
+    return dict(client.get(f"/v1/comparisons/{comparison_id}").json())
+
+
+def compared_and_queued(client: TestClient, **body: Any) -> str:
+    """The id of a comparison that can be claimed."""
+    made_id = str(compared(client, **body)["id"])
+    eventually(lambda: comparison(client, made_id)["status"] == "queued")
+    return made_id
+
+
 def zipped(**files: bytes) -> bytes:
     packed = io.BytesIO()
     with zipfile.ZipFile(packed, "w") as archive:
@@ -98,6 +125,13 @@ def zipped(**files: bytes) -> bytes:
     return packed.getvalue()
 
 
+PAGE = b"<!doctype html><title>olora and lora</title><style>p{color:red}</style><p>Take lora.</p>"
+WINNER = {"model": "olora-tiny", "adapter": {"method": "lora", "rank": 8}}
+FINDINGS = {
+    "verdict": {"sentence": "Take lora.", "take": "lora"},
+    "winner": WINNER,
+    "methods": [{"label": "lora"}, {"label": "olora"}],
+}
 SAMPLE = {"line": 1, "prompt": "2 + 2 =", "reference": "4", "base": "five", "tuned": "4"}
 
 
@@ -154,6 +188,36 @@ class Attempt:
                 trained_tokens=1234,
             )
 
+    def compare(self, step: int = 25) -> None:
+        """Records where the comparison is, and that its first two runs have ended."""
+        run = {"runs": 20, "method": "olora", "stage": "search", "learning_rate": 3e-3, "seed": 0}
+        at = {
+            "loss": 1.6,
+            "step": step,
+            "total_steps": 400,
+            "run": 3,
+            "run_step": step - 20,
+            "run_steps": 10,
+            **run,
+        }
+        ended = [
+            EndedRun({"run": number, "steps": 10, "loss": 1.5, "seconds": 2.0, **run}) for number in (1, 2)
+        ]
+        with self.sessions.begin() as session:
+            comparisons.record(session, self.claim, at=at, events=ended, seconds_left=60.0)
+
+    def report(self) -> None:
+        """Ends the comparison with a page and a report."""
+        stored = storage(self.settings)
+        files = []
+        for name, content in (("comparison.html", PAGE), ("comparison.json", b'{"format": 1}')):
+            key = f"results/{self.claim.job_id}/{name}"
+            with stored.writer(key) as writer:
+                writer.write(content)
+            files.append(jobs.ResultFile(name, writer.bytes, writer.sha256, key))
+        with self.sessions.begin() as session:
+            comparisons.succeed(session, self.claim, files=files, findings=FINDINGS)
+
     def close(self) -> None:
         self.engine.dispose()
 
@@ -168,3 +232,14 @@ def finished(client: TestClient, settings: Settings, **body: Any) -> dict[str, A
     attempt.succeed()
     attempt.close()
     return job(client, made["id"])
+
+
+def compared_to_the_end(client: TestClient, settings: Settings, **body: Any) -> dict[str, Any]:
+    """A comparison that has succeeded, with a page and a report."""
+    made_id = compared_and_queued(client, **body)
+    attempt = Attempt(settings)
+    assert attempt.claim.job_id == made_id
+    attempt.compare()
+    attempt.report()
+    attempt.close()
+    return comparison(client, made_id)

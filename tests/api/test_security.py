@@ -15,7 +15,7 @@ from store.models import Job, Key
 from store.session import make_engine, sessions
 from store.settings import Settings
 
-from .calls import created, finished
+from .calls import compared_to_the_end, created, finished
 from .serving import KEY
 
 BOTH_DATABASES = pytest.mark.parametrize("settings", ["sqlite_url", "postgres_url"], indirect=True)
@@ -45,6 +45,12 @@ MATRIX: dict[tuple[str, str], object] = {
     ("GET", "/v1/fine_tuning/jobs/{job_id}/adapter"): HIDDEN,
     ("HEAD", "/v1/fine_tuning/jobs/{job_id}/adapter"): HIDDEN,
     ("GET", "/v1/fine_tuning/jobs/{job_id}/events"): HIDDEN,
+    ("POST", "/v1/comparisons"): OWN,
+    ("GET", "/v1/comparisons"): OWN,
+    ("GET", "/v1/comparisons/{comparison_id}"): HIDDEN,
+    ("POST", "/v1/comparisons/{comparison_id}/cancel"): HIDDEN,
+    ("GET", "/v1/comparisons/{comparison_id}/events"): HIDDEN,
+    ("GET", "/v1/comparisons/{comparison_id}/report"): HIDDEN,
     ("GET", "/v1/models"): OWN,
     ("GET", "/v1/models/{model:path}"): HIDDEN,
     ("DELETE", "/v1/models/{model:path}"): HIDDEN,
@@ -85,21 +91,23 @@ def test_every_route_has_a_row_in_the_matrix(settings: Settings) -> None:
 
 @dataclass(frozen=True)
 class Things:
-    """One finished job of the first project, and all that belongs to it."""
+    """One finished job and one finished comparison of the first project, and all that belongs to them."""
 
     job_id: str
     file_id: str
     model: str
+    comparison_id: str
 
     def at(self, path: str) -> str:
-        known = {"job_id": self.job_id, "file_id": self.file_id, "model:path": self.model}
+        known = {**vars(self), "model:path": self.model}
         return re.sub(r"\{([^}]+)\}", lambda found: known.get(found[1], "some-id"), path)
 
 
 @pytest.fixture
 def things(client: TestClient, settings: Settings) -> Things:
     done = finished(client, settings)
-    return Things(done["id"], done["training_file"], done["fine_tuned_model"])
+    compared = compared_to_the_end(client, settings, training_file=done["training_file"])
+    return Things(done["id"], done["training_file"], done["fine_tuned_model"], compared["id"])
 
 
 def test_without_a_key_or_with_a_wrong_one_every_route_answers_alike(
@@ -131,16 +139,15 @@ def test_another_projects_things_do_not_exist(
     client: TestClient, stranger: TestClient, things: Things
 ) -> None:
     """The answer for them is the one for an id that never was, but for the id itself."""
-    nothing = Things("ftjob-never", "file-never", "ft:never")
+    nothing = Things("ftjob-never", "file-never", "ft:never", "cmp-never")
     for (method, path), rule in MATRIX.items():
         if rule != HIDDEN:
             continue
         foreign = stranger.request(method, things.at(path))
         never = stranger.request(method, nothing.at(path))
         assert foreign.status_code == never.status_code == 404, (method, path)
-        names = (things.job_id, "ftjob-never"), (things.file_id, "file-never"), (things.model, "ft:never")
         told = foreign.text
-        for mine, unknown in names:
+        for mine, unknown in zip(vars(things).values(), vars(nothing).values(), strict=True):
             told = told.replace(mine, unknown)
         assert told == never.text
     assert client.get(f"/v1/fine_tuning/jobs/{things.job_id}").json()["status"] == "succeeded"
@@ -155,8 +162,13 @@ def test_lists_show_the_callers_own_things_alone(
     assert [file["id"] for file in stranger.get("/v1/files").json()["data"]] == [theirs["training_file"]]
     assert [job["id"] for job in stranger.get("/v1/fine_tuning/jobs").json()["data"]] == [theirs["id"]]
     assert [model["id"] for model in stranger.get("/v1/models").json()["data"]] == ["olora-tiny"]
+    assert stranger.get("/v1/comparisons").json()["data"] == []
     assert theirs["id"] not in client.get("/v1/fine_tuning/jobs").text
-    for url, mine in (("/v1/files", things.file_id), ("/v1/fine_tuning/jobs", things.job_id)):
+    for url, mine in (
+        ("/v1/files", things.file_id),
+        ("/v1/fine_tuning/jobs", things.job_id),
+        ("/v1/comparisons", things.comparison_id),
+    ):
         assert stranger.get(f"{url}?after={mine}").status_code == 400
 
 

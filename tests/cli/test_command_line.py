@@ -36,10 +36,12 @@ def test_help_answers_at_once(tmp_path: Path) -> None:
 
 def test_help_names_every_command(tmp_path: Path) -> None:
     shown = olora(tmp_path, "--help").stdout
-    for command in ("serve", "worker", "migrate", "train", "compare", "methods", "files", "jobs", "adapters"):
+    commands = ("serve", "worker", "migrate", "train", "compare", "methods", "files", "jobs", "comparisons")
+    for command in (*commands, "adapters"):
         assert command in shown
     for command in ("create", "list", "watch", "cancel"):
         assert command in olora(tmp_path, "jobs", "--help").stdout
+        assert command in olora(tmp_path, "comparisons", "--help").stdout
 
 
 def refusal(home: Path, *arguments: str | Path, **settings: str) -> str:
@@ -94,6 +96,13 @@ def test_migrating_twice_does_nothing_the_second_time(tmp_path: Path) -> None:
 def test_options_that_are_no_pairs_are_refused(tmp_path: Path) -> None:
     sentence = refusal(tmp_path, "jobs", "create", ROWS, "--set", "batch_size", api_key="k")
     assert "NAME=VALUE" in sentence
+
+
+@pytest.mark.parametrize("option", ["--learning-rates", "--budget"])
+def test_numbers_of_a_comparison_that_are_none_are_refused(tmp_path: Path, option: str) -> None:
+    asked = ("comparisons", "create", ROWS, "--validation-file", ROWS, option, "soon")
+    sentence = refusal(tmp_path, *asked, api_key="k")
+    assert f"{option}: 'soon' is no number" in sentence
 
 
 def test_a_download_spares_a_folder_that_holds_something(tmp_path: Path) -> None:
@@ -210,7 +219,7 @@ LISTED = [
 @pytest.mark.parametrize("width", [200, 80, 30])
 def test_the_list_of_jobs_keeps_ids_whole_on_any_terminal(width: int) -> None:
     console = Console(file=StringIO(), width=width, force_terminal=True, color_system=None)
-    jobs._print_jobs(LISTED, console)
+    jobs.print_jobs(LISTED, console)
     shown = console.file.getvalue()  # type: ignore[attr-defined]
     assert LISTED[0]["id"] in shown
     if width >= 80:
@@ -221,7 +230,7 @@ def test_the_list_of_jobs_keeps_ids_whole_on_any_terminal(width: int) -> None:
 
 def test_the_list_of_jobs_is_a_line_each_on_a_pipe() -> None:
     console = Console(file=StringIO(), width=80)
-    jobs._print_jobs(LISTED * 2, console)
+    jobs.print_jobs(LISTED * 2, console)
     lines = console.file.getvalue().splitlines()  # type: ignore[attr-defined]
     assert len(lines) == 2
     cells = lines[0].split("\t")

@@ -140,6 +140,41 @@ def test_the_calls_of_the_readme_work_as_they_stand(service: Serving, few_rows: 
         assert "adapter_model.safetensors" in adapter.namelist()
 
 
+def test_a_comparison_is_asked_for_watched_and_read(service: Serving, few_rows: Path, tmp_path: Path) -> None:
+    held_out = tmp_path / "valid.jsonl"
+    held_out.write_text("".join(ROWS.read_text().splitlines(keepends=True)[24:36]))
+    asked = service.run(
+        *("comparisons", "create", few_rows, "--validation-file", held_out, "--methods", "olora,lora"),
+        *("--learning-rates", "1e-3,3e-3", "--seeds", "1", "--epochs", "1"),
+        *("--set", "batch_size=8", "--set", "dtype=float32", "--watch"),
+    )
+    assert asked.returncode == 0, asked.stderr
+    comparison = asked.stdout.strip()
+    assert re.search(r"run 1/\d+  (olora|lora), search, \d+ steps, rate", asked.stderr)
+    assert f"Its page: olora comparisons report {comparison}" in asked.stderr
+    listed = service.run("comparisons", "list").stdout.split("\t")
+    assert listed[:2] == [comparison, "succeeded"]
+    assert listed[-1].strip() in " ".join(asked.stderr.split()), "the sentence"
+    assert comparison not in service.run("jobs", "list").stdout
+
+    page, numbers = tmp_path / "report.html", tmp_path / "report.json"
+    assert service.run("comparisons", "report", comparison, "--to", page).stdout.strip() == str(page)
+    assert page.read_text().lstrip().lower().startswith("<!doctype html>")
+    assert service.run("comparisons", "report", comparison, "--to", numbers).returncode == 0
+    assert json.loads(numbers.read_text())
+    refused = service.run("comparisons", "report", comparison, "--to", "/proc/none.html")
+    assert re.fullmatch(r"Error: /proc/none.html cannot be written: .* --to\.", refused.stderr.strip())
+
+
+def test_a_comparison_is_cancelled(service: Serving, few_rows: Path) -> None:
+    asked = ("comparisons", "create", ROWS, "--validation-file", few_rows, "--methods", "olora")
+    comparison = service.run(*asked).stdout.strip()
+    assert service.run("comparisons", "cancel", comparison).returncode == 0
+    watched = service.run("comparisons", "watch", comparison)
+    assert watched.returncode == 1
+    assert "cancelled" in watched.stderr
+
+
 def test_a_job_is_cancelled(service: Serving) -> None:
     job = service.run("jobs", "create", ROWS, "--epochs", "50").stdout.strip()
     assert service.run("jobs", "cancel", job).returncode == 0

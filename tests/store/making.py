@@ -8,7 +8,7 @@ from sqlalchemy import select
 from sqlalchemy.orm import Session
 
 from olora_core import formats
-from olora_core.specs import TrainSpec
+from olora_core.specs import TrainSpec, read_comparison
 from store import claims, files, jobs
 from store.events import events_since
 from store.models import Base, File, Job, Project
@@ -22,6 +22,7 @@ PREFERENCE = {
     "non_preferred_output": [{"role": "assistant", "content": "5"}],
 }
 SPEC = TrainSpec(model="olora-tiny", seed=7)
+COMPARISON = read_comparison(model="olora-tiny", methods=["olora", "lora"], seed=7)
 
 
 def project(session: Session, project_id: str = "p") -> Project:
@@ -64,6 +65,14 @@ def job(sessions: Sessions, project_id: str = "p", *, status: str = "queued", **
     return made
 
 
+def comparison(sessions: Sessions, project_id: str = "p", **values: Any) -> Job:
+    """A comparison of two methods, queued; on two good files."""
+    with sessions.begin() as session:
+        project(session, project_id)
+        held_out = file(session, project_id=project_id)
+    return job(sessions, project_id, **{"spec": COMPARISON, "validation_file": held_out, **values})
+
+
 def claimed(sessions: Sessions, owner: str = "worker-1", lease_seconds: float = 60) -> claims.Claim:
     with sessions.begin() as session:
         claim = claims.claim(session, owner=owner, lease_seconds=lease_seconds)
@@ -90,6 +99,40 @@ def everything(sessions: Sessions) -> str:
             for table in Base.metadata.sorted_tables
             for row in session.execute(select(table).order_by(*table.primary_key.columns)).all()
         )
+
+
+def compared_step(number: int, **values: Any) -> dict[str, Any]:
+    """What the trainer says after a step of a comparison's third run."""
+    return {
+        "step": number,
+        "total_steps": 400,
+        "method": "olora",
+        "stage": "search",
+        "learning_rate": 3e-3,
+        "seed": 7,
+        "run": 3,
+        "runs": 20,
+        "run_step": number - 20,
+        "run_steps": 10,
+        "loss": 0.5,
+        **values,
+    }
+
+
+def run_finished(run: int, **values: Any) -> dict[str, Any]:
+    """What the trainer says at the end of a comparison's run."""
+    return {
+        "run": run,
+        "runs": 20,
+        "method": "olora",
+        "stage": "search",
+        "learning_rate": 3e-3,
+        "seed": 7,
+        "steps": 10,
+        "loss": 1.23456,
+        "seconds": 12.345,
+        **values,
+    }
 
 
 def step(number: int, loss: float = 0.5, **values: Any) -> dict[str, Any]:

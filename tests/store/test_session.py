@@ -54,8 +54,9 @@ def test_jobs_of_the_first_schema_stay_and_have_nothing_of_the_later_ones(empty_
         connection.execute(text(f"INSERT INTO jobs ({names}) VALUES ({values})"))
     migrate(empty_database_url)
     with engine.connect() as connection:
-        row = connection.execute(text("SELECT samples, integrations, id, step FROM jobs")).one()
-    assert tuple(row) == (None, None, "succeeded", 1)
+        later = "kind, samples, integrations, at_run, findings"
+        row = connection.execute(text(f"SELECT {later}, id, step FROM jobs")).one()
+    assert tuple(row) == ("fine_tuning", None, None, None, None, "succeeded", 1)
     engine.dispose()
 
 
@@ -161,6 +162,14 @@ def test_a_status_that_does_not_exist_is_refused(sessions: Sessions) -> None:
     job = Job(id="j", project_id="p", status="runing", model="m", training_file="f", seed=0, spec={})
     with pytest.raises(DBAPIError, match="ck_jobs_status"), sessions.begin() as session:
         session.add(job)
+
+
+def test_a_kind_of_job_that_does_not_exist_is_refused(sessions: Sessions) -> None:
+    with sessions.begin() as session:
+        session.add(Project(id="p", name="p"))
+    values = {"status": "queued", "model": "m", "training_file": "f", "seed": 0, "spec": {}}
+    with pytest.raises(DBAPIError, match="ck_jobs_kind"), sessions.begin() as session:
+        session.add(Job(id="j", project_id="p", kind="merging", **values))
 
 
 def _add_one(url: str, times: int) -> None:

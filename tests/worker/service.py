@@ -14,7 +14,7 @@ from sqlalchemy import Engine, select
 from sqlalchemy.orm import Session
 
 from olora_core.formats import validate
-from olora_core.specs import read_spec
+from olora_core.specs import read_comparison, read_spec
 from store import jobs, progress
 from store.events import events_since
 from store.files import Storage, file_key, new_file_id, record_file, storage
@@ -24,6 +24,8 @@ from store.settings import Settings
 from tests.worker.tiny_base import chat_rows
 
 PROJECT = "default"
+HELD_OUT = chat_rows(10, first=100)
+MEASURES = ("second", "memory", "file")
 WAIT_SECONDS = 90.0
 
 
@@ -94,6 +96,36 @@ class Service:
                 integrations=integrations,
             ).id
 
+    def submit_comparison(
+        self,
+        *,
+        rows: int = 48,
+        methods: Sequence[str] = ("olora", "lora"),
+        options: dict[str, Any] | None = None,
+        project: str = PROJECT,
+        model: str = "tiny",
+        **hyperparameters: Any,
+    ) -> str:
+        """A comparison of two methods at two rates with two seeds, in `validating_files`. Returns its id."""
+        training, held_out = self.upload(chat_rows(rows), project), self.upload(HELD_OUT, project)
+        spec = read_comparison(
+            model=model,
+            methods=methods,
+            learning_rates=[1e-3, 1e-2],
+            hyperparameters={"batch_size": 4, "n_epochs": 2, "dtype": "float32", **hyperparameters},
+            seeds=2,
+            seed=7,
+        )
+        with self.write.begin() as session:
+            return jobs.create(
+                session,
+                project_id=project,
+                spec=spec,
+                training_file=_row(session, File, training),
+                validation_file=_row(session, File, held_out),
+                options=options,
+            ).id
+
     def admit(self) -> None:
         with self.write.begin() as session:
             jobs.admit(session, self.settings)
@@ -103,6 +135,12 @@ class Service:
         job_id = self.submit(**wishes)
         self.admit()
         return job_id
+
+    def queue_comparison(self, **wishes: Any) -> str:
+        """A comparison that can be claimed."""
+        comparison_id = self.submit_comparison(**wishes)
+        self.admit()
+        return comparison_id
 
     def cancel(self, job_id: str) -> None:
         with self.write.begin() as session:
@@ -144,6 +182,10 @@ class Service:
         assert file.storage_key is not None
         with self.storage.open(file.storage_key) as stored:
             return stored.read()
+
+    def report(self, comparison_id: str) -> Any:
+        """A succeeded comparison's report, but for what every try has of its own."""
+        return _without_measures(json.loads(self.result(comparison_id, 1)))
 
     def adapter(self, job_id: str) -> dict[str, bytes]:
         """The files of a succeeded job's adapter, or model."""
@@ -190,6 +232,16 @@ def _row(session: Session, kind: Any, row_id: str) -> Any:
     row = session.scalar(select(kind).where(kind.id == row_id))
     assert row is not None
     return row
+
+
+def _without_measures(value: Any) -> Any:
+    """The same without what tells of time and memory, and of the files' ids."""
+    if isinstance(value, list):
+        return [_without_measures(item) for item in value]
+    if isinstance(value, dict):
+        kept = {name: item for name, item in value.items() if not any(word in name for word in MEASURES)}
+        return {name: _without_measures(item) for name, item in kept.items()}
+    return value
 
 
 def exists(pid: int) -> bool:

@@ -1,0 +1,125 @@
+"""What the bodies that create jobs and comparisons have in common, and how a wrong one is refused."""
+
+import difflib
+from typing import Any, TypeVar, get_args
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from ..errors import BadRequest, misfit
+
+MAX_SECONDS = 2**31 - 1
+"""68 years; a worker adds its clock to it, in which far larger numbers have no place."""
+
+
+class Request(BaseModel):
+    """Takes the names it knows, in the types it says."""
+
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+
+RequestT = TypeVar("RequestT", bound=Request)
+
+
+class SupervisedRequest(Request):
+    hyperparameters: dict[str, Any] | None = None
+
+
+class DpoRequest(Request):
+    hyperparameters: dict[str, Any] | None = None
+
+
+class MethodRequest(Request):
+    type: str = Field(description="'supervised' or 'dpo'.")
+    supervised: SupervisedRequest | None = None
+    dpo: DpoRequest | None = None
+    reinforcement: dict[str, Any] | None = Field(default=None, description="Not available yet.")
+
+
+class JobOptions(Request):
+    """The request's `olora` object: how the job is run, not what is trained."""
+
+    priority: int = Field(default=0, ge=0, le=9, description="Jobs of a higher priority are started first.")
+    devices: int = Field(
+        default=1, ge=1, le=64, description="GPUs that the job runs on; a worker must own as many."
+    )
+    max_seconds: int | None = Field(
+        default=None,
+        ge=1,
+        le=MAX_SECONDS,
+        description="The job fails when its attempts together have taken this long.",
+    )
+
+
+def read_request(model: type[RequestT], values: dict[str, Any]) -> RequestT:
+    """Reads a body's own structure. Raises BadRequest."""
+    try:
+        return model.model_validate(values)
+    except ValidationError as error:
+        raise _bad_field(model, error) from None
+
+
+def hyperparameters_of(
+    method: MethodRequest | None, hyperparameters: dict[str, Any] | None
+) -> tuple[str, dict[str, Any], str]:
+    """The type of training, its hyperparameters from either place, and the place's name for errors.
+
+    Raises BadRequest for a name that has two values, and for the options of another type.
+    """
+    method = method or MethodRequest(type="supervised")
+    for other in ("supervised" if method.type == "dpo" else "dpo", "reinforcement"):
+        if getattr(method, other) is not None and method.type != other:
+            raise BadRequest(
+                f"method.{other} does not go with method.type '{method.type}'; leave it out.",
+                param=f"method.{other}",
+            )
+    own = method.dpo if method.type == "dpo" else method.supervised
+    place = f"method.{method.type}.hyperparameters"
+    new = (own and own.hyperparameters) or {}
+    old = hyperparameters or {}
+    for name in new.keys() & old.keys():
+        if new[name] != old[name]:
+            raise BadRequest(
+                f"hyperparameters.{name} = {old[name]!r} contradicts "
+                f"{place}.{name} = {new[name]!r}; give it once.",
+                param=f"hyperparameters.{name}",
+            )
+    return method.type, {**old, **new}, place if new and not old else "hyperparameters"
+
+
+def check_metadata(metadata: dict[str, str] | None) -> None:
+    if metadata is None:
+        return
+    if len(metadata) > 16:
+        raise BadRequest(f"metadata has {len(metadata)} pairs; it may have 16.", param="metadata")
+    for key, value in metadata.items():
+        if not 1 <= len(key) <= 64:
+            raise BadRequest(
+                f"metadata key {key[:70]!r} has {len(key)} characters; 1 to 64 fit.", param="metadata"
+            )
+        if len(value) > 512:
+            raise BadRequest(f"metadata.{key} has {len(value)} characters; 512 fit.", param=f"metadata.{key}")
+
+
+def _bad_field(model: type[Request], error: ValidationError) -> BadRequest:
+    """The first complaint as one sentence that names the field, with the nearest known name."""
+    problems = error.errors(include_url=False)
+    problem = next((p for p in problems if p["type"] == "extra_forbidden"), problems[0])
+    place = [str(part) for part in problem["loc"]]
+    param = ".".join(place)
+    if problem["type"] == "extra_forbidden":
+        known = _fields_at(model, place[:-1])
+        match = difflib.get_close_matches(place[-1], known, n=1, cutoff=0.6)
+        hint = f" (did you mean '{match[0]}'?)" if match else ""
+        return BadRequest(f"{param} is unknown{hint}. Known here: {', '.join(known)}.", param=param)
+    if problem["type"] == "missing":
+        return BadRequest(f"{param} is missing; it is required.", param=param)
+    return BadRequest(misfit(param, problem["input"], str(problem["msg"])), param=param)
+
+
+def _fields_at(model: type[Request], place: list[str]) -> list[str]:
+    """The known names in the object at `place`."""
+    for name in place:
+        annotation = model.model_fields[name].annotation
+        parts = (annotation, *get_args(annotation))
+        model = next(part for part in parts if isinstance(part, type) and issubclass(part, Request))
+    return list(model.model_fields)
