@@ -11,6 +11,9 @@ export OMP_WAIT_POLICY ?= PASSIVE
 TORCH_INDEX_URL ?=
 TORCH := $(shell grep '^torch==' constraints.txt)
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
+# Tests are small: a thread each, and as many files at a time as there are JOBS.
+JOBS ?= 2
+PYTEST := env -u OLORA_HOME OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist loadfile
 SOURCES := api worker cli store olora_core migrations examples bench tests
 
 .DEFAULT_GOAL := help
@@ -43,11 +46,11 @@ quickstart: $(VENV)/.run  ## Train an OLoRA adapter on the shipped model through
 serve: $(VENV)/.run  ## Start the API and a worker, and keep them up (PORT=8001 for another port)
 	@exec $(BIN)/olora serve $(if $(PORT),--port $(PORT))
 
-test: $(VENV)/.dev  ## Run the whole test suite (ARGS='tests/api -k upload' for a part)
-	@env -u OLORA_HOME $(BIN)/python -m pytest $(ARGS)
+test: $(VENV)/.dev  ## Run the whole test suite, two files at a time (ARGS='tests/api -k upload' for a part)
+	@$(PYTEST) $(ARGS)
 
 test-fast: $(VENV)/.dev  ## Run the tests without the slow ones
-	@env -u OLORA_HOME $(BIN)/python -m pytest -m 'not slow' $(ARGS)
+	@$(PYTEST) -m 'not slow' $(ARGS)
 
 check: $(VENV)/.dev  ## Check format, lint, types and who may import whom
 	$(BIN)/ruff format --check .
