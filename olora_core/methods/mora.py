@@ -200,6 +200,19 @@ class MoRA(Method[MoRASpec]):
         """One square matrix a layer, in which ReMoRA's rounds add up."""
         return sum(shape_of(spec, site)[1] ** 2 for site in sites)
 
+    @classmethod
+    def widest_rank(cls, spec: MoRASpec, sites: Sequence[Site], total_steps: int) -> int:
+        """At which servers load the widest pair: as wide as its matrix, for each kind of C in use."""
+        types = (spec.type, *spec.restart_types) if spec.restart_every else (spec.type,)
+        kinds = len({FOLDS[type][0] for type in types if type in FOLDS})
+
+        def loads(rank: int) -> bool:
+            wider = spec.model_copy(update={"rank": rank})
+            return not any(spec.is_too_wide(kinds * shape_of(wider, site)[1]) for site in sites)
+
+        ranks = range(1, super().widest_rank(spec, sites, total_steps) + 1)
+        return max(filter(loads, ranks), default=0)
+
     def _restarts(self) -> range:
         every = self.spec.restart_every
         if not every:

@@ -223,6 +223,10 @@ def _method(method: Any, place: str, model: str, type: str) -> ComparedMethod:
     except SpecError as error:
         inner = (error.param or "").removeprefix("adapter.")
         raise SpecError(f"{place}: {error.message}", param=f"{place}.{inner}") from None
+    if adapter.export == "merged" and adapter.has_pair:
+        raise SpecError(
+            f"{place}.export: a comparison exports no model; leave it out.", param=f"{place}.export"
+        )
     gives_rank = any(ADAPTER_ALIASES.get(option, option) == "rank" for option in values)
     return ComparedMethod(adapter=cast(AnyAdapterSpec, adapter), match_budget=not gives_rank)
 

@@ -9,7 +9,7 @@ from olora_core.errors import SpecError
 from olora_core.methods import METHODS, Method, place
 from olora_core.methods.xgblora import XGBLoRA
 from olora_core.model import target_sites
-from olora_core.specs import ADAPTER_SPECS, AdapterSpec, COLASpec, LoRASpec, MELoRASpec, OLoRASpec
+from olora_core.specs import ADAPTER_SPECS, AdapterSpec, COLASpec, LoRASpec, MELoRASpec, MoRASpec, OLoRASpec
 
 from .conftest import make_gpt2, make_llama
 
@@ -82,6 +82,8 @@ def test_no_rank_is_chosen_that_no_server_loads() -> None:
     wide = [Site("layer", 0, 1, "linear", 2048, 2048)]
     assert within_budget(LoRASpec(), 10**9, wide, STEPS).rank == 512
     assert within_budget(OLoRASpec(), 10**9, wide, STEPS).rank == 256
+    assert within_budget(MoRASpec(), 10**9, wide, STEPS).rank == 64  # √(64 · 4096) = 512
+    assert within_budget(MoRASpec(restart_every=10), 10**9, wide, STEPS).rank == 16
 
 
 def test_a_method_without_a_fitting_rank_is_refused_by_name() -> None:

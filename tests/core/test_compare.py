@@ -225,6 +225,17 @@ def test_all_methods_can_be_compared(llama: Base, files: tuple[Path, Path], tmp_
         assert method["final"]["mean"] > 0
 
 
+def test_a_method_that_exports_no_adapter_says_so(
+    llama: Base, files: tuple[Path, Path], tmp_path: Path
+) -> None:
+    merged = {"method": "mora", "type": 6, "export": "merged"}
+    report = report_in(told(comparison([merged], learning_rates=[1e-3], seeds=1), llama, files, tmp_path))
+    mora, _ = report["methods"]
+    assert mora["exported_rank"] is None
+    assert mora["final"]["mean"] > 0
+    assert "merged only" in (tmp_path / "comparison.html").read_text()
+
+
 def test_preferences_are_compared_too(llama: Base, tmp_path: Path) -> None:
     rows = preference_rows(30)
     files = write_rows(tmp_path / "train.jsonl", rows[:20]), write_rows(tmp_path / "valid.jsonl", rows[20:])

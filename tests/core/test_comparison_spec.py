@@ -50,6 +50,11 @@ def test_it_survives_json() -> None:
     assert spec.hyperparameters.beta == "auto"
 
 
+def test_what_has_no_adapter_can_be_compared_all_the_same() -> None:
+    spec = read_comparison(model="m", methods=[{"method": "mora", "type": 6, "export": "merged"}])
+    assert spec.labels == ("mora", "lora")
+
+
 def test_an_unknown_method_is_refused_with_the_nearest() -> None:
     error = refused(methods=["lora", "olara"])
     assert error.param == "methods[1]"
@@ -96,6 +101,8 @@ def test_what_is_left_to_auto_is_no_choice() -> None:
         ({"methods": [7]}, "methods[0]"),
         ({"methods": [{"rank": 4}]}, "methods[0]"),
         ({"methods": [{"method": "lora", "export_rank": 4}]}, "methods[0].export_rank"),
+        ({"methods": [{"method": "lora", "export": "merged"}]}, "methods[0].export"),
+        ({"methods": [{"method": "mora", "type": 6}]}, "methods[0].export"),
         ({"methods": [{"method": "lora", "rank": 0}]}, "methods[0].rank"),
         ({"learning_rates": []}, "learning_rates"),
         ({"learning_rates": [1e-4, 1e-4]}, "learning_rates"),
