@@ -134,7 +134,7 @@ class FrozenHeadLoss(torch.autograd.Function):
         for start in range(0, len(targets), size):
             piece, wanted = slice(start, start + size), targets[start : start + size, None]
             logits = F.linear(hidden[piece], weight, bias)
-            correct += (logits.argmax(dim=-1, keepdim=True) == wanted).sum()
+            correct += (logits.max(dim=-1, keepdim=True).indices == wanted).sum()
             log_p = torch.log_softmax(logits, dim=-1, dtype=torch.float32)
             total -= (1 - smoothing) * log_p.gather(1, wanted).sum()
             if smoothing:

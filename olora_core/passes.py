@@ -12,13 +12,15 @@ from transformers import PreTrainedModel
 from . import attention
 from .batches import MicroBatch
 
-SEGMENT_TOLERANCE = 1e-2
+SEGMENT_TOLERANCE = 3e-2
 """How far a packed example's logits may be from those it has alone, as a share of the largest |logit|.
 
-Rounding stays below it in bf16; attention that crosses from one example to the next lies far above it.
+Between two kernels for attention, bf16 rounding reaches 1.3e-2 in eight layers.
 """
+LEAK_TOLERANCE = 1e-2
+"""Likewise between logits that come by the same way and should be the same; or, if that is less, so many"""
 ROUNDINGS = 64
-"""How many units of rounding may lie between two logits that should be the same."""
+"""units of rounding. Attention that crosses from one example to the next lies above it."""
 
 
 @dataclass(frozen=True)
@@ -103,7 +105,7 @@ def packing_is_exact(model: PreTrainedModel, *, as_segments: bool = False) -> bo
     scale, roundings = alone.abs().max(), ROUNDINGS * torch.finfo(alone.dtype).eps
     return bool(
         (alone - packed).abs().max() <= SEGMENT_TOLERANCE * scale
-        and (after_other - packed).abs().max() <= min(SEGMENT_TOLERANCE, roundings) * scale
+        and (after_other - packed).abs().max() <= min(LEAK_TOLERANCE, roundings) * scale
     )
 
 
