@@ -11,6 +11,9 @@ from .examples import Examples
 
 IGNORED = -100
 """The label of a token that is not trained."""
+WHOLE = 64
+"""Packed rows are filled to a multiple of so many tokens. In bf16 a CPU compiles its matrix products anew for
+every number of tokens, which takes some milliseconds and half a megabyte each time."""
 
 
 @dataclass(frozen=True)
@@ -22,7 +25,8 @@ class MicroBatch:
     labels: Tensor
     """(rows, length) int64; IGNORED where nothing is trained, so at every pad too."""
     position_ids: Tensor | None
-    """(1, length) of a packed row, from 0 again at each example; None when each example has its own row."""
+    """(1, length) of a packed row, from 0 again at each example and 0 where it is only filled; None when each
+    example has its own row."""
     positions: Tensor
     """(trained,) int64: which of the rows × length hidden states predict a trained token."""
     targets: Tensor
@@ -42,12 +46,19 @@ class MicroBatch:
         return len(self.targets)
 
     @property
+    def segments(self) -> tuple[int, ...]:
+        """Of a packed row: the lengths, and what it is filled with."""
+        filling = self.input_ids.shape[1] - self.tokens
+        return (*self.lengths, filling) if filling else self.lengths
+
+    @property
     def is_token(self) -> Tensor | None:
         """(rows, length) bool: whether a token stands there, not padding; None where nothing is padded."""
         rows, length = self.input_ids.shape
         if self.tokens == rows * length:
             return None
-        lengths = torch.tensor(self.lengths, device=self.input_ids.device)
+        ends = self.lengths if self.position_ids is None else (self.tokens,)
+        lengths = torch.tensor(ends, device=self.input_ids.device)
         return torch.arange(length, device=lengths.device) < lengths[:, None]
 
     def to(self, device: torch.device) -> "MicroBatch":
@@ -76,13 +87,13 @@ def micro_batches(
     """Splits one optimizer batch into forward passes of at most `size` examples and `tokens` tokens.
 
     Padding counts as tokens; an example longer than `tokens` has a pass of its own. The rows of an example
-    stay together, one after the other.
+    stay together, one after the other. A packed row is filled to a WHOLE, within `tokens`.
     """
     group = packed_groups if packing else padded_groups
     batches = []
     for part in group(examples, rows, size, tokens):
         members = [row for i in part for row in examples.example(int(i))]
-        batches.append(_packed(members) if packing else _padded(members, pad_token))
+        batches.append(_packed(members, pad_token, tokens) if packing else _padded(members, pad_token))
     return batches
 
 
@@ -132,13 +143,16 @@ def _padded(rows: list[tuple[np.ndarray, np.ndarray]], pad_token: int) -> MicroB
     return _micro_batch(input_ids, labels, None, rows)
 
 
-def _packed(rows: list[tuple[np.ndarray, np.ndarray]]) -> MicroBatch:
+def _packed(rows: list[tuple[np.ndarray, np.ndarray]], pad_token: int, most: int) -> MicroBatch:
     """All rows end to end. Positions that start again tell transformers where attention must not cross."""
     tokens = np.concatenate([tokens for tokens, _ in rows]).astype(np.int64)
     trained = np.concatenate([trained for _, trained in rows])
     positions = np.concatenate([np.arange(len(tokens), dtype=np.int64) for tokens, _ in rows])
     labels = np.where(trained, tokens, IGNORED)
-    return _micro_batch(tokens[None], labels[None], torch.from_numpy(positions[None]), rows)
+    filling = (0, max(0, min(-len(tokens) % WHOLE, most - len(tokens))))
+    filled = np.pad(tokens, filling, constant_values=pad_token)
+    labels = np.pad(labels, filling, constant_values=IGNORED)
+    return _micro_batch(filled[None], labels[None], torch.from_numpy(np.pad(positions, filling))[None], rows)
 
 
 def _micro_batch(

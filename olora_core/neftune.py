@@ -40,11 +40,12 @@ def with_noise(loss: Loss, alpha: float) -> Loss:
 
 def noise(embedded: Tensor, batch: MicroBatch, alpha: float) -> Tensor:
     """(rows, length, d) noise in the dtype of `embedded`, each example's by its own length."""
-    bounds = alpha / np.sqrt(np.array(batch.lengths, dtype=np.float64) * embedded.shape[-1])
+    lengths = batch.lengths if batch.position_ids is None else batch.segments
+    bounds = alpha / np.sqrt(np.array(lengths, dtype=np.float64) * embedded.shape[-1])
     if batch.position_ids is None:
         bounds = bounds[:, None, None]
     else:  # one row, the examples end to end
-        bounds = np.repeat(bounds, batch.lengths)[None, :, None]
+        bounds = np.repeat(bounds, lengths)[None, :, None]
     drawn = torch.empty(embedded.shape, device=embedded.device).uniform_(-1, 1)
     scaled = drawn * torch.from_numpy(bounds).to(drawn, non_blocking=True)
     return scaled.to(embedded.dtype)

@@ -42,7 +42,7 @@ class Passes:
         inputs["position_ids"] = batch.position_ids
         understood = model.config._attn_implementation == attention.NAME
         if understood and self.packing == "segments" and max(batch.lengths) <= self.longest_segment:
-            inputs["attention_mask"] = attention.segments(batch.lengths, batch.input_ids.device)
+            inputs["attention_mask"] = attention.segments(batch.segments, batch.input_ids.device)
         return inputs
 
     def hidden(self, model: PreTrainedModel, batch: MicroBatch) -> Tensor:

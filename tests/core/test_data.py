@@ -288,8 +288,25 @@ def test_a_packed_row_starts_its_positions_again_at_each_example(examples) -> No
     assert batch.position_ids is not None
     starts = (batch.position_ids[0] == 0).nonzero().flatten().tolist()
     lengths = sorted(examples.lengths[:4].tolist(), reverse=True)
-    assert starts == [0, *np.cumsum(lengths)[:-1].tolist()]
+    begun = [0, *np.cumsum(lengths)[:-1].tolist()]
+    assert starts[:4] == begun
     assert all(batch.labels[0, start] == IGNORED for start in starts)
+
+
+def test_a_packed_row_is_filled_to_a_whole_where_there_is_room(examples) -> None:
+    (alone,) = micro_batches(examples, np.arange(4), size=4, tokens=4096, packing=True, pad_token=7)
+    tokens = int(examples.lengths[:4].sum())
+    whole = -(-tokens // 64) * 64
+    assert alone.input_ids.shape == alone.labels.shape == alone.position_ids.shape == (1, whole)
+    assert alone.tokens == tokens
+    assert alone.segments == (*alone.lengths, whole - tokens)
+    assert alone.is_token.tolist() == [[True] * tokens + [False] * (whole - tokens)]
+    assert (alone.input_ids[0, tokens:] == 7).all()
+    assert (alone.labels[0, tokens:] == IGNORED).all()
+    assert (alone.position_ids[0, tokens:] == 0).all()
+    (full,) = micro_batches(examples, np.arange(4), size=4, tokens=tokens, packing=True, pad_token=7)
+    assert full.input_ids.shape == (1, tokens)
+    assert full.segments == full.lengths
 
 
 @pytest.mark.parametrize(("rows", "batch", "steps"), [(10, 4, 3), (8, 4, 2), (1, 4, 1)])
