@@ -274,7 +274,8 @@ def show_report(report: Mapping[str, Any]) -> None:
     ranked = sorted(report["methods"], key=lambda m: m["final"]["mean"] if m["final"] else float("inf"))
     for method in ranked:
         style = "green" if method["label"] == report["verdict"]["take"] else ""
-        table.add_row(*map(Text, _cells(method)), style=style)
+        is_yardstick = method["label"] == report["yardstick"]
+        table.add_row(*map(Text, _cells(method, is_yardstick)), style=style)
     console.print(table)
     for method in ranked:
         if method["problem"]:
@@ -282,7 +283,7 @@ def show_report(report: Mapping[str, Any]) -> None:
     _say(report["verdict"]["sentence"], "bold")
 
 
-def _cells(method: Mapping[str, Any]) -> Sequence[str]:
+def _cells(method: Mapping[str, Any], is_yardstick: bool) -> Sequence[str]:
     final, steps = method["final"], method["steps_to_yardstick"]
     if final is None:
         return [method["label"], "none"]
@@ -291,7 +292,7 @@ def _cells(method: Mapping[str, Any]) -> Sequence[str]:
     return [
         method["label"],
         f"{final['mean']:.4f}{spread}",
-        "" if below is None else f"{below['mean']:+.4f}",
+        "" if below is None or is_yardstick else f"{below['mean']:+.4f}",
         f"{method['learning_rate']:g}",
         str(method["rank"]),
         "never" if steps is None else f"{steps:.0f}",

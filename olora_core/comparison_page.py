@@ -132,7 +132,7 @@ def _range(values: Sequence[float], ranked: Sequence[Report]) -> tuple[float, fl
     means = [method["final"]["mean"] for method in ranked]
     middle = means[len(means) // 2]
     if middle > low:
-        high = min(high, low + 4 * (middle - low))
+        high = min(high, low + 8 * (middle - low))
     margin = 0.06 * (high - low) or 0.01 * abs(low) or 0.01
     return low - margin, high + margin
 
@@ -163,9 +163,10 @@ def _one_by_one(ranked: Sequence[Report], report: Report) -> str:
     yardstick = _find(report, report["yardstick"])
     charts = []
     for method in ranked:
-        is_yardstick = method["label"] == report["yardstick"]
+        if method is yardstick:
+            continue
         behind = [(yardstick, "var(--c1)", True)] if yardstick and yardstick["final"] else []
-        drawn = behind if is_yardstick else [*behind, (method, "var(--c0)", False)]
+        drawn = [*behind, (method, "var(--c0)", False)]
         charts.append(
             f'<div class="small"><h3>{text(method["label"])} <i>{_loss(method["final"]["mean"])}</i></h3>'
             f"{_chart(drawn, report, all_of=ranked, ticks_y=3)}</div>"

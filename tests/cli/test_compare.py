@@ -23,7 +23,7 @@ def command(folder: Path, output: str, *more: str) -> list[str | Path]:
     return [
         *("compare", folder / "train.jsonl", "--validation", folder / "valid.jsonl"),
         *("--base", "olora-tiny", "--methods", "olora, lora", "--learning-rates", "1e-3,3e-3"),
-        *("--seeds", "2", "--max-steps", "8", "--batch-size", "2", "--set", "dtype=float32"),
+        *("--seeds", "2", "--max-steps", "6", "--batch-size", "2", "--set", "dtype=float32"),
         *("--output", folder / output),
         *more,
     ]
@@ -54,38 +54,40 @@ def interrupted(folder: Path, arguments: list[str | Path]) -> str:
     return log.read_text()
 
 
-def test_a_comparison_says_which_to_take_and_goes_on_after_an_interruption(tmp_path: Path) -> None:
-    through = olora(tmp_path, *command(tmp_path, "through"), timeout=250)
-    assert through.returncode == 0, through.stderr
-    page = tmp_path / "through" / "comparison.html"
-    assert through.stdout.strip() == str(page)
-    found = report(tmp_path / "through")
-    assert found["verdict"]["sentence"] in through.stderr
+@pytest.fixture(scope="module")
+def through(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The home of a comparison that nothing has interrupted; tests only read it."""
+    home = tmp_path_factory.mktemp("through")
+    done = olora(home, *command(home, "out"), timeout=250)
+    assert done.returncode == 0, done.stderr
+    (home / "stderr").write_text(done.stderr)
+    (home / "stdout").write_text(done.stdout)
+    return home
+
+
+def test_a_comparison_says_which_to_take_and_where_its_page_is(through: Path) -> None:
+    page = through / "out" / "comparison.html"
+    assert (through / "stdout").read_text().strip() == str(page)
+    found = report(through / "out")
+    assert found["verdict"]["sentence"] in (through / "stderr").read_text()
     assert [method["label"] for method in found["methods"]] == ["olora", "lora"]
-    assert not (tmp_path / "through" / "checkpoints").exists()
+    assert not (through / "out" / "checkpoints").exists()
 
-    said = interrupted(tmp_path, command(tmp_path, "stopped"))
-    assert "the same command goes on" in said
-    assert not (tmp_path / "stopped" / "comparison.html").exists()
-    changed = olora(tmp_path, *command(tmp_path, "stopped", "--seeds", "3"))
-    assert changed.returncode == 1
-    assert "with other seeds" in changed.stderr
-    again = olora(tmp_path, *command(tmp_path, "stopped"), timeout=250)
-    assert again.returncode == 0, again.stderr
-    assert "Going on from step-" in again.stderr
-    assert "run 1/" not in again.stderr
-    assert report(tmp_path / "stopped") == found
-
-    refused = olora(tmp_path, *command(tmp_path, "stopped"))
+    refused = olora(through, *command(through, "out"))
     assert refused.returncode == 1
     assert "finished" in refused.stderr
     assert "--fresh" in refused.stderr
 
-    browser = chromium(tmp_path)
-    assert found["verdict"]["sentence"] in browser.document(page)
+
+def test_a_browser_opens_the_page(through: Path, tmp_path: Path) -> None:
+    page, browser = through / "out" / "comparison.html", chromium(tmp_path)
+    assert report(through / "out")["verdict"]["sentence"] in browser.document(page)
     assert browser.overflow(page, 500) == 0
 
-    # What the page says of training it is what `olora train` takes.
+
+def test_what_the_page_says_of_training_it_is_what_train_takes(through: Path, tmp_path: Path) -> None:
+    found = report(through / "out")
+    command(tmp_path, "out")  # the files
     spec = tmp_path / "winner.yaml"
     spec.write_text(json.dumps(found["winner"]))
     trained = olora(tmp_path, "train", spec, timeout=250)
@@ -93,6 +95,20 @@ def test_a_comparison_says_which_to_take_and_goes_on_after_an_interruption(tmp_p
     manifest = json.loads((tmp_path / found["winner"]["output"] / "adapter" / "manifest.json").read_text())
     taken = next(m for m in found["methods"] if m["label"] == found["verdict"]["take"])
     assert manifest["metrics"]["valid_loss_after"] == pytest.approx(taken["final"]["losses"][0], abs=1e-5)
+
+
+def test_the_same_command_goes_on_after_an_interruption(through: Path, tmp_path: Path) -> None:
+    said = interrupted(tmp_path, command(tmp_path, "out"))
+    assert "the same command goes on" in said
+    assert not (tmp_path / "out" / "comparison.html").exists()
+    changed = olora(tmp_path, *command(tmp_path, "out", "--seeds", "3"))
+    assert changed.returncode == 1
+    assert "with other seeds" in changed.stderr
+    again = olora(tmp_path, *command(tmp_path, "out"), timeout=250)
+    assert again.returncode == 0, again.stderr
+    assert "Going on from step-" in again.stderr
+    assert "run 1/" not in again.stderr
+    assert report(tmp_path / "out") == report(through / "out")
 
 
 @pytest.mark.parametrize(
