@@ -127,7 +127,8 @@ def _watch(client: httpx.Client, comparison_id: str) -> None:
         )
         raise typer.Exit(130) from None
     if comparison["status"] == "succeeded":
-        show_report({"verdict": comparison["verdict"], "methods": comparison["figures"]})
+        wanted = {"format": "json"}
+        show_report(send(client, "GET", f"comparisons/{comparison_id}/report", params=wanted))
         fetch = f"Its page: olora comparisons report {comparison_id}"
         console.print(fetch, highlight=False, soft_wrap=True)
         return
