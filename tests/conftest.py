@@ -15,6 +15,12 @@ from store.settings import Settings, get_settings, read_settings
 from tests import services
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The slowest files first, so that one of two processes does not work on alone at the end."""
+    slowest = ("faults", "worker", "cli", "conformance")
+    items.sort(key=lambda item: not any(room in item.path.parts for room in slowest))
+
+
 @pytest.fixture(autouse=True)
 def _own_settings(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
     """No test reads the settings, or the home, of whoever runs it."""

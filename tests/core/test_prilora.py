@@ -220,7 +220,7 @@ def test_a_batch_has_the_same_norms_however_it_is_computed(
             (batch,) = Watched.batches
             tokens = [ids[:length] for ids, length in zip(batch.input_ids, batch.lengths, strict=True)]
     assert is_padded["padded"]
-    assert not is_padded["packed"]
+    assert is_padded["packed"], "a packed row is filled, and what fills it must not count"
     seen: dict[str, list[Tensor]] = {name: [] for name in found["padded"]}
     for name in seen:
         layer = llama.model.get_submodule(name)

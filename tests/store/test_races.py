@@ -156,14 +156,17 @@ def test_workers_that_fall_asleep_lose_and_double_nothing(sessions: Sessions, se
 def test_without_the_fence_the_same_run_goes_wrong(
     sessions: Sessions, settings: Settings, monkeypatch: Any
 ) -> None:
-    """The control: the checks above can see the fault that they are there for."""
+    """The control: the checks above can see the fault that they are there for, if not in every run."""
     monkeypatch.setattr(claims, "_mine", lambda claim: Job.id == claim.job_id)
-    _run_with_sleepers(sessions, settings, count=6, seconds=8)
-    with sessions() as session:
-        models = Counter(session.scalars(select(Model.job_id)))
-        late = select(Checkpoint).join(Job, Job.id == Checkpoint.job_id)
-        outdated = late.where(Checkpoint.attempt < Job.attempt, Checkpoint.created_at > Job.started_at)
-        assert models.most_common(1)[0][1] > 1 or session.scalars(outdated).first() is not None
+    late = select(Checkpoint).join(Job, Job.id == Checkpoint.job_id)
+    outdated = late.where(Checkpoint.attempt < Job.attempt, Checkpoint.created_at > Job.started_at)
+    for _ in range(5):
+        _run_with_sleepers(sessions, settings, count=6, seconds=8)
+        with sessions() as session:
+            models = Counter(session.scalars(select(Model.job_id)))
+            if models.most_common(1)[0][1] > 1 or session.scalars(outdated).first() is not None:
+                return
+    raise AssertionError("five runs without the fence went well")
 
 
 def test_cancelling_against_succeeding_leaves_one_end(sessions: Sessions) -> None:
