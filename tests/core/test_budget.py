@@ -43,6 +43,7 @@ def built(adapter: AdapterSpec, model: PreTrainedModel) -> int:
     return sum(numbers.values())
 
 
+@pytest.mark.methods
 def test_the_count_of_a_method_is_what_its_run_trains(adapter: AdapterSpec, model: PreTrainedModel) -> None:
     model.requires_grad_(False)
     assert trained_numbers(adapter, target_sites(model, "auto"), STEPS) == built(adapter, model)

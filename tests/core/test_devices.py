@@ -129,6 +129,7 @@ def near(found: Any, expected: Any) -> None:
     torch.testing.assert_close(torch.tensor(found), torch.tensor(expected), rtol=0, atol=1e-5)
 
 
+@pytest.mark.methods
 @pytest.mark.parametrize("name", CASES)
 def test_two_devices_give_the_losses_of_one(one, two, name) -> None:
     lone, (leader, follower) = one[name], two[name]
@@ -142,6 +143,7 @@ def test_two_devices_give_the_losses_of_one(one, two, name) -> None:
         near(leader["margins"], lone["margins"])
 
 
+@pytest.mark.methods
 @pytest.mark.parametrize("name", CASES)
 def test_both_hold_the_same_adapter_after_every_step_and_one_exports_it_certified(two, name) -> None:
     leader, follower = two[name]

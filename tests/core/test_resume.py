@@ -220,6 +220,7 @@ def resumed(unbroken, base_folders, files, tmp_path_factory) -> dict[tuple[str, 
     return dict(zip(keys, map(json.loads, done.stdout.splitlines()), strict=True))
 
 
+@pytest.mark.methods
 @pytest.mark.parametrize("step", INTERRUPTED_AFTER)
 @pytest.mark.parametrize("name", CASES)
 def test_a_resumed_run_equals_an_unbroken_one(unbroken, resumed, name, step) -> None:
