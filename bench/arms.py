@@ -280,7 +280,7 @@ def head_by_autograd(base: Any) -> None:
 
 
 def products_apart(base: Any) -> None:
-    from olora_core.adapter import Adapter
+    from olora_core.layers.adapter import Adapter
     from olora_core.methods.lora import LoRAAdapter
 
     LoRAAdapter.beside, LoRAAdapter.delta = Adapter.beside, Adapter.delta

@@ -25,7 +25,7 @@ from peft import LoraConfig
 from peft.tuners.lora.layer import Linear as PeftLinear
 from torch import Tensor, nn
 
-from olora_core.adapter import Site
+from olora_core.layers.adapter import Site
 from olora_core.methods.olora import OLoRA, OLoRAAdapter
 from olora_core.specs import OLoRASpec
 

@@ -4,8 +4,8 @@ from collections.abc import Sequence
 
 from pydantic import ValidationError
 
-from .adapter import Site
 from .errors import SpecError
+from .layers.adapter import Site
 from .methods import METHODS
 from .specs import MAX_EXPORT_RANK, AdapterSpec, check_export
 

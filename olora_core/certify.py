@@ -22,8 +22,10 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from . import quantisation
-from .adapter import (
+from .errors import CertificateError, ModelError
+from .export import CONFIG, KEY_PREFIX, TENSORS, energy, exact_pairs, exported_pairs
+from .layers import quantisation
+from .layers.adapter import (
     Adapter,
     LowRank,
     attach,
@@ -35,8 +37,6 @@ from .adapter import (
     site_shape,
     site_weight,
 )
-from .errors import CertificateError, ModelError
-from .export import CONFIG, KEY_PREFIX, TENSORS, energy, exact_pairs, exported_pairs
 from .model import Base, ends_in, load_base
 from .sharding import own_part
 

@@ -15,7 +15,6 @@ from typing import Any
 import torch
 
 from . import checkpoint
-from .adapter import Adapter, Site
 from .batches import steps_per_epoch
 from .budget import trained_numbers, within_budget
 from .checkpoint import Snapshot
@@ -25,6 +24,7 @@ from .data import Data, read_data
 from .devices import ALONE
 from .errors import CheckpointError, SpecError, TrainingError
 from .export import versions
+from .layers.adapter import Adapter, Site
 from .model import Base, check_quantization, target_sites
 from .progress import (
     Compared,

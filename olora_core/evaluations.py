@@ -3,9 +3,9 @@
 import math
 from collections.abc import Generator
 
-from .adapter import adapter_tensors
 from .evaluate import evaluate
 from .examples import Examples
+from .layers.adapter import adapter_tensors
 from .progress import Evaluated, Phase, result_of
 from .run import Run, not_finite
 

@@ -13,7 +13,8 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from .adapter import (
+from .errors import SpecError
+from .layers.adapter import (
     Adapter,
     LowRank,
     adapter_tensors,
@@ -22,7 +23,6 @@ from .adapter import (
     is_stored_transposed,
     site_shape,
 )
-from .errors import SpecError
 from .model import Base, ends_in, left_out, shortened
 from .progress import Samples
 from .specs import TrainSpec

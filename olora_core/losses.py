@@ -13,10 +13,10 @@ from torch.nn import functional as F
 from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from .adapter import adapters_off, attached
 from .batches import MicroBatch
+from .layers.adapter import adapters_off, attached
+from .layers.quantisation import quantised_layers
 from .passes import Passes
-from .quantisation import quantised_layers
 from .specs import TrainSpec
 
 LOGITS_AT_ONCE = 2**23

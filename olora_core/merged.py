@@ -12,8 +12,6 @@ from pathlib import Path
 import torch
 from transformers import PreTrainedModel
 
-from . import quantisation
-from .adapter import Adapter, Site, bare_modules, full_precision, site_weight
 from .errors import SpecError
 from .export import (
     CARD,
@@ -25,6 +23,8 @@ from .export import (
     save_native,
     write_json,
 )
+from .layers import quantisation
+from .layers.adapter import Adapter, Site, bare_modules, full_precision, site_weight
 from .model import Base, left_out, load_base, no_progress_bar
 from .specs import TrainSpec
 

@@ -28,8 +28,9 @@ from transformers import conversion_mapping as conversions
 from transformers.pytorch_utils import Conv1D
 from transformers.utils import logging
 
-from . import quantisation
-from .adapter import (
+from .errors import ModelError, SpecError
+from .layers import quantisation
+from .layers.adapter import (
     AdaptedLinear,
     Kind,
     Site,
@@ -40,9 +41,8 @@ from .adapter import (
     site_shape,
     site_weight,
 )
-from .errors import ModelError, SpecError
+from .layers.quantisation import Quantised
 from .passes import Passes, passes_of
-from .quantisation import Quantised
 from .specs import TrainSpec, nearest
 
 INDEX = "model.safetensors.index.json"

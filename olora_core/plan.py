@@ -19,10 +19,10 @@ from torch.utils._pytree import tree_leaves
 from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from .adapter import Adapter
 from .batches import micro_batches
 from .errors import SpecError, TrainingError
 from .examples import Examples
+from .layers.adapter import Adapter
 from .losses import LOGITS_AT_ONCE, Loss, set_training
 from .model import Base
 from .progress import Note

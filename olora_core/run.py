@@ -12,13 +12,13 @@ import torch
 from torch import Tensor, nn
 
 from . import attention
-from .adapter import Adapter, Site, adapter_tensors, detach
 from .batches import epoch_order, steps_per_epoch
 from .data import Data, context_length
 from .devices import Devices
 from .early_stopping import best_of
 from .errors import SpecError, TrainingError
 from .examples import Examples
+from .layers.adapter import Adapter, Site, adapter_tensors, detach
 from .losses import Loss, loss_of
 from .methods import METHODS, Method
 from .methods.base import Schedule, placing

@@ -10,10 +10,10 @@ from itertools import islice
 
 import numpy as np
 
-from .adapter import adapters_off
 from .data import Data, context_length
 from .evaluate import answer
 from .examples import Examples
+from .layers.adapter import adapters_off
 from .model import Base
 from .progress import Note, Phase, Sample, Samples
 

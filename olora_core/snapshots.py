@@ -9,9 +9,9 @@ from pathlib import Path
 import torch
 
 from . import checkpoint
-from .adapter import adapter_tensors, load_adapter_tensors
 from .checkpoint import Snapshot
 from .errors import CheckpointError
+from .layers.adapter import adapter_tensors, load_adapter_tensors
 from .plan import set_checkpointing
 from .progress import Evaluated, Saved
 from .run import Run, not_finite

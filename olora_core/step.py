@@ -11,10 +11,10 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from .adapter import adapters_off
 from .batches import MicroBatch, micro_batches
 from .errors import TrainingError
 from .evaluations import glance
+from .layers.adapter import adapters_off
 from .losses import set_training
 from .methods import Outputs
 from .model import Base

@@ -9,13 +9,13 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from .adapter import adapter_tensors, load_adapter_tensors
 from .certify import certify, certify_merged
 from .data import Data, read_data
 from .devices import ALONE, Devices
 from .early_stopping import is_over
 from .evaluations import evaluate_fully
 from .export import Story, export_adapter, record_certificate
+from .layers.adapter import adapter_tensors, load_adapter_tensors
 from .merged import Merged, check_mergeable, export_merged
 from .model import Base, check_quantization, target_sites
 from .plan import Plan

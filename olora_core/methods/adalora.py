@@ -15,8 +15,8 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from ..adapter import Adapter, Site
 from ..errors import SpecError
+from ..layers.adapter import Adapter, Site
 from ..specs import AdaLoRASpec
 from .base import Method, Outputs, generator
 from .gated import GatedAdapter

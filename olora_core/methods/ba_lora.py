@@ -18,8 +18,8 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from ..adapter import Adapter, Site, full_precision
 from ..batches import IGNORED
+from ..layers.adapter import Adapter, Site, full_precision
 from ..losses import LOGITS_AT_ONCE
 from ..specs import BALoRASpec
 from .base import Method, Outputs

@@ -12,10 +12,10 @@ from typing import Any, Generic, TypeVar
 import torch
 from torch import Tensor, nn
 
-from ..adapter import Adapter, Site, attach, site_weight
 from ..batches import MicroBatch
 from ..devices import ALONE, Devices, is_part, whole
 from ..errors import SpecError
+from ..layers.adapter import Adapter, Site, attach, site_weight
 from ..progress import Phase, result_of
 from ..specs import AdapterSpec, check_export
 

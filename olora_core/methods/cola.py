@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..adapter import Adapter, Site
+from ..layers.adapter import Adapter, Site
 from ..specs import COLASpec
 from .base import Method, generator
 from .rounds import RoundsAdapter, forget, set_lr_factor

@@ -3,8 +3,8 @@
 import torch
 from torch import Tensor, nn
 
-from ..adapter import LowRank, compute_dtype
-from ..products import LowRankProduct
+from ..layers.adapter import LowRank, compute_dtype
+from ..layers.products import LowRankProduct
 from .lora import LoRAAdapter
 
 

@@ -7,8 +7,8 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from ..adapter import Adapter, LowRank, Site, compute_dtype
-from ..products import LowRankProduct, is_plain
+from ..layers.adapter import Adapter, LowRank, Site, compute_dtype
+from ..layers.products import LowRankProduct, is_plain
 from ..specs import AdapterSpec, LoRASpec
 from .base import Method, generator
 from .lora_plus import Factors, factor_groups

@@ -11,8 +11,8 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from ..adapter import Adapter, LowRank, Site
 from ..errors import SpecError
+from ..layers.adapter import Adapter, LowRank, Site
 from ..specs import MELoRASpec
 from .base import Method, generator
 from .lora import kaiming_uniform, lora_adapter

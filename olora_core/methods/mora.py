@@ -17,9 +17,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..adapter import Adapter, LowRank, Site
 from ..errors import SpecError
 from ..export import server_rank
+from ..layers.adapter import Adapter, LowRank, Site
 from ..model import shortened
 from ..specs import MAX_EXPORT_RANK, WHERE_TOO_WIDE, MoRASpec
 from .base import Method

@@ -11,8 +11,8 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from ..adapter import Adapter, LowRank, Site, full_precision
 from ..errors import ModelError
+from ..layers.adapter import Adapter, LowRank, Site, full_precision
 from ..specs import OLoRASpec
 from .base import Method
 from .lora import LoRAAdapter

@@ -11,7 +11,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from ..adapter import Adapter, Site, full_precision
+from ..layers.adapter import Adapter, Site, full_precision
 from ..specs import PiSSASpec, SVDSpec
 from .base import Method, generator
 from .lora_plus import Factors, factor_groups

@@ -13,9 +13,9 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from ..adapter import Adapter, Site
 from ..batches import MicroBatch
 from ..errors import SpecError
+from ..layers.adapter import Adapter, Site
 from ..specs import PRILoRASpec
 from .base import Method, Outputs, generator
 from .lora import LoRAAdapter, kaiming_uniform

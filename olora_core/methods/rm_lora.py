@@ -10,7 +10,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from ..adapter import Adapter, Site
+from ..layers.adapter import Adapter, Site
 from ..specs import RMLoRASpec
 from .base import Method, Outputs, generator
 from .lora import LoRAAdapter, lora_adapter

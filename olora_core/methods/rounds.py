@@ -10,8 +10,8 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor, nn
 
-from ..adapter import Adapter, LowRank, Site, compute_dtype, low_rank_product
-from ..products import LowRankProduct, is_plain
+from ..layers.adapter import Adapter, LowRank, Site, compute_dtype, low_rank_product
+from ..layers.products import LowRankProduct, is_plain
 from ..specs import Start
 from .lora import kaiming_uniform
 

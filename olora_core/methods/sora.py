@@ -10,8 +10,8 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
-from ..adapter import Adapter, Site
 from ..errors import SpecError
+from ..layers.adapter import Adapter, Site
 from ..specs import SoRASpec
 from .base import Method, generator
 from .gated import GatedAdapter

@@ -14,8 +14,8 @@ from math import prod
 import torch
 from torch import Tensor, nn
 
-from ..adapter import Adapter, LowRank, Site
 from ..errors import SpecError
+from ..layers.adapter import Adapter, LowRank, Site
 from ..specs import TTLoRASpec
 from .base import Method, generator
 

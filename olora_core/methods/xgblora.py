@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..adapter import Site
 from ..errors import SpecError
+from ..layers.adapter import Site
 from ..specs import MAX_EXPORT_RANK, WHERE_TOO_WIDE, XGBLoRASpec
 from .base import Method, generator
 from .rounds import RoundsAdapter, forget, ramp, set_lr_factor

@@ -15,9 +15,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from olora_core.adapter import Site, adapters_off, attached
 from olora_core.devices import ALONE, Devices, join
 from olora_core.errors import OloraError
+from olora_core.layers.adapter import Site, adapters_off, attached
 from olora_core.methods import METHODS, Outputs
 from olora_core.methods.lora import LoRA, LoRAAdapter
 from olora_core.model import Base, load_base

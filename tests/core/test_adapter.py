@@ -5,7 +5,7 @@ import torch
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
-from olora_core.adapter import (
+from olora_core.layers.adapter import (
     AdaptedLinear,
     Adapter,
     LowRank,

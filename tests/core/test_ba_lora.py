@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from olora_core import methods
-from olora_core.adapter import adapters_off
 from olora_core.errors import SpecError
+from olora_core.layers.adapter import adapters_off
 from olora_core.methods import Outputs, ba_lora
 from olora_core.methods.ba_lora import (
     BALoRA,

@@ -10,10 +10,10 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from olora_core.adapter import Adapter, adapters_off, detach
 from olora_core.certify import certify
 from olora_core.errors import CertificateError
 from olora_core.export import Story, export_adapter
+from olora_core.layers.adapter import Adapter, adapters_off, detach
 from olora_core.methods import METHODS
 from olora_core.model import Base
 

@@ -5,10 +5,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from olora_core.adapter import adapters_off
 from olora_core.errors import ModelError
 from olora_core.evaluate import evaluate, generate
 from olora_core.examples import Examples
+from olora_core.layers.adapter import adapters_off
 from olora_core.methods import METHODS, place
 from olora_core.model import Base, target_sites
 from olora_core.progress import Phase

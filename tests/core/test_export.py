@@ -11,7 +11,6 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from olora_core.adapter import Adapter, LowRank
 from olora_core.export import (
     Export,
     Story,
@@ -22,6 +21,7 @@ from olora_core.export import (
     sparkline,
     truncated,
 )
+from olora_core.layers.adapter import Adapter, LowRank
 from olora_core.methods import METHODS, place
 from olora_core.methods.lora import LoRAAdapter
 from olora_core.model import Base, target_sites

@@ -36,8 +36,8 @@ from transformers import (
     Qwen3MoeConfig,
 )
 
-from olora_core.adapter import detach
 from olora_core.errors import SpecError
+from olora_core.layers.adapter import detach
 from olora_core.methods import METHODS, place
 from olora_core.model import Base, left_out, load_base, target_sites
 from olora_core.specs import TrainSpec

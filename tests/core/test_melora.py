@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from olora_core.adapter import Adapter, Site
 from olora_core.errors import SpecError
+from olora_core.layers.adapter import Adapter, Site
 from olora_core.methods import place
 from olora_core.methods.lora import LoRAAdapter
 from olora_core.methods.melora import MELoRAAdapter

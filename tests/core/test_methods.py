@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import PreTrainedModel
 
-from olora_core.adapter import Adapter, Site, adapters_off, detach
 from olora_core.errors import ModelError, SpecError
+from olora_core.layers.adapter import Adapter, Site, adapters_off, detach
 from olora_core.methods import METHODS, Method, Outputs, place
 from olora_core.methods.base import generator
 from olora_core.methods.lora import LoRA

@@ -11,8 +11,8 @@ import torch
 from torch import nn
 from transformers import MixtralConfig, MixtralForCausalLM, PreTrainedTokenizerFast
 
-from olora_core.adapter import attach
 from olora_core.errors import ModelError, SpecError
+from olora_core.layers.adapter import attach
 from olora_core.methods.lora import LoRAAdapter
 from olora_core.model import Base, left_out, load_base, target_sites
 from olora_core.precision import compute_dtype

@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from olora_core.adapter import Site, adapter_tensors, load_adapter_tensors
 from olora_core.errors import SpecError
+from olora_core.layers.adapter import Site, adapter_tensors, load_adapter_tensors
 from olora_core.methods import place
 from olora_core.methods.mora import MoRA, MoRAAdapter, RotationAdapter, square_side
 from olora_core.model import target_sites

@@ -7,8 +7,8 @@ from peft import LoraConfig, get_peft_model
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from olora_core.adapter import Site
 from olora_core.errors import ModelError
+from olora_core.layers.adapter import Site
 from olora_core.methods import place
 from olora_core.methods.olora import OLoRAAdapter
 from olora_core.model import target_sites

@@ -13,8 +13,8 @@ from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from olora_core import plan
-from olora_core.adapter import detach
 from olora_core.errors import SpecError, TrainingError
+from olora_core.layers.adapter import detach
 from olora_core.losses import loss_of
 from olora_core.methods import METHODS
 from olora_core.methods.base import place

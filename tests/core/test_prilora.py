@@ -8,9 +8,9 @@ import torch
 from torch import Tensor, nn
 
 from olora_core import methods
-from olora_core.adapter import AdaptedLinear, Site
 from olora_core.batches import IGNORED, MicroBatch
 from olora_core.errors import SpecError
+from olora_core.layers.adapter import AdaptedLinear, Site
 from olora_core.methods import Outputs
 from olora_core.methods import prilora as prilora_file
 from olora_core.methods.prilora import PRILoRA, PRILoRAAdapter, squares

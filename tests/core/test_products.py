@@ -5,10 +5,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from olora_core.adapter import AdaptedLinear
+from olora_core.layers.adapter import AdaptedLinear
+from olora_core.layers.products import LowRankProduct
 from olora_core.methods.lora import LoRAAdapter
 from olora_core.methods.olora import OLoRAAdapter
-from olora_core.products import LowRankProduct
 
 IN, OUT, R, SCALE = 12, 20, 3, 0.7
 

@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from olora_core.adapter import Site
 from olora_core.errors import SpecError
+from olora_core.layers.adapter import Site
 from olora_core.methods import Outputs
 from olora_core.methods.lora import LoRAAdapter
 from olora_core.methods.rm_lora import RMLoRA

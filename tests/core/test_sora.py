@@ -10,8 +10,8 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
 from olora_core import methods
-from olora_core.adapter import Site
 from olora_core.errors import SpecError
+from olora_core.layers.adapter import Site
 from olora_core.methods import place
 from olora_core.methods.gated import GatedAdapter
 from olora_core.methods.sora import SoRA

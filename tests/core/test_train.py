@@ -13,8 +13,8 @@ from safetensors.torch import load_file
 from transformers import get_scheduler
 
 from olora_core import methods
-from olora_core.adapter import AdaptedLinear
 from olora_core.errors import DataError, SpecError, TrainingError
+from olora_core.layers.adapter import AdaptedLinear
 from olora_core.methods import METHODS
 from olora_core.methods.lora import LoRA
 from olora_core.model import Base, load_base

@@ -9,8 +9,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from olora_core.adapter import Site
 from olora_core.errors import SpecError
+from olora_core.layers.adapter import Site
 from olora_core.methods.tt_lora import TTLoRA, TTLoRAAdapter, factored
 from olora_core.specs import TrainSpec, TTLoRASpec, read_spec
 

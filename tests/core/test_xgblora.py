@@ -7,8 +7,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from olora_core.adapter import Site
 from olora_core.errors import SpecError
+from olora_core.layers.adapter import Site
 from olora_core.methods.rounds import RoundsAdapter
 from olora_core.methods.xgblora import XGBLoRA
 from olora_core.specs import XGBLoRASpec, read_spec

@@ -17,8 +17,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import BitsAndBytesConfig, PreTrainedConfig, TorchAoConfig
 
-from .devices import is_part
-from .errors import ModelError, SpecError
+from ..devices import is_part
+from ..errors import ModelError, SpecError
 
 PACKAGES = {
     "nf4": "bitsandbytes",

@@ -1,0 +1,1 @@
+"""Adapted linear layers: the adapter's interface, its products, and quantised weights."""
