@@ -26,6 +26,7 @@ from .layers.adapter import (
 from .model import Base, ends_in, left_out, shortened
 from .progress import Samples
 from .specs import TrainSpec
+from .specs.serving import server_rank
 
 TENSORS = "adapter_model.safetensors"
 CONFIG = "adapter_config.json"
@@ -33,8 +34,6 @@ MANIFEST = "manifest.json"
 CARD = "README.md"
 NATIVE = "native/adapter.safetensors"
 KEY_PREFIX = "base_model.model."
-SERVER_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
-"""What vLLM's `--max-lora-rank` takes."""
 SERVED_TOGETHER = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 """Layers that servers fuse into one: a partner without an adapter is written as zeros."""
 TOKENIZER_PARTS = (
@@ -296,11 +295,6 @@ def versions() -> dict[str, str]:
         except PackageNotFoundError:  # run from a checkout that was not installed
             continue
     return found
-
-
-def server_rank(rank: int) -> int:
-    """The smallest `--max-lora-rank` of vLLM that takes this adapter."""
-    return next(allowed for allowed in SERVER_RANKS if allowed >= rank)
 
 
 def write_json(path: Path, value: Mapping[str, Any]) -> None:

@@ -18,10 +18,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..errors import SpecError
-from ..export import server_rank
 from ..layers.adapter import Adapter, LowRank, Site
 from ..model import shortened
 from ..specs import MAX_EXPORT_RANK, WHERE_TOO_WIDE, MoRASpec
+from ..specs.serving import server_rank
 from .base import Method
 from .rounds import forget, ramp, set_lr_factor
 

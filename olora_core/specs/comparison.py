@@ -6,8 +6,10 @@ from typing import Annotated, Any, cast
 from pydantic import Field
 
 from ..errors import SpecError
-from .adapters import ADAPTER_SPECS, MAX_LEARNING_RATE, AnyAdapterSpec, LoRASpec
+from .adapters import ADAPTER_SPECS, AnyAdapterSpec
 from .base import Auto, Spec, nearest, read
+from .methods.base import MAX_LEARNING_RATE
+from .methods.lora import LoRASpec
 from .training import (
     ADAPTER_ALIASES,
     HYPERPARAMETER_ALIASES,

@@ -4,8 +4,8 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from ..errors import SpecError
-from .adapters import AdapterSpec
 from .base import read
+from .methods.base import AdapterSpec
 from .training import Hyperparameters, TrainSpec
 
 REFERENCE_WIDTH = 4096

@@ -6,15 +6,10 @@ from typing import Annotated, Any, Literal, cast, get_args
 from pydantic import Field
 
 from ..errors import SpecError
-from .adapters import (
-    ADAPTER_SPECS,
-    DEFAULT_METHOD,
-    MAX_LEARNING_RATE,
-    AnyAdapterSpec,
-    OLoRASpec,
-    check_export,
-)
+from .adapters import ADAPTER_SPECS, DEFAULT_METHOD, AnyAdapterSpec, check_export
 from .base import Auto, Spec, nearest, read
+from .methods.base import MAX_LEARNING_RATE
+from .methods.olora import OLoRASpec
 
 MAX_SEED = 2**31 - 1
 MAX_CONTEXT = 2**20

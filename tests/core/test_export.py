@@ -17,7 +17,6 @@ from olora_core.export import (
     exact_pairs,
     export_adapter,
     record_certificate,
-    server_rank,
     sparkline,
     truncated,
 )
@@ -26,6 +25,7 @@ from olora_core.methods import METHODS, place
 from olora_core.methods.lora import LoRAAdapter
 from olora_core.model import Base, target_sites
 from olora_core.specs import TrainSpec, read_spec
+from olora_core.specs.serving import server_rank
 
 from .runs import OPTIONS
 from .test_methods import randomise

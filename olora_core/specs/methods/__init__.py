@@ -1,0 +1,1 @@
+"""The options of each method, one file a method."""

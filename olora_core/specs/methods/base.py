@@ -1,0 +1,121 @@
+"""What the specs of several methods share."""
+
+import re
+from typing import Any, ClassVar, Literal
+
+from pydantic import Field, field_validator
+
+from ..base import Auto, Spec
+from ..serving import MAX_EXPORT_RANK
+
+MAX_LEARNING_RATE = 10.0
+Start = Literal["kaiming", "gaussian"]
+
+
+class AdapterSpec(Spec):
+    """What every low-rank method shares."""
+
+    summary: ClassVar[str]
+    paper: ClassVar[str]
+    cost: ClassVar[str]
+    """What it trains and what it exports, as a sentence. W is out×in."""
+    choose: ClassVar[str]
+    """When it is the one to take, as a sentence."""
+    base_learning_rate: ClassVar[float]
+    width_exponent: ClassVar[float]
+
+    method: str
+    rank: int = Field(ge=1, le=4096, description="r, the width of the trained factors.")
+    alpha: float = Field(default=16, gt=0, le=65536, description="The update is scaled by alpha / rank.")
+    dropout: float = Field(default=0.0, ge=0, lt=1, description="Dropout on the adapter's input.")
+    rslora: bool = Field(default=False, description="Scale by alpha / sqrt(rank) instead (arXiv 2312.03732).")
+    target_modules: Auto | str | tuple[str, ...] = Field(
+        default="auto",
+        description='"auto" (all linear layers of the blocks), a list of names, or a regular expression.',
+    )
+    export_rank: int | None = Field(
+        default=None,
+        ge=1,
+        le=4096,
+        description="Truncate the exported pair to this rank; null exports it exactly.",
+    )
+    export: Literal["adapter", "merged"] = Field(
+        default="adapter",
+        description="What is left at the end: a LoRA for the untouched base, or the whole model, the update "
+        "merged into its weights.",
+    )
+
+    @field_validator("target_modules")
+    @classmethod
+    def _targets_can_match(cls, value: str | tuple[str, ...]) -> str | tuple[str, ...]:
+        if not value:
+            raise ValueError("'auto' or at least one module name")
+        if isinstance(value, str) and value != "auto":
+            try:
+                re.compile(value)
+            except re.error as error:
+                raise ValueError(f"a regular expression ({error})") from None
+        return value
+
+    @property
+    def scale(self) -> float:
+        """s of `delta(x) = s (...)`: alpha / r, or alpha / sqrt(r) with rsLoRA."""
+        return self.alpha / (self.rank**0.5 if self.rslora else self.rank)
+
+    @property
+    def pair_rank(self) -> int:
+        """k of the exact pair `ΔW = B A` (B out×k, A k×in) that an adapter of this method exports at most.
+
+        Where k depends on the layers, at least this: the method checks it once they are known.
+        """
+        return self.rank
+
+    @property
+    def has_pair(self) -> bool:
+        """Whether an adapter of this method is a LoRA of some rank."""
+        return True
+
+    def is_too_wide(self, pair_rank: int) -> bool:
+        """Whether a pair of that rank would be exported, and no server could load it."""
+        return self.export == "adapter" and self.export_rank is None and pair_rank > MAX_EXPORT_RANK
+
+    @classmethod
+    def options(cls) -> dict[str, Any]:
+        """The JSON schema of an `adapter` object of this method: every option with default and meaning."""
+        schema = cls.model_json_schema()
+        options = {
+            name: {key: value for key, value in option.items() if key != "title"}
+            for name, option in schema["properties"].items()
+        }
+        return {"type": "object", "properties": options, "additionalProperties": False}
+
+
+class FactorsSpec(AdapterSpec):
+    """What methods share that train two plain factors, A (r×in) and B (out×r)."""
+
+    lora_plus_ratio: float = Field(
+        default=1.0,
+        gt=0,
+        le=1024,
+        description="LoRA+: B's learning rate as a multiple of A's, which is the job's (arXiv 2402.12354).",
+    )
+
+
+class SVDSpec(FactorsSpec):
+    """What methods share whose factors start from the SVD of the pretrained weight."""
+
+    svd_iterations: int | None = Field(
+        default=16,
+        ge=0,
+        le=64,
+        description="Power iterations of the randomised SVD; null: an exact SVD, far slower on large layers.",
+    )
+
+
+class RoundsSpec(AdapterSpec):
+    """What methods share that train one pair of factors after another."""
+
+    init: Start = Field(
+        default="kaiming",
+        description="How A of every pair is drawn: evenly up to 1/sqrt(in), or normally, deviation 1/rank.",
+    )

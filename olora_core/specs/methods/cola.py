@@ -1,0 +1,69 @@
+"""The options of COLA."""
+
+from typing import Annotated, Any, ClassVar, Literal
+
+from pydantic import Field, ValidationInfo, field_validator
+
+from .base import RoundsSpec
+
+
+class COLASpec(RoundsSpec):
+    """COLA, Chain of LoRA: one LoRA after another, each on top of those before (arXiv 2401.04151)."""
+
+    summary: ClassVar[str] = "A chain of LoRAs, trained one after another, whose sum has the rank of all."
+    paper: ClassVar[str] = "arXiv 2401.04151"
+    cost: ClassVar[str] = (
+        "Trains r (in + out) numbers a layer at a time and keeps the finished links frozen beside them; "
+        "exports a LoRA of the links' ranks together, 3r by default."
+    )
+    choose: ClassVar[str] = (
+        "For an update of higher rank with the optimizer's memory of one small LoRA, on jobs of some hundred "
+        "steps and more."
+    )
+    base_learning_rate: ClassVar[float] = 5e-4
+    width_exponent: ClassVar[float] = 0.8850
+
+    method: Literal["cola"] = "cola"
+    rank: int = Field(default=8, ge=1, le=4096, description="r, the width of a link's factors.")
+    alpha: float = Field(
+        default=16, gt=0, le=65536, description="A link's update is scaled by alpha / its rank."
+    )
+    links: int = Field(default=3, ge=1, le=64, description="M, how many LoRAs are trained. 1 is LoRA.")
+    link_shares: tuple[Annotated[float, Field(gt=0)], ...] | None = Field(
+        default=None, description="Shares of the steps that the links get, as [3, 2]; null: equal ones."
+    )
+    link_ranks: tuple[Annotated[int, Field(ge=1)], ...] | None = Field(
+        default=None, description="Rank of each link, at most `rank`; null: `rank` for all."
+    )
+    lr_restart: Literal["link", "never"] = Field(
+        default="link", description="Run the learning-rate schedule anew, warm-up included, over each link."
+    )
+
+    @field_validator("link_shares", "link_ranks")
+    @classmethod
+    def _one_for_each_link(cls, value: tuple[Any, ...] | None, info: ValidationInfo) -> Any:
+        links, rank = info.data.get("links"), info.data.get("rank")
+        if value is None or links is None or rank is None:
+            return value
+        if len(value) != links:
+            raise ValueError(f"one value for each of the {links} links")
+        if info.field_name == "link_ranks" and max(value) > rank:
+            raise ValueError(f"ranks up to adapter.rank = {rank}")
+        return value
+
+    @property
+    def ranks(self) -> tuple[int, ...]:
+        return self.link_ranks or (self.rank,) * self.links
+
+    @property
+    def shares(self) -> tuple[float, ...]:
+        return self.link_shares or (1.0,) * self.links
+
+    @property
+    def pair_rank(self) -> int:
+        """Of all links."""
+        return sum(self.ranks)
+
+    def scale_of(self, rank: int) -> float:
+        """s_j of a link of that rank."""
+        return self.alpha / (rank**0.5 if self.rslora else rank)

@@ -1,0 +1,31 @@
+"""The options of OLoRA."""
+
+from typing import ClassVar, Literal
+
+from pydantic import Field
+
+from .base import FactorsSpec
+
+
+class OLoRASpec(FactorsSpec):
+    """OLoRA: factors that start from the thin QR of the pretrained weight (arXiv 2406.01775)."""
+
+    summary: ClassVar[str] = "LoRA whose factors start from the QR decomposition of the pretrained weight."
+    paper: ClassVar[str] = "arXiv 2406.01775"
+    cost: ClassVar[str] = (
+        "Trains r (in + out) numbers a layer and keeps as many frozen beside them; exports a LoRA of rank 2r."
+    )
+    choose: ClassVar[str] = (
+        "The default: training starts in directions that the pretrained weight already has, at a lower "
+        "learning rate than LoRA's."
+    )
+    base_learning_rate: ClassVar[float] = 1e-4
+    width_exponent: ClassVar[float] = 0.7525
+
+    method: Literal["olora"] = "olora"
+    rank: int = Field(default=32, ge=1, le=4096, description="r, the width of the trained factors.")
+
+    @property
+    def pair_rank(self) -> int:
+        """2r: the difference of two products."""
+        return 2 * self.rank

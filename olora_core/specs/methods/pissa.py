@@ -1,0 +1,30 @@
+"""The options of PiSSA."""
+
+from typing import ClassVar, Literal
+
+from pydantic import Field
+
+from .base import SVDSpec
+
+
+class PiSSASpec(SVDSpec):
+    """PiSSA: factors that start as the principal part of the pretrained weight (arXiv 2404.02948)."""
+
+    summary: ClassVar[str] = "LoRA whose factors start from the largest singular values of the weight."
+    paper: ClassVar[str] = "arXiv 2404.02948"
+    cost: ClassVar[str] = (
+        "Trains r (in + out) numbers a layer and keeps as many frozen beside them; exports a LoRA of rank 2r."
+    )
+    choose: ClassVar[str] = (
+        "As OLoRA, where a weight's energy lies in few singular values; its start takes longer than OLoRA's."
+    )
+    base_learning_rate: ClassVar[float] = 1e-4
+    width_exponent: ClassVar[float] = 0.7525
+
+    method: Literal["pissa"] = "pissa"
+    rank: int = Field(default=16, ge=1, le=4096, description="r, the width of the trained factors.")
+
+    @property
+    def pair_rank(self) -> int:
+        """2r: the difference of two products."""
+        return 2 * self.rank
