@@ -109,10 +109,11 @@ class Task:
 
 def prepare(task: Task) -> dict[str, Any]:
     """Writes ROWS and START; returns what the table's heading tells of the data."""
+    from olora_core.bases.loading import load_base
+    from olora_core.bases.sites import target_sites
     from olora_core.batches import epoch_order
     from olora_core.data import read_data
     from olora_core.methods import METHODS
-    from olora_core.model import load_base, target_sites
     from olora_core.progress import result_of
 
     base = load_base(task.base, name="bench", device=task.device)
@@ -231,8 +232,8 @@ def our_spec(task: Task, options: dict[str, Any], method: str = "lora") -> Any:
 
 
 def ours(task: Task, arm: Arm) -> dict[str, Any]:
-    from olora_core.model import load_base
-    from olora_core.precision import compute_dtype
+    from olora_core.bases.loading import load_base
+    from olora_core.bases.precision import compute_dtype
     from olora_core.train import Step, train
 
     libraries = peak_memory(task.device)

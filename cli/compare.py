@@ -205,9 +205,9 @@ def _compare(
         os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # as for the service's trainer
         import torch
 
+        from olora_core.bases.loading import load_base
+        from olora_core.bases.precision import compute_dtype
         from olora_core.compare import compare as run_comparison
-        from olora_core.model import load_base
-        from olora_core.precision import compute_dtype
         from olora_core.progress import Compared, ComparedStep, Note, Phase, RunFinished, Saved
         from olora_core.token_cache import trim
 

@@ -30,8 +30,8 @@ from .progress import TrainingBar
 from .samples import show_samples
 
 if TYPE_CHECKING:
+    from olora_core.bases.loading import Base
     from olora_core.devices import Devices
-    from olora_core.model import Base
     from store.integrations import Integration
 
     from .charts import Charts
@@ -309,9 +309,9 @@ def _devices(device: str) -> Iterator[tuple[str, "Devices"]]:
 
 
 def _load(spec: TrainSpec, folder: Path, device: str, devices: "Devices") -> "Base":
-    from olora_core.model import load_base
-    from olora_core.precision import compute_dtype
-    from olora_core.sharding import is_sharded, shard
+    from olora_core.bases.loading import load_base
+    from olora_core.bases.precision import compute_dtype
+    from olora_core.bases.sharding import is_sharded, shard
 
     dtype = devices.agreed(compute_dtype(spec, folder, device))
     loaded = partial(

@@ -22,6 +22,9 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from .bases.loading import Base, load_base
+from .bases.sharding import own_part
+from .bases.sites import ends_in
 from .errors import CertificateError, ModelError
 from .export import CONFIG, KEY_PREFIX, TENSORS, energy, exact_pairs, exported_pairs
 from .layers import quantisation
@@ -37,8 +40,6 @@ from .layers.adapter import (
     site_shape,
     site_weight,
 )
-from .model import Base, ends_in, load_base
-from .sharding import own_part
 
 BOUND = 1e-4
 """The largest logit difference allowed, as a share of the largest |logit|."""

@@ -15,6 +15,8 @@ from typing import Any
 import torch
 
 from . import checkpoint
+from .bases.loading import Base, check_quantization
+from .bases.sites import target_sites
 from .batches import steps_per_epoch
 from .budget import trained_numbers, within_budget
 from .checkpoint import Snapshot
@@ -25,7 +27,6 @@ from .devices import ALONE
 from .errors import CheckpointError, SpecError, TrainingError
 from .export import versions
 from .layers.adapter import Adapter, Site
-from .model import Base, check_quantization, target_sites
 from .progress import (
     Compared,
     ComparedStep,

@@ -13,10 +13,10 @@ import tokenizers
 import transformers
 from transformers import PreTrainedTokenizerBase
 
+from .bases.loading import Base
 from .example_files import Damaged, ExampleWriter, file_hash, open_examples
 from .examples import Examples
 from .formats import NOUNS, Report, check_for_training, checking
-from .model import Base
 from .progress import Note, Phase
 from .specs import MAX_CONTEXT, TrainSpec
 from .templates import end_of_turn_tokens

@@ -10,6 +10,8 @@ OloraError
 └── CertificateError   the exported adapter does not give the trained model's logits
 """
 
+from collections.abc import Sequence
+
 
 class OloraError(Exception):
     """An expected trouble: `code` for programs, `message` for people, `param` for the place."""
@@ -65,3 +67,8 @@ class CertificateError(OloraError):
     """The exported adapter does not give the trained model's logits."""
 
     code = "certificate_failed"
+
+
+def shortened(names: Sequence[str], most: int = 4) -> str:
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return ", ".join(names[:most]) + more

@@ -9,13 +9,13 @@ import numpy as np
 import torch
 from transformers import GenerationConfig
 
+from .bases.loading import Base
+from .bases.passes import evaluating
 from .batches import MicroBatch, micro_batches
 from .devices import ALONE, Devices
 from .errors import ModelError
 from .examples import Examples
 from .losses import Loss, task_loss
-from .model import Base
-from .passes import evaluating
 from .progress import Phase
 from .templates import end_of_turn_tokens, normalised
 

@@ -13,7 +13,9 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from .errors import SpecError
+from .bases.loading import Base
+from .bases.sites import ends_in, left_out
+from .errors import SpecError, shortened
 from .layers.adapter import (
     Adapter,
     LowRank,
@@ -23,7 +25,6 @@ from .layers.adapter import (
     is_stored_transposed,
     site_shape,
 )
-from .model import Base, ends_in, left_out, shortened
 from .progress import Samples
 from .specs import TrainSpec
 from .specs.serving import server_rank

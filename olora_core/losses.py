@@ -13,14 +13,11 @@ from torch.nn import functional as F
 from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
+from .bases.passes import LOGITS_AT_ONCE, Passes
 from .batches import MicroBatch
 from .layers.adapter import adapters_off, attached
 from .layers.quantisation import quantised_layers
-from .passes import Passes
 from .specs import TrainSpec
-
-LOGITS_AT_ONCE = 2**23
-"""Logits that the fused loss holds at a time; fewer cost speed, more only memory."""
 
 
 class TaskLoss(NamedTuple):

@@ -12,6 +12,8 @@ from pathlib import Path
 import torch
 from transformers import PreTrainedModel
 
+from .bases.loading import Base, load_base, no_progress_bar
+from .bases.sites import left_out
 from .errors import SpecError
 from .export import (
     CARD,
@@ -25,7 +27,6 @@ from .export import (
 )
 from .layers import quantisation
 from .layers.adapter import Adapter, Site, bare_modules, full_precision, site_weight
-from .model import Base, left_out, load_base, no_progress_bar
 from .specs import TrainSpec
 
 

@@ -19,12 +19,13 @@ from torch.utils._pytree import tree_leaves
 from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
+from .bases.loading import Base
+from .bases.passes import LOGITS_AT_ONCE
 from .batches import micro_batches
 from .errors import SpecError, TrainingError
 from .examples import Examples
 from .layers.adapter import Adapter
-from .losses import LOGITS_AT_ONCE, Loss, set_training
-from .model import Base
+from .losses import Loss, set_training
 from .progress import Note
 from .specs import TrainSpec
 

@@ -11,7 +11,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from . import attention
+from .bases import attention
+from .bases.loading import Base
+from .bases.precision import DTYPES
 from .batches import epoch_order, steps_per_epoch
 from .data import Data, context_length
 from .devices import Devices
@@ -22,10 +24,8 @@ from .layers.adapter import Adapter, Site, adapter_tensors, detach
 from .losses import Loss, loss_of
 from .methods import METHODS, Method
 from .methods.base import Schedule, placing
-from .model import Base
 from .neftune import with_noise
 from .plan import Plan, plan_passes, set_checkpointing
-from .precision import DTYPES
 from .progress import Evaluated, Phase
 from .randomness import Randomness
 from .schedule import schedule_of

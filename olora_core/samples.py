@@ -10,11 +10,11 @@ from itertools import islice
 
 import numpy as np
 
+from .bases.loading import Base
 from .data import Data, context_length
 from .evaluate import answer
 from .examples import Examples
 from .layers.adapter import adapters_off
-from .model import Base
 from .progress import Note, Phase, Sample, Samples
 
 NEW_TOKENS = 64

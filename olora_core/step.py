@@ -11,14 +11,14 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from .bases.loading import Base
+from .bases.passes import evaluating
 from .batches import MicroBatch, micro_batches
 from .errors import TrainingError
 from .evaluations import glance
 from .layers.adapter import adapters_off
 from .losses import set_training
 from .methods import Outputs
-from .model import Base
-from .passes import evaluating
 from .plan import can_checkpoint, is_out_of_memory, set_checkpointing
 from .progress import Note, Step
 from .run import Run, not_finite

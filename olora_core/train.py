@@ -9,6 +9,9 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from .bases.loading import Base, check_quantization
+from .bases.precision import compute_dtype
+from .bases.sites import target_sites
 from .certify import certify, certify_merged
 from .data import Data, read_data
 from .devices import ALONE, Devices
@@ -17,9 +20,7 @@ from .evaluations import evaluate_fully
 from .export import Story, export_adapter, record_certificate
 from .layers.adapter import adapter_tensors, load_adapter_tensors
 from .merged import Merged, check_mergeable, export_merged
-from .model import Base, check_quantization, target_sites
 from .plan import Plan
-from .precision import compute_dtype
 from .progress import Evaluated, Finished, Note, Phase, Progress, Resolved, Samples, Saved, Step
 from .run import Run, borrowed, check_dtype, check_sharding, facts, start
 from .samples import sample

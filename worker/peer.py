@@ -18,8 +18,8 @@ from .lineage import die_with_parent
 from .protocol import Order, claim_descriptors
 
 if TYPE_CHECKING:
+    from olora_core.bases.loading import Base
     from olora_core.devices import Devices
-    from olora_core.model import Base
 
 logger = logging.getLogger("olora.peer")
 
@@ -49,9 +49,9 @@ def follow(order: Order, rank: int, meeting_file: Path) -> None:
 
 def shared_base(order: Order, spec: TrainSpec, device: str, devices: "Devices") -> "Base":
     """The order's base for one process of several, in the dtype and sharding that its spec says."""
-    from olora_core.model import load_base
-    from olora_core.precision import DTYPES
-    from olora_core.sharding import shard
+    from olora_core.bases.loading import load_base
+    from olora_core.bases.precision import DTYPES
+    from olora_core.bases.sharding import shard
 
     asked = spec.hyperparameters
     loaded = partial(

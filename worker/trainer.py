@@ -38,8 +38,8 @@ from .peers import Peers
 from .protocol import FENCED, Order, Wish, claim_descriptors
 
 if TYPE_CHECKING:
+    from olora_core.bases.loading import Base
     from olora_core.devices import Devices
-    from olora_core.model import Base
 
 Said = Progress | ComparisonProgress
 Work = Generator[Said, str | None, None]
@@ -123,8 +123,8 @@ class WarmBase:
 
         Raises ModelError when the folder cannot be.
         """
-        from olora_core.model import load_base
-        from olora_core.precision import compute_dtype
+        from olora_core.bases.loading import load_base
+        from olora_core.bases.precision import compute_dtype
 
         dtype = compute_dtype(spec, folder, self.device)
         quantization = spec.hyperparameters.quantization
@@ -226,9 +226,9 @@ class Trainer:
         """As the first of several processes, each on its own device; on CPUs they share the threads."""
         import torch
 
+        from olora_core.bases.precision import compute_dtype
+        from olora_core.bases.sharding import is_sharded
         from olora_core.devices import join
-        from olora_core.precision import compute_dtype
-        from olora_core.sharding import is_sharded
 
         from .peer import shared_base
 

@@ -18,9 +18,9 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+from ..bases.passes import LOGITS_AT_ONCE
 from ..batches import IGNORED
 from ..layers.adapter import Adapter, Site, full_precision
-from ..losses import LOGITS_AT_ONCE
 from ..specs import BALoRASpec
 from .base import Method, Outputs
 from .lora import LoRAAdapter, lora_adapter

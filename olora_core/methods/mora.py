@@ -17,9 +17,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..errors import SpecError
+from ..errors import SpecError, shortened
 from ..layers.adapter import Adapter, LowRank, Site
-from ..model import shortened
 from ..specs import MAX_EXPORT_RANK, WHERE_TOO_WIDE, MoRASpec
 from ..specs.serving import server_rank
 from .base import Method

@@ -15,7 +15,7 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from olora_core.model import Base, load_base
+from olora_core.bases.loading import Base, load_base
 
 PAD, START, END = "<|pad|>", "<|im_start|>", "<|im_end|>"
 VOCABULARY = 3 + 256

@@ -15,13 +15,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from olora_core.bases.loading import Base, load_base
+from olora_core.bases.sharding import own_part, shard
 from olora_core.devices import ALONE, Devices, join
 from olora_core.errors import OloraError
 from olora_core.layers.adapter import Site, adapters_off, attached
 from olora_core.methods import METHODS, Outputs
 from olora_core.methods.lora import LoRA, LoRAAdapter
-from olora_core.model import Base, load_base
-from olora_core.sharding import own_part, shard
 from olora_core.specs import TrainSpec
 from olora_core.train import Evaluated, Finished, Note, Saved, Step, train
 

@@ -9,11 +9,11 @@ from peft import AdaLoraConfig, get_peft_model
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from olora_core.bases.sites import target_sites
 from olora_core.errors import SpecError
 from olora_core.layers.adapter import Site, adapter_tensors
 from olora_core.methods import Outputs, place
 from olora_core.methods.adalora import AdaLoRA, AdaLoRAAdapter
-from olora_core.model import target_sites
 from olora_core.specs import AdaLoRASpec, read_spec
 
 from .conftest import make_llama

@@ -3,12 +3,12 @@
 import pytest
 from transformers import PreTrainedModel
 
+from olora_core.bases.sites import target_sites
 from olora_core.budget import trained_numbers, within_budget
 from olora_core.errors import SpecError
 from olora_core.layers.adapter import Site, detach
 from olora_core.methods import METHODS, Method, place
 from olora_core.methods.xgblora import XGBLoRA
-from olora_core.model import target_sites
 from olora_core.specs import ADAPTER_SPECS, AdapterSpec, COLASpec, LoRASpec, MELoRASpec, MoRASpec, OLoRASpec
 
 from .conftest import make_gpt2, make_llama

@@ -10,12 +10,12 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from olora_core.bases.loading import Base
 from olora_core.certify import certify
 from olora_core.errors import CertificateError
 from olora_core.export import Story, export_adapter
 from olora_core.layers.adapter import Adapter, adapters_off, detach
 from olora_core.methods import METHODS
-from olora_core.model import Base
 
 from .test_export import exported, spec_for, trained
 

@@ -11,13 +11,13 @@ import numpy as np
 import pytest
 import torch
 
+from olora_core.bases.loading import Base, load_base
 from olora_core.compare import compare
 from olora_core.data import read_data
 from olora_core.errors import CheckpointError, SpecError
 from olora_core.layers.adapter import AdaptedLinear
 from olora_core.methods import METHODS
 from olora_core.methods.pissa import PiSSA
-from olora_core.model import Base, load_base
 from olora_core.progress import (
     Compared,
     ComparedStep,

@@ -20,11 +20,12 @@ from transformers import (
     get_linear_schedule_with_warmup,
 )
 
+from olora_core.bases.loading import Base, load_base
+from olora_core.bases.sites import target_sites
 from olora_core.batches import epoch_order
 from olora_core.errors import DataError
 from olora_core.examples import Examples
 from olora_core.methods import METHODS
-from olora_core.model import Base, load_base, target_sites
 from olora_core.progress import Note
 from olora_core.specs import TrainSpec
 from olora_core.templates import end_of_turn_tokens

@@ -11,6 +11,8 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from olora_core.bases.loading import Base
+from olora_core.bases.sites import target_sites
 from olora_core.export import (
     Export,
     Story,
@@ -23,7 +25,6 @@ from olora_core.export import (
 from olora_core.layers.adapter import Adapter, LowRank
 from olora_core.methods import METHODS, place
 from olora_core.methods.lora import LoRAAdapter
-from olora_core.model import Base, target_sites
 from olora_core.specs import TrainSpec, read_spec
 from olora_core.specs.serving import server_rank
 

@@ -36,10 +36,11 @@ from transformers import (
     Qwen3MoeConfig,
 )
 
+from olora_core.bases.loading import Base, load_base
+from olora_core.bases.sites import left_out, target_sites
 from olora_core.errors import SpecError
 from olora_core.layers.adapter import detach
 from olora_core.methods import METHODS, place
-from olora_core.model import Base, left_out, load_base, target_sites
 from olora_core.specs import TrainSpec
 from olora_core.train import Finished, Note, Progress, Resolved, train
 

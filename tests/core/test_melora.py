@@ -9,12 +9,12 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from olora_core.bases.sites import target_sites
 from olora_core.errors import SpecError
 from olora_core.layers.adapter import Adapter, Site
 from olora_core.methods import place
 from olora_core.methods.lora import LoRAAdapter
 from olora_core.methods.melora import MELoRAAdapter
-from olora_core.model import target_sites
 from olora_core.specs import MELoRASpec, read_spec
 
 from .conftest import make_llama

@@ -11,13 +11,13 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import PreTrainedModel
 
+from olora_core.bases.sites import target_sites
 from olora_core.errors import ModelError, SpecError
 from olora_core.layers.adapter import Adapter, Site, adapters_off, detach
 from olora_core.methods import METHODS, Method, Outputs, place
 from olora_core.methods.base import generator
 from olora_core.methods.lora import LoRA
 from olora_core.methods.olora import OLoRA, OLoRAAdapter, qr_factors
-from olora_core.model import target_sites
 from olora_core.specs import ADAPTER_SPECS, LoRASpec, OLoRASpec, read_spec
 
 from .conftest import make_gpt2, make_llama

@@ -9,8 +9,8 @@ from peft import PeftModel
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
+from olora_core.bases.loading import Base, load_base
 from olora_core.methods import METHODS
-from olora_core.model import Base, load_base
 from olora_core.specs import TrainSpec
 from olora_core.train import Finished, Progress, train
 

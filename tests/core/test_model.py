@@ -11,11 +11,12 @@ import torch
 from torch import nn
 from transformers import MixtralConfig, MixtralForCausalLM, PreTrainedTokenizerFast
 
+from olora_core.bases.loading import Base, load_base
+from olora_core.bases.precision import compute_dtype
+from olora_core.bases.sites import left_out, target_sites
 from olora_core.errors import ModelError, SpecError
 from olora_core.layers.adapter import attach
 from olora_core.methods.lora import LoRAAdapter
-from olora_core.model import Base, left_out, load_base, target_sites
-from olora_core.precision import compute_dtype
 from olora_core.specs import read_spec
 
 from .conftest import END, make_gpt2, make_llama, make_tokenizer, save_base
@@ -318,7 +319,7 @@ def test_an_error_tells_nothing_of_where_the_folder_lies(folder: Path) -> None:
 
 def test_a_pattern_that_takes_for_ever_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     model = make_llama()
-    monkeypatch.setattr("olora_core.model.MATCH_SECONDS", 0.01)
+    monkeypatch.setattr("olora_core.bases.sites.MATCH_SECONDS", 0.01)
     started = time.monotonic()
     with pytest.raises(SpecError, match="takes too long"):
         target_sites(model, r"(.|\w|[a-z._0-9])+[0-9][0-9]")

@@ -8,11 +8,11 @@ import pytest
 import torch
 from torch import Tensor
 
+from olora_core.bases.sites import target_sites
 from olora_core.errors import SpecError
 from olora_core.layers.adapter import Site, adapter_tensors, load_adapter_tensors
 from olora_core.methods import place
 from olora_core.methods.mora import MoRA, MoRAAdapter, RotationAdapter, square_side
-from olora_core.model import target_sites
 from olora_core.specs import MoRASpec, read_spec
 
 from .conftest import make_gpt2, make_llama

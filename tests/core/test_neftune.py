@@ -12,9 +12,9 @@ from torch import Tensor, nn
 from transformers.integrations.neftune import neftune_post_forward_hook
 
 from olora_core import methods
+from olora_core.bases.loading import Base
 from olora_core.errors import SpecError
 from olora_core.methods.lora import LoRA
-from olora_core.model import Base
 from olora_core.neftune import with_noise
 from olora_core.randomness import Randomness
 from olora_core.specs import read_spec

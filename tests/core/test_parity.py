@@ -14,9 +14,10 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer, get_linear_schedule_with_warmup
 
+from olora_core.bases.loading import load_base
+from olora_core.bases.sites import target_sites
 from olora_core.batches import epoch_order
 from olora_core.methods import METHODS
-from olora_core.model import load_base, target_sites
 from olora_core.specs import TrainSpec, read_spec
 from olora_core.train import Step, train
 

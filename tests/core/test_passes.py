@@ -6,11 +6,11 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM, MistralConfig
 
-from olora_core import attention
-from olora_core.attention import longest_segment, segment_attention, segments, segments_understood
+from olora_core.bases import attention
+from olora_core.bases.attention import longest_segment, segment_attention, segments, segments_understood
+from olora_core.bases.loading import Base
+from olora_core.bases.passes import passes_of
 from olora_core.batches import MicroBatch, micro_batches
-from olora_core.model import Base
-from olora_core.passes import passes_of
 
 from .conftest import VOCABULARY
 from .test_losses import examples_of

@@ -7,11 +7,11 @@ from peft import LoraConfig, get_peft_model
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from olora_core.bases.sites import target_sites
 from olora_core.errors import ModelError
 from olora_core.layers.adapter import Site
 from olora_core.methods import place
 from olora_core.methods.olora import OLoRAAdapter
-from olora_core.model import target_sites
 
 from .conftest import make_gpt2, make_llama
 from .test_methods import adapted, make_method, sgd_losses

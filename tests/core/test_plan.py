@@ -13,12 +13,13 @@ from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from olora_core import plan
+from olora_core.bases.loading import Base, load_base
+from olora_core.bases.sites import target_sites
 from olora_core.errors import SpecError, TrainingError
 from olora_core.layers.adapter import detach
 from olora_core.losses import loss_of
 from olora_core.methods import METHODS
 from olora_core.methods.base import place
-from olora_core.model import Base, load_base, target_sites
 from olora_core.plan import Estimate, LiveBytes, estimate_memory
 from olora_core.train import Finished, Note, Progress, Resolved, Saved, Step, train
 
@@ -239,7 +240,7 @@ MEASURE = """
 import json, sys
 from pathlib import Path
 import torch
-from olora_core.model import load_base
+from olora_core.bases.loading import load_base
 from olora_core.specs import TrainSpec
 from olora_core.train import Note, Step, train
 

@@ -13,13 +13,14 @@ from peft import PeftModel
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedModel, TorchAoConfig
 
+from olora_core.bases.loading import Base, load_base
+from olora_core.bases.sites import target_sites
 from olora_core.certify import certify
 from olora_core.errors import CertificateError, ModelError, SpecError
 from olora_core.layers import quantisation
 from olora_core.layers.adapter import Adapter, adapters_off, site_weight
 from olora_core.layers.quantisation import PACKAGES, held_tensors
 from olora_core.methods import METHODS, place
-from olora_core.model import Base, load_base, target_sites
 from olora_core.train import Evaluated, Finished, Step, train
 
 from .conftest import make_tokenizer

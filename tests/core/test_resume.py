@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 
-from olora_core.model import load_base
+from olora_core.bases.loading import load_base
 from olora_core.specs import TrainSpec
 from olora_core.train import Evaluated, Finished, Resolved, Saved, Step, train
 
@@ -107,8 +107,8 @@ PROGRAM = """
 import json, sys
 from dataclasses import asdict
 from pathlib import Path
-from olora_core.model import load_base
-from olora_core.precision import DTYPES
+from olora_core.bases.loading import load_base
+from olora_core.bases.precision import DTYPES
 from olora_core.specs import TrainSpec
 from olora_core.train import Evaluated, Finished, Step, train
 

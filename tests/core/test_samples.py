@@ -9,9 +9,9 @@ import pytest
 import torch
 
 from olora_core import samples as samples_module
+from olora_core.bases.loading import Base
 from olora_core.errors import SpecError
 from olora_core.evaluate import answer, generate
-from olora_core.model import Base
 from olora_core.specs import read_spec
 from olora_core.train import Finished, Note, Phase, Samples, Saved
 

@@ -10,12 +10,12 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
 from olora_core import methods
+from olora_core.bases.sites import target_sites
 from olora_core.errors import SpecError
 from olora_core.layers.adapter import Site
 from olora_core.methods import place
 from olora_core.methods.gated import GatedAdapter
 from olora_core.methods.sora import SoRA
-from olora_core.model import target_sites
 from olora_core.specs import SoRASpec, read_spec
 
 from .conftest import make_llama

@@ -13,12 +13,12 @@ from safetensors.torch import load_file
 from transformers import get_scheduler
 
 from olora_core import methods
+from olora_core.bases.loading import Base, load_base
+from olora_core.bases.precision import bf16_is_faster
 from olora_core.errors import DataError, SpecError, TrainingError
 from olora_core.layers.adapter import AdaptedLinear
 from olora_core.methods import METHODS
 from olora_core.methods.lora import LoRA
-from olora_core.model import Base, load_base
-from olora_core.precision import bf16_is_faster
 from olora_core.schedule import schedule_of
 from olora_core.specs import Hyperparameters, TrainSpec
 from olora_core.train import (

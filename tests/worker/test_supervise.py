@@ -17,8 +17,8 @@ import pyarrow as pa
 import pytest
 from pyarrow import parquet
 
+from olora_core.bases.loading import load_base
 from olora_core.errors import TrainingError
-from olora_core.model import load_base
 from olora_core.specs import TrainSpec
 from olora_core.train import Step, train
 from store import files, progress

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from ..batches import MicroBatch
 from . import attention
-from .batches import MicroBatch
 
 SEGMENT_TOLERANCE = 3e-2
 """How far a packed example's logits may be from those it has alone, as a share of the largest |logit|.
@@ -21,6 +21,9 @@ LEAK_TOLERANCE = 1e-2
 """Likewise between logits that come by the same way and should be the same; or, if that is less, so many"""
 ROUNDINGS = 64
 """units of rounding. Attention that crosses from one example to the next lies above it."""
+
+LOGITS_AT_ONCE = 2**23
+"""Logits that the fused loss holds at a time; fewer cost speed, more only memory."""
 
 
 @dataclass(frozen=True)

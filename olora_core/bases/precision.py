@@ -6,8 +6,8 @@ from pathlib import Path
 
 import torch
 
-from .model import load_config
-from .specs import TrainSpec
+from ..specs import TrainSpec
+from .loading import load_config
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 WORTH_IT = 1.5

@@ -9,10 +9,11 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from .devices import Devices, is_part
-from .errors import SpecError
-from .model import Base, block_stacks, weight_files
-from .specs import TrainSpec
+from ..devices import Devices, is_part
+from ..errors import SpecError
+from ..specs import TrainSpec
+from .loading import Base, weight_files
+from .sites import block_stacks
 
 ROOMY = 0.6
 """Share of a device's memory that whole weights may take; the rest is for activations and the adapters."""

@@ -1,0 +1,280 @@
+"""A base model in memory, loaded safely from its folder."""
+
+import hashlib
+import json
+from collections.abc import Hashable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+from transformers import __version__ as transformers_version
+from transformers.utils import logging
+
+from ..errors import ModelError, SpecError, shortened
+from ..layers import quantisation
+from ..layers.adapter import adapters_off
+from ..layers.quantisation import Quantised
+from ..specs import TrainSpec
+from .passes import Passes, passes_of
+from .sites import LEFT_OUT, left_out
+
+INDEX = "model.safetensors.index.json"
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json", "spiece.model")
+PAD_CANDIDATES = ("<|finetune_right_pad_id|>", "<|pad|>", "<pad>", "[PAD]", "<|endoftext|>", "<unk>")
+
+
+@dataclass
+class Base:
+    """A frozen causal language model and its tokenizer. Nothing ever writes its tensors."""
+
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    folder: Path
+    name: str
+    """The id that callers know it by."""
+    dtype: torch.dtype
+    device: torch.device
+    notes: list[str] = field(default_factory=list)
+    """Sentences the owner of a job on this base should read."""
+    pass_bytes: dict[Hashable, tuple[float, float, float]] = field(default_factory=dict)
+    """What passes were found to take (see `plan.Estimate`), for the next job with such adapters."""
+    quantised: Quantised | None = None
+    """How its linear layers hold their weights; None for those of the checkpoint."""
+    shards: int = 1
+    """Over how many devices its blocks are spread; see `sharding.shard`."""
+
+    @cached_property
+    def passes(self) -> Passes:
+        """How the model is run forward."""
+        with adapters_off(self.model):
+            return passes_of(self.model)
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """What `sha256sum *.safetensors | sha256sum` prints in the folder, of the files that are loaded."""
+        lines = []
+        for path in weight_files(self.folder):
+            with path.open("rb") as file:
+                lines.append(f"{hashlib.file_digest(file, 'sha256').hexdigest()}  {path.name}\n")
+        return hashlib.sha256("".join(lines).encode()).hexdigest()
+
+
+def load_base(
+    folder: Path,
+    *,
+    name: str,
+    device: str = "cpu",
+    dtype: torch.dtype | None = None,
+    quantization: str = "none",
+) -> Base:
+    """Loads a base from a local folder: safetensors only, never its own code, every parameter frozen.
+
+    `dtype=None` keeps the checkpoint's own. `quantization` is as in the spec; a checkpoint that is quantised
+    in its files stays so. Raises ModelError or SpecError with the remedy.
+    """
+    folder = Path(folder)
+    config = load_config(folder, name)
+    kind = quantisation.planned(quantization, config, name, device)
+    from_files = getattr(config, "quantization_config", None) is not None
+    tokenizer = _load_tokenizer(folder, name)
+    how = {} if kind is None else {"device_map": {"": device}}
+    if kind is not None and not from_files:
+        how["quantization_config"] = quantisation.loading_config(kind, dtype or config.dtype or torch.float32)
+    model, unused = _load_model(folder, name, config, dtype, how)
+    model.requires_grad_(False)
+    quantised = None
+    if kind is None:
+        model.to(device)
+    else:
+        quantisation.settle(model, kind, name, model.dtype)
+        quantised = Quantised(kind, model.config.quantization_config.to_dict(), from_files)
+    notes = _adopt_pad_token(tokenizer)
+    if unused:
+        notes.append(
+            f"{len(unused)} tensors of the checkpoint have no place in the model: {shortened(unused)}."
+        )
+    rows = model.get_input_embeddings().weight.shape[0]
+    if (highest := max(tokenizer.get_vocab().values())) >= rows:
+        raise ModelError(
+            f"The tokenizer of base model '{name}' has token {highest}, but the model embeds {rows} tokens; "
+            "the tokenizer belongs to another model."
+        )
+    notes += [
+        f"{len(names)} {LEFT_OUT[kind].format(names=shortened(names))}"
+        for kind, names in left_out(model).items()
+    ]
+    return Base(model, tokenizer, folder, name, model.dtype, model.device, notes, quantised=quantised)
+
+
+def check_quantization(spec: TrainSpec, base: Base) -> None:
+    """The resident base must be quantised as the run asks: a base that is so in its files needs no asking."""
+    asked, resident = spec.hyperparameters.quantization, base.quantised
+    kind = "none" if resident is None else resident.kind
+    if asked != kind and not (asked == "none" and resident is not None and resident.from_files):
+        raise SpecError(
+            f"hyperparameters.quantization = '{asked}', and the base model is loaded with '{kind}'; give "
+            "load_base the same.",
+            param="hyperparameters.quantization",
+        )
+
+
+def check_folder(folder: Path, name: str) -> None:
+    """Refuses a folder that cannot be loaded safely, saying what is wrong with it."""
+    if not folder.is_dir():
+        raise ModelError(f"Base model '{name}' is not there: its folder does not exist.")
+    if not (folder / "config.json").is_file():
+        reason = "its folder has no config.json"
+        if (folder / "adapter_config.json").is_file():
+            reason = "its folder holds an adapter; give the base model it was trained on"
+        raise ModelError(f"Base model '{name}' cannot be loaded: {reason}.")
+    config = _read_json(folder / "config.json", name)
+    if "transformers_weights" in config or "/" in str(config.get("attn_implementation", "")):
+        raise ModelError(
+            f"The config.json of base model '{name}' asks for files from elsewhere (transformers_weights or "
+            "attn_implementation); remove these keys."
+        )
+    if (folder / "adapter_config.json").is_file():
+        raise ModelError(f"Base model '{name}' has an adapter_config.json in its folder; merge or remove it.")
+    if not any((folder / file).is_file() for file in TOKENIZER_FILES):
+        raise ModelError(
+            f"Base model '{name}' has no tokenizer; copy tokenizer.json and "
+            "tokenizer_config.json into its folder."
+        )
+    for path in weight_files(folder, name):
+        try:
+            with safe_open(path, framework="pt") as file:
+                file.keys()
+        except (SafetensorError, OSError) as error:
+            raise ModelError(
+                f"{path.name} of base model '{name}' cannot be read ({error}); it is damaged or was "
+                "not copied whole."
+            ) from None
+
+
+def weight_files(folder: Path, name: str | None = None) -> list[Path]:
+    """The safetensors files that hold the weights: one file, or the shards that the index names.
+
+    Raises ModelError when there are none, or a shard is missing.
+    """
+    name = name or folder.name
+    if (folder / "model.safetensors").is_file():
+        return [folder / "model.safetensors"]
+    if (folder / INDEX).is_file():
+        shards = sorted(set(_read_json(folder / INDEX, name).get("weight_map", {}).values()))
+        if missing := [shard for shard in shards if not (folder / shard).is_file()]:
+            raise ModelError(f"Base model '{name}' misses {', '.join(missing)}, which {INDEX} names.")
+        if shards:
+            return [folder / shard for shard in shards]
+    pickles = sorted(p.name for pattern in ("*.bin", "*.pt", "*.pth", "*.ckpt") for p in folder.glob(pattern))
+    found = f"{pickles[0]} is a pickle, which can run code when it is opened" if pickles else "none is there"
+    raise ModelError(
+        f"Base model '{name}' has no model.safetensors in its folder: {found}. Convert the model with "
+        "save_pretrained of a current transformers and copy its folder."
+    )
+
+
+def _read_json(path: Path, name: str) -> dict:
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ModelError(f"{path.name} of base model '{name}' is not JSON ({error}).") from None
+    if not isinstance(value, dict):
+        raise ModelError(f"{path.name} of base model '{name}' is not a JSON object.")
+    return value
+
+
+def _load_tokenizer(folder: Path, name: str) -> PreTrainedTokenizerBase:
+    try:
+        return AutoTokenizer.from_pretrained(str(folder), trust_remote_code=False, local_files_only=True)
+    except Exception as error:  # a foreign folder fails in any way at all
+        raise ModelError(
+            f"The tokenizer of base model '{name}' cannot be loaded: {_told(error, folder)}"
+        ) from error
+
+
+def load_config(folder: Path, name: str) -> PreTrainedConfig:
+    """The model's configuration, from a folder that `check_folder` lets pass. Raises ModelError."""
+    check_folder(folder, name)
+    try:
+        return AutoConfig.from_pretrained(str(folder), trust_remote_code=False, local_files_only=True)
+    except Exception as error:  # a foreign folder fails in any way at all
+        raise ModelError(
+            f"Base model '{name}' is not one that transformers {transformers_version} knows: "
+            f"{_told(error, folder)}"
+        ) from error
+
+
+def _load_model(
+    folder: Path, name: str, config: PreTrainedConfig, dtype: torch.dtype | None, how: dict[str, Any]
+) -> tuple[PreTrainedModel, list[str]]:
+    """The model, and the names of tensors in its files that it does not use. `how` is for transformers."""
+    try:
+        with no_progress_bar():
+            model, report = AutoModelForCausalLM.from_pretrained(
+                str(folder),
+                config=config,
+                dtype=dtype or "auto",
+                use_safetensors=True,
+                trust_remote_code=False,
+                local_files_only=True,
+                output_loading_info=True,
+                **how,
+            )
+    except (MemoryError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:  # a foreign folder fails in any way at all
+        raise ModelError(
+            f"Base model '{name}' is not a causal language model that transformers can load: "
+            f"{_told(error, folder)}"
+        ) from error
+    # transformers fills what a checkpoint lacks with random numbers and goes on.
+    if missing := sorted(report["missing_keys"]):
+        raise ModelError(f"The weights of base model '{name}' lack {shortened(missing)}.")
+    return model, sorted(report["unexpected_keys"])
+
+
+@contextmanager
+def no_progress_bar() -> Iterator[None]:
+    before = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if before:
+            logging.enable_progress_bar()
+
+
+def _told(error: Exception, folder: Path) -> str:
+    """The first line of a library's error, without the server's paths."""
+    line = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+    return line.replace(f"{folder}/", "").replace(str(folder), "its folder")
+
+
+def _adopt_pad_token(tokenizer: PreTrainedTokenizerBase) -> list[str]:
+    """Gives a tokenizer without padding one of its own tokens. Returns what to note.
+
+    Never adds a token, for that would need a new row in the embedding. Labels are masked by position, so that
+    even the end token can serve.
+    """
+    if tokenizer.pad_token_id is not None:
+        return []
+    vocabulary = tokenizer.get_vocab()
+    free = [token for token in PAD_CANDIDATES if token in vocabulary and token != tokenizer.eos_token]
+    token = free[0] if free else tokenizer.eos_token or tokenizer.convert_ids_to_tokens(0)
+    tokenizer.pad_token = token
+    also = ", also its end-of-text token," if token == tokenizer.eos_token else ""
+    return [
+        f"The tokenizer has no padding token; its '{token}'{also} fills the rows. Padding is never trained."
+    ]
