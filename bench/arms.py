@@ -60,7 +60,7 @@ AT_A_TIME = "gradient_accumulation_steps"
 BEST = TUNED | {AT_A_TIME: 4}
 """Two rows at a time: of 1, 2, 4 and 8 rows, fp32 and bf16 with and without autocast, the fastest here."""
 ARMS = {
-    "ours": Arm("ours", "`olora_core.train` as a user calls it, LoRA, every setting auto"),
+    "ours": Arm("ours", "`olora_core.training.train` as a user calls it, LoRA, every setting auto"),
     "trainer": Arm(
         "trainer", "PEFT + HF Trainer tuned: bf16, no checkpointing, length-grouped", BEST, grouped=True
     ),
@@ -112,9 +112,9 @@ def prepare(task: Task) -> dict[str, Any]:
     from olora_core.bases.loading import load_base
     from olora_core.bases.sites import target_sites
     from olora_core.batches import epoch_order
-    from olora_core.data import read_data
     from olora_core.methods import METHODS
     from olora_core.progress import result_of
+    from olora_core.training.data import read_data
 
     base = load_base(task.base, name="bench", device=task.device)
     spec = our_spec(task, {})
@@ -234,7 +234,7 @@ def our_spec(task: Task, options: dict[str, Any], method: str = "lora") -> Any:
 def ours(task: Task, arm: Arm) -> dict[str, Any]:
     from olora_core.bases.loading import load_base
     from olora_core.bases.precision import compute_dtype
-    from olora_core.train import Step, train
+    from olora_core.training.train import Step, train
 
     libraries = peak_memory(task.device)
     spec = our_spec(task, arm.options, arm.method)
@@ -268,7 +268,7 @@ def one_mask(base: Any) -> None:
 
 
 def head_by_autograd(base: Any) -> None:
-    import olora_core.losses as losses
+    import olora_core.training.losses as losses
 
     def apply(
         hidden: Tensor, weight: Tensor, bias: Any, targets: Tensor, smoothing: float

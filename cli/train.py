@@ -216,7 +216,7 @@ def _train(
         os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # as for the service's trainer
         from olora_core.progress import Evaluated, Finished, Note, Phase, Resolved, Samples, Saved, Step
         from olora_core.token_cache import trim
-        from olora_core.train import train as run_training
+        from olora_core.training.train import train as run_training
 
         device, devices = stack.enter_context(_devices(device))
         bar.phase("loading the base model")
@@ -330,7 +330,7 @@ def _follow(device: str) -> None:
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-    from olora_core.train import train as run_training
+    from olora_core.training.train import train as run_training
 
     with _devices(device) as (own, devices):
         spec, folder, training, validation, output, resume = devices.agreed(None)

@@ -14,15 +14,12 @@ from typing import Any
 
 import torch
 
-from . import checkpoint
 from .bases.loading import Base, check_quantization
 from .bases.sites import target_sites
 from .batches import steps_per_epoch
 from .budget import trained_numbers, within_budget
-from .checkpoint import Snapshot
 from .comparison_page import page
 from .comparison_report import Candidate, Facts, Outcome, Trial, report_of
-from .data import Data, read_data
 from .devices import ALONE
 from .errors import CheckpointError, SpecError, TrainingError
 from .export import versions
@@ -38,9 +35,7 @@ from .progress import (
     Stage,
     Step,
 )
-from .run import Run, borrowed, check_dtype, check_sharding, facts, start, steps_of
 from .search import Grid, Rung, grid_around, halving, held_out
-from .snapshots import Checkpoints, put, restore, snapshot
 from .specs import (
     AdapterSpec,
     ComparisonSpec,
@@ -49,8 +44,13 @@ from .specs import (
     learning_rate_for,
     resolve,
 )
-from .step import forget_peak_memory, peak_memory
-from .train import steps
+from .training import checkpoint
+from .training.checkpoint import Snapshot
+from .training.data import Data, read_data
+from .training.resume import Checkpoints, put, restore, snapshot
+from .training.run import Run, borrowed, check_dtype, check_sharding, facts, start, steps_of
+from .training.step import forget_peak_memory, peak_memory
+from .training.train import steps
 
 __all__ = [
     "Compared",

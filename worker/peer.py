@@ -28,7 +28,7 @@ def follow(order: Order, rank: int, meeting_file: Path) -> None:
     import torch
 
     from olora_core.devices import join
-    from olora_core.train import train
+    from olora_core.training.train import train
 
     spec = TrainSpec.model_validate(order.spec)
     device = f"cuda:{rank}" if torch.cuda.is_available() else "cpu"

@@ -178,7 +178,7 @@ class Trainer:
         self.base = WarmBase()
 
     def serve(self) -> NoReturn:
-        import olora_core.train  # noqa: F401  # while the supervisor fetches the files
+        import olora_core.training.train  # noqa: F401  # while the supervisor fetches the files
 
         gc.freeze()  # the libraries' objects stay, and are many: `free_memory` need not look at them again
         self.channel.say(ready={"pid": os.getpid(), "device": _device_name()})
@@ -266,7 +266,7 @@ class Trainer:
             torch.set_num_threads(threads)
 
     def _train_on(self, order: Order, spec: TrainSpec, base: "Base", devices: "Devices") -> None:
-        from olora_core.train import train
+        from olora_core.training.train import train
 
         run = train(
             spec,

@@ -49,7 +49,7 @@ class Base:
     notes: list[str] = field(default_factory=list)
     """Sentences the owner of a job on this base should read."""
     pass_bytes: dict[Hashable, tuple[float, float, float]] = field(default_factory=dict)
-    """What passes were found to take (see `plan.Estimate`), for the next job with such adapters."""
+    """What passes were found to take (see `memory.Estimate`), for the next job with such adapters."""
     quantised: Quantised | None = None
     """How its linear layers hold their weights; None for those of the checkpoint."""
     shards: int = 1

@@ -21,7 +21,6 @@ LEAK_TOLERANCE = 1e-2
 """Likewise between logits that come by the same way and should be the same; or, if that is less, so many"""
 ROUNDINGS = 64
 """units of rounding. Attention that crosses from one example to the next lies above it."""
-
 LOGITS_AT_ONCE = 2**23
 """Logits that the fused loss holds at a time; fewer cost speed, more only memory."""
 

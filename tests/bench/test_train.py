@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-import olora_core.losses
+import olora_core.training.losses
 from bench import arms, materials, train
 from olora_core.methods.lora import LoRAAdapter
 
@@ -31,7 +31,9 @@ def _switches_end_with_the_test(monkeypatch: pytest.MonkeyPatch) -> None:
     """What an arm switches off in its own process, is on again after the test."""
     monkeypatch.setattr(LoRAAdapter, "beside", LoRAAdapter.beside)
     monkeypatch.setattr(LoRAAdapter, "delta", LoRAAdapter.delta)
-    monkeypatch.setattr(olora_core.losses, "FrozenHeadLoss", olora_core.losses.FrozenHeadLoss)
+    monkeypatch.setattr(
+        olora_core.training.losses, "FrozenHeadLoss", olora_core.training.losses.FrozenHeadLoss
+    )
 
 
 def run(name: str, folder: Path, capsys: pytest.CaptureFixture[str]) -> dict[str, Any]:

@@ -13,7 +13,7 @@ from olora_core.examples import Examples
 from olora_core.progress import Note, result_of
 from olora_core.specs import TrainSpec, read_spec
 from olora_core.tokenising import tokenise
-from olora_core.train import Finished, Progress, Resolved, Step, train
+from olora_core.training.train import Finished, Progress, Resolved, Step, train
 
 ROWS = 11
 OPTIONS: dict[str, dict[str, Any]] = {

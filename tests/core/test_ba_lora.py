@@ -23,8 +23,8 @@ from olora_core.methods.ba_lora import (
     predicting,
     spectrum_loss,
 )
-from olora_core.plan import LiveBytes
 from olora_core.specs import BALoRASpec, TrainSpec, read_spec
+from olora_core.training.memory import LiveBytes
 
 from .runs import chat_rows, losses, spec_for, train, write_rows
 from .test_methods import adapted, make_llama, make_method

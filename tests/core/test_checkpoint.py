@@ -7,9 +7,9 @@ from typing import Any
 import pytest
 import torch
 
-from olora_core.checkpoint import Snapshot, load, load_optimizer_state, optimizer_state, save
 from olora_core.errors import CheckpointError
-from olora_core.train import Saved, Step, train
+from olora_core.training.checkpoint import Snapshot, load, load_optimizer_state, optimizer_state, save
+from olora_core.training.train import Saved, Step, train
 
 from .runs import chat_rows, spec_for, write_rows
 

@@ -13,7 +13,6 @@ import torch
 
 from olora_core.bases.loading import Base, load_base
 from olora_core.compare import compare
-from olora_core.data import read_data
 from olora_core.errors import CheckpointError, SpecError
 from olora_core.layers.adapter import AdaptedLinear
 from olora_core.methods import METHODS
@@ -30,8 +29,9 @@ from olora_core.progress import (
 )
 from olora_core.search import held_out
 from olora_core.specs import ComparisonSpec, read_comparison, read_spec
-from olora_core.step import forget_peak_memory, peak_memory
-from olora_core.train import train
+from olora_core.training.data import read_data
+from olora_core.training.step import forget_peak_memory, peak_memory
+from olora_core.training.train import train
 
 from .runs import chat_rows, one, preference_rows, write_rows
 

@@ -30,7 +30,7 @@ from olora_core.progress import Note
 from olora_core.specs import TrainSpec
 from olora_core.templates import end_of_turn_tokens
 from olora_core.tokenising import overlap_note
-from olora_core.train import Evaluated, Finished, Resolved, Saved, Step, train
+from olora_core.training.train import Evaluated, Finished, Resolved, Saved, Step, train
 
 from .runs import chat_rows, one, preference_rows, spec_for, tokenised, write_rows
 from .test_parity import masked, padded, peft_model

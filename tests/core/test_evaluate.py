@@ -8,12 +8,13 @@ import torch
 from olora_core.bases.loading import Base
 from olora_core.bases.sites import target_sites
 from olora_core.errors import ModelError
-from olora_core.evaluate import evaluate, generate
 from olora_core.examples import Examples
 from olora_core.layers.adapter import adapters_off
 from olora_core.methods import METHODS, place
 from olora_core.progress import Phase
-from olora_core.train import Finished, Step, train
+from olora_core.training.evaluate import evaluate
+from olora_core.training.samples import generate
+from olora_core.training.train import Finished, Step, train
 
 from .runs import spec_for, write_rows
 from .test_losses import EXAMPLES, loss_by_transformers

@@ -19,7 +19,7 @@ from olora_core.bases.sites import target_sites
 from olora_core.batches import epoch_order
 from olora_core.methods import METHODS
 from olora_core.specs import TrainSpec, read_spec
-from olora_core.train import Step, train
+from olora_core.training.train import Step, train
 
 from .runs import chat_rows, write_rows
 

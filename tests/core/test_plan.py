@@ -12,16 +12,16 @@ import torch
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from olora_core import plan
 from olora_core.bases.loading import Base, load_base
 from olora_core.bases.sites import target_sites
 from olora_core.errors import SpecError, TrainingError
 from olora_core.layers.adapter import detach
-from olora_core.losses import loss_of
 from olora_core.methods import METHODS
 from olora_core.methods.base import place
-from olora_core.plan import Estimate, LiveBytes, estimate_memory
-from olora_core.train import Finished, Note, Progress, Resolved, Saved, Step, train
+from olora_core.training import memory
+from olora_core.training.losses import loss_of
+from olora_core.training.memory import Estimate, LiveBytes, estimate_memory
+from olora_core.training.train import Finished, Note, Progress, Resolved, Saved, Step, train
 
 from .conftest import CONTEXT, VOCABULARY, save_base
 from .runs import chat_rows, losses, one, preference_rows, spec_for, write_rows
@@ -91,7 +91,7 @@ def begun(base: Base, training: Path, folder: Path, **settings: Any) -> list[Pro
 
 
 def with_free(monkeypatch: pytest.MonkeyPatch, free: int) -> None:
-    monkeypatch.setattr(plan, "memory_of", lambda device: (1000, free))
+    monkeypatch.setattr(memory, "memory_of", lambda device: (1000, free))
 
 
 def test_with_room_enough_a_pass_is_as_large_as_is_fast(llama, training, tmp_path, monkeypatch) -> None:
@@ -138,10 +138,10 @@ def test_with_little_room_passes_shrink_and_then_blocks_are_checkpointed(
 def test_a_pass_of_a_large_base_is_small_on_a_cpu() -> None:
     """1 MB a token: 512 tokens take more than a CPU's share of bytes, but fewer would cost speed."""
     sizes = {"passes": (0.0, 2.0**20, 0.0), "free": 2**40}
-    assert plan._tokens_of_a_pass(estimate(**sizes), 100, 100, "cpu", False) == 512
-    assert plan._tokens_of_a_pass(estimate(**sizes), 100, 100, "cuda", False) == 16384
+    assert memory._tokens_of_a_pass(estimate(**sizes), 100, 100, "cpu", False) == 512
+    assert memory._tokens_of_a_pass(estimate(**sizes), 100, 100, "cuda", False) == 16384
     sizes["passes"] = (0.0, 150 * 2.0**10, 0.0)
-    assert plan._tokens_of_a_pass(estimate(**sizes), 100, 100, "cpu", False) == 1024
+    assert memory._tokens_of_a_pass(estimate(**sizes), 100, 100, "cpu", False) == 1024
 
 
 def test_what_was_asked_for_is_kept(llama, training, tmp_path) -> None:
@@ -242,7 +242,7 @@ from pathlib import Path
 import torch
 from olora_core.bases.loading import load_base
 from olora_core.specs import TrainSpec
-from olora_core.train import Note, Step, train
+from olora_core.training.train import Note, Step, train
 
 torch.set_num_threads(2)
 case = json.load(sys.stdin)

@@ -21,7 +21,7 @@ from olora_core.layers import quantisation
 from olora_core.layers.adapter import Adapter, adapters_off, site_weight
 from olora_core.layers.quantisation import PACKAGES, held_tensors
 from olora_core.methods import METHODS, place
-from olora_core.train import Evaluated, Finished, Step, train
+from olora_core.training.train import Evaluated, Finished, Step, train
 
 from .conftest import make_tokenizer
 from .runs import chat_rows, losses, one, preference_rows, spec_for, write_rows

@@ -14,7 +14,7 @@ import torch
 
 from olora_core.bases.loading import load_base
 from olora_core.specs import TrainSpec
-from olora_core.train import Evaluated, Finished, Resolved, Saved, Step, train
+from olora_core.training.train import Evaluated, Finished, Resolved, Saved, Step, train
 
 from .runs import chat_rows, spec_for, write_rows
 
@@ -110,7 +110,7 @@ from pathlib import Path
 from olora_core.bases.loading import load_base
 from olora_core.bases.precision import DTYPES
 from olora_core.specs import TrainSpec
-from olora_core.train import Evaluated, Finished, Step, train
+from olora_core.training.train import Evaluated, Finished, Step, train
 
 for case in json.load(sys.stdin):
     spec = TrainSpec.model_validate(case["spec"])

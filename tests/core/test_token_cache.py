@@ -20,7 +20,7 @@ GROWTH = """
 import sys
 from pathlib import Path
 from transformers import AutoTokenizer
-from olora_core.data import Reading, read_file
+from olora_core.training.data import Reading, read_file
 from olora_core.progress import result_of
 
 def peak():

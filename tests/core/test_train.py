@@ -19,9 +19,9 @@ from olora_core.errors import DataError, SpecError, TrainingError
 from olora_core.layers.adapter import AdaptedLinear
 from olora_core.methods import METHODS
 from olora_core.methods.lora import LoRA
-from olora_core.schedule import schedule_of
 from olora_core.specs import Hyperparameters, TrainSpec
-from olora_core.train import (
+from olora_core.training.schedule import schedule_of
+from olora_core.training.train import (
     Evaluated,
     Finished,
     Note,

@@ -20,7 +20,7 @@ from pyarrow import parquet
 from olora_core.bases.loading import load_base
 from olora_core.errors import TrainingError
 from olora_core.specs import TrainSpec
-from olora_core.train import Step, train
+from olora_core.training.train import Step, train
 from store import files, progress
 from store.files import Storage
 from tests.services import wait_until

@@ -4,18 +4,24 @@ Both answer at the end of the run: the base is never written, so it says what it
 taken from the tokenised examples, whatever their format, and both read them as they were in training.
 """
 
+import math
 import time
 from collections.abc import Generator, Iterator, Sequence
 from itertools import islice
+from typing import Any
 
 import numpy as np
+import torch
+from transformers import GenerationConfig
 
-from .bases.loading import Base
+from ..bases.loading import Base
+from ..bases.passes import evaluating
+from ..errors import ModelError
+from ..examples import Examples
+from ..layers.adapter import adapters_off
+from ..progress import Note, Phase, Sample, Samples
+from ..templates import end_of_turn_tokens, normalised
 from .data import Data, context_length
-from .evaluate import answer
-from .examples import Examples
-from .layers.adapter import adapters_off
-from .progress import Note, Phase, Sample, Samples
 
 NEW_TOKENS = 64
 SECONDS = 60.0
@@ -83,3 +89,42 @@ def _head(text: str) -> str:
 
 def _tail(text: str) -> str:
     return text if len(text) <= SHOWN_CHARACTERS else f"…{text[-SHOWN_CHARACTERS:]}"
+
+
+def generate(base: Base, messages: list[dict[str, Any]], max_new_tokens: int) -> str:
+    """What the model answers to a conversation, likeliest token by likeliest token."""
+    if not base.tokenizer.chat_template:
+        raise ModelError(
+            f"Base model '{base.name}' has no chat template, so it cannot answer a conversation."
+        )
+    prompt = base.tokenizer.apply_chat_template(
+        normalised(messages), add_generation_prompt=True, return_dict=True
+    )
+    return answer(base, prompt["input_ids"], max_new_tokens)
+
+
+def answer(base: Base, prompt: list[int], max_new_tokens: int, *, until: float = math.inf) -> str:
+    """What the model makes of these tokens, likeliest token by likeliest token, until that monotonic time.
+
+    The habits of the base's own generation config (sampling, penalties) are left aside.
+    """
+    ends = end_of_turn_tokens(base.tokenizer, base.model.generation_config.eos_token_id)
+    how = GenerationConfig(
+        do_sample=False,
+        num_beams=1,
+        repetition_penalty=1.0,
+        no_repeat_ngram_size=0,
+        temperature=1.0,
+        top_p=1.0,
+        top_k=50,
+        max_new_tokens=max_new_tokens,
+        max_time=None if until == math.inf else max(0.0, until - time.monotonic()),
+        eos_token_id=sorted(ends),
+        pad_token_id=base.tokenizer.pad_token_id or 0,
+    )
+    input_ids = torch.tensor([prompt], device=base.device)
+    with evaluating(base.model), torch.no_grad():
+        tokens = base.model.generate(
+            input_ids=input_ids, attention_mask=torch.ones_like(input_ids), generation_config=how
+        )
+    return base.tokenizer.decode(tokens[0, len(prompt) :], skip_special_tokens=True).strip()

@@ -11,25 +11,25 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from .bases import attention
-from .bases.loading import Base
-from .bases.precision import DTYPES
-from .batches import epoch_order, steps_per_epoch
+from ..bases import attention
+from ..bases.loading import Base
+from ..bases.precision import DTYPES
+from ..batches import epoch_order, steps_per_epoch
+from ..devices import Devices
+from ..errors import SpecError, TrainingError
+from ..examples import Examples
+from ..layers.adapter import Adapter, Site, adapter_tensors, detach
+from ..methods import METHODS, Method
+from ..methods.base import Schedule, placing
+from ..progress import Evaluated, Phase
+from ..specs import Facts, Hyperparameters, TrainSpec
 from .data import Data, context_length
-from .devices import Devices
 from .early_stopping import best_of
-from .errors import SpecError, TrainingError
-from .examples import Examples
-from .layers.adapter import Adapter, Site, adapter_tensors, detach
 from .losses import Loss, loss_of
-from .methods import METHODS, Method
-from .methods.base import Schedule, placing
+from .memory import Plan, plan_passes, set_checkpointing
 from .neftune import with_noise
-from .plan import Plan, plan_passes, set_checkpointing
-from .progress import Evaluated, Phase
 from .randomness import Randomness
 from .schedule import schedule_of
-from .specs import Facts, Hyperparameters, TrainSpec
 
 SMALL_VALIDATION_ROWS = 16
 

@@ -1,26 +1,28 @@
-"""How good a model is on examples it does not train on, and what it says."""
+"""How good a model is on examples it does not train on.
+
+A run measures on its way: a glance at a few rows, and the whole validation file.
+"""
 
 import math
-import time
 from collections.abc import Generator
-from typing import Any
 
 import numpy as np
 import torch
-from transformers import GenerationConfig
 
-from .bases.loading import Base
-from .bases.passes import evaluating
-from .batches import MicroBatch, micro_batches
-from .devices import ALONE, Devices
-from .errors import ModelError
-from .examples import Examples
+from ..bases.loading import Base
+from ..bases.passes import evaluating
+from ..batches import MicroBatch, micro_batches
+from ..devices import ALONE, Devices
+from ..examples import Examples
+from ..layers.adapter import adapter_tensors
+from ..progress import Evaluated, Phase, result_of
 from .losses import Loss, task_loss
-from .progress import Phase
-from .templates import end_of_turn_tokens, normalised
+from .run import Run, not_finite
 
 ROWS_AT_ONCE = 256
 """Examples that are cut into passes together."""
+SMALL_VALIDATIONS = 20
+"""How often a run looks at the first validation rows."""
 
 
 def evaluate(
@@ -66,40 +68,40 @@ def evaluate(
     return total / weight, correct / weight
 
 
-def generate(base: Base, messages: list[dict[str, Any]], max_new_tokens: int) -> str:
-    """What the model answers to a conversation, likeliest token by likeliest token."""
-    if not base.tokenizer.chat_template:
-        raise ModelError(
-            f"Base model '{base.name}' has no chat template, so it cannot answer a conversation."
-        )
-    prompt = base.tokenizer.apply_chat_template(
-        normalised(messages), add_generation_prompt=True, return_dict=True
+def glance(run: Run) -> tuple[float, float] | None:
+    """Loss and accuracy over the first validation rows, at about twenty steps of a run."""
+    every = max(1, run.total_steps // SMALL_VALIDATIONS)
+    if run.small_validation is None or run.step % every:
+        return None
+    seen = result_of(evaluation(run, run.small_validation))
+    if not math.isfinite(seen[0]):
+        raise not_finite(run, f"The validation loss after step {run.step} is {seen[0]}.")
+    run.glances.append((run.step, *seen))
+    return seen
+
+
+def evaluate_fully(run: Run) -> Generator[Phase | Evaluated, None, None]:
+    """The whole validation file, if there is one."""
+    run.evaluated_at = run.step
+    if run.data.validation is not None:
+        loss, accuracy = yield from evaluation(run, run.data.validation)
+        if not math.isfinite(loss):
+            raise not_finite(run, f"The validation loss after step {run.step} is {loss}.")
+        evaluated = Evaluated(run.step, loss, accuracy)
+        run.evaluations.append(evaluated)
+        if run.best is evaluated:
+            now = adapter_tensors(run.adapters)
+            run.best_tensors = {name: tensor.to("cpu", copy=True) for name, tensor in now.items()}
+        yield evaluated
+
+
+def evaluation(run: Run, examples: Examples) -> Generator[Phase, None, tuple[float, float]]:
+    return evaluate(
+        run.base,
+        examples,
+        size=run.hyperparameters.micro_batch_size,
+        tokens=run.micro_batch_tokens,
+        packing=run.hyperparameters.packing,
+        loss_of_batch=run.measure,
+        devices=run.devices,
     )
-    return answer(base, prompt["input_ids"], max_new_tokens)
-
-
-def answer(base: Base, prompt: list[int], max_new_tokens: int, *, until: float = math.inf) -> str:
-    """What the model makes of these tokens, likeliest token by likeliest token, until that monotonic time.
-
-    The habits of the base's own generation config (sampling, penalties) are left aside.
-    """
-    ends = end_of_turn_tokens(base.tokenizer, base.model.generation_config.eos_token_id)
-    how = GenerationConfig(
-        do_sample=False,
-        num_beams=1,
-        repetition_penalty=1.0,
-        no_repeat_ngram_size=0,
-        temperature=1.0,
-        top_p=1.0,
-        top_k=50,
-        max_new_tokens=max_new_tokens,
-        max_time=None if until == math.inf else max(0.0, until - time.monotonic()),
-        eos_token_id=sorted(ends),
-        pad_token_id=base.tokenizer.pad_token_id or 0,
-    )
-    input_ids = torch.tensor([prompt], device=base.device)
-    with evaluating(base.model), torch.no_grad():
-        tokens = base.model.generate(
-            input_ids=input_ids, attention_mask=torch.ones_like(input_ids), generation_config=how
-        )
-    return base.tokenizer.decode(tokens[0, len(prompt) :], skip_special_tokens=True).strip()

@@ -6,8 +6,8 @@ Everything follows from their list, so that a resumed run decides as an unbroken
 import math
 from collections.abc import Sequence
 
-from .progress import Evaluated
-from .specs import Hyperparameters
+from ..progress import Evaluated
+from ..specs import Hyperparameters
 
 
 def best_of(evaluations: Sequence[Evaluated]) -> Evaluated | None:

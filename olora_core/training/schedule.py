@@ -3,8 +3,8 @@
 import math
 from functools import partial
 
-from .methods.base import Schedule
-from .specs import Hyperparameters
+from ..methods.base import Schedule
+from ..specs import Hyperparameters
 
 
 def schedule_of(hyperparameters: Hyperparameters) -> Schedule:

@@ -19,15 +19,15 @@ from torch.utils._pytree import tree_leaves
 from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from .bases.loading import Base
-from .bases.passes import LOGITS_AT_ONCE
-from .batches import micro_batches
-from .errors import SpecError, TrainingError
-from .examples import Examples
-from .layers.adapter import Adapter
+from ..bases.loading import Base
+from ..bases.passes import LOGITS_AT_ONCE
+from ..batches import micro_batches
+from ..errors import SpecError, TrainingError
+from ..examples import Examples
+from ..layers.adapter import Adapter
+from ..progress import Note
+from ..specs import TrainSpec
 from .losses import Loss, set_training
-from .progress import Note
-from .specs import TrainSpec
 
 PROBE_LENGTHS = (32, 64, 128)
 IDEAL_TOKENS = {"cpu": 2048, "cuda": 16384}

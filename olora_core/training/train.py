@@ -9,23 +9,23 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from .bases.loading import Base, check_quantization
-from .bases.precision import compute_dtype
-from .bases.sites import target_sites
-from .certify import certify, certify_merged
+from ..bases.loading import Base, check_quantization
+from ..bases.precision import compute_dtype
+from ..bases.sites import target_sites
+from ..certify import certify, certify_merged
+from ..devices import ALONE, Devices
+from ..export import Story, export_adapter, record_certificate
+from ..layers.adapter import adapter_tensors, load_adapter_tensors
+from ..merged import Merged, check_mergeable, export_merged
+from ..progress import Evaluated, Finished, Note, Phase, Progress, Resolved, Samples, Saved, Step
+from ..specs import TrainSpec, check_validation, resolve
 from .data import Data, read_data
-from .devices import ALONE, Devices
 from .early_stopping import is_over
-from .evaluations import evaluate_fully
-from .export import Story, export_adapter, record_certificate
-from .layers.adapter import adapter_tensors, load_adapter_tensors
-from .merged import Merged, check_mergeable, export_merged
-from .plan import Plan
-from .progress import Evaluated, Finished, Note, Phase, Progress, Resolved, Samples, Saved, Step
+from .evaluate import evaluate_fully
+from .memory import Plan
+from .resume import Checkpoints, save, take_up
 from .run import Run, borrowed, check_dtype, check_sharding, facts, start
 from .samples import sample
-from .snapshots import Checkpoints, save, take_up
-from .specs import TrainSpec, check_validation, resolve
 from .step import fill_note, peak_memory, take_step
 
 __all__ = [

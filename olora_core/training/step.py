@@ -11,16 +11,16 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from .bases.loading import Base
-from .bases.passes import evaluating
-from .batches import MicroBatch, micro_batches
-from .errors import TrainingError
-from .evaluations import glance
-from .layers.adapter import adapters_off
+from ..bases.loading import Base
+from ..bases.passes import evaluating
+from ..batches import MicroBatch, micro_batches
+from ..errors import TrainingError
+from ..layers.adapter import adapters_off
+from ..methods import Outputs
+from ..progress import Note, Step
+from .evaluate import glance
 from .losses import set_training
-from .methods import Outputs
-from .plan import can_checkpoint, is_out_of_memory, set_checkpointing
-from .progress import Note, Step
+from .memory import can_checkpoint, is_out_of_memory, set_checkpointing
 from .run import Run, not_finite
 
 FILL_STEPS = 20

@@ -8,12 +8,12 @@ from pathlib import Path
 
 import torch
 
+from ..errors import CheckpointError
+from ..layers.adapter import adapter_tensors, load_adapter_tensors
+from ..progress import Evaluated, Saved
 from . import checkpoint
 from .checkpoint import Snapshot
-from .errors import CheckpointError
-from .layers.adapter import adapter_tensors, load_adapter_tensors
-from .plan import set_checkpointing
-from .progress import Evaluated, Saved
+from .memory import set_checkpointing
 from .run import Run, not_finite
 
 LOCAL_CHECKPOINTS = 2
