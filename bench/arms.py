@@ -111,7 +111,7 @@ def prepare(task: Task) -> dict[str, Any]:
     """Writes ROWS and START; returns what the table's heading tells of the data."""
     from olora_core.bases.loading import load_base
     from olora_core.bases.sites import target_sites
-    from olora_core.batches import epoch_order
+    from olora_core.data.batches import epoch_order
     from olora_core.methods import METHODS
     from olora_core.progress import result_of
     from olora_core.training.data import read_data

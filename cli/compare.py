@@ -208,8 +208,8 @@ def _compare(
         from olora_core.bases.loading import load_base
         from olora_core.bases.precision import compute_dtype
         from olora_core.compare import compare as run_comparison
+        from olora_core.data.token_cache import trim
         from olora_core.progress import Compared, ComparedStep, Note, Phase, RunFinished, Saved
-        from olora_core.token_cache import trim
 
         if device == "auto":
             device = "cuda" if torch.cuda.is_available() else "cpu"

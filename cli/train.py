@@ -214,8 +214,8 @@ def _train(
     with TrainingBar(console) as bar, stop_signals() as stopping, ExitStack() as stack:
         bar.phase("loading torch")
         os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # as for the service's trainer
+        from olora_core.data.token_cache import trim
         from olora_core.progress import Evaluated, Finished, Note, Phase, Resolved, Samples, Saved, Step
-        from olora_core.token_cache import trim
         from olora_core.training.train import train as run_training
 
         device, devices = stack.enter_context(_devices(device))

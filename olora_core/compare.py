@@ -16,10 +16,10 @@ import torch
 
 from .bases.loading import Base, check_quantization
 from .bases.sites import target_sites
-from .batches import steps_per_epoch
 from .budget import trained_numbers, within_budget
 from .comparison_page import page
 from .comparison_report import Candidate, Facts, Outcome, Trial, report_of
+from .data.batches import steps_per_epoch
 from .devices import ALONE
 from .errors import CheckpointError, SpecError, TrainingError
 from .export import versions

@@ -2,7 +2,7 @@
 
 from urllib.parse import quote
 
-from olora_core.token_cache import trim
+from olora_core.data.token_cache import trim
 from store.home import make_folder
 from store.settings import Settings
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from ..batches import MicroBatch
+from ..data.batches import MicroBatch
 from . import attention
 
 SEGMENT_TOLERANCE = 3e-2

@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from ..bases.passes import LOGITS_AT_ONCE
-from ..batches import IGNORED
+from ..data.batches import IGNORED
 from ..layers.adapter import Adapter, Site, full_precision
 from ..specs import BALoRASpec
 from .base import Method, Outputs

@@ -12,7 +12,7 @@ from typing import Any, Generic, TypeVar
 import torch
 from torch import Tensor, nn
 
-from ..batches import MicroBatch
+from ..data.batches import MicroBatch
 from ..devices import ALONE, Devices, is_part, whole
 from ..errors import SpecError
 from ..layers.adapter import Adapter, Site, attach, site_weight

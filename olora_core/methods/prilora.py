@@ -13,7 +13,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from ..batches import MicroBatch
+from ..data.batches import MicroBatch
 from ..errors import SpecError
 from ..layers.adapter import Adapter, Site
 from ..specs import PRILoRASpec

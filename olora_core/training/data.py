@@ -14,14 +14,14 @@ import transformers
 from transformers import PreTrainedTokenizerBase
 
 from ..bases.loading import Base
-from ..example_files import Damaged, ExampleWriter, file_hash, open_examples
-from ..examples import Examples
+from ..data.example_files import Damaged, ExampleWriter, file_hash, open_examples
+from ..data.examples import Examples
+from ..data.templates import end_of_turn_tokens
+from ..data.token_cache import keep, new_entry, use
+from ..data.tokenising import overlap_note, tokenise
 from ..formats import NOUNS, Report, check_for_training, checking
 from ..progress import Note, Phase
 from ..specs import MAX_CONTEXT, TrainSpec
-from ..templates import end_of_turn_tokens
-from ..token_cache import keep, new_entry, use
-from ..tokenising import overlap_note, tokenise
 
 UNKNOWN_CONTEXT = 2048
 """Tokens kept of an example when neither model nor tokenizer names a limit."""

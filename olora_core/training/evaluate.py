@@ -11,9 +11,9 @@ import torch
 
 from ..bases.loading import Base
 from ..bases.passes import evaluating
-from ..batches import MicroBatch, micro_batches
+from ..data.batches import MicroBatch, micro_batches
+from ..data.examples import Examples
 from ..devices import ALONE, Devices
-from ..examples import Examples
 from ..layers.adapter import adapter_tensors
 from ..progress import Evaluated, Phase, result_of
 from .losses import Loss, task_loss

@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from ..bases.passes import LOGITS_AT_ONCE, Passes
-from ..batches import MicroBatch
+from ..data.batches import MicroBatch
 from ..layers.adapter import adapters_off, attached
 from ..layers.quantisation import quantised_layers
 from ..specs import TrainSpec

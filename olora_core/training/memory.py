@@ -21,9 +21,9 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from ..bases.loading import Base
 from ..bases.passes import LOGITS_AT_ONCE
-from ..batches import micro_batches
+from ..data.batches import micro_batches
+from ..data.examples import Examples
 from ..errors import SpecError, TrainingError
-from ..examples import Examples
 from ..layers.adapter import Adapter
 from ..progress import Note
 from ..specs import TrainSpec

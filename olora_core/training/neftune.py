@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from ..batches import MicroBatch
+from ..data.batches import MicroBatch
 from .losses import Loss, TaskLoss
 
 

@@ -14,10 +14,10 @@ from torch import Tensor, nn
 from ..bases import attention
 from ..bases.loading import Base
 from ..bases.precision import DTYPES
-from ..batches import epoch_order, steps_per_epoch
+from ..data.batches import epoch_order, steps_per_epoch
+from ..data.examples import Examples
 from ..devices import Devices
 from ..errors import SpecError, TrainingError
-from ..examples import Examples
 from ..layers.adapter import Adapter, Site, adapter_tensors, detach
 from ..methods import METHODS, Method
 from ..methods.base import Schedule, placing

@@ -16,11 +16,11 @@ from transformers import GenerationConfig
 
 from ..bases.loading import Base
 from ..bases.passes import evaluating
+from ..data.examples import Examples
+from ..data.templates import end_of_turn_tokens, normalised
 from ..errors import ModelError
-from ..examples import Examples
 from ..layers.adapter import adapters_off
 from ..progress import Note, Phase, Sample, Samples
-from ..templates import end_of_turn_tokens, normalised
 from .data import Data, context_length
 
 NEW_TOKENS = 64

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from ..bases.loading import Base
 from ..bases.passes import evaluating
-from ..batches import MicroBatch, micro_batches
+from ..data.batches import MicroBatch, micro_batches
 from ..errors import TrainingError
 from ..layers.adapter import adapters_off
 from ..methods import Outputs

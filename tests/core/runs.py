@@ -8,11 +8,11 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from olora_core.example_files import ExampleWriter
-from olora_core.examples import Examples
+from olora_core.data.example_files import ExampleWriter
+from olora_core.data.examples import Examples
+from olora_core.data.tokenising import tokenise
 from olora_core.progress import Note, result_of
 from olora_core.specs import TrainSpec, read_spec
-from olora_core.tokenising import tokenise
 from olora_core.training.train import Finished, Progress, Resolved, Step, train
 
 ROWS = 11

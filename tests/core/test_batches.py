@@ -3,8 +3,8 @@
 import numpy as np
 import pytest
 
-from olora_core.batches import micro_batches, packed_groups, padded_groups
-from olora_core.examples import Examples
+from olora_core.data.batches import micro_batches, packed_groups, padded_groups
+from olora_core.data.examples import Examples
 
 from .test_losses import examples_of
 

@@ -12,13 +12,13 @@ from tokenizers import processors
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from olora_core.bases.loading import Base
-from olora_core.batches import IGNORED, epoch_order, micro_batches, steps_per_epoch
+from olora_core.data.batches import IGNORED, epoch_order, micro_batches, steps_per_epoch
+from olora_core.data.examples import Examples
+from olora_core.data.templates import end_of_turn_tokens
+from olora_core.data.token_cache import trim
+from olora_core.data.tokenising import overlap_note, token_from
 from olora_core.errors import DataError, ModelError
-from olora_core.examples import Examples
 from olora_core.progress import Note, Phase
-from olora_core.templates import end_of_turn_tokens
-from olora_core.token_cache import trim
-from olora_core.tokenising import overlap_note, token_from
 from olora_core.training.data import Data, read_data
 
 from .conftest import make_tokenizer

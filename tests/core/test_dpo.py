@@ -22,14 +22,14 @@ from transformers import (
 
 from olora_core.bases.loading import Base, load_base
 from olora_core.bases.sites import target_sites
-from olora_core.batches import epoch_order
+from olora_core.data.batches import epoch_order
+from olora_core.data.examples import Examples
+from olora_core.data.templates import end_of_turn_tokens
+from olora_core.data.tokenising import overlap_note
 from olora_core.errors import DataError
-from olora_core.examples import Examples
 from olora_core.methods import METHODS
 from olora_core.progress import Note
 from olora_core.specs import TrainSpec
-from olora_core.templates import end_of_turn_tokens
-from olora_core.tokenising import overlap_note
 from olora_core.training.train import Evaluated, Finished, Resolved, Saved, Step, train
 
 from .runs import chat_rows, one, preference_rows, spec_for, tokenised, write_rows

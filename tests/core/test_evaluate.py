@@ -7,8 +7,8 @@ import torch
 
 from olora_core.bases.loading import Base
 from olora_core.bases.sites import target_sites
+from olora_core.data.examples import Examples
 from olora_core.errors import ModelError
-from olora_core.examples import Examples
 from olora_core.layers.adapter import adapters_off
 from olora_core.methods import METHODS, place
 from olora_core.progress import Phase

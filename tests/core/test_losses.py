@@ -7,8 +7,8 @@ from transformers import BloomConfig, BloomForCausalLM, Gemma2Config, Gemma2ForC
 
 from olora_core.bases.loading import Base
 from olora_core.bases.passes import head_is_plain, packing_is_exact, passes_of
-from olora_core.batches import IGNORED, MicroBatch, micro_batches
-from olora_core.examples import Examples
+from olora_core.data.batches import IGNORED, MicroBatch, micro_batches
+from olora_core.data.examples import Examples
 from olora_core.training import losses
 from olora_core.training.losses import task_loss
 

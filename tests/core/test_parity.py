@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, get_linear_schedul
 
 from olora_core.bases.loading import load_base
 from olora_core.bases.sites import target_sites
-from olora_core.batches import epoch_order
+from olora_core.data.batches import epoch_order
 from olora_core.methods import METHODS
 from olora_core.specs import TrainSpec, read_spec
 from olora_core.training.train import Step, train

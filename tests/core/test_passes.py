@@ -10,7 +10,7 @@ from olora_core.bases import attention
 from olora_core.bases.attention import longest_segment, segment_attention, segments, segments_understood
 from olora_core.bases.loading import Base
 from olora_core.bases.passes import passes_of
-from olora_core.batches import MicroBatch, micro_batches
+from olora_core.data.batches import MicroBatch, micro_batches
 
 from .conftest import VOCABULARY
 from .test_losses import examples_of

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from olora_core import methods
-from olora_core.batches import IGNORED, MicroBatch
+from olora_core.data.batches import IGNORED, MicroBatch
 from olora_core.errors import SpecError
 from olora_core.layers.adapter import AdaptedLinear, Site
 from olora_core.methods import Outputs

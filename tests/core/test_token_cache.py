@@ -12,8 +12,8 @@ import pytest
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from olora_core.example_files import Damaged, ExampleWriter, open_examples
-from olora_core.token_cache import KEPT_SECONDS, keep, new_entry, trim
+from olora_core.data.example_files import Damaged, ExampleWriter, open_examples
+from olora_core.data.token_cache import KEPT_SECONDS, keep, new_entry, trim
 
 MIB = 2**20
 GROWTH = """
@@ -150,7 +150,7 @@ def test_a_finished_folder_replaces_what_was_there(tmp_path: Path) -> None:
 
 def test_work_that_died_is_removed_and_work_in_progress_is_not(tmp_path: Path) -> None:
     program = (
-        "import sys, os; from pathlib import Path; from olora_core.token_cache import new_entry\n"
+        "import sys, os; from pathlib import Path; from olora_core.data.token_cache import new_entry\n"
         "with new_entry(Path(sys.argv[1])) as folder:\n    print(folder, flush=True)\n"
         "    sys.stdin.read(); os._exit(1)"
     )

@@ -9,8 +9,8 @@ from typing import Any
 from transformers import PreTrainedTokenizerBase
 from transformers.utils.chat_template_utils import render_jinja_template
 
-from .errors import DataError, ModelError
-from .formats import plain_text
+from ..errors import DataError, ModelError
+from ..formats import plain_text
 
 Span = tuple[int, int]
 

@@ -15,10 +15,8 @@ from typing import Any
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
-from .errors import DataError, ModelError
-from .example_files import ExampleWriter
-from .examples import Examples, Rows
-from .formats import (
+from ..errors import DataError, ModelError
+from ..formats import (
     NOUNS,
     Container,
     canonical,
@@ -28,7 +26,9 @@ from .formats import (
     read_preference,
     read_records,
 )
-from .progress import Note, Phase
+from ..progress import Note, Phase
+from .example_files import ExampleWriter
+from .examples import Examples, Rows
 from .templates import ChatTemplate, Span
 
 ROWS_AT_ONCE, CHARACTERS_AT_ONCE = 256, 2**20
