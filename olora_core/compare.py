@@ -22,7 +22,7 @@ from .comparison_report import Candidate, Facts, Outcome, Trial, report_of
 from .data.batches import steps_per_epoch
 from .devices import ALONE
 from .errors import CheckpointError, SpecError, TrainingError
-from .export import versions
+from .export.manifest import versions
 from .layers.adapter import Adapter, Site
 from .progress import (
     Compared,

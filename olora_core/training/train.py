@@ -12,11 +12,12 @@ from typing import Any
 from ..bases.loading import Base, check_quantization
 from ..bases.precision import compute_dtype
 from ..bases.sites import target_sites
-from ..certify import certify, certify_merged
 from ..devices import ALONE, Devices
-from ..export import Story, export_adapter, record_certificate
+from ..export.adapter import export_adapter, record_certificate
+from ..export.certificate import certify, certify_merged
+from ..export.manifest import Story
+from ..export.merged import Merged, check_mergeable, export_merged
 from ..layers.adapter import adapter_tensors, load_adapter_tensors
-from ..merged import Merged, check_mergeable, export_merged
 from ..progress import Evaluated, Finished, Note, Phase, Progress, Resolved, Samples, Saved, Step
 from ..specs import TrainSpec, check_validation, resolve
 from .data import Data, read_data

@@ -11,9 +11,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from olora_core.bases.loading import Base
-from olora_core.certify import certify
 from olora_core.errors import CertificateError
-from olora_core.export import Story, export_adapter
+from olora_core.export.adapter import export_adapter
+from olora_core.export.certificate import certify
+from olora_core.export.manifest import Story
 from olora_core.layers.adapter import Adapter, adapters_off, detach
 from olora_core.methods import METHODS
 

@@ -13,15 +13,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from olora_core.bases.loading import Base
 from olora_core.bases.sites import target_sites
-from olora_core.export import (
-    Export,
-    Story,
-    exact_pairs,
-    export_adapter,
-    record_certificate,
-    sparkline,
-    truncated,
-)
+from olora_core.export.adapter import exact_pairs, export_adapter, record_certificate, truncated
+from olora_core.export.card import sparkline
+from olora_core.export.manifest import Export, Story
 from olora_core.layers.adapter import Adapter, LowRank
 from olora_core.methods import METHODS, place
 from olora_core.methods.lora import LoRAAdapter

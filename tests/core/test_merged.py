@@ -13,11 +13,11 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from olora_core.bases.loading import Base, load_base
 from olora_core.bases.sites import target_sites
-from olora_core.certify import certify_merged
 from olora_core.errors import CertificateError, SpecError
-from olora_core.export import Story
+from olora_core.export.certificate import certify_merged
+from olora_core.export.manifest import Story
+from olora_core.export.merged import Merged, check_mergeable, export_merged
 from olora_core.layers.adapter import Adapter, adapters_off, bare_modules
-from olora_core.merged import Merged, check_mergeable, export_merged
 from olora_core.methods import METHODS
 from olora_core.specs import read_spec
 from olora_core.training.train import Finished, Note

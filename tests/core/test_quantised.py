@@ -15,8 +15,8 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedMod
 
 from olora_core.bases.loading import Base, load_base
 from olora_core.bases.sites import target_sites
-from olora_core.certify import certify
 from olora_core.errors import CertificateError, ModelError, SpecError
+from olora_core.export.certificate import certify
 from olora_core.layers import quantisation
 from olora_core.layers.adapter import Adapter, adapters_off, site_weight
 from olora_core.layers.quantisation import PACKAGES, held_tensors

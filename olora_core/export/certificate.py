@@ -22,13 +22,12 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from .bases.loading import Base, load_base
-from .bases.sharding import own_part
-from .bases.sites import ends_in
-from .errors import CertificateError, ModelError
-from .export import CONFIG, KEY_PREFIX, TENSORS, energy, exact_pairs, exported_pairs
-from .layers import quantisation
-from .layers.adapter import (
+from ..bases.loading import Base, load_base
+from ..bases.sharding import own_part
+from ..bases.sites import ends_in
+from ..errors import CertificateError, ModelError
+from ..layers import quantisation
+from ..layers.adapter import (
     Adapter,
     LowRank,
     attach,
@@ -40,6 +39,7 @@ from .layers.adapter import (
     site_shape,
     site_weight,
 )
+from .adapter import CONFIG, KEY_PREFIX, TENSORS, energy, exact_pairs, exported_pairs
 
 BOUND = 1e-4
 """The largest logit difference allowed, as a share of the largest |logit|."""

@@ -12,22 +12,14 @@ from pathlib import Path
 import torch
 from transformers import PreTrainedModel
 
-from .bases.loading import Base, load_base, no_progress_bar
-from .bases.sites import left_out
-from .errors import SpecError
-from .export import (
-    CARD,
-    MANIFEST,
-    Story,
-    copy_tokenizer,
-    how_it_was_trained,
-    manifest,
-    save_native,
-    write_json,
-)
-from .layers import quantisation
-from .layers.adapter import Adapter, Site, bare_modules, full_precision, site_weight
-from .specs import TrainSpec
+from ..bases.loading import Base, load_base, no_progress_bar
+from ..bases.sites import left_out
+from ..errors import SpecError
+from ..layers import quantisation
+from ..layers.adapter import Adapter, Site, bare_modules, full_precision, site_weight
+from ..specs import TrainSpec
+from .card import how_it_was_trained
+from .manifest import CARD, MANIFEST, Story, copy_tokenizer, manifest, save_native, write_json
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,181 @@
+"""The model card (README.md) of what a run exports."""
+
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from ..bases.loading import Base
+from ..bases.sites import left_out
+from ..errors import shortened
+from ..progress import Samples
+from ..specs.serving import server_rank
+from .manifest import Export, Story
+
+
+def model_card(base: Base, export: Export, story: Story) -> str:
+    """README.md: what this is, how to load it, how it was trained."""
+    adapter = story.resolved.adapter
+    truncated_to = (
+        f"\nTruncated to rank {export.rank}: {export.energy_kept:.2%} of the update's energy is kept.\n"
+        if export.energy_kept < 1
+        else ""
+    )
+    return f"""\
+---
+base_model: {json.dumps(base.name)}
+library_name: peft
+pipeline_tag: text-generation
+tags:
+- lora
+- {adapter.method}
+---
+
+# Adapter for {base.name}
+
+Trained with {adapter.method} ({adapter.paper}): {adapter.summary}
+
+What is stored here is a plain LoRA of rank {export.rank} for the untouched base model, with all scale in B.
+{truncated_to}{_quantised_sentence(base)}
+## How to load it
+
+`BASE` is the base model ({base.name}), `ADAPTER` this folder.
+
+PEFT:
+
+```python
+from peft import PeftModel
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(BASE), ADAPTER)
+tokenizer = AutoTokenizer.from_pretrained(ADAPTER)
+```
+
+transformers, with peft installed:
+
+```python
+model = AutoModelForCausalLM.from_pretrained(BASE)
+model.load_adapter(ADAPTER)
+```
+
+vLLM (its default accepts ranks up to 16; this adapter has {export.rank}):
+
+```
+vllm serve BASE --enable-lora --max-lora-rank {server_rank(export.rank)} --lora-modules adapter=ADAPTER
+```
+
+llama.cpp:
+
+```
+python convert_lora_to_gguf.py --base BASE ADAPTER
+```
+
+{how_it_was_trained(base, story, export.target_modules)}"""
+
+
+def how_it_was_trained(base: Base, story: Story, adapted: Sequence[str]) -> str:
+    """The part of the card that is the same for everything a run may leave."""
+    adapter, training = story.resolved.adapter, story.resolved.hyperparameters
+    return f"""\
+## How it was trained
+
+| | |
+|---|---|
+| method | {adapter.method}, rank {adapter.rank}, alpha {adapter.alpha:g} |
+| adapted layers | {", ".join(adapted)} |
+| epochs | {training.n_epochs} |
+| batch size | {training.batch_size} |
+| learning rate | {_number(training.learning_rate)}, {training.schedule} schedule |
+| seed | {story.resolved.seed} |
+{_left_out_row(base)}{_metric_rows(story.metrics)}
+{_loss_curve(story.losses)}
+`manifest.json` holds every setting, the hashes of data and base, and the certificate. `native/` holds the
+method's own tensors.
+{_samples_section(story.samples)}"""
+
+
+def _samples_section(samples: Samples | None) -> str:
+    """What both models answer. Indented as code, which no text can break out of."""
+    if samples is None:
+        return ""
+    parts = [f"\n## What it answers\n\nThe likeliest tokens, to rows of the {samples.file} file.\n"]
+    for row in samples.rows:
+        parts.append(f"\n### Line {row['line']}\n")
+        said = {"prompt": row["prompt"], "in the file": row["reference"]}
+        for name, text in (said | {"the base": row["base"], "tuned": row["tuned"]}).items():
+            lines = "\n".join(f"    {line}" for line in text.splitlines())
+            parts.append(f"\n{name}:\n\n{lines or '    (nothing)'}\n")
+    return "".join(parts)
+
+
+def _quantised_sentence(base: Base) -> str:
+    if (quantised := base.quantised) is None:
+        return ""
+    where = (
+        "as its own files are"
+        if quantised.from_files
+        else "load it with the `quantization_config` of `manifest.json` to get what was trained"
+    )
+    how = f"{quantised.kind}, {quantised.package}"
+    return f"\nThe base was quantised while it was trained on ({how}): {where}.\n"
+
+
+def _number(value: Any) -> str:
+    return f"{value:g}" if isinstance(value, float) else str(value)
+
+
+def _left_out_row(base: Base) -> str:
+    """What no adapter can change, so that nobody takes a base with experts for wholly adapted."""
+    kinds = left_out(base.model)
+    named = [f"{len(names)} {kind} ({shortened(names)})" for kind, names in kinds.items()]
+    return f"| left out | {'; '.join(named)} |\n" if named else ""
+
+
+def _metric_rows(metrics: Mapping[str, Any]) -> str:
+    rows = [f"| {name} | {_number(value)} |" for name, value in metrics.items() if value is not None]
+    return "".join(f"{row}\n" for row in rows)
+
+
+def _loss_curve(losses: Sequence[tuple[int, float]], points: int = 10) -> str:
+    """A line of blocks over the whole run, and a table of up to ten means."""
+    if not losses:
+        return ""
+    size = -(-len(losses) // points)
+    groups = [losses[i : i + size] for i in range(0, len(losses), size)]
+    rows = [f"| {group[-1][0]} | {sum(loss for _, loss in group) / len(group):.4f} |\n" for group in groups]
+    return (
+        f"Training loss: `{sparkline([loss for _, loss in losses])}`\n\n"
+        f"| up to step | mean loss |\n|---|---|\n{''.join(rows)}"
+    )
+
+
+def sparkline(values: Sequence[float], width: int = 60) -> str:
+    """Values as blocks, low to high; a long series is averaged down to `width` of them."""
+    size = -(-len(values) // width)
+    means = [sum(values[i : i + size]) / len(values[i : i + size]) for i in range(0, len(values), size)]
+    low, high = min(means), max(means)
+    blocks = "▁▂▃▄▅▆▇█"
+    return "".join(blocks[round((v - low) / (high - low) * 7) if high > low else 0] for v in means)
+
+
+def certificate_section(certificate: Mapping[str, Any]) -> str:
+    files = "merged weights in fp32" if "as_written" in certificate else "files on a pristine base"
+    section = (
+        "## Certificate\n\n"
+        f"These {files} give the trained model's logits within {certificate['max_abs_logit_diff']:.2e}\n"
+        f"(allowed: {certificate['bound']:.2e}; {certificate['rows']} rows, {certificate['tokens']} tokens, "
+        "all in fp32).\n"
+    )
+    if (rounded := certificate.get("as_written")) is not None:
+        section += (
+            f"\nAs they are written, in {rounded['dtype']}, they give others, by up to "
+            f"{_number(rounded['max_abs_logit_diff'])}; the likeliest token agrees for\n"
+            f"{_number(rounded['top1_agreement'])} of all tokens.\n"
+        )
+    if (whole := certificate.get("on_full_precision")) is not None:
+        section += (
+            "\nOn the base as it was before it was quantised they give other logits, by up to "
+            f"{_number(whole['max_abs_logit_diff'])}; the likeliest\ntoken agrees for "
+            f"{_number(whole['top1_agreement'])} of all tokens, and the loss per token of the same rows is "
+            f"{_number(whole['loss'])}\n(trained model: {_number(whole['trained_loss'])}).\n"
+        )
+    return section
