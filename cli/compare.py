@@ -207,7 +207,7 @@ def _compare(
 
         from olora_core.bases.loading import load_base
         from olora_core.bases.precision import compute_dtype
-        from olora_core.compare import compare as run_comparison
+        from olora_core.comparison.compare import compare as run_comparison
         from olora_core.data.token_cache import trim
         from olora_core.progress import Compared, ComparedStep, Note, Phase, RunFinished, Saved
 

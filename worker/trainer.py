@@ -283,7 +283,7 @@ class Trainer:
 
     def _compare(self, order: Order) -> None:
         """All runs of a comparison are on one base."""
-        from olora_core.compare import compare
+        from olora_core.comparison.compare import compare
 
         assert order.validation is not None
         spec = ComparisonSpec.model_validate(order.spec)

@@ -4,7 +4,7 @@ import pytest
 from transformers import PreTrainedModel
 
 from olora_core.bases.sites import target_sites
-from olora_core.budget import trained_numbers, within_budget
+from olora_core.comparison.budget import trained_numbers, within_budget
 from olora_core.errors import SpecError
 from olora_core.layers.adapter import Site, detach
 from olora_core.methods import METHODS, Method, place

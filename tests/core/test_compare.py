@@ -12,7 +12,8 @@ import pytest
 import torch
 
 from olora_core.bases.loading import Base, load_base
-from olora_core.compare import compare
+from olora_core.comparison.compare import compare
+from olora_core.comparison.search import held_out
 from olora_core.errors import CheckpointError, SpecError
 from olora_core.layers.adapter import AdaptedLinear
 from olora_core.methods import METHODS
@@ -27,7 +28,6 @@ from olora_core.progress import (
     Saved,
     result_of,
 )
-from olora_core.search import held_out
 from olora_core.specs import ComparisonSpec, read_comparison, read_spec
 from olora_core.training.data import read_data
 from olora_core.training.step import forget_peak_memory, peak_memory

@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 
-from olora_core.comparison_page import page, ticks
-from olora_core.comparison_report import Candidate, Facts, Outcome, Trial, report_of
+from olora_core.comparison.page import page, ticks
+from olora_core.comparison.report import Candidate, Facts, Outcome, Trial, report_of
 from tests.browser import Chromium, chromium
 
 STEPS = 120

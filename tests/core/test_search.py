@@ -6,8 +6,8 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 
+from olora_core.comparison.search import Grid, Rung, grid_around, halving, held_out
 from olora_core.errors import DataError
-from olora_core.search import Grid, Rung, grid_around, halving, held_out
 
 DECADES = Grid((1e-5, 1e-4, 1e-3, 1e-2, 1e-1))
 Loss = Callable[[float, int], float | None]

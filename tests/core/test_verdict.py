@@ -4,7 +4,7 @@ import math
 
 import pytest
 
-from olora_core.verdict import STUDENT_95, difference, judge, steps_to
+from olora_core.comparison.verdict import STUDENT_95, difference, judge, steps_to
 
 LORA = [1.30, 1.31, 1.29]
 

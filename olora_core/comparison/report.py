@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from .progress import Stage
+from ..progress import Stage
 from .verdict import Difference, Verdict, difference, judge, steps_to
 
 FORMAT = 1

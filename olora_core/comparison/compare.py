@@ -14,17 +14,14 @@ from typing import Any
 
 import torch
 
-from .bases.loading import Base, check_quantization
-from .bases.sites import target_sites
-from .budget import trained_numbers, within_budget
-from .comparison_page import page
-from .comparison_report import Candidate, Facts, Outcome, Trial, report_of
-from .data.batches import steps_per_epoch
-from .devices import ALONE
-from .errors import CheckpointError, SpecError, TrainingError
-from .export.manifest import versions
-from .layers.adapter import Adapter, Site
-from .progress import (
+from ..bases.loading import Base, check_quantization
+from ..bases.sites import target_sites
+from ..data.batches import steps_per_epoch
+from ..devices import ALONE
+from ..errors import CheckpointError, SpecError, TrainingError
+from ..export.manifest import versions
+from ..layers.adapter import Adapter, Site
+from ..progress import (
     Compared,
     ComparedStep,
     ComparisonProgress,
@@ -35,22 +32,18 @@ from .progress import (
     Stage,
     Step,
 )
+from ..specs import AdapterSpec, ComparisonSpec, Hyperparameters, TrainSpec, learning_rate_for, resolve
+from ..training import checkpoint
+from ..training.checkpoint import Snapshot
+from ..training.data import Data, read_data
+from ..training.resume import Checkpoints, put, restore, snapshot
+from ..training.run import Run, borrowed, check_dtype, check_sharding, facts, start, steps_of
+from ..training.step import forget_peak_memory, peak_memory
+from ..training.train import steps
+from .budget import trained_numbers, within_budget
+from .page import page
+from .report import Candidate, Facts, Outcome, Trial, report_of
 from .search import Grid, Rung, grid_around, halving, held_out
-from .specs import (
-    AdapterSpec,
-    ComparisonSpec,
-    Hyperparameters,
-    TrainSpec,
-    learning_rate_for,
-    resolve,
-)
-from .training import checkpoint
-from .training.checkpoint import Snapshot
-from .training.data import Data, read_data
-from .training.resume import Checkpoints, put, restore, snapshot
-from .training.run import Run, borrowed, check_dtype, check_sharding, facts, start, steps_of
-from .training.step import forget_peak_memory, peak_memory
-from .training.train import steps
 
 __all__ = [
     "Compared",

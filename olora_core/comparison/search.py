@@ -12,8 +12,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from .errors import DataError
-from .specs.methods.base import MAX_LEARNING_RATE
+from ..errors import DataError
+from ..specs.methods.base import MAX_LEARNING_RATE
 
 FACTORS = (0.1, 0.32, 1.0, 3.2, 10.0)
 """Of the method's own rate: half decades around it."""

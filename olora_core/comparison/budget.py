@@ -4,10 +4,10 @@ from collections.abc import Sequence
 
 from pydantic import ValidationError
 
-from .errors import SpecError
-from .layers.adapter import Site
-from .methods import METHODS
-from .specs import MAX_EXPORT_RANK, AdapterSpec, check_export
+from ..errors import SpecError
+from ..layers.adapter import Site
+from ..methods import METHODS
+from ..specs import MAX_EXPORT_RANK, AdapterSpec, check_export
 
 
 def trained_numbers(adapter: AdapterSpec, sites: Sequence[Site], total_steps: int) -> int:
