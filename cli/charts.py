@@ -14,8 +14,8 @@ from olora_core.progress import Evaluated, Finished, Resolved, Step
 from store.integrations import Integration
 from store.progress import named
 from store.settings import Settings
-from worker.curves import Curves, curves, go_on, run_in
-from worker.follower import Follower, News, with_runs
+from worker.tracking.curves import Curves, curves, go_on, run_in
+from worker.tracking.follower import Follower, News, with_runs
 
 
 class Charts:

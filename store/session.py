@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from sqlalchemy import Connection, Engine, Float, create_engine, event, make_url, text
+from sqlalchemy.exc import InterfaceError, InternalError, OperationalError
 from sqlalchemy.ext.compiler import compiles
 from sqlalchemy.orm import Session, sessionmaker
 from sqlalchemy.sql.functions import FunctionElement
@@ -22,6 +23,7 @@ MIGRATION_LOCK = 0x6F6C6F7261
 """PostgreSQL's advisory lock that a migration holds."""
 
 Sessions = sessionmaker[Session]
+DATABASE_AWAY = (OperationalError, InterfaceError, InternalError)
 
 
 class db_now(FunctionElement[float]):

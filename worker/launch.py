@@ -10,9 +10,10 @@ from pathlib import Path
 from store.queue import QUEUE
 from store.settings import Settings
 
-from .lineage import die_with_parent
+from .parent_death import die_with_parent
 
 ROOT = Path(__file__).resolve().parent.parent
+MACHINE = ("PATH", "HOME", "LANG", "TZ", "TMPDIR", "VIRTUAL_ENV", "LD_LIBRARY_PATH", "PYTHONPATH")
 _PARENT = "OLORA_DIE_WITH_PARENT"
 _DEVICE = re.compile(r"^(?P<indent>\s*)(?:GPU|MIG)\b.*\(UUID: (?P<uuid>[^)]+)\)")
 
@@ -83,3 +84,14 @@ def devices_listed(listing: str) -> list[str]:
             whole = match["uuid"]
         devices.append(match["uuid"])
     return devices
+
+
+def inherited(
+    environment: Mapping[str, str], names: tuple[str, ...], prefixes: tuple[str, ...]
+) -> dict[str, str]:
+    """The named part of an environment, in which this project's modules are found."""
+    chosen = {
+        name: value for name, value in environment.items() if name in names or name.startswith(prefixes)
+    }
+    chosen["PYTHONPATH"] = os.pathsep.join([str(ROOT), *filter(None, [chosen.get("PYTHONPATH")])])
+    return chosen

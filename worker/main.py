@@ -12,7 +12,7 @@ from store.session import require_current_schema
 from store.settings import get_settings
 
 from .launch import follow_parent, visible_gpus
-from .supervise import Supervisor
+from .supervisor.supervisor import Supervisor
 from .tasks import register
 
 logger = logging.getLogger(__name__)

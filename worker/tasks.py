@@ -4,7 +4,7 @@ from celery import Celery
 
 from store.queue import TASK
 
-from .supervise import Supervisor
+from .supervisor.supervisor import Supervisor
 
 
 def register(app: Celery, supervisor: Supervisor) -> None:

@@ -261,7 +261,7 @@ def test_a_stop_gives_the_job_back_and_the_next_start_goes_on(tmp_path: Path, fe
         job = endless_job(service, few_rows)
         wait_for(lambda: steps(service, job) > 0, 120, "the first step")
         below = descendants(service.process.pid)
-        assert any("worker.trainer" in line for line in below.values())
+        assert any("worker.trainer.trainer" in line for line in below.values())
         service.process.send_signal(signal.SIGTERM)
         assert service.process.wait(130) == 0
         assert not any(map(lives, below))

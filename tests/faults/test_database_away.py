@@ -10,12 +10,11 @@ from sqlalchemy import make_url, select
 
 from store import claims
 from store.models import Job
-from store.session import make_engine
+from store.session import DATABASE_AWAY, make_engine
 from tests.faults.fleet import LEASE_SECONDS, Fleet
 from tests.faults.proxy import Door
 from tests.worker.service import Service, exists
-from worker.lease import DATABASE_AWAY
-from worker.supervise import Supervisor
+from worker.supervisor.supervisor import Supervisor
 
 JOB = {"rows": 64, "n_epochs": 12}
 

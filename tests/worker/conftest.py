@@ -8,7 +8,7 @@ import pytest
 
 from store.settings import read_settings
 from tests.worker.service import Service, model_folder
-from worker.supervise import Supervisor
+from worker.supervisor.supervisor import Supervisor
 
 
 @pytest.fixture(scope="session")

@@ -4,7 +4,7 @@ import os
 import zipfile
 from pathlib import Path
 
-from worker.archive import pack
+from worker.supervisor.archive import pack
 
 
 def _folder(path: Path, *, reverse: bool) -> Path:

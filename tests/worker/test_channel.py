@@ -14,7 +14,7 @@ from worker.protocol import FENCED, Order
 ROOT = Path(__file__).resolve().parents[2]
 LONG_STEP = """
 import time
-from worker.trainer import Channel
+from worker.trainer.trainer import Channel
 channel = Channel()
 order = channel.orders.get()
 channel.say(accepted={"run": order.run})
@@ -22,7 +22,7 @@ time.sleep(600)
 """
 NOISY = """
 import os, sys
-from worker.trainer import Channel
+from worker.trainer.trainer import Channel
 channel = Channel()
 print("a library prints")
 os.write(1, b"a C library prints")

@@ -11,7 +11,7 @@ import pytest
 from store.events import Event
 from tests.worker.service import Service
 from tests.worker.test_supervise import at_work, trainer_pid
-from worker.supervise import Supervisor
+from worker.supervisor.supervisor import Supervisor
 
 LONG = {"rows": 64, "n_epochs": 40}
 """Thousands of steps: longer than any test of it."""

@@ -16,8 +16,8 @@ from tests.services import wait_until
 from tests.worker.service import Service
 from tests.worker.test_supervise import at_work, trainer_pid
 from tests.worker.tiny_base import chat_rows
-from worker.curves import EventFile, curves, event_file_name, go_on, read_points, run_in
-from worker.supervise import Supervisor
+from worker.supervisor.supervisor import Supervisor
+from worker.tracking.curves import EventFile, curves, event_file_name, go_on, read_points, run_in
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -110,7 +110,7 @@ def test_a_file_that_goes_on_forgets_what_will_be_done_again(tmp_path: Path) -> 
 
 def test_writing_it_loads_neither_torch_nor_tensorflow(tmp_path: Path) -> None:
     code = (
-        "import sys, pathlib, worker.supervise; from worker.curves import EventFile\n"
+        "import sys, pathlib, worker.supervisor.supervisor; from worker.tracking.curves import EventFile\n"
         "with EventFile(pathlib.Path(sys.argv[1]), 1.0) as file: file.add(1, {'a': 1.0}, 2.0)\n"
         "print(*sorted({'torch', 'tensorflow', 'grpc'} & sys.modules.keys()))"
     )

@@ -7,8 +7,8 @@ import pytest
 
 from store.settings import read_settings
 from worker.launch import devices_listed, visible_gpus, worker_command, worker_environment
-from worker.process import trainer_environment
 from worker.protocol import FENCED, Ended
+from worker.supervisor.trainer_process import trainer_environment
 
 LISTING = """\
 GPU 0: NVIDIA H200 (UUID: GPU-11111111-aaaa)

@@ -9,12 +9,12 @@ import pytest
 
 from tests.services import wait_until
 from tests.worker.service import exists
-from worker.lineage import ORPHANED
+from worker.parent_death import ORPHANED
 
 ROOT = Path(__file__).resolve().parents[2]
 CHILD = """
 import sys, time
-from worker.lineage import die_with_parent
+from worker.parent_death import die_with_parent
 die_with_parent(int(sys.argv[1]))
 print("alive", flush=True)
 time.sleep(600)

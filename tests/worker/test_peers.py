@@ -13,7 +13,7 @@ import pytest
 from tests.services import wait_until
 from tests.worker.service import Service, exists
 from tests.worker.tiny_base import chat_rows
-from worker.supervise import Supervisor
+from worker.supervisor.supervisor import Supervisor
 
 pytestmark = pytest.mark.slow
 TWO = {"devices": 2}
@@ -37,7 +37,7 @@ def peers(service: Service) -> list[int]:
         except (FileNotFoundError, ProcessLookupError):
             continue
         ours = any(str(service.settings.home).encode() in word for word in command)
-        if ours and b"worker.peer" in command and exists(int(folder.name)):
+        if ours and b"worker.trainer.peer" in command and exists(int(folder.name)):
             found.append(int(folder.name))
     return found
 

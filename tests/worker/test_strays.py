@@ -6,7 +6,7 @@ import pytest
 
 from store import claims, progress
 from tests.worker.service import Service
-from worker.strays import checkpoint_folder, remove_strays, result_folder
+from worker.supervisor.strays import checkpoint_folder, remove_strays, result_folder
 
 
 @pytest.fixture

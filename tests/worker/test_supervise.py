@@ -26,8 +26,8 @@ from store.files import Storage
 from tests.services import wait_until
 from tests.worker.service import Service, exists
 from tests.worker.tiny_base import chat_rows
-from worker.lease import LOOK_SECONDS
-from worker.supervise import Supervisor
+from worker.supervisor.lease import LOOK_SECONDS
+from worker.supervisor.supervisor import Supervisor
 
 EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
 LONG = {"rows": 64, "n_epochs": 40}
@@ -211,7 +211,7 @@ def test_the_first_step_is_recorded_before_the_second_is_heard(
         record(*arguments, **said)
 
     monkeypatch.setattr(progress, "record", noted)
-    monkeypatch.setattr("worker.attempt.RECORD_SECONDS", 3600.0)
+    monkeypatch.setattr("worker.supervisor.attempt.RECORD_SECONDS", 3600.0)
     service.queue(rows=32, n_epochs=1)
     supervisor.run_until_idle()
     written = [steps for steps in recorded if steps]

@@ -24,10 +24,10 @@ from tests.services import wait_until
 from tests.worker.service import Service
 from tests.worker.test_supervise import at_work, trainer_pid
 from tests.worker.tiny_base import chat_rows
-from worker import follower
-from worker.process import trainer_environment
-from worker.supervise import Supervisor
-from worker.tracker_process import TrackerProcess, tracker_environment
+from worker.supervisor.supervisor import Supervisor
+from worker.supervisor.trainer_process import trainer_environment
+from worker.tracking import follower
+from worker.tracking.tracker_process import TrackerProcess, tracker_environment
 
 WANDB: dict[str, Any] = {
     "type": "wandb",
@@ -386,7 +386,7 @@ def test_each_process_knows_its_own_account_alone(tmp_path: Path) -> None:
 
 def test_the_supervisor_loads_no_client() -> None:
     code = (
-        "import sys, worker.supervise\n"
+        "import sys, worker.supervisor.supervisor\n"
         "print(*sorted({'torch', 'tensorflow', 'wandb', 'mlflow'} & sys.modules.keys()))"
     )
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)

@@ -11,8 +11,8 @@ import pytest
 
 from olora_core.specs import read_spec
 from tests.worker.tiny_base import chat_rows, make_base
-from worker.process import TrainerProcess
 from worker.protocol import Ended, Order
+from worker.supervisor.trainer_process import TrainerProcess
 
 ANSWER_SECONDS = 60.0
 LAST_WORDS = ("stopped", "failed", "crashed")

@@ -30,16 +30,16 @@ from store.files import Storage
 from store.kinds import COMPARISON
 from store.models import Attempt as AttemptRow
 from store.models import Checkpoint, Job
-from store.session import Sessions
+from store.session import DATABASE_AWAY, Sessions
 from store.settings import Settings
 
+from ..protocol import Ended, Order
+from ..tracking.curves import EventFile, curves, event_file_name
 from .archive import pack
-from .curves import EventFile, curves, event_file_name
-from .lease import DATABASE_AWAY, Lease
-from .process import TrainerProcess
-from .protocol import Ended, Order
+from .lease import Lease
 from .strays import checkpoint_folder, remove_strays, result_folder
-from .tokens import tokens_folder
+from .token_folders import tokens_folder
+from .trainer_process import TrainerProcess
 
 logger = logging.getLogger(__name__)
 Result = TypeVar("Result")

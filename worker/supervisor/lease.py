@@ -5,12 +5,10 @@ import threading
 import time
 from collections.abc import Callable
 
-from sqlalchemy.exc import InterfaceError, InternalError, OperationalError
-
 from store.errors import LeaseLost
+from store.session import DATABASE_AWAY
 
 logger = logging.getLogger(__name__)
-DATABASE_AWAY = (OperationalError, InterfaceError, InternalError)
 TRAINER_SHARE = 0.8
 """The trainer stops before the lease ends, so that nobody else can be training the job already."""
 LOOK_SECONDS = 0.5

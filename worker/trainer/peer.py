@@ -7,19 +7,16 @@ says one line and ends with another code. The trainer starts it; see `peers.py`.
 import argparse
 import json
 import logging
-from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from olora_core.errors import OloraError, ProcessLost
 from olora_core.specs import TrainSpec
 
-from .lineage import die_with_parent
-from .protocol import Order, claim_descriptors
-
-if TYPE_CHECKING:
-    from olora_core.bases.loading import Base
-    from olora_core.devices import Devices
+from ..parent_death import die_with_parent
+from ..protocol import Order, claim_descriptors
+from .failures import leave, sentence_of
+from .warm_base import shared_base
 
 logger = logging.getLogger("olora.peer")
 
@@ -47,28 +44,7 @@ def follow(order: Order, rank: int, meeting_file: Path) -> None:
             pass
 
 
-def shared_base(order: Order, spec: TrainSpec, device: str, devices: "Devices") -> "Base":
-    """The order's base for one process of several, in the dtype and sharding that its spec says."""
-    from olora_core.bases.loading import load_base
-    from olora_core.bases.precision import DTYPES
-    from olora_core.bases.sharding import shard
-
-    asked = spec.hyperparameters
-    loaded = partial(
-        load_base,
-        Path(order.base),
-        name=spec.model,
-        dtype=DTYPES[asked.dtype],
-        quantization=asked.quantization,
-    )
-    if asked.sharding == "full":
-        return shard(loaded(device="cpu"), device, devices)
-    return loaded(device=device)
-
-
 def main() -> None:
-    from .trainer import leave, sentence_of
-
     parser = argparse.ArgumentParser(description="Started by the trainer; not for the command line.")
     parser.add_argument("--parent", type=int, required=True)
     parser.add_argument("--rank", type=int, required=True)

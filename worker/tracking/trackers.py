@@ -24,8 +24,8 @@ from pathlib import Path
 from typing import Any, Protocol
 from urllib.parse import urlsplit
 
-from .lineage import die_with_parent
-from .protocol import claim_descriptors
+from ..parent_death import die_with_parent
+from ..protocol import claim_descriptors
 
 Row = tuple[int, dict[str, float]]
 SECRETS = (

@@ -18,7 +18,7 @@ from typing import Any
 
 from olora_core.specs import TrainSpec
 
-from .protocol import Ended, Order
+from ..protocol import Ended, Order
 
 GRACE_SECONDS = 5.0
 """From the end of a run to the end of those who followed it."""
@@ -42,7 +42,7 @@ class Peers:
         self._processes = [
             subprocess.Popen(
                 [
-                    *(sys.executable, "-m", "worker.peer", "--parent", str(os.getpid())),
+                    *(sys.executable, "-m", "worker.trainer.peer", "--parent", str(os.getpid())),
                     *("--rank", str(rank), "--meeting-file", str(self.meeting_file)),
                 ],
                 stdin=subprocess.PIPE,

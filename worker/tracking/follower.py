@@ -25,12 +25,11 @@ from store.errors import BadIntegration
 from store.integrations import Integration, read_integrations, require_offered
 from store.jobs import ENDED, leaves_model
 from store.models import File, Job
-from store.session import Sessions
+from store.session import DATABASE_AWAY, Sessions
 from store.settings import Settings
 
+from ..scratch import scratch_folder
 from .curves import curves
-from .lease import DATABASE_AWAY
-from .scratch import scratch_folder
 from .tracker_process import TrackerProcess, Trouble, tracker_environment
 from .trackers import Order, Row
 

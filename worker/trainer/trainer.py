@@ -6,21 +6,17 @@ job at hand was not renewed in time, for then another worker may already have th
 
 import argparse
 import dataclasses
-import errno
 import gc
-import json
 import logging
 import os
-import queue
 import tempfile
-import threading
 import time
-from collections.abc import Callable, Generator
+from collections.abc import Generator
 from contextlib import closing
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from olora_core.errors import OloraError, ProcessLost, SpecError
+from olora_core.errors import OloraError, ProcessLost
 from olora_core.progress import (
     Compared,
     ComparedStep,
@@ -33,141 +29,24 @@ from olora_core.progress import (
 )
 from olora_core.specs import ComparisonSpec, TrainSpec
 
-from .lineage import die_with_parent
+from ..parent_death import die_with_parent
+from ..protocol import Order, Wish
+from .channel import Channel
+from .failures import leave, sentence_of
 from .peers import Peers
-from .protocol import FENCED, Order, Wish, claim_descriptors
+from .warm_base import WarmBase, check_devices, free_memory, shared_base
 
 if TYPE_CHECKING:
     from olora_core.bases.loading import Base
     from olora_core.devices import Devices
 
+
 Said = Progress | ComparisonProgress
 Work = Generator[Said, str | None, None]
 
 logger = logging.getLogger("olora.trainer")
-WATCH_SECONDS = 0.1
 LAST_WORDS_SECONDS = 5.0
 """How long a peer that was lost has to say why, which it knows better."""
-
-
-class Channel:
-    """The supervisor's end of the line: messages out, and a thread that takes messages in."""
-
-    def __init__(self) -> None:
-        self._in, self._out = claim_descriptors()
-        self.orders: queue.Queue[Order] = queue.Queue()
-        self._turn = threading.Lock()
-        self._run: str | None = None
-        self._deadline: float | None = None
-        self._wish: Wish | None = None
-        threading.Thread(target=self._listen, name="listen", daemon=True).start()
-        threading.Thread(target=self._watch, name="watch", daemon=True).start()
-
-    def say(self, **message: Any) -> None:
-        self._out.write(json.dumps(message).encode() + b"\n")
-        self._out.flush()
-
-    def end(self, run: str) -> None:
-        """The job at hand is done with: its lease is nobody's concern any more."""
-        with self._turn:
-            if self._run == run:
-                self._run = self._deadline = None
-
-    def wish(self) -> Wish | None:
-        """What the supervisor wants of the job at hand; checks its lease on the way."""
-        self._fence()
-        return self._wish
-
-    def _listen(self) -> None:
-        for line in self._in:
-            self._hear(json.loads(line))
-        # The supervisor closed the line or is gone; whatever is being done is nobody's any more.
-        os._exit(0)
-
-    def _hear(self, message: dict[str, Any]) -> None:
-        with self._turn:
-            if "job" in message:
-                order = Order(**message["job"])
-                self._run, self._deadline, self._wish = order.run, order.deadline, None
-                self.orders.put(order)
-            elif "lease" in message and message["lease"]["run"] == self._run:
-                self._deadline = message["lease"]["deadline"]
-            elif "wish" in message and message["wish"]["run"] == self._run:
-                self._wish = message["wish"]["what"]
-
-    def _watch(self) -> None:
-        """For steps longer than the lease: the check between steps would come too late."""
-        while True:
-            time.sleep(WATCH_SECONDS)
-            self._fence()
-
-    def _fence(self) -> None:
-        deadline = self._deadline
-        if deadline is not None and time.monotonic() > deadline:
-            os.write(2, b"The lease was not renewed in time; the trainer stops.\n")
-            os._exit(FENCED)
-
-
-class WarmBase:
-    """The base model of the last job, kept for the next one that wants the same files held alike."""
-
-    def __init__(self) -> None:
-        import torch
-
-        self.device = "cuda" if torch.cuda.is_available() else "cpu"
-        self._key: tuple[Any, ...] | None = None
-        self._base: Base | None = None
-
-    def get(self, folder: Path, spec: TrainSpec, loading: Callable[[], None]) -> "Base":
-        """The base that the spec is trained on; calls `loading` when it must be loaded.
-
-        Raises ModelError when the folder cannot be.
-        """
-        from olora_core.bases.loading import load_base
-        from olora_core.bases.precision import compute_dtype
-
-        dtype = compute_dtype(spec, folder, self.device)
-        quantization = spec.hyperparameters.quantization
-        key = (spec.model, str(folder.resolve()), _files_of(folder), dtype, quantization)
-        if self._base is None or self._key != key:
-            self.drop()
-            loading()
-            self._base = load_base(
-                folder, name=spec.model, device=self.device, dtype=dtype, quantization=quantization
-            )
-            self._key = key
-        return self._base
-
-    def drop(self) -> None:
-        self._base = self._key = None
-        free_memory()
-
-
-def _files_of(folder: Path) -> tuple[tuple[str, int, int], ...]:
-    """Names, sizes and times of a folder's files: enough to see that they were exchanged."""
-    stats = ((path.name, path.stat()) for path in sorted(folder.iterdir()) if path.is_file())
-    return tuple((name, stat.st_size, stat.st_mtime_ns) for name, stat in stats)
-
-
-def check_devices(devices: int) -> None:
-    """Raises SpecError when a machine with GPUs has not so many for this process."""
-    import torch
-
-    if torch.cuda.is_available() and torch.cuda.device_count() < devices:
-        raise SpecError(
-            f"olora.devices = {devices}, and the worker that took the job has {torch.cuda.device_count()}; "
-            "ask for fewer, or give each worker more GPUs (OLORA_DEVICES_PER_WORKER).",
-            param="olora.devices",
-        )
-
-
-def free_memory() -> None:
-    """Gives back what the last job used."""
-    import torch
-
-    gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
 
 
 class Trainer:
@@ -229,8 +108,6 @@ class Trainer:
         from olora_core.bases.precision import compute_dtype
         from olora_core.bases.sharding import is_sharded
         from olora_core.devices import join
-
-        from .peer import shared_base
 
         check_devices(order.devices)
         # They talk over loopback alone.
@@ -345,35 +222,10 @@ def _as_json(value: Any) -> Any:
     return value
 
 
-def sentence_of(error: Exception) -> str:
-    """One sentence for the job's owner; the traceback is in the log."""
-    import torch
-
-    if isinstance(error, torch.OutOfMemoryError):
-        return (
-            "The device ran out of memory; "
-            "a smaller micro_batch_size, context_length or rank, or packing = false, needs less."
-        )
-    if isinstance(error, MemoryError):
-        return "The machine ran out of memory."
-    if isinstance(error, OSError) and error.errno == errno.ENOSPC:
-        return "No space is left on the worker's disk."
-    lines = str(error).strip().splitlines()
-    return f"The training process met an unexpected {type(error).__name__}" + (
-        f": {lines[0][:300]}" if lines else "."
-    )
-
-
 def _device_name() -> str:
     import torch
 
     return str(torch.cuda.get_device_name()) if torch.cuda.is_available() else "cpu"
-
-
-def leave(code: int) -> NoReturn:
-    """Ends the process without waiting for the threads that listen and watch."""
-    logging.shutdown()
-    os._exit(code)
 
 
 def main() -> None:

@@ -11,13 +11,12 @@ import threading
 from collections.abc import Mapping
 from typing import Any
 
-from .launch import ROOT
-from .protocol import Ended
+from ..launch import MACHINE, inherited
+from ..protocol import Ended
 
 logger = logging.getLogger(__name__)
 CLOSE_SECONDS = 5.0
 MOST_TOKENIZER_THREADS = 32
-MACHINE = ("PATH", "HOME", "LANG", "TZ", "TMPDIR", "VIRTUAL_ENV", "LD_LIBRARY_PATH", "PYTHONPATH")
 _INHERITED_PREFIXES = (
     *("LC_", "CUDA_", "NVIDIA_", "NCCL_", "TORCH", "PYTORCH_", "TRITON_", "HIP_", "ROCR_", "HSA_"),
     *("OMP_", "MKL_", "KMP_", "OPENBLAS_", "GOMP_", "ATEN_", "RAYON_"),
@@ -31,7 +30,7 @@ class TrainerProcess:
         self.project_id = project_id
         """Whose data it sees."""
         self._process = subprocess.Popen(
-            [sys.executable, "-m", "worker.trainer", "--parent", str(os.getpid())],
+            [sys.executable, "-m", "worker.trainer.trainer", "--parent", str(os.getpid())],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             env=trainer_environment(os.environ),
@@ -113,14 +112,3 @@ def trainer_environment(environment: Mapping[str, str]) -> dict[str, str]:
         # step seven times slower.
         "OMP_WAIT_POLICY": chosen.get("OMP_WAIT_POLICY", "PASSIVE"),
     }
-
-
-def inherited(
-    environment: Mapping[str, str], names: tuple[str, ...], prefixes: tuple[str, ...]
-) -> dict[str, str]:
-    """The named part of an environment, in which this project's modules are found."""
-    chosen = {
-        name: value for name, value in environment.items() if name in names or name.startswith(prefixes)
-    }
-    chosen["PYTHONPATH"] = os.pathsep.join([str(ROOT), *filter(None, [chosen.get("PYTHONPATH")])])
-    return chosen

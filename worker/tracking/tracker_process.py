@@ -16,7 +16,7 @@ from urllib.parse import unquote, urlsplit
 
 from store.settings import Settings
 
-from .process import MACHINE, inherited
+from ..launch import MACHINE, inherited
 
 logger = logging.getLogger(__name__)
 LISTEN_SECONDS = 0.2
@@ -30,12 +30,12 @@ class Trouble(Exception):
 
 
 class TrackerProcess:
-    """A running `worker.trackers`. Leaving the block ends it, and whatever it started."""
+    """A running `worker.tracking.trackers`. Leaving the block ends it, and whatever it started."""
 
     def __init__(self, tracker: str, environment: dict[str, str], patient: Callable[[float], bool]) -> None:
         self._patient = patient
         self._process = subprocess.Popen(
-            [sys.executable, "-m", "worker.trackers", tracker, "--parent", str(os.getpid())],
+            [sys.executable, "-m", "worker.tracking.trackers", tracker, "--parent", str(os.getpid())],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.DEVNULL,

@@ -13,15 +13,14 @@ import uuid
 from store import claims
 from store.errors import LeaseLost
 from store.files import storage
-from store.session import make_engine, read_sessions, sessions
+from store.session import DATABASE_AWAY, make_engine, read_sessions, sessions
 from store.settings import Settings
 
+from ..scratch import remove_orphans, scratch_folder
+from ..tracking.follower import follow
 from .attempt import Attempt
-from .follower import follow
-from .lease import DATABASE_AWAY
-from .process import TrainerProcess
-from .scratch import remove_orphans, scratch_folder
-from .tokens import trim_tokens
+from .token_folders import trim_tokens
+from .trainer_process import TrainerProcess
 
 logger = logging.getLogger(__name__)
 

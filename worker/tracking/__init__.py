@@ -1,0 +1,1 @@
+"""Experiment trackers: following a job and telling others its curves; never reaches torch."""

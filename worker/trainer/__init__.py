@@ -1,0 +1,1 @@
+"""The processes that train; they never reach the store."""

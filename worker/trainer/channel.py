@@ -1,0 +1,70 @@
+"""The trainer's line to its supervisor, and the deadline that it watches."""
+
+import json
+import os
+import queue
+import threading
+import time
+from typing import Any
+
+from ..protocol import FENCED, Order, Wish, claim_descriptors
+
+WATCH_SECONDS = 0.1
+
+
+class Channel:
+    """The supervisor's end of the line: messages out, and a thread that takes messages in."""
+
+    def __init__(self) -> None:
+        self._in, self._out = claim_descriptors()
+        self.orders: queue.Queue[Order] = queue.Queue()
+        self._turn = threading.Lock()
+        self._run: str | None = None
+        self._deadline: float | None = None
+        self._wish: Wish | None = None
+        threading.Thread(target=self._listen, name="listen", daemon=True).start()
+        threading.Thread(target=self._watch, name="watch", daemon=True).start()
+
+    def say(self, **message: Any) -> None:
+        self._out.write(json.dumps(message).encode() + b"\n")
+        self._out.flush()
+
+    def end(self, run: str) -> None:
+        """The job at hand is done with: its lease is nobody's concern any more."""
+        with self._turn:
+            if self._run == run:
+                self._run = self._deadline = None
+
+    def wish(self) -> Wish | None:
+        """What the supervisor wants of the job at hand; checks its lease on the way."""
+        self._fence()
+        return self._wish
+
+    def _listen(self) -> None:
+        for line in self._in:
+            self._hear(json.loads(line))
+        # The supervisor closed the line or is gone; whatever is being done is nobody's any more.
+        os._exit(0)
+
+    def _hear(self, message: dict[str, Any]) -> None:
+        with self._turn:
+            if "job" in message:
+                order = Order(**message["job"])
+                self._run, self._deadline, self._wish = order.run, order.deadline, None
+                self.orders.put(order)
+            elif "lease" in message and message["lease"]["run"] == self._run:
+                self._deadline = message["lease"]["deadline"]
+            elif "wish" in message and message["wish"]["run"] == self._run:
+                self._wish = message["wish"]["what"]
+
+    def _watch(self) -> None:
+        """For steps longer than the lease: the check between steps would come too late."""
+        while True:
+            time.sleep(WATCH_SECONDS)
+            self._fence()
+
+    def _fence(self) -> None:
+        deadline = self._deadline
+        if deadline is not None and time.monotonic() > deadline:
+            os.write(2, b"The lease was not renewed in time; the trainer stops.\n")
+            os._exit(FENCED)
