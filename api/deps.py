@@ -14,9 +14,9 @@ from sqlalchemy import Engine
 from sqlalchemy.orm import Session
 
 from store.dispatch import Dispatcher
-from store.files import Storage
 from store.session import Sessions
 from store.settings import Settings
+from store.storage import Storage
 
 from .errors import BadRequest
 

@@ -25,11 +25,11 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from olora_core.errors import OloraError
 from store.dispatch import Dispatcher
 from store.errors import StoreError
-from store.files import storage
 from store.keys import first_key
 from store.queue import celery_app
 from store.session import POOL_SIZE, make_engine, read_sessions, require_current_schema, sessions
 from store.settings import Settings, get_settings
+from store.storage import storage
 
 from .deps import Services
 from .errors import ApiError, MethodNotAllowed, as_api_error

@@ -6,7 +6,7 @@ from sqlalchemy.orm import Session
 
 from olora_core.errors import OloraError
 from store.errors import StoreError
-from store.requests import close_request, drop_request, open_request
+from store.idempotency import close_request, drop_request, open_request
 
 from .deps import Call
 from .errors import ApiError

@@ -14,12 +14,13 @@ from sqlalchemy import ColumnElement, Engine, and_, case, or_, select, update
 from sqlalchemy.orm import Session
 
 from . import claims, jobs
-from .files import Storage, purge_files, storage, to_purge
+from .files import purge_files, to_purge
+from .idempotency import forget_old_requests
 from .models import File, Job
 from .queue import celery_app, remove_leftovers, wake
-from .requests import forget_old_requests
 from .session import Sessions, db_now, read_sessions, sessions
 from .settings import Settings
+from .storage import Storage, storage
 
 log = logging.getLogger(__name__)
 

@@ -18,9 +18,9 @@ from olora_core.formats import Report, validate
 from olora_core.specs import nearest
 from store import files
 from store.errors import TooLarge as StoredTooLarge
-from store.files import Storage, Writer
+from store.idempotency import content_digest
 from store.models import File
-from store.requests import content_digest
+from store.storage import Storage, Writer
 
 from ..deps import After, Call, CallDep
 from ..errors import BadRequest, NotFound

@@ -12,9 +12,9 @@ from starlette.testclient import TestClient
 from olora_core.specs import Facts, TrainSpec, resolve
 from store import claims, comparisons, fine_tuned, jobs, progress
 from store.comparisons import EndedRun
-from store.files import storage
 from store.session import make_engine, sessions
 from store.settings import Settings
+from store.storage import storage
 
 T = TypeVar("T")
 

@@ -16,6 +16,7 @@ from store.models import File, Job
 from store.queue import QUEUE, celery_app
 from store.session import Sessions, db_now, make_engine
 from store.settings import Settings, read_settings
+from store.storage import INCOMING, storage
 from tests import services
 from tests.store import making
 
@@ -163,8 +164,8 @@ def test_two_dispatchers_note_each_wake_up_once(sessions: Sessions) -> None:
 def test_leftovers_are_removed_at_the_start(
     dispatcher: Dispatcher, settings: Settings, sessions: Sessions
 ) -> None:
-    store = files.storage(settings)
-    leftover = store.root / files.INCOMING / "abc.part"
+    store = storage(settings)
+    leftover = store.root / INCOMING / "abc.part"
     leftover.write_bytes(b"half")
     with sessions.begin() as session:
         making.project(session)
@@ -182,7 +183,7 @@ def test_a_nudge_removes_what_was_deleted(
     dispatcher: Dispatcher, settings: Settings, sessions: Sessions
 ) -> None:
     dispatcher.start()
-    store = files.storage(settings)
+    store = storage(settings)
     with sessions.begin() as session:
         making.project(session)
         file = making.file(session)

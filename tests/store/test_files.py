@@ -15,12 +15,12 @@ from typing import BinaryIO
 import pytest
 from sqlalchemy import select
 
-from store import files, jobs
+from store import files, jobs, storage
 from store.errors import FileInUse, NotFound, StorageError, StorageFull, TooLarge, UnknownCursor
-from store.files import MANIFEST, Storage
 from store.models import File, Job
 from store.session import Sessions, db_now
 from store.settings import Settings
+from store.storage import MANIFEST, Storage
 from tests.store import making
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -294,7 +294,7 @@ def test_a_deleted_folder_is_gone(store: Storage, adapter: Path) -> None:
 WRITE_AND_WAIT = """
 import sys, time
 from pathlib import Path
-from store.files import Storage
+from store.storage import Storage
 writer = Storage(Path(sys.argv[1])).writer("files/file-a").__enter__()
 writer.write(b"half")
 print("writing", flush=True)
@@ -337,7 +337,7 @@ def test_the_cleaner_never_takes_a_part_from_a_living_writer(store: Storage) -> 
 
 
 def test_a_full_disk_is_said_and_leaves_nothing(store: Storage, monkeypatch: pytest.MonkeyPatch) -> None:
-    new_part = files._new_part
+    new_part = storage._new_part
 
     def on_a_full_disk(incoming: Path) -> tuple[Path, BinaryIO]:
         part, file = new_part(incoming)
@@ -345,7 +345,7 @@ def test_a_full_disk_is_said_and_leaves_nothing(store: Storage, monkeypatch: pyt
         return part, open("/dev/full", "wb")  # the kernel answers that no space is left
 
     with monkeypatch.context() as patch:
-        patch.setattr(files, "_new_part", on_a_full_disk)
+        patch.setattr(storage, "_new_part", on_a_full_disk)
         with pytest.raises(StorageFull, match="No space"):
             write(store, "files/file-a", b"x" * 500_000)
         with pytest.raises(StorageFull, match="No space"):
@@ -494,5 +494,5 @@ def test_an_expired_file_goes_unless_a_job_needs_it(sessions: Sessions, store: S
 
 
 def test_the_storage_of_the_settings_is_in_the_home(settings: Settings) -> None:
-    assert files.storage(settings).root == Path(os.path.realpath(settings.home / "storage"))
+    assert storage.storage(settings).root == Path(os.path.realpath(settings.home / "storage"))
     shutil.rmtree(settings.home / "storage")

@@ -7,10 +7,10 @@ from typing import Any
 import pytest
 from sqlalchemy import func, select, update
 
-from store import requests
+from store import idempotency
 from store.errors import RequestMismatch, RequestPending
+from store.idempotency import Opened, close_request, content_digest, drop_request, open_request
 from store.models import Request
-from store.requests import Opened, close_request, content_digest, drop_request, open_request
 from store.session import Sessions, db_now
 
 ROUTE = "POST /v1/fine_tuning/jobs"
@@ -137,7 +137,7 @@ def test_of_many_tries_at_once_one_makes_the_object(sessions: Sessions, values: 
 
 
 def test_a_retry_is_recognised_for_more_than_half_an_hour_and_not_for_ever(sessions: Sessions) -> None:
-    assert requests.RETRY_WINDOW_SECONDS >= 1800
+    assert idempotency.RETRY_WINDOW_SECONDS >= 1800
     close(sessions, opened(sessions), "ftjob-1")
 
     def make_older(seconds: float) -> None:
@@ -146,17 +146,17 @@ def test_a_retry_is_recognised_for_more_than_half_an_hour_and_not_for_ever(sessi
 
     make_older(1900)
     assert opened(sessions, retry_count=1).object_id == "ftjob-1"
-    make_older(requests.RETRY_WINDOW_SECONDS + 1)
+    make_older(idempotency.RETRY_WINDOW_SECONDS + 1)
     assert opened(sessions, retry_count=1).object_id is None
 
 
 def test_old_requests_are_forgotten(sessions: Sessions) -> None:
     opened(sessions)
     with sessions.begin() as session:
-        session.execute(update(Request).values(created_at=db_now() - requests.KEEP_SECONDS - 1))
+        session.execute(update(Request).values(created_at=db_now() - idempotency.KEEP_SECONDS - 1))
     opened(sessions)
     with sessions.begin() as session:
-        requests.forget_old_requests(session)
+        idempotency.forget_old_requests(session)
     with sessions() as session:
         assert session.scalar(select(func.count()).select_from(Request)) == 1
 

@@ -17,10 +17,11 @@ from olora_core.formats import validate
 from olora_core.specs import read_comparison, read_spec
 from store import jobs, progress
 from store.events import events_since
-from store.files import Storage, file_key, new_file_id, record_file, storage
+from store.files import file_key, new_file_id, record_file
 from store.models import Attempt, Checkpoint, Event, File, Job, Metric, Project
 from store.session import Sessions, make_engine, sessions
 from store.settings import Settings
+from store.storage import Storage, storage
 from tests.worker.tiny_base import chat_rows
 
 PROJECT = "default"

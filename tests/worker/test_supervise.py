@@ -22,7 +22,7 @@ from olora_core.errors import TrainingError
 from olora_core.specs import TrainSpec
 from olora_core.training.train import Step, train
 from store import files, progress
-from store.files import Storage
+from store.storage import Storage
 from tests.services import wait_until
 from tests.worker.service import Service, exists
 from tests.worker.tiny_base import chat_rows

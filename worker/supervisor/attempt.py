@@ -26,12 +26,12 @@ from store.bases import fetch_base, find_base
 from store.comparisons import EndedRun
 from store.errors import LeaseLost, StorageError, StoreError
 from store.events import Note, Notice
-from store.files import Storage
 from store.kinds import COMPARISON
 from store.models import Attempt as AttemptRow
 from store.models import Checkpoint, Job
 from store.session import DATABASE_AWAY, Sessions
 from store.settings import Settings
+from store.storage import Storage
 
 from ..protocol import Ended, Order
 from ..tracking.curves import EventFile, curves, event_file_name

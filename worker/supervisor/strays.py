@@ -5,9 +5,9 @@ import re
 from sqlalchemy import select
 from sqlalchemy.orm import Session
 
-from store.files import Storage
 from store.models import Checkpoint, File, Job
 from store.session import Sessions
+from store.storage import Storage
 
 
 def checkpoint_folder(job_id: str, step: int, attempt: int, copy: int) -> str:

@@ -12,9 +12,9 @@ import uuid
 
 from store import claims
 from store.errors import LeaseLost
-from store.files import storage
 from store.session import DATABASE_AWAY, make_engine, read_sessions, sessions
 from store.settings import Settings
+from store.storage import storage
 
 from ..scratch import remove_orphans, scratch_folder
 from ..tracking.follower import follow
