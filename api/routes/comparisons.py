@@ -14,13 +14,13 @@ from store.kinds import COMPARISON
 from store.models import File, Job
 
 from ..deps import After, BodyDep, Call, CallDep, Limit
+from ..downloads import is_current, send_file
 from ..errors import NotFound
-from ..once import once
+from ..idempotency import once
+from ..schemas.bodies import JobOptions
 from ..schemas.comparisons import RESULTS, ComparisonObject, CreateComparison, read_create, spec_of
 from ..schemas.pages import Page
-from ..schemas.requests import JobOptions
-from .files import is_current, send_file
-from .jobs import check_base, metadata_filter, usable
+from ..submission import check_base, metadata_filter, usable
 
 router = APIRouter(prefix="/v1/comparisons", tags=["comparisons"])
 

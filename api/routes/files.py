@@ -1,13 +1,9 @@
 """Files: an upload goes to the storage while it arrives, is validated, and only then exists."""
 
-import base64
 import contextlib
-import math
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator
 from dataclasses import dataclass, field
-from pathlib import PurePosixPath
 from typing import Annotated, Literal
-from urllib.parse import quote
 
 from fastapi import APIRouter, Query, Request
 from sqlalchemy.orm import Session
@@ -19,13 +15,13 @@ from olora_core.specs import nearest
 from store import files
 from store.errors import TooLarge as StoredTooLarge
 from store.idempotency import content_digest
-from store.models import File
-from store.storage import Storage, Writer
+from store.storage import Writer
 
 from ..deps import After, Call, CallDep
-from ..errors import BadRequest, NotFound
+from ..downloads import send_file
+from ..errors import BadRequest
 from ..form import PartBegins, PartData, PartEnds, read_form
-from ..once import once
+from ..idempotency import once
 from ..schemas.files import UPLOAD_PURPOSES, FileObject
 from ..schemas.pages import Deleted, Page
 from ..security import large_file
@@ -33,18 +29,8 @@ from ..security import large_file
 router = APIRouter(prefix="/v1/files", tags=["files"])
 
 WRITE_BYTES = 2**20
-READ_BYTES = 3 * 2**18
-"""A multiple of 3, so that pieces in base64 join without padding."""
 FIELD_BYTES = 1000
 FIELDS = ("purpose", "expires_after[anchor]", "expires_after[seconds]")
-MEDIA_TYPES = {
-    ".csv": "text/csv; charset=utf-8",
-    ".html": "text/html; charset=utf-8",
-    ".json": "application/json",
-    ".jsonl": "application/jsonl",
-    ".parquet": "application/vnd.apache.parquet",
-    ".zip": "application/zip",
-}
 
 
 @dataclass
@@ -278,32 +264,3 @@ def retrieve_content(
     with call.reading() as session:
         row = files.get_file(session, call.project_id, file_id)
     return send_file(call.storage, row, as_base64=encoding == "base64")
-
-
-def send_file(storage: Storage, row: File, *, as_base64: bool = False) -> StreamingResponse:
-    """Streams a stored file, under its own name and type."""
-    if row.storage_key is None:
-        raise NotFound(f"No such file: {row.id}.", param="file_id")
-    storage.size(row.storage_key)  # raises before the answer begins when the bytes are gone
-    suffix = PurePosixPath(row.filename).suffix.lower()
-    headers = {
-        "content-disposition": f"attachment; filename*=UTF-8''{quote(row.filename, safe='')}",
-        "content-length": str(4 * math.ceil(row.bytes / 3) if as_base64 else row.bytes),
-        "etag": f'"{row.sha256}"',
-        "cache-control": "private, no-cache",
-    }
-    media_type = "text/plain" if as_base64 else MEDIA_TYPES.get(suffix, "application/octet-stream")
-    pieces = _pieces(storage, row.storage_key, as_base64)
-    return StreamingResponse(pieces, media_type=media_type, headers=headers)
-
-
-def is_current(row: File, if_none_match: str | None) -> bool:
-    """Whether the client has these very bytes already."""
-    tags = [tag.strip().removeprefix("W/") for tag in (if_none_match or "").split(",")]
-    return f'"{row.sha256}"' in tags or tags == ["*"]
-
-
-def _pieces(storage: Storage, key: str, as_base64: bool) -> Iterator[bytes]:
-    with storage.open(key) as stream:
-        while chunk := stream.read(READ_BYTES):
-            yield base64.b64encode(chunk) if as_base64 else chunk

@@ -1,25 +1,24 @@
 """Fine-tuning jobs: created, listed, looked at, cancelled; their checkpoints and their adapter."""
 
-from typing import Literal
-
 from fastapi import APIRouter, Request
 from sqlalchemy.orm import Session
 from starlette.responses import Response
 
 from olora_core.specs import TrainSpec
-from store import bases, files, jobs, progress
-from store.errors import FileUnusable, JobStateError
+from store import files, jobs, progress
+from store.errors import JobStateError
 from store.errors import NotFound as NotStored
 from store.integrations import Integration, read_integrations, require_offered
 from store.models import File, Job
 
 from ..deps import After, BodyDep, Call, CallDep, Limit
-from ..errors import BadRequest, NotFound
-from ..once import once
+from ..downloads import is_current, send_file
+from ..errors import NotFound
+from ..idempotency import once
+from ..schemas.bodies import JobOptions
 from ..schemas.jobs import CheckpointObject, CreateJob, JobObject, read_create, spec_of
 from ..schemas.pages import Page
-from ..schemas.requests import JobOptions
-from .files import is_current, send_file
+from ..submission import check_base, metadata_filter, usable
 
 router = APIRouter(prefix="/v1/fine_tuning/jobs", tags=["fine-tuning"])
 
@@ -50,17 +49,6 @@ def create_job(body: BodyDep, call: CallDep) -> JobObject:
     return retrieve_job(made_id, call)
 
 
-def check_base(call: Call, model: str) -> None:
-    """Raises BadRequest or ModelError for what is no base model here."""
-    if model.startswith("ft:"):
-        raise BadRequest(
-            f"Training on from the fine-tuned model '{model}' is not available yet; name a base model.",
-            param="model",
-            code="model_not_available",
-        )
-    bases.find_base(call.settings, model)
-
-
 def _make(
     session: Session, call: Call, request: CreateJob, spec: TrainSpec, trackers: list[Integration]
 ) -> str:
@@ -84,28 +72,6 @@ def _make(
     return job.id
 
 
-def usable(
-    session: Session, call: Call, file_id: str, param: Literal["training_file", "validation_file"]
-) -> File:
-    """The caller's own file, validated. Raises BadRequest naming `param`."""
-    try:
-        file = files.get_file(session, call.project_id, file_id)
-    except NotStored:
-        raise BadRequest(
-            f"{param}: there is no file '{file_id}' in this project; it may have been deleted or have "
-            "expired. Upload it again with POST /v1/files.",
-            param=param,
-            code=f"invalid_{param}",
-        ) from None
-    if file.status != "processed":
-        raise FileUnusable(
-            f"File '{file_id}' is still being processed and is not ready to be used for fine-tuning. "
-            "Please try again later.",
-            param=param,
-        )
-    return file
-
-
 @router.get("")
 def list_jobs(request: Request, call: CallDep, after: After = None, limit: Limit = 20) -> Page[JobObject]:
     """Newest first. `metadata[key]=value`, repeated, keeps the jobs with all those pairs; `metadata=null`
@@ -115,23 +81,6 @@ def list_jobs(request: Request, call: CallDep, after: After = None, limit: Limit
     with call.reading() as session:
         page = jobs.list_jobs(session, call.project_id, metadata=wanted, after=after, limit=limit)
         return Page[JobObject].of([_object(row, call) for row in page.data], page.has_more)
-
-
-def metadata_filter(request: Request) -> dict[str, str] | Literal["null"] | None:
-    """What a list is asked to keep. Raises BadRequest."""
-    pairs: dict[str, str] = {}
-    for name, value in request.query_params.multi_items():
-        if name.startswith("metadata[") and name.endswith("]"):
-            pairs[name[len("metadata[") : -1]] = value
-    literal = request.query_params.get("metadata")
-    if literal is None:
-        return pairs or None
-    if literal != "null" or pairs:
-        raise BadRequest(
-            "Filter with metadata[key]=value for pairs, or with metadata=null alone for jobs without any.",
-            param="metadata",
-        )
-    return "null"
 
 
 @router.get("/{job_id}")

@@ -8,8 +8,8 @@ from olora_core.specs import MAX_SEEDS, ComparisonSpec, read_comparison
 from store.models import Job
 
 from ..errors import BadRequest
+from .bodies import JobOptions, MethodRequest, Request, check_metadata, hyperparameters_of, read_request
 from .jobs import JobError, whole_seconds
-from .requests import JobOptions, MethodRequest, Request, check_metadata, hyperparameters_of, read_request
 
 RESULTS = ("page", "report")
 """What the result files are, in their order."""

@@ -11,7 +11,7 @@ from store.jobs import leaves_model
 from store.kinds import FINE_TUNING, Kind
 from store.models import Checkpoint, Event, Job
 
-from .requests import JobOptions, MethodRequest, Request, check_metadata, hyperparameters_of, read_request
+from .bodies import JobOptions, MethodRequest, Request, check_metadata, hyperparameters_of, read_request
 
 
 class CreateJob(Request):

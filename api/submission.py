@@ -1,0 +1,64 @@
+"""What every request that starts work must pass, and how such work is filtered."""
+
+from typing import Literal
+
+from fastapi import Request
+from sqlalchemy.orm import Session
+
+from store import bases, files
+from store.errors import FileUnusable
+from store.errors import NotFound as NotStored
+from store.models import File
+
+from .deps import Call
+from .errors import BadRequest
+
+
+def check_base(call: Call, model: str) -> None:
+    """Raises BadRequest or ModelError for what is no base model here."""
+    if model.startswith("ft:"):
+        raise BadRequest(
+            f"Training on from the fine-tuned model '{model}' is not available yet; name a base model.",
+            param="model",
+            code="model_not_available",
+        )
+    bases.find_base(call.settings, model)
+
+
+def usable(
+    session: Session, call: Call, file_id: str, param: Literal["training_file", "validation_file"]
+) -> File:
+    """The caller's own file, validated. Raises BadRequest naming `param`."""
+    try:
+        file = files.get_file(session, call.project_id, file_id)
+    except NotStored:
+        raise BadRequest(
+            f"{param}: there is no file '{file_id}' in this project; it may have been deleted or have "
+            "expired. Upload it again with POST /v1/files.",
+            param=param,
+            code=f"invalid_{param}",
+        ) from None
+    if file.status != "processed":
+        raise FileUnusable(
+            f"File '{file_id}' is still being processed and is not ready to be used for fine-tuning. "
+            "Please try again later.",
+            param=param,
+        )
+    return file
+
+
+def metadata_filter(request: Request) -> dict[str, str] | Literal["null"] | None:
+    """What a list is asked to keep. Raises BadRequest."""
+    pairs: dict[str, str] = {}
+    for name, value in request.query_params.multi_items():
+        if name.startswith("metadata[") and name.endswith("]"):
+            pairs[name[len("metadata[") : -1]] = value
+    literal = request.query_params.get("metadata")
+    if literal is None:
+        return pairs or None
+    if literal != "null" or pairs:
+        raise BadRequest(
+            "Filter with metadata[key]=value for pairs, or with metadata=null alone for jobs without any.",
+            param="metadata",
+        )
+    return "null"
