@@ -10,7 +10,7 @@ import pytest
 
 from store.events import Event
 from tests.worker.service import Service
-from tests.worker.test_supervise import at_work, trainer_pid
+from tests.worker.test_supervisor import at_work, trainer_pid
 from worker.supervisor.supervisor import Supervisor
 
 LONG = {"rows": 64, "n_epochs": 40}

@@ -14,7 +14,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from store.models import File, Metric
 from tests.services import wait_until
 from tests.worker.service import Service
-from tests.worker.test_supervise import at_work, trainer_pid
+from tests.worker.test_supervisor import at_work, trainer_pid
 from tests.worker.tiny_base import chat_rows
 from worker.supervisor.supervisor import Supervisor
 from worker.tracking.curves import EventFile, curves, event_file_name, go_on, read_points, run_in

@@ -22,7 +22,7 @@ from store.models import Job
 from store.settings import Settings, read_settings
 from tests.services import wait_until
 from tests.worker.service import Service
-from tests.worker.test_supervise import at_work, trainer_pid
+from tests.worker.test_supervisor import at_work, trainer_pid
 from tests.worker.tiny_base import chat_rows
 from worker.supervisor.supervisor import Supervisor
 from worker.supervisor.trainer_process import trainer_environment

@@ -1,0 +1,184 @@
+"""Loading a base from a folder."""
+
+import hashlib
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import PreTrainedTokenizerFast
+
+from olora_core.bases.loading import Base, load_base
+from olora_core.bases.precision import compute_dtype
+from olora_core.errors import ModelError
+from olora_core.specs import read_spec
+
+from ..conftest import END, make_llama, make_tokenizer
+
+
+@pytest.fixture
+def folder(base_folders: dict[str, Path], tmp_path: Path) -> Path:
+    """A copy of the Llama's folder, to be spoilt."""
+    return Path(shutil.copytree(base_folders["llama"], tmp_path / "base"))
+
+
+def test_a_base_is_loaded_frozen_in_eval_mode_and_its_own_dtype(llama: Base, bf16_llama: Base) -> None:
+    assert (llama.dtype, bf16_llama.dtype) == (torch.float32, torch.bfloat16)
+    assert not any(parameter.requires_grad for parameter in llama.model.parameters())
+    assert not llama.model.training
+    assert llama.notes == []
+    original = make_llama().state_dict()
+    loaded = llama.model.state_dict()
+    assert all(torch.equal(loaded[name], original[name]) for name in original)
+
+
+def test_another_dtype_can_be_asked_for(base_folders: dict[str, Path]) -> None:
+    base = load_base(base_folders["llama-bf16"], name="x", dtype=torch.float32)
+    assert base.dtype == torch.float32
+    assert {p.dtype for p in base.model.parameters()} == {torch.float32}
+
+
+def test_the_fingerprint_is_that_of_the_weights(llama: Base, tied_llama: Base, folder: Path) -> None:
+    digest = hashlib.sha256((folder / "model.safetensors").read_bytes()).hexdigest()
+    listing = f"{digest}  model.safetensors\n"
+    assert llama.fingerprint == hashlib.sha256(listing.encode()).hexdigest()
+    (folder / "generation_config.json").unlink()
+    assert load_base(folder, name="elsewhere").fingerprint == llama.fingerprint
+    assert tied_llama.fingerprint != llama.fingerprint
+
+
+def test_a_sharded_checkpoint_is_loaded_and_a_missing_shard_named(folder: Path) -> None:
+    (folder / "model.safetensors").unlink()
+    make_llama().save_pretrained(folder, max_shard_size="40KB")
+    shards = sorted(folder.glob("model-*.safetensors"))
+    assert len(shards) > 1
+    base = load_base(folder, name="sharded")
+    assert torch.equal(base.model.lm_head.weight, make_llama().lm_head.weight)
+    shards[0].unlink()
+    with pytest.raises(ModelError, match=shards[0].name):
+        load_base(folder, name="sharded")
+
+
+def test_a_missing_folder_and_a_missing_config_are_named(folder: Path, tmp_path: Path) -> None:
+    with pytest.raises(ModelError, match="its folder does not exist"):
+        load_base(tmp_path / "nowhere", name="m")
+    (folder / "config.json").unlink()
+    with pytest.raises(ModelError, match=r"has no config\.json"):
+        load_base(folder, name="m")
+    (folder / "adapter_config.json").write_text("{}")
+    with pytest.raises(ModelError, match="holds an adapter"):
+        load_base(folder, name="m")
+
+
+def test_pickled_weights_are_refused_with_their_name_and_never_opened(folder: Path) -> None:
+    (folder / "model.safetensors").unlink()
+    with pytest.raises(ModelError, match=r"no model\.safetensors .*none is there"):
+        load_base(folder, name="m")
+    (folder / "pytorch_model.bin").write_bytes(b"cposix\nsystem\n")
+    with pytest.raises(ModelError, match=r"pytorch_model\.bin is a pickle.*save_pretrained"):
+        load_base(folder, name="m")
+
+
+def test_truncated_weights_are_refused(folder: Path) -> None:
+    weights = folder / "model.safetensors"
+    for keep in (weights.stat().st_size // 2, 4, 0):
+        weights.write_bytes(weights.read_bytes()[:keep])
+        with pytest.raises(ModelError, match=r"model\.safetensors of base model 'm' cannot be read"):
+            load_base(folder, name="m")
+
+
+def test_weights_that_lack_a_layer_are_refused_not_filled_with_random_numbers(folder: Path) -> None:
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"num_hidden_layers": 3, "layer_types": None}))
+    with pytest.raises(ModelError, match=r"lack model\.layers\.2\..* and 5 more"):
+        load_base(folder, name="m")
+
+
+def test_weights_that_the_model_does_not_use_are_pointed_out(folder: Path) -> None:
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"num_hidden_layers": 1, "layer_types": None}))
+    (note,) = load_base(folder, name="m").notes
+    assert note.startswith("9 tensors of the checkpoint have no place in the model: model.layers.1.")
+
+
+def test_weights_of_another_shape_are_refused(folder: Path) -> None:
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"intermediate_size": 64}))
+    with pytest.raises(ModelError, match="'m'"):
+        load_base(folder, name="m")
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"model_type": "no_such_architecture"},
+        {"model_type": "vit"},
+        {"model_type": "custom", "auto_map": {"AutoConfig": "code.Config", "AutoModelForCausalLM": "code.M"}},
+        {"transformers_weights": "adapter_model.bin"},
+        {"attn_implementation": "someone/kernel"},
+    ],
+)
+def test_unknown_architectures_and_foreign_code_are_refused(folder: Path, change: dict) -> None:
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | change))
+    (folder / "code.py").write_text("raise SystemExit('foreign code ran')")
+    with pytest.raises(ModelError, match="'m'"):
+        load_base(folder, name="m")
+
+
+def test_a_config_that_is_not_json_is_refused(folder: Path) -> None:
+    for text in ("{", "[]", "\x00"):
+        (folder / "config.json").write_text(text)
+        with pytest.raises(ModelError, match=r"config\.json of base model 'm' is not"):
+            load_base(folder, name="m")
+
+
+def test_a_missing_or_broken_tokenizer_is_named(folder: Path) -> None:
+    (folder / "tokenizer.json").write_text("{}")
+    with pytest.raises(ModelError, match="tokenizer of base model 'm' cannot be loaded"):
+        load_base(folder, name="m")
+    for path in folder.glob("tokenizer*"):
+        path.unlink()
+    with pytest.raises(ModelError, match=r"no tokenizer; .*tokenizer\.json"):
+        load_base(folder, name="m")
+
+
+def test_a_tokenizer_of_another_model_is_refused(folder: Path) -> None:
+    tokenizer = make_tokenizer()
+    tokenizer.add_tokens(["one-more"])
+    tokenizer.save_pretrained(folder)
+    with pytest.raises(ModelError, match="token 259, but the model embeds 259 tokens"):
+        load_base(folder, name="m")
+
+
+def without_padding(**tokens: str) -> PreTrainedTokenizerFast:
+    core = make_tokenizer().backend_tokenizer
+    return PreTrainedTokenizerFast(tokenizer_object=core, **tokens)
+
+
+def test_a_missing_pad_token_is_adopted_from_the_tokenizers_own_and_noted(folder: Path) -> None:
+    without_padding(eos_token=END).save_pretrained(folder)
+    base = load_base(folder, name="m")
+    assert base.tokenizer.pad_token == "<|pad|>"
+    assert base.tokenizer.pad_token_id != base.tokenizer.eos_token_id
+    assert len(base.tokenizer) == 259
+    assert "'<|pad|>'" in base.notes[0]
+
+
+def test_an_end_token_that_has_to_pad_is_pointed_out(folder: Path) -> None:
+    without_padding(eos_token="<|pad|>").save_pretrained(folder)
+    base = load_base(folder, name="m")
+    assert base.tokenizer.pad_token_id == base.tokenizer.eos_token_id
+    assert "also its end-of-text token" in base.notes[0]
+
+
+def test_an_error_tells_nothing_of_where_the_folder_lies(folder: Path) -> None:
+    config = json.loads((folder / "config.json").read_text())
+    for content, words in (("{", "not JSON"), (json.dumps(config | {"model_type": "klingon"}), "klingon")):
+        (folder / "config.json").write_text(content)
+        with pytest.raises(ModelError, match=words) as refused:
+            compute_dtype(read_spec(model="m"), folder)
+        assert str(folder.parent) not in refused.value.message
+        assert "\n" not in refused.value.message
+        assert refused.value.param == "model"

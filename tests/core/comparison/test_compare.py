@@ -1,0 +1,417 @@
+"""A comparison on a tiny base: the same terms for all, and nothing tuned on the rows that are reported."""
+
+import copy
+import json
+import math
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from olora_core.bases.loading import Base, load_base
+from olora_core.comparison.compare import compare
+from olora_core.comparison.search import held_out
+from olora_core.errors import CheckpointError, SpecError
+from olora_core.layers.adapter import AdaptedLinear
+from olora_core.methods import METHODS
+from olora_core.methods.pissa import PiSSA
+from olora_core.progress import (
+    Compared,
+    ComparedStep,
+    ComparisonProgress,
+    Finished,
+    Note,
+    RunFinished,
+    Saved,
+    result_of,
+)
+from olora_core.specs import ComparisonSpec, read_comparison, read_spec
+from olora_core.training.data import read_data
+from olora_core.training.step import forget_peak_memory, peak_memory
+from olora_core.training.train import train
+
+from ..runs import chat_rows, one, preference_rows, write_rows
+
+STEPS = 16
+RATES = (3e-4, 3e-3, 3e-2)
+TIMINGS = ("seconds", "tokens_per_second", "peak_memory_bytes")
+
+
+def comparison(methods: Any = ("olora", "lora"), **options: Any) -> ComparisonSpec:
+    """A spec whose every number is small."""
+    hyperparameters = {
+        "n_epochs": 2,
+        "batch_size": 4,
+        "max_steps": STEPS,
+        "dtype": "float32",
+        "packing": False,
+    } | options.pop("hyperparameters", {})
+    chosen = {"learning_rates": RATES, "seeds": 2, "seed": 5, "search_share": 0.2, "budget": 700} | options
+    return read_comparison(model="tiny", methods=methods, hyperparameters=hyperparameters, **chosen)
+
+
+@pytest.fixture
+def files(tmp_path: Path) -> tuple[Path, Path]:
+    rows = chat_rows(60)
+    return write_rows(tmp_path / "train.jsonl", rows[:45]), write_rows(tmp_path / "valid.jsonl", rows[45:])
+
+
+def told(
+    spec: ComparisonSpec, base: Base, files: tuple[Path, Path], folder: Path, **options: Any
+) -> list[ComparisonProgress]:
+    return list(compare(spec, base, *files, folder, **options))
+
+
+def report_in(progress: Iterable[ComparisonProgress]) -> dict[str, Any]:
+    report: dict[str, Any] = one(Compared, progress).report
+    return report
+
+
+def without_timings(report: dict[str, Any]) -> dict[str, Any]:
+    report = copy.deepcopy(report)
+    for method in report["methods"]:
+        for name in TIMINGS:
+            del method[name]
+    return report
+
+
+# --- the same terms ----------------------------------------------------------------------------------------
+
+
+def test_all_methods_see_the_same_rows_in_the_same_order(
+    llama: Base, files: tuple[Path, Path], tmp_path: Path
+) -> None:
+    """At a rate that moves nothing, the loss of each step is the base's over that step's rows."""
+    spec = comparison(["olora", "lora", "pissa", "cola", "rm_lora"], learning_rates=[1e-12])
+    losses: dict[tuple[int, str], list[float]] = {}
+    for step in told(spec, llama, files, tmp_path):
+        if isinstance(step, ComparedStep):
+            losses.setdefault((step.seed, step.method), []).append(step.loss)
+    for seed in (5, 6):
+        for method in ("olora", "pissa", "cola", "rm_lora"):
+            assert losses[seed, method] == pytest.approx(losses[seed, "lora"], abs=1e-6)
+    assert losses[5, "lora"] != pytest.approx(losses[6, "lora"], abs=1e-3)
+    assert {len(taken) for taken in losses.values()} == {STEPS}
+
+
+def test_every_method_trains_as_many_numbers_as_the_budget_allows(
+    llama: Base, files: tuple[Path, Path], tmp_path: Path
+) -> None:
+    spec = comparison(
+        ["olora", {"method": "pissa", "rank": 2}], budget="auto", learning_rates=[1e-3], seeds=1
+    )
+    olora, pissa, lora = report_in(told(spec, llama, files, tmp_path))["methods"]
+    assert lora["rank"] == olora["rank"] == 8
+    assert pissa["rank"] == 2
+    assert lora["trained_numbers"] == 4 * pissa["trained_numbers"]
+    assert (lora["exported_rank"], olora["exported_rank"], pissa["exported_rank"]) == (8, 16, 4)
+
+
+def test_the_validation_file_has_no_part_in_the_search(
+    llama: Base, files: tuple[Path, Path], tmp_path: Path
+) -> None:
+    training, validation = files
+    other = write_rows(tmp_path / "other.jsonl", chat_rows(9))
+    reports = [
+        report_in(told(comparison(seeds=1), llama, (training, held_out), tmp_path / held_out.stem))
+        for held_out in (validation, other)
+    ]
+    searches = [[method["search"] for method in report["methods"]] for report in reports]
+    assert searches[0] == searches[1]
+    finals = [report["methods"][0]["final"]["mean"] for report in reports]
+    assert abs(finals[0] - finals[1]) > 1e-4
+
+
+def test_the_search_trains_on_the_rows_that_it_does_not_judge_by(
+    llama: Base, files: tuple[Path, Path], tmp_path: Path
+) -> None:
+    """A run over files made of just these rows comes to the loss that the search was judged by."""
+    report = report_in(told(comparison(seeds=1), llama, files, tmp_path / "compared"))
+    assert report["search"] == {"learning_rates": list(RATES), "seed": 5, "trained_on": 29, "examples": 16}
+    train_on, judge_by = held_out(45, 0.2, seed=5)
+    rows = chat_rows(45)
+    split = (
+        write_rows(tmp_path / "rest.jsonl", [rows[i] for i in train_on]),
+        write_rows(tmp_path / "held.jsonl", [rows[i] for i in judge_by]),
+    )
+    lora = report["methods"][1]
+    trial = lora["search"][1]["trials"][0]
+    spec = report["winner"]["hyperparameters"] | {"learning_rate": trial["learning_rate"], "samples": 0}
+    alone = read_spec(
+        model="tiny", hyperparameters=spec, adapter={"method": "lora", "rank": lora["rank"]}, seed=5
+    )
+    finished = one(Finished, train(alone, llama, *split, tmp_path / "alone"))
+    assert finished.metrics["valid_loss_after"] == pytest.approx(trial["loss"], abs=1e-6)
+
+
+# --- the search and the finals -----------------------------------------------------------------------------
+
+
+def test_the_rate_with_the_lowest_loss_in_full_is_trained_with_every_seed(
+    llama: Base, files: tuple[Path, Path], tmp_path: Path
+) -> None:
+    progress = told(comparison(), llama, files, tmp_path)
+    report = report_in(progress)
+    runs = [p for p in progress if isinstance(p, RunFinished)]
+    for method in report["methods"]:
+        own = [run for run in runs if run.method == method["label"]]
+        full = {r.learning_rate: r.loss for r in own if r.stage == "search" and r.steps == STEPS}
+        assert method["learning_rate"] == min(full, key=full.__getitem__)
+        finals = [run for run in own if run.stage == "final"]
+        assert [run.seed for run in finals] == [5, 6]
+        assert {run.learning_rate for run in finals} == {method["learning_rate"]}
+        assert method["final"]["losses"] == [run.loss for run in finals]
+        first, last = method["search"]
+        assert (first["steps"], last["steps"]) == (8, STEPS)
+        assert [trial["learning_rate"] for trial in first["trials"] if trial["kept"]] == sorted(full)
+
+
+def test_the_winner_trained_by_itself_comes_to_the_reported_loss(
+    llama: Base, files: tuple[Path, Path], tmp_path: Path
+) -> None:
+    report = report_in(told(comparison(), llama, files, tmp_path))
+    winner = dict(report["winner"])
+    assert (winner.pop("training_file"), winner.pop("validation_file")) == ("train.jsonl", "valid.jsonl")
+    winner.pop("output")
+    winner["hyperparameters"]["samples"] = 0
+    finished = one(Finished, train(read_spec(**winner), llama, *files, tmp_path / "again"))
+    taken = next(m for m in report["methods"] if m["label"] == report["verdict"]["take"])
+    assert finished.metrics["valid_loss_after"] == pytest.approx(taken["final"]["losses"][0], abs=1e-6)
+    assert finished.metrics["valid_accuracy_after"] >= 0
+
+
+def test_curves_are_of_the_same_steps_for_all_and_begin_at_the_base(
+    llama: Base, files: tuple[Path, Path], tmp_path: Path
+) -> None:
+    report = report_in(told(comparison(hyperparameters={"max_steps": 24}), llama, files, tmp_path))
+    olora, lora = (method["curve"] for method in report["methods"])
+    assert olora["steps"] == lora["steps"] == list(range(0, 25, 2))
+    assert olora["mean"][0] == pytest.approx(lora["mean"][0], abs=1e-6)
+    for curve in (olora, lora):
+        for mean, low, high, *by_seed in zip(
+            curve["mean"], curve["min"], curve["max"], *curve["by_seed"], strict=True
+        ):
+            assert (mean, low, high) == (
+                pytest.approx(math.fsum(by_seed) / 2),
+                min(by_seed),
+                max(by_seed),
+            )
+
+
+def test_steps_count_over_all_runs_and_end_at_their_total(
+    llama: Base, files: tuple[Path, Path], tmp_path: Path
+) -> None:
+    progress = told(comparison(learning_rates="auto"), llama, files, tmp_path)
+    steps = [p for p in progress if isinstance(p, ComparedStep)]
+    assert [step.step for step in steps] == list(range(1, len(steps) + 1))
+    assert steps[-1].step == steps[-1].total_steps
+    assert steps[-1].run == steps[-1].runs
+    runs = [p for p in progress if isinstance(p, RunFinished)]
+    assert [run.run for run in runs] == list(range(1, len(runs) + 1))
+    extended = [p for p in progress if isinstance(p, Note) and "edge" in p.message]
+    assert steps[-1].runs == steps[0].runs + len(extended)
+
+
+@pytest.mark.slow
+def test_all_methods_can_be_compared(llama: Base, files: tuple[Path, Path], tmp_path: Path) -> None:
+    spec = comparison("all", learning_rates=[1e-3], seeds=1, budget="auto")
+    report = report_in(told(spec, llama, files, tmp_path))
+    assert [method["label"] for method in report["methods"]] == list(METHODS)
+    for method in report["methods"]:
+        assert method["problem"] is None
+        assert method["final"]["mean"] > 0
+
+
+def test_a_method_that_exports_no_adapter_says_so(
+    llama: Base, files: tuple[Path, Path], tmp_path: Path
+) -> None:
+    merged = {"method": "mora", "type": 6, "export": "merged"}
+    report = report_in(told(comparison([merged], learning_rates=[1e-3], seeds=1), llama, files, tmp_path))
+    mora, _ = report["methods"]
+    assert mora["exported_rank"] is None
+    assert mora["final"]["mean"] > 0
+    assert "merged only" in (tmp_path / "comparison.html").read_text()
+
+
+def test_preferences_are_compared_too(llama: Base, tmp_path: Path) -> None:
+    rows = preference_rows(30)
+    files = write_rows(tmp_path / "train.jsonl", rows[:20]), write_rows(tmp_path / "valid.jsonl", rows[20:])
+    report = report_in(told(comparison(type="dpo", seeds=1), llama, files, tmp_path))
+    assert report["unit"] == "nats a pair"
+    assert "nats a pair" in report["verdict"]["sentence"]
+
+
+# --- what goes wrong ---------------------------------------------------------------------------------------
+
+
+class Exploding(PiSSA):
+    """Its factors are infinite after a few steps at all but the lowest rate."""
+
+    def after_step(self, step: int, optimizer: torch.optim.Optimizer) -> None:
+        super().after_step(step, optimizer)
+        (group,) = optimizer.param_groups
+        if step == 3 and group["lr"] > self.limit:
+            group["params"][0].data.fill_(math.inf)
+
+    limit = 1e-3
+
+
+class AlwaysExploding(Exploding):
+    limit = 0.0
+
+
+def test_a_rate_that_diverges_is_out_and_the_method_goes_on(
+    llama: Base, files: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(METHODS, "pissa", Exploding)
+    progress = told(comparison(["pissa"], seeds=1), llama, files, tmp_path)
+    pissa, lora = report_in(progress)["methods"]
+    assert pissa["learning_rate"] == RATES[0]
+    assert pissa["final"]["mean"] > 0
+    assert lora["final"]["mean"] > 0
+    assert [t["loss"] is None for t in pissa["search"][0]["trials"]] == [False, True, True]
+    steps = [p for p in progress if isinstance(p, ComparedStep)]
+    assert [step.step for step in steps] == sorted(step.step for step in steps)
+    assert (steps[-1].step, steps[-1].run) == (steps[-1].total_steps, steps[-1].runs)
+
+
+def test_a_method_that_always_diverges_is_reported_by_name(
+    llama: Base, files: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(METHODS, "pissa", AlwaysExploding)
+    report = report_in(told(comparison(["pissa"], seeds=1), llama, files, tmp_path))
+    pissa, _ = report["methods"]
+    assert pissa["final"] is None
+    assert "diverged after step" in pissa["problem"]
+    assert report["verdict"]["take"] == "lora"
+    assert "diverged after step" in (tmp_path / "comparison.html").read_text()
+
+
+def test_a_method_that_does_not_fit_is_reported_by_name(
+    llama: Base, files: tuple[Path, Path], tmp_path: Path
+) -> None:
+    spec = comparison([{"method": "olora", "rank": 64}, "lora"], seeds=1)
+    progress = told(spec, llama, files, tmp_path)
+    olora, lora = report_in(progress)["methods"]
+    assert "adapter.rank = 64 is more than layer" in olora["problem"]
+    assert lora["problem"] is None
+    assert any("olora cannot be compared" in p.message for p in progress if isinstance(p, Note))
+
+
+def test_where_nothing_fits_the_comparison_is_refused(
+    llama: Base, files: tuple[Path, Path], tmp_path: Path
+) -> None:
+    with pytest.raises(SpecError, match="None of the methods"):
+        told(comparison([{"method": "lora", "rank": 64}]), llama, files, tmp_path)
+
+
+def test_the_base_is_left_as_it_was(llama: Base, files: tuple[Path, Path], tmp_path: Path) -> None:
+    before = {name: tensor.clone() for name, tensor in llama.model.state_dict().items()}
+    told(comparison(seeds=1), llama, files, tmp_path / "whole")
+    run = compare(comparison(seeds=1), llama, *files, tmp_path / "left")
+    for progress in run:
+        if isinstance(progress, ComparedStep) and progress.step == 5:
+            break
+    run.close()
+    after = llama.model.state_dict()
+    assert after.keys() == before.keys()
+    assert all(torch.equal(after[name], tensor) for name, tensor in before.items())
+    assert not any(isinstance(module, AdaptedLinear) for module in llama.model.modules())
+
+
+# --- stopped, and on again ---------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("stage", "run_step"), [("search", 3), ("search", STEPS), ("final", 7), ("final", STEPS)]
+)
+def test_a_comparison_that_was_stopped_goes_on_to_the_same_report(
+    base_folders: dict[str, Path],
+    files: tuple[Path, Path],
+    tmp_path: Path,
+    stage: str,
+    run_step: int,
+) -> None:
+    def fresh() -> Base:
+        return load_base(base_folders["llama"], name="tiny-llama")
+
+    spec = comparison([{"method": "olora", "dropout": 0.2}, "lora"])
+    through = told(spec, fresh(), files, tmp_path / "through")
+    run = compare(spec, fresh(), *files, tmp_path / "stopped")
+    for progress in run:
+        # In the second method, so that a search and finals are known.
+        if isinstance(progress, ComparedStep) and (progress.method, progress.stage, progress.run_step) == (
+            "lora",
+            stage,
+            run_step,
+        ):
+            saved = run.send("save")
+            break
+    run.close()
+    assert isinstance(saved, Saved)
+    assert saved.step == progress.step
+
+    again = told(spec, fresh(), files, tmp_path / "on", resume=saved.folder)
+    steps = [p.step for p in again if isinstance(p, ComparedStep)]
+    assert steps[0] == saved.step + 1 if steps else saved.step == progress.total_steps
+    rest = [p for p in through if isinstance(p, ComparedStep) and p.step > saved.step]
+    assert [(p.step, p.total_steps, p.run, p.runs, p.loss) for p in again if isinstance(p, ComparedStep)] == [
+        (p.step, p.total_steps, p.run, p.runs, p.loss) for p in rest
+    ]
+    assert without_timings(report_in(again)) == without_timings(report_in(through))
+
+
+def test_a_checkpoint_of_another_comparison_is_refused(
+    llama: Base, files: tuple[Path, Path], tmp_path: Path
+) -> None:
+    progress = told(comparison(seeds=1), llama, files, tmp_path, checkpoint_seconds=0)
+    saved = [p for p in progress if isinstance(p, Saved)]
+    assert len(list((tmp_path / "checkpoints").iterdir())) == 2
+    with pytest.raises(CheckpointError, match="another run: its comparison"):
+        told(comparison(seeds=2), llama, files, tmp_path / "on", resume=saved[-1].folder)
+    shorter = write_rows(tmp_path / "shorter.jsonl", chat_rows(40))
+    with pytest.raises(CheckpointError, match="training data"):
+        told(comparison(seeds=1), llama, (shorter, files[1]), tmp_path / "on", resume=saved[-1].folder)
+
+
+# --- what is measured --------------------------------------------------------------------------------------
+
+
+def test_the_report_is_written_beside_the_page_and_says_the_same(
+    llama: Base, files: tuple[Path, Path], tmp_path: Path
+) -> None:
+    report = report_in(told(comparison(), llama, files, tmp_path / "out"))
+    assert json.loads((tmp_path / "out" / "comparison.json").read_text()) == report
+    page = (tmp_path / "out" / "comparison.html").read_text()
+    assert report["methods"][0]["label"] in page
+    olora, lora = report["methods"]
+    below = [b - a for a, b in zip(olora["final"]["losses"], lora["final"]["losses"], strict=True)]
+    assert olora["final"]["below_yardstick"]["mean"] == pytest.approx(sum(below) / 2)
+    assert lora["steps_to_yardstick"] <= STEPS
+    assert olora["tokens_per_second"] > 0
+
+
+def test_a_data_set_is_taken_apart_without_changing_its_rows(llama: Base, files: tuple[Path, Path]) -> None:
+    spec = read_spec(model="tiny")
+    data = result_of(read_data(spec, llama, *files))
+    taken = data.training.taken(np.array([3, 0, 7]))
+    assert len(taken) == 3
+    for i, source in enumerate([3, 0, 7]):
+        for own, whole in zip(taken.row(i), data.training.row(source), strict=True):
+            assert np.array_equal(own, whole)
+    assert taken.lines.tolist() == data.training.lines[[3, 0, 7]].tolist()
+    assert taken.prints.tolist() == data.training.prints[[3, 0, 7]].tolist()
+    assert taken.trained_lengths.tolist() == data.training.trained_lengths[[3, 0, 7]].tolist()
+
+
+def test_peak_memory_forgets_what_was_before() -> None:
+    device = torch.device("cpu")
+    large = torch.ones(100 * 2**20)  # 400 MB
+    with_it = peak_memory(device)
+    del large
+    forget_peak_memory(device)
+    assert peak_memory(device) < with_it - 300 * 2**20
