@@ -295,7 +295,8 @@ def versions() -> dict[str, str]:
             found[package] = version(package)
         except PackageNotFoundError:  # run from a checkout that was not installed
             continue
-    return found
+    # With its build ("+cu130"), which the package's metadata leaves out.
+    return found | {"torch": torch.__version__}
 
 
 def server_rank(rank: int) -> int:
