@@ -124,7 +124,7 @@ def free_memory(device: str) -> None:
 def prepared(
     base: Base, method: str, examples: Examples, batch_size: int, pass_tokens: int
 ) -> Iterator[tuple[Run, float]]:
-    """A run as `olora_core.training.train` starts it, and the seconds that took. Afterwards the base is bare again."""
+    """A run as `train` starts it, and the seconds that took. Afterwards the base is bare again."""
     hyperparameters = {
         "n_epochs": 1,
         "batch_size": batch_size,

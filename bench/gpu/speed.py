@@ -2,7 +2,7 @@
 
     python -m bench.gpu.speed --device cpu --tiny
 
-Bases have random weights (`bench/gpu/shapes.py`), in bf16. Ours is the run of `olora_core.training.train` without its
+Bases have random weights (`bench/gpu/shapes.py`), in bf16. Ours is `olora_core.training.train` without its
 files: the same start, plan and steps. The peer is PEFT and transformers' Trainer on the same model object,
 its base in bf16 under autocast, with fused AdamW, no checkpointing, nothing logged, and the fastest attention
 that is installed. Both train rank 16 on all linear layers of the blocks, from rows of random tokens:
