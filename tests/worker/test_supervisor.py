@@ -21,7 +21,8 @@ from olora_core.bases.loading import load_base
 from olora_core.errors import TrainingError
 from olora_core.specs import TrainSpec
 from olora_core.training.train import Step, train
-from store import files, progress
+from store import files, jobs, progress
+from store.errors import LeaseLost, StorageFull, StoreError
 from store.storage import Storage
 from tests.services import wait_until
 from tests.worker.service import Service, exists
@@ -211,7 +212,7 @@ def test_the_first_step_is_recorded_before_the_second_is_heard(
         record(*arguments, **said)
 
     monkeypatch.setattr(progress, "record", noted)
-    monkeypatch.setattr("worker.supervisor.attempt.RECORD_SECONDS", 3600.0)
+    monkeypatch.setattr("worker.supervisor.recorder.RECORD_SECONDS", 3600.0)
     service.queue(rows=32, n_epochs=1)
     supervisor.run_until_idle()
     written = [steps for steps in recorded if steps]
@@ -325,6 +326,53 @@ def test_a_job_that_has_ended_is_not_taken_for_a_lost_one(service: Service, supe
     assert service.job(job_id).status == "succeeded"
     assert trainer_pid(supervisor) == before
     assert exists(before)
+
+
+class FailingStorage(Storage):
+    """Raises an error instead of storing results."""
+
+    error: StoreError
+
+    def put_folder(self, prefix: str, folder: Path) -> None:
+        if "/results/" in prefix:
+            raise self.error
+        super().put_folder(prefix, folder)
+
+
+@contextmanager
+def failing_storage(service: Service, supervisor: Supervisor, error: StoreError) -> Iterator[None]:
+    storage = FailingStorage(service.storage.root)
+    storage.error = error
+    supervisor.storage = storage
+    yield
+    supervisor.storage = service.storage
+
+
+def test_a_lost_lease_is_not_a_failed_job(service: Service, supervisor: Supervisor) -> None:
+    """The attempt writes nothing more, although its row would still let it."""
+    job_id = service.queue(rows=32, n_epochs=1)
+    with failing_storage(service, supervisor, LeaseLost(job_id, 1)):
+        supervisor.run_until_idle()
+    job = service.job(job_id)
+    assert (job.status, job.attempt, job.error) == ("running", 1, None)
+    assert service.attempts(job_id)[0].ended_at is None
+    service.wait(job_id, lambda job: job.lease_until < time.time(), "the end of the lease")
+    with service.write.begin() as session:
+        jobs.sweep(session, service.settings)
+    service.cancel(job_id)
+
+
+def test_a_full_storage_is_not_a_failed_job(service: Service, supervisor: Supervisor) -> None:
+    """The job is handed back, and another attempt may find room."""
+    job_id = service.queue(rows=32, n_epochs=1)
+    with failing_storage(service, supervisor, StorageFull("No space is left where files are stored.")):
+        supervisor.run_until_idle()
+    job = service.job(job_id)
+    assert (job.status, job.attempt, job.failures, job.error) == ("queued", 1, 1, None)
+    assert service.attempts(job_id)[0].end_reason == "storage_full"
+    [warning] = service.warnings(job_id)
+    assert warning.startswith("No space is left where files are stored.")
+    service.cancel(job_id)
 
 
 def test_the_shipped_base_model_is_trained_on_the_shipped_examples(
