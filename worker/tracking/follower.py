@@ -31,7 +31,7 @@ from store.settings import Settings
 from ..scratch import scratch_folder
 from .curves import curves
 from .tracker_process import TrackerProcess, Trouble, tracker_environment
-from .trackers import Order, Row
+from .trackers import Row, TrackedRun
 
 logger = logging.getLogger(__name__)
 POLL_SECONDS = 2.0
@@ -43,7 +43,7 @@ ROWS_AT_ONCE = 50
 
 
 @dataclass(frozen=True)
-class News:
+class RunUpdate:
     """What a run has to tell: `rows` beyond those asked for, and its end once it has come."""
 
     config: dict[str, Any]
@@ -54,7 +54,7 @@ class News:
 
 
 class Source(Protocol):
-    def news(self, after: int) -> News | None:
+    def update(self, after: int) -> RunUpdate | None:
         """What there is beyond step `after`; None when the run is somebody else's now."""
 
 
@@ -66,23 +66,23 @@ class JobSource:
         self.read, self.write = read, write
         self._config: dict[str, Any] = {}
 
-    def news(self, after: int) -> News | None:
+    def update(self, after: int) -> RunUpdate | None:
         mine = select(Job).where(Job.id == self.claim.job_id, Job.attempt == self.claim.attempt)
         try:
             with self.read.begin() as session:
                 job = session.scalar(mine)
-                return None if job is None else self._news(session, job, after)
+                return None if job is None else self._update(session, job, after)
         except DATABASE_AWAY as error:
             logger.warning("The database does not answer: %s", error.orig)
-            return News(self._config, [])
+            return RunUpdate(self._config, [])
 
-    def _news(self, session: Session, job: Job, after: int) -> News:
+    def _update(self, session: Session, job: Job, after: int) -> RunUpdate:
         spec = job.resolved or (job.spec if job.status in ENDED else {})
         self._config = {"job": job.id, "training_file": job.training_file, **spec}
         rows = [(row.step, curves(row.values)) for row in progress.step_rows(session, job.id, after=after)]
         if job.status not in ENDED:
-            return News(self._config, rows)
-        return News(self._config, rows, job.status, self._summary(session, job))
+            return RunUpdate(self._config, rows)
+        return RunUpdate(self._config, rows, job.status, self._summary(session, job))
 
     def _summary(self, session: Session, job: Job) -> dict[str, Any]:
         weights = select(File.sha256).where(File.id.in_(job.result_files[1:2]))
@@ -173,19 +173,19 @@ class Follower:
         while True:
             try:
                 with scratch_folder(self.settings.scratch_folder, self.name) as folder:
-                    self._tell(folder)
+                    self._send_all(folder)
                 return
             except Trouble as trouble:
-                self._say(str(trouble))
+                self._report(str(trouble))
             except Exception:
                 logger.exception("Following run %s for %s failed.", self.run, self.integration.title)
-                self._say("the worker met an unexpected error; its log has the details")
+                self._report("the worker met an unexpected error; its log has the details")
             self._over.wait(pause)
             if self._deadline is not None and time.monotonic() + 1 > self._deadline:
                 return
             pause = min(LONGEST_PAUSE_SECONDS, 2 * pause)
 
-    def _say(self, reason: str) -> None:
+    def _report(self, reason: str) -> None:
         logger.warning("%s is not told of run %s: %s.", self.integration.title, self.run, reason)
         if not self._warned:
             self._warned = True
@@ -193,38 +193,40 @@ class Follower:
                 f"{self.integration.title} is not told of this job for now: {reason}. The job itself goes on."
             )
 
-    def _tell(self, folder: Path) -> None:
+    def _send_all(self, folder: Path) -> None:
         """Tells everything there is, to the end of the run or of this attempt at it. Raises Trouble."""
         try:
             require_offered([self.integration], self.settings)
         except BadIntegration:
             raise Trouble("the worker is not set up for it, which its operator can mend") from None
         kind = self.integration.type
-        asked = self.integration.model_dump()[kind]
-        order = Order(asked, self.run, keep=str(self.settings.trackers_folder), lose=str(folder))
+        options = self.integration.model_dump()[kind]
+        run = TrackedRun(
+            options, self.run, kept_folder=str(self.settings.trackers_folder), scratch_folder=str(folder)
+        )
         environment = tracker_environment(kind, os.environ, self.settings, folder)
         with TrackerProcess(kind, environment, self._patient) as process:
-            step = process.ask(begin=asdict(order))["step"]
-            self._tell_from(step, process)
+            step = process.ask(begin=asdict(run))["step"]
+            self._send_from(step, process)
 
-    def _tell_from(self, step: int, process: TrackerProcess) -> None:
+    def _send_from(self, step: int, process: TrackerProcess) -> None:
         config: dict[str, Any] | None = None
         while True:
             over = self._over.is_set()  # asked first: what is there then is all there is
-            news = self.source.news(step)
-            if news is None:
+            update = self.source.update(step)
+            if update is None:
                 return
-            if news.config != config:
-                config = news.config
+            if update.config != config:
+                config = update.config
                 process.ask(config=config)
             # A step's evaluation is recorded before the next step: until then it may still grow.
-            rows = news.rows if news.status else news.rows[:-1]
+            rows = update.rows if update.status else update.rows[:-1]
             for start in range(0, len(rows), ROWS_AT_ONCE):
                 batch = rows[start : start + ROWS_AT_ONCE]
                 process.ask(rows=batch)
                 step = batch[-1][0]
-            if news.status:
-                process.ask(end={"status": news.status, "summary": news.summary})
+            if update.status:
+                process.ask(end={"status": update.status, "summary": update.summary})
                 return
             if over:
                 process.ask(leave={})

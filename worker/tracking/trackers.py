@@ -3,7 +3,7 @@
 It is a process of its own so that a client that hangs, or ends its process, is no concern of the job: the
 supervisor asks, waits for a while, and else ends it. One JSON object a line:
 
-    {"begin": Order}       answered by {"step": …}, the last one that the tracker has of this run
+    {"begin": TrackedRun}       answered by {"step": …}, the last one that the tracker has of this run
     {"config": {…}}        what the run was asked for and resolved
     {"rows": [[step, {chart: number}], …]}
     {"end": {"status": …, "summary": {…}}}     the run is over
@@ -41,21 +41,21 @@ MLFLOW_TEXT = 5000
 
 
 @dataclass(frozen=True)
-class Order:
-    """`asked` is the integration's own object, `run` an id that all attempts share."""
+class TrackedRun:
+    """`options` is the integration's own object; all attempts share the `id`."""
 
-    asked: dict[str, Any]
-    run: str
-    keep: str
-    """Folder for what stays on this machine."""
-    lose: str
-    """Folder for what goes with this process."""
+    options: dict[str, Any]
+    id: str
+    kept_folder: str
+    """For files that stay on this machine."""
+    scratch_folder: str
+    """For files that are removed when this process ends."""
 
 
 class Tracker(Protocol):
     """One run, as its tracker's client sees it."""
 
-    def begin(self, order: Order) -> int:
+    def begin(self, run: TrackedRun) -> int:
         """Begins the run or goes on with it. Returns the last step that the tracker has of it, 0 for none."""
 
     def configure(self, config: dict[str, Any]) -> None: ...
@@ -67,22 +67,22 @@ class Tracker(Protocol):
 class Wandb:
     """Weights & Biases. An offline run is a folder, which `wandb sync` sends."""
 
-    def begin(self, order: Order) -> int:
+    def begin(self, run: TrackedRun) -> int:
         import wandb
 
         offline = os.environ["WANDB_MODE"] == "offline"
         if offline:
-            Path(order.keep).mkdir(parents=True, exist_ok=True)
-            self._remove_earlier(Path(order.keep), order.run)
-        asked = order.asked
+            Path(run.kept_folder).mkdir(parents=True, exist_ok=True)
+            self._remove_earlier(Path(run.kept_folder), run.id)
+        options = run.options
         self.run = wandb.init(
-            project=asked["project"],
-            entity=asked["entity"],
-            name=asked["name"] or order.run,
-            tags=asked["tags"],
-            id=order.run,
+            project=options["project"],
+            entity=options["entity"],
+            name=options["name"] or run.id,
+            tags=options["tags"],
+            id=run.id,
             resume="allow",
-            dir=order.keep if offline else order.lose,
+            dir=run.kept_folder if offline else run.scratch_folder,
             settings=wandb.Settings(
                 init_timeout=BEGIN_SECONDS,
                 console="off",
@@ -124,20 +124,20 @@ class Mlflow:
 
     ENDS = {"succeeded": "FINISHED", "failed": "FAILED", "cancelled": "KILLED"}  # noqa: RUF012
 
-    def begin(self, order: Order) -> int:
+    def begin(self, run: TrackedRun) -> int:
         from mlflow import MlflowClient
 
         self.client = MlflowClient()
-        asked = order.asked
-        experiment = self._experiment(asked["experiment"])
-        known = self.client.search_runs([experiment], f"tags.`{RUN_TAG}` = '{order.run}'", max_results=1)
+        options = run.options
+        experiment = self._experiment(options["experiment"])
+        known = self.client.search_runs([experiment], f"tags.`{RUN_TAG}` = '{run.id}'", max_results=1)
         if known:
-            run = known[0]
-            self.client.update_run(run.info.run_id, status="RUNNING")
+            stored = known[0]
+            self.client.update_run(stored.info.run_id, status="RUNNING")
         else:
-            tags = {**(asked["tags"] or {}), RUN_TAG: order.run}
-            run = self.client.create_run(experiment, tags=tags, run_name=asked["run_name"] or order.run)
-        self.id = run.info.run_id
+            tags = {**(options["tags"] or {}), RUN_TAG: run.id}
+            stored = self.client.create_run(experiment, tags=tags, run_name=options["run_name"] or run.id)
+        self.id = stored.info.run_id
         self.step = self._last_step()
         return self.step
 
@@ -216,11 +216,11 @@ def flat(values: dict[str, Any], between: str = ".", prefix: str = "") -> dict[s
     return found
 
 
-def hear(tracker: Tracker, message: dict[str, Any]) -> dict[str, Any]:
+def handle(tracker: Tracker, message: dict[str, Any]) -> dict[str, Any]:
     """Does what one message asks for. Returns the answer."""
     match message:
-        case {"begin": order}:
-            return {"step": tracker.begin(Order(**order))}
+        case {"begin": run}:
+            return {"step": tracker.begin(TrackedRun(**run))}
         case {"config": config}:
             tracker.configure(config)
         case {"rows": rows}:
@@ -259,7 +259,7 @@ def main() -> None:
     tracker = TRACKERS[arguments.tracker]()
     for line in received:
         try:
-            answer = hear(tracker, json.loads(line))
+            answer = handle(tracker, json.loads(line))
         except Exception as error:
             answer = {"trouble": trouble(error)}
         sent.write(json.dumps(answer).encode() + b"\n")
