@@ -3,14 +3,14 @@
 Supervisor to trainer
     {"job": Order}                                 train this, or compare these
     {"lease": {"run": …, "deadline": seconds}}     the lease was renewed
-    {"wish": {"run": …, "what": …}}                "cancel": stop; "release": save a checkpoint, then stop
+    {"stop": {"run": …, "request": StopRequest}}   "cancel": at the next step; "release": with a checkpoint
 
 Trainer to supervisor
     {"ready": {"pid": …, "device": …}}             the libraries are loaded
     {"accepted": {"run": …}}                       the job has begun
     {"progress": {"kind": …, …}}                   one item of `train` or `compare`, by its class name
     and one last word on the job: progress of kind "Finished" or "Compared", or
-    {"stopped": {"wish": …}}                       as wished
+    {"stopped": {"request": …}}                    as requested
     {"failed": {"code", "message", "param"}}       the job cannot be done
     {"crashed": {"message"}}                       this attempt could not be done; the trainer ends
 
@@ -22,7 +22,7 @@ import signal
 from dataclasses import asdict, dataclass
 from typing import Any, BinaryIO, Literal
 
-Wish = Literal["cancel", "release"]
+StopRequest = Literal["cancel", "release"]
 FENCED = 75
 """Exit code of a trainer whose lease ran out."""
 

@@ -15,7 +15,7 @@ LOCK = "lock"
 @contextmanager
 def scratch_folder(parent: Path, name: str) -> Iterator[Path]:
     """A fresh folder, gone afterwards. Its lock tells `remove_orphans` that somebody works in it."""
-    with _turn(parent):
+    with _lock(parent):
         folder = parent / name
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir(mode=0o700)
@@ -30,7 +30,7 @@ def scratch_folder(parent: Path, name: str) -> Iterator[Path]:
 
 def remove_orphans(parent: Path) -> list[str]:
     """Removes the folders whose worker died; returns their names."""
-    with _turn(parent):
+    with _lock(parent):
         orphans = [entry for entry in sorted(parent.iterdir()) if entry.is_dir() and _is_orphan(entry)]
         for folder in orphans:
             shutil.rmtree(folder, ignore_errors=True)
@@ -56,7 +56,7 @@ def _taken(lock: IO[str]) -> bool:
 
 
 @contextmanager
-def _turn(parent: Path) -> Iterator[None]:
+def _lock(parent: Path) -> Iterator[None]:
     """One at a time makes or removes folders, so that none is seen before it is locked."""
     make_folder(parent)
     with (parent / ".turn").open("w") as turn:

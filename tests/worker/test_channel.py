@@ -17,7 +17,7 @@ import time
 from worker.trainer.trainer import Channel
 channel = Channel()
 order = channel.orders.get()
-channel.say(accepted={"run": order.run})
+channel.send(accepted={"run": order.run})
 time.sleep(600)
 """
 NOISY = """
@@ -27,7 +27,7 @@ channel = Channel()
 print("a library prints")
 os.write(1, b"a C library prints")
 os.system("echo a child prints")
-channel.say(said=sys.stdin.read())
+channel.send(said=sys.stdin.read())
 """
 
 

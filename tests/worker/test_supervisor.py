@@ -27,7 +27,7 @@ from store.storage import Storage
 from tests.services import wait_until
 from tests.worker.service import Service, exists
 from tests.worker.tiny_base import chat_rows
-from worker.supervisor.lease import LOOK_SECONDS
+from worker.supervisor.lease import POLL_SECONDS
 from worker.supervisor.supervisor import Supervisor
 
 EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
@@ -313,7 +313,7 @@ class SlowStorage(Storage):
     """Takes longer to answer than the supervisor waits before it looks at its row again."""
 
     def list(self, prefix: str) -> list[str]:
-        time.sleep(2 * LOOK_SECONDS)
+        time.sleep(2 * POLL_SECONDS)
         return super().list(prefix)
 
 

@@ -66,11 +66,11 @@ class Desk:
             deadline=time.monotonic() + 300,
             tokens=str(tokens) if tokens else None,
         )
-        self.trainer.say(order.as_message())
+        self.trainer.send(order.as_message())
         return run
 
-    def wish(self, run: str, what: str) -> None:
-        self.trainer.say({"wish": {"run": run, "what": what}})
+    def stop(self, run: str, request: str) -> None:
+        self.trainer.send({"stop": {"run": run, "request": request}})
 
     def hear(self) -> dict[str, Any]:
         message = self.trainer.messages.get(timeout=ANSWER_SECONDS)
@@ -173,10 +173,10 @@ def test_a_base_that_is_quantised_otherwise_is_loaded_anew(desk: Desk) -> None:
 def test_a_cancel_stops_at_the_next_step(desk: Desk) -> None:
     run = desk.order(n_epochs=50)
     desk.hear_step(3)
-    desk.wish(run, "cancel")
+    desk.stop(run, "cancel")
     began = time.monotonic()
     messages = desk.hear_all()
-    assert messages[-1] == {"stopped": {"wish": "cancel"}}
+    assert messages[-1] == {"stopped": {"request": "cancel"}}
     assert "Saved" not in kinds(messages)
     assert time.monotonic() - began < 3
 
@@ -187,9 +187,9 @@ def test_a_released_job_goes_on_elsewhere_to_the_same_bytes(desk: Desk) -> None:
     uninterrupted = desk.hear_all()
     run = desk.order(**job)
     desk.hear_step(5)
-    desk.wish(run, "release")
+    desk.stop(run, "release")
     messages = desk.hear_all()
-    assert messages[-1] == {"stopped": {"wish": "release"}}
+    assert messages[-1] == {"stopped": {"request": "release"}}
     saved = messages[-2]["progress"]
     assert saved["kind"] == "Saved"
     assert 5 <= saved["step"] < 32, "not at once, but at the epoch's end"
@@ -199,9 +199,9 @@ def test_a_released_job_goes_on_elsewhere_to_the_same_bytes(desk: Desk) -> None:
     assert tensors(resumed) == tensors(uninterrupted)
 
 
-def test_a_wish_about_an_earlier_job_is_not_heard(desk: Desk) -> None:
+def test_a_stop_request_for_an_earlier_job_is_ignored(desk: Desk) -> None:
     desk.order(n_epochs=1)
-    desk.wish("an-earlier-job", "cancel")
+    desk.stop("an-earlier-job", "cancel")
     assert kinds(desk.hear_all())[-1] == "Finished"
 
 

@@ -27,7 +27,7 @@ from store.session import DATABASE_AWAY, Sessions
 from store.settings import Settings
 from store.storage import Storage
 
-from ..protocol import Ended, Order
+from ..protocol import Ended, Order, StopRequest
 from .fenced import FencedSessions, renew, requested_stop
 from .inputs import Inputs
 from .lease import Lease
@@ -62,15 +62,15 @@ class Shutdown(Protocol):
     """Whether the worker is about to end, and whether it has no time left for a checkpoint."""
 
     stopping: bool
-    hurrying: bool
+    force_stop: bool
 
 
 class Stopped(Exception):
-    """The trainer was stopped by a wish: "cancel" or "release"."""
+    """The trainer was stopped on request."""
 
-    def __init__(self, wish: str) -> None:
-        super().__init__(wish)
-        self.wish = wish
+    def __init__(self, request: StopRequest) -> None:
+        super().__init__(request)
+        self.request = request
 
 
 class Crashed(Exception):
@@ -110,9 +110,9 @@ class Attempt:
             seconds=settings.lease_seconds,
             taken_at=taken_at,
             renew=partial(renew, write, claim, settings.lease_seconds),
-            look=partial(requested_stop, read, claim),
-            on_renewal=self._tell_deadline,
-            on_wish=self._tell_wish,
+            poll=partial(requested_stop, read, claim),
+            on_renewal=self._send_deadline,
+            on_stop_request=self._request_stop,
             on_lost=trainer.kill,
         )
         self.fenced = FencedSessions(claim, self.lease, write=write, read=read)
@@ -122,9 +122,9 @@ class Attempt:
         self.publisher = handlers.publisher(
             self.fenced, self.recorder, settings=settings, storage=storage, folder=folder
         )
-        self._wish: str | None = None
-        self._wished_at = 0.0
-        self._time_up: float | None = None
+        self._stop_request: StopRequest | None = None
+        self._requested_at = 0.0
+        self._deadline: float | None = None
 
     def run(self) -> None:
         """The whole attempt, to a row that says how it ended. Raises LeaseLost."""
@@ -146,7 +146,7 @@ class Attempt:
             self._remove_strays()
             job = self.fenced.read(jobs.get_job, claim.project_id, claim.job_id, claim.kind)
             self.inputs.check_devices(job)
-            self._time_up = self._time_limit(job)
+            self._deadline = self._time_limit(job)
             order = self.inputs.order(job, run=self.run_name, deadline=self.lease.trainer_deadline)
             finished = self._train(order)
             self.publisher.publish(job, finished)
@@ -165,7 +165,7 @@ class Attempt:
                 raise error
             case StorageError():
                 self._crash(error.code, error.message)
-            case Stopped(wish="cancel"):
+            case Stopped(request="cancel"):
                 self.fenced.end(jobs.cancelled)
                 self._remove_strays()
             case Stopped():
@@ -227,22 +227,22 @@ class Attempt:
 
     def _drive(self, order: Order) -> dict[str, Any]:
         """Sends the order, and follows the trainer until it has finished it."""
-        if self._wish is not None:
-            raise Stopped(self._wish)
+        if self._stop_request is not None:
+            raise Stopped(self._stop_request)
         Path(order.folder).mkdir(exist_ok=True)
-        self.trainer.say(dataclasses.replace(order, deadline=self.lease.trainer_deadline).as_message())
-        if self._wish is not None:  # it may have come before the trainer knew of this attempt
-            self._tell_wish(self._wish)
-        heard_at = time.monotonic()
+        self.trainer.send(dataclasses.replace(order, deadline=self.lease.trainer_deadline).as_message())
+        if self._stop_request is not None:  # it may have come before the trainer knew of this attempt
+            self._request_stop(self._stop_request)
+        last_message_at = time.monotonic()
         while True:
             message = self._next_message()
             self._check_stop_conditions()
             if message is not None:
-                heard_at = time.monotonic()
+                last_message_at = time.monotonic()
                 finished = self._on_message(message)
                 if finished is not None:
                     return finished
-            elif time.monotonic() > heard_at + self.settings.stall_seconds:
+            elif time.monotonic() > last_message_at + self.settings.stall_seconds:
                 silence = f"The training process said nothing for {self.settings.stall_seconds:g} s."
                 raise Crashed("stalled", silence)
             self.recorder.flush_if_due()
@@ -256,23 +256,23 @@ class Attempt:
     def _check_stop_conditions(self) -> None:
         now = time.monotonic()
         self.fenced.check()
-        if self.shutdown.stopping and self._wish is None:
-            self._tell_wish("release")
-        patience = CANCEL_SECONDS if self._wish == "cancel" else RELEASE_SECONDS
-        nothing_to_save = self._wish == "release" and not self.recorder.stepped
-        if self._wish is not None and (nothing_to_save or now > self._wished_at + patience):
-            self._stop_now(self._wish)
-        if self.shutdown.hurrying:
+        if self.shutdown.stopping and self._stop_request is None:
+            self._request_stop("release")
+        patience = CANCEL_SECONDS if self._stop_request == "cancel" else RELEASE_SECONDS
+        nothing_to_save = self._stop_request == "release" and not self.recorder.stepped
+        if self._stop_request is not None and (nothing_to_save or now > self._requested_at + patience):
+            self._stop_now(self._stop_request)
+        if self.shutdown.force_stop:
             self._stop_now("release")
-        if self._time_up is not None and now > self._time_up:
+        if self._deadline is not None and now > self._deadline:
             self.trainer.kill()
             word = self.claim.kind.word
             message = f"The {word} has used up its max_seconds; a larger limit lets a new {word} go further."
             raise StoreError(message, param="olora.max_seconds", code="time_limit")
 
-    def _stop_now(self, wish: str) -> None:
+    def _stop_now(self, request: StopRequest) -> None:
         self.trainer.kill()
-        raise Stopped(wish)
+        raise Stopped(request)
 
     def _on_message(self, message: dict[str, Any] | Ended) -> dict[str, Any] | None:
         """Returns the trainer's `Finished` or `Compared` when this is it."""
@@ -281,8 +281,8 @@ class Attempt:
                 raise Crashed("trainer_lost", message.sentence)
             case {"progress": progress}:
                 return self._on_progress(**progress)
-            case {"stopped": {"wish": wish}}:
-                raise Stopped(wish)
+            case {"stopped": {"request": request}}:
+                raise Stopped(request)
             case {"crashed": {"message": sentence}}:
                 raise Crashed("trainer_crashed", sentence)
             case {"failed": {"code": CheckpointError.code, "message": sentence}}:
@@ -308,13 +308,13 @@ class Attempt:
 
     # --- the lease's thread ----------------------------------------------------------------------------
 
-    def _tell_deadline(self, deadline: float) -> None:
-        self.trainer.say({"lease": {"run": self.run_name, "deadline": deadline}})
+    def _send_deadline(self, deadline: float) -> None:
+        self.trainer.send({"lease": {"run": self.run_name, "deadline": deadline}})
 
-    def _tell_wish(self, wish: str) -> None:
-        if self._wish != wish:
-            self._wish, self._wished_at = wish, time.monotonic()
-        self.trainer.say({"wish": {"run": self.run_name, "what": wish}})
+    def _request_stop(self, request: StopRequest) -> None:
+        if self._stop_request != request:
+            self._stop_request, self._requested_at = request, time.monotonic()
+        self.trainer.send({"stop": {"run": self.run_name, "request": request}})
 
 
 def _seconds_used(session: Session, claim: Claim) -> float:

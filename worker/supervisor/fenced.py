@@ -14,6 +14,7 @@ from store.errors import LeaseLost
 from store.models import Job
 from store.session import DATABASE_AWAY, Sessions
 
+from ..protocol import StopRequest
 from .lease import Lease
 
 logger = logging.getLogger(__name__)
@@ -80,13 +81,13 @@ class FencedSessions:
                 pause = min(LONGEST_PAUSE_SECONDS, 2 * pause)
 
 
-def renew(write: Sessions, claim: Claim, lease_seconds: float) -> str | None:
+def renew(write: Sessions, claim: Claim, lease_seconds: float) -> StopRequest | None:
     """Extends the lease in the row. Returns the owner's stop request. Raises LeaseLost."""
     with write.begin() as session:
         return claims.renew(session, claim, lease_seconds)
 
 
-def requested_stop(read: Sessions, claim: Claim) -> str | None:
+def requested_stop(read: Sessions, claim: Claim) -> StopRequest | None:
     """The owner's stop request, read without a lock. Raises LeaseLost."""
     ours = select(Job.requested).where(
         Job.id == claim.job_id, Job.attempt == claim.attempt, Job.status == "running"
@@ -95,5 +96,4 @@ def requested_stop(read: Sessions, claim: Claim) -> str | None:
         row = session.execute(ours).one_or_none()
     if row is None:
         raise LeaseLost(claim.job_id, claim.attempt)
-    requested: str | None = row.requested
-    return requested
+    return "cancel" if row.requested == "cancel" else None

@@ -35,10 +35,10 @@ class Supervisor:
         self.storage = storage(settings)
         self.owner = f"{socket.gethostname()}:{os.getpid()}:{uuid.uuid4().hex[:8]}"
         self.stopping = False
-        self.hurrying = False
+        self.force_stop = False
         self.trainer: TrainerProcess | None = None
-        self._turn = threading.Lock()
-        self._rest: threading.Timer | None = None
+        self._lock = threading.Lock()
+        self._idle_timer: threading.Timer | None = None
 
     def tidy(self) -> None:
         """At the start: removes what workers that died here left behind."""
@@ -52,25 +52,25 @@ class Supervisor:
         A database that is away means no work here: whoever waits for it is woken again.
         """
         attempts = 0
-        with self._turn:
-            self._stop_resting()
+        with self._lock:
+            self._stop_idle_timer()
             try:
                 while not self.stopping and self._run_next():
                     attempts += 1
             except DATABASE_AWAY as error:
                 logger.warning("The database does not answer: %s", error.orig)
-            self._start_resting()
+            self._start_idle_timer()
         return attempts
 
     def stop(self) -> None:
-        """Hands the job at hand back with a fresh checkpoint; asked again, without waiting for one."""
-        self.hurrying = self.stopping
+        """First call: saves a checkpoint, then releases the job. Second call: releases it at once."""
+        self.force_stop = self.stopping
         self.stopping = True
 
     def close(self) -> None:
         """Ends the trainer."""
-        with self._turn:
-            self._stop_resting()
+        with self._lock:
+            self._stop_idle_timer()
             self._close_trainer()
 
     def _run_next(self) -> bool:
@@ -125,14 +125,14 @@ class Supervisor:
             self.trainer.close()
             self.trainer = None
 
-    def _start_resting(self) -> None:
+    def _start_idle_timer(self) -> None:
         """Gives the base model's memory back when no job comes for a while."""
         if self.trainer is not None:
-            self._rest = threading.Timer(self.settings.idle_seconds, self.close)
-            self._rest.daemon = True
-            self._rest.start()
+            self._idle_timer = threading.Timer(self.settings.idle_seconds, self.close)
+            self._idle_timer.daemon = True
+            self._idle_timer.start()
 
-    def _stop_resting(self) -> None:
-        if self._rest is not None:
-            self._rest.cancel()
-            self._rest = None
+    def _stop_idle_timer(self) -> None:
+        if self._idle_timer is not None:
+            self._idle_timer.cancel()
+            self._idle_timer = None

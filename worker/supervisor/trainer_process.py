@@ -37,7 +37,7 @@ class TrainerProcess:
             start_new_session=True,
         )
         self.messages: queue.Queue[dict[str, Any] | Ended] = queue.Queue()
-        self._speaking = threading.Lock()
+        self._lock = threading.Lock()
         threading.Thread(target=self._listen, name="trainer", daemon=True).start()
 
     @property
@@ -48,10 +48,10 @@ class TrainerProcess:
     def alive(self) -> bool:
         return self._process.poll() is None
 
-    def say(self, message: dict[str, Any]) -> None:
+    def send(self, message: dict[str, Any]) -> None:
         """Sends one message; a trainer that is gone will be noticed by whoever reads `messages`."""
         assert self._process.stdin is not None
-        with self._speaking:
+        with self._lock:
             try:
                 self._process.stdin.write(json.dumps(message).encode() + b"\n")
                 self._process.stdin.flush()
@@ -69,7 +69,7 @@ class TrainerProcess:
     def close(self) -> None:
         """Ends an idle trainer: it leaves when its line closes."""
         assert self._process.stdin is not None
-        with self._speaking:
+        with self._lock:
             try:
                 self._process.stdin.close()
             except BrokenPipeError:

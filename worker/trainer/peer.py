@@ -54,19 +54,19 @@ def main() -> None:
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
     received, sent = claim_descriptors()
 
-    def say(**message: Any) -> None:
+    def send(**message: Any) -> None:
         sent.write(json.dumps(message).encode() + b"\n")
         sent.flush()
 
     try:
         follow(Order(**json.loads(received.readline())), options.rank, options.meeting_file)
     except ProcessLost as error:
-        say(crashed={"message": error.message})
+        send(crashed={"message": error.message})
     except OloraError as error:
-        say(failed={"code": error.code, "message": error.message, "param": error.param})
+        send(failed={"code": error.code, "message": error.message, "param": error.param})
     except Exception as error:
         logger.exception("A peer crashed.")
-        say(crashed={"message": sentence_of(error)})
+        send(crashed={"message": sentence_of(error)})
     else:
         leave(0)
     leave(1)
