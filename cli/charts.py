@@ -63,7 +63,7 @@ class Charts:
         if isinstance(error, Exception):
             self._end("failed", {"error": str(error)})
         for follower in self._followers:
-            follower.over(hurry=isinstance(error, KeyboardInterrupt))
+            follower.stop(hurry=isinstance(error, KeyboardInterrupt))
         for follower in self._followers:
             follower.join()
 

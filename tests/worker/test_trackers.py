@@ -304,9 +304,11 @@ def test_a_tracker_that_does_not_answer_is_no_concern_of_the_job(
         assert came
     first, second = sorted(service.warnings(job_id))
     assert first.startswith(
-        "MLflow is not told of this job for now: it cannot be reached, or refuses the run"
+        "MLflow is not receiving this job's metrics: it cannot be reached or refuses the run"
     )
-    assert second.startswith("Weights & Biases is not told of this job for now: its client did not answer")
+    assert second.startswith(
+        "Weights & Biases is not receiving this job's metrics: its client did not answer"
+    )
     for canary in (KEY, "canary", "localhost"):
         assert canary not in caplog.text
         assert canary not in service.traces(job_id) + first + second
@@ -337,8 +339,8 @@ def test_a_tracker_that_comes_back_is_told_what_it_missed(
     assert wandb_losses(folder) == list(enumerate(service.losses(job_id), 1))
     [warning] = service.warnings(job_id)
     assert warning == (
-        "Weights & Biases is not told of this job for now: its client ended unexpectedly. "
-        "The job itself goes on."
+        "Weights & Biases is not receiving this job's metrics: its client ended unexpectedly. "
+        "The job itself continues."
     )
 
 
@@ -351,7 +353,7 @@ def test_a_worker_that_cannot_tell_a_tracker_says_why(
     supervisor.run_until_idle()
     settled()
     [warning] = service.warnings(job_id)
-    assert "the worker is not set up for it" in warning
+    assert "it is not configured on the worker" in warning
 
     (tmp_path / "wandb.py").write_text("raise ImportError('there is no such client')")
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
@@ -360,7 +362,7 @@ def test_a_worker_that_cannot_tell_a_tracker_says_why(
         supervisor.run_until_idle()
         settled()
     [warning] = service.warnings(job_id)
-    assert "the worker has no client for it, which its operator can install" in warning
+    assert "its client is not installed on the worker; ask its operator" in warning
 
 
 def test_each_process_knows_its_own_account_alone(tmp_path: Path) -> None:
