@@ -1,4 +1,4 @@
-"""Folders that workers can lose: one for each attempt, locked as long as its worker lives."""
+"""Scratch folders: one for each attempt, locked while its worker is alive."""
 
 import fcntl
 import shutil
@@ -14,7 +14,7 @@ LOCK = "lock"
 
 @contextmanager
 def scratch_folder(parent: Path, name: str) -> Iterator[Path]:
-    """A fresh folder, gone afterwards. Its lock tells `remove_orphans` that somebody works in it."""
+    """A fresh folder, removed afterwards. Its lock shows `remove_orphans` that it is in use."""
     with _lock(parent):
         folder = parent / name
         shutil.rmtree(folder, ignore_errors=True)
@@ -43,11 +43,11 @@ def _is_orphan(folder: Path) -> bool:
     except FileNotFoundError:
         return True
     with lock:
-        return _taken(lock)
+        return _acquire(lock)
 
 
-def _taken(lock: IO[str]) -> bool:
-    """Whether the lock could be taken, that is, whether nobody alive holds it."""
+def _acquire(lock: IO[str]) -> bool:
+    """Takes the lock unless a living process holds it; returns whether it did."""
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
@@ -57,7 +57,7 @@ def _taken(lock: IO[str]) -> bool:
 
 @contextmanager
 def _lock(parent: Path) -> Iterator[None]:
-    """One at a time makes or removes folders, so that none is seen before it is locked."""
+    """Serialises making and removing folders, so that none is seen before it is locked."""
     make_folder(parent)
     with (parent / ".turn").open("w") as turn:
         fcntl.flock(turn, fcntl.LOCK_EX)

@@ -226,8 +226,8 @@ def test_its_owner_reads_the_whole_story(service: Service, supervisor: Superviso
     told = [event.message for event in service.events(job_id)]
     beginning = ["Created", "Validating", "Files validated", "Fine-tuning job started"]
     assert [part in message for part, message in zip(beginning, told, strict=False)] == [True] * 4
-    assert any(message.startswith("Decided: learning_rate") for message in told)
-    assert any(message.startswith("Before the training: validation loss") for message in told)
+    assert any(message.startswith("learning_rate = ") for message in told)
+    assert any(message.startswith("Before training: validation loss") for message in told)
     metrics = [event.data or {} for event in service.events(job_id) if event.type == "metrics"]
     assert {data["step"] for data in metrics} == set(range(1, 17))
     assert any("full validation loss" in message for message in told)
@@ -543,7 +543,7 @@ def test_a_stopping_worker_hands_its_job_back_and_another_goes_on(
     assert (job.status, job.attempt, job.failures) == ("succeeded", 2, 0)
     assert service.warnings(job_id) == [
         f"The checkpoint at step {newest.step} cannot be used; "
-        f"the job goes on from the one before, at step {before.step}."
+        f"the job resumes from the one before, at step {before.step}."
     ]
     assert service.losses(job_id) == service.losses(uninterrupted)
     assert service.tensors(job_id) == service.tensors(uninterrupted)
@@ -561,7 +561,7 @@ def test_a_silent_trainer_is_taken_for_hung(service: Service, supervisor: Superv
     job = service.job(job_id)
     assert (job.status, job.failures) == ("queued", 1)
     [warning] = service.warnings(job_id)
-    assert "said nothing for 1 s" in warning
+    assert "sent no message for 1 s" in warning
     service.cancel(job_id)
 
 

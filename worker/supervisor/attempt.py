@@ -39,9 +39,9 @@ from .trainer_process import TrainerProcess
 logger = logging.getLogger(__name__)
 LISTEN_SECONDS = 0.1
 CANCEL_SECONDS = 15.0
-"""A cancelled trainer that has not come to its next step by then is killed."""
+"""A cancelled trainer that has not reached its next step by then is killed."""
 RELEASE_SECONDS = 90.0
-"""Likewise one that has not saved its checkpoint by then."""
+"""A released trainer that has not saved its checkpoint by then is killed."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,7 +59,7 @@ HANDLERS = {
 
 
 class Shutdown(Protocol):
-    """Whether the worker is about to end, and whether it has no time left for a checkpoint."""
+    """Whether the worker is stopping, and whether it has no time left for a checkpoint."""
 
     stopping: bool
     force_stop: bool
@@ -74,7 +74,7 @@ class Stopped(Exception):
 
 
 class Crashed(Exception):
-    """This attempt could not be done; another one may."""
+    """This attempt failed; another may succeed."""
 
     def __init__(self, reason: str, message: str) -> None:
         super().__init__(message)
@@ -127,7 +127,7 @@ class Attempt:
         self._deadline: float | None = None
 
     def run(self) -> None:
-        """The whole attempt, to a row that says how it ended. Raises LeaseLost."""
+        """Runs the job, and records in its row how the attempt ended. Raises LeaseLost."""
         with self.lease:
             try:
                 try:
@@ -157,8 +157,8 @@ class Attempt:
     def _end(self, error: Exception) -> None:
         """Fails the job, or hands it back to be tried again. Raises LeaseLost.
 
-        The order of the cases matters: trouble with the lease or the storage says nothing about the job, and
-        must not be taken for one of the expected errors that fail it.
+        The order of the cases matters: a lost lease or failing storage says nothing about the job, and must
+        not be taken for one of the expected errors that fail it.
         """
         match error:
             case LeaseLost():
@@ -178,8 +178,8 @@ class Attempt:
             case OSError(errno=errno.ENOSPC):
                 self._crash("disk_full", "No space is left on the worker's disk.")
             case _:
-                logger.error("Attempt %s met an unexpected error.", self.run_name, exc_info=error)
-                message = "The worker met an unexpected error; its log has the details."
+                logger.error("Attempt %s failed with an unexpected error.", self.run_name, exc_info=error)
+                message = "An unexpected error occurred; the worker's log has the details."
                 self._crash("worker_error", message)
 
     def _crash(self, reason: str, message: str) -> None:
@@ -197,7 +197,7 @@ class Attempt:
             logger.warning("Attempt %s could not tidy up the storage.", self.run_name, exc_info=True)
 
     def _time_limit(self, job: Job) -> float | None:
-        """When the job's `max_seconds` will be used up, earlier attempts included; monotonic."""
+        """When the job's `max_seconds` run out, counting earlier attempts, on the monotonic clock."""
         limit = job.options.get("max_seconds")
         if limit is None:
             return None
@@ -206,7 +206,7 @@ class Attempt:
     # --- the training ----------------------------------------------------------------------------------
 
     def _train(self, order: Order) -> dict[str, Any]:
-        """From the furthest stored checkpoint that can be used. Returns the trainer's last progress item."""
+        """Trains from the furthest stored checkpoint that can be used. Returns what `_drive` does."""
         stored = self.fenced.read(progress.stored_checkpoints, self.claim.job_id)
         for position, checkpoint in enumerate(stored):
             try:
@@ -221,12 +221,12 @@ class Attempt:
         self.recorder.note(
             "warn",
             f"The checkpoint at step {checkpoint.step} cannot be used; "
-            f"the {self.claim.kind.word} goes on from {onward}.",
+            f"the {self.claim.kind.word} resumes from {onward}.",
             {"step": checkpoint.step, "reason": reason},
         )
 
     def _drive(self, order: Order) -> dict[str, Any]:
-        """Sends the order, and follows the trainer until it has finished it."""
+        """Has the trainer carry out the order. Returns the fields of its `Finished` or `Compared`."""
         if self._stop_request is not None:
             raise Stopped(self._stop_request)
         Path(order.folder).mkdir(exist_ok=True)
@@ -243,7 +243,7 @@ class Attempt:
                 if finished is not None:
                     return finished
             elif time.monotonic() > last_message_at + self.settings.stall_seconds:
-                silence = f"The training process said nothing for {self.settings.stall_seconds:g} s."
+                silence = f"The training process sent no message for {self.settings.stall_seconds:g} s."
                 raise Crashed("stalled", silence)
             self.recorder.flush_if_due()
 
@@ -275,7 +275,7 @@ class Attempt:
         raise Stopped(request)
 
     def _on_message(self, message: dict[str, Any] | Ended) -> dict[str, Any] | None:
-        """Returns the trainer's `Finished` or `Compared` when this is it."""
+        """Returns the fields of `Finished` or `Compared`, which end the job; None for everything else."""
         match message:
             case Ended():
                 raise Crashed("trainer_lost", message.sentence)
@@ -318,7 +318,7 @@ class Attempt:
 
 
 def _seconds_used(session: Session, claim: Claim) -> float:
-    """What the job's earlier attempts took."""
+    """The time that the job's earlier attempts took."""
     spent = select(func.sum(AttemptRow.ended_at - AttemptRow.started_at)).where(
         AttemptRow.job_id == claim.job_id, AttemptRow.attempt < claim.attempt
     )

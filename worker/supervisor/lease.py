@@ -1,4 +1,4 @@
-"""A job's lease, as the supervisor holds it: renewed in time, given up when it is lost."""
+"""A job's lease, as the supervisor holds it: renewed in time, and given up when it is lost."""
 
 import logging
 import threading
@@ -12,7 +12,7 @@ from ..protocol import StopRequest
 
 logger = logging.getLogger(__name__)
 TRAINER_SHARE = 0.8
-"""The trainer stops before the lease ends, so that nobody else can be training the job already."""
+"""The trainer's deadline, as a share of the lease: it stops before another worker can claim the job."""
 POLL_SECONDS = 0.5
 
 
@@ -52,7 +52,7 @@ class Lease:
         self.stop()
 
     def stop(self) -> None:
-        """Renews no more: the row is about to be given up, which must not look like a loss."""
+        """Stops renewing. Call it before the row is released, which must not look like a lost lease."""
         self._done.set()
         self._thread.join()
 
@@ -62,7 +62,7 @@ class Lease:
 
     @property
     def lost(self) -> bool:
-        """Whether the row may already belong to somebody else, by the database's word or by the clock's."""
+        """Whether another worker may hold the job already, according to the row or to the clock."""
         return self._lost.is_set() or time.monotonic() > self.taken_at + self.seconds
 
     def _run(self) -> None:

@@ -88,7 +88,7 @@ class FineTuningRecorder(Recorder):
                 self._note_step()
                 self._buffer.steps.append(values)
             case "Evaluated" if values["step"] == 0:
-                message = f"Before the training: validation loss={values['loss']:.2f}"
+                message = f"Before training: validation loss={values['loss']:.2f}"
                 self.note("info", message, {"loss": values["loss"], "accuracy": values["accuracy"]})
             case "Evaluated":
                 self._buffer.evaluations.append(values)
@@ -102,7 +102,7 @@ class FineTuningRecorder(Recorder):
         self._buffer.total_steps = values["total_steps"]
         if not self.fenced.claim.resolved:  # an earlier attempt has said so already
             for reason in values["why"]:
-                self.note("info", f"Decided: {reason}")
+                self.note("info", reason)
 
     def _write(self, events: list[Notice], *, hold_newest: bool) -> None:
         buffer, self._buffer = self._buffer, _Buffer()

@@ -1,4 +1,4 @@
-"""The trainer's line to its supervisor, and the deadline that it watches."""
+"""The trainer's connection to its supervisor, and the deadline of the current job."""
 
 import json
 import os
@@ -13,7 +13,7 @@ WATCH_SECONDS = 0.1
 
 
 class Channel:
-    """The supervisor's end of the line: messages out, and a thread that takes messages in."""
+    """Sends messages to the supervisor and receives its messages, in a thread."""
 
     def __init__(self) -> None:
         self._in, self._out = claim_descriptors()
@@ -30,20 +30,20 @@ class Channel:
         self._out.flush()
 
     def end(self, run: str) -> None:
-        """The job at hand is done with: its lease is nobody's concern any more."""
+        """Forgets the deadline of a run that is over."""
         with self._lock:
             if self._run == run:
                 self._run = self._deadline = None
 
     def stop_request(self) -> StopRequest | None:
-        """What the supervisor wants of the job at hand; checks its lease on the way."""
+        """The supervisor's stop request for the current job, if any. Also checks the deadline."""
         self._fence()
         return self._stop_request
 
     def _listen(self) -> None:
         for line in self._in:
             self._on_message(json.loads(line))
-        # The supervisor closed the line or is gone; whatever is being done is nobody's any more.
+        # The supervisor closed the pipe or is gone; nobody waits for the current job any more.
         os._exit(0)
 
     def _on_message(self, message: dict[str, Any]) -> None:
@@ -58,7 +58,7 @@ class Channel:
                 self._stop_request = message["stop"]["request"]
 
     def _watch(self) -> None:
-        """For steps longer than the lease: the check between steps would come too late."""
+        """Checks during a step too: one may take longer than the lease."""
         while True:
             time.sleep(WATCH_SECONDS)
             self._fence()

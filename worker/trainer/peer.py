@@ -1,7 +1,7 @@
-"""A process that follows the trainer on a device of its own: the same order, the same steps, and no word.
+"""A follower rank: runs rank 0's steps on its own device and reports only its own failure.
 
-It ends with code 0 when its leader's run is over, however that ended; of trouble that is its own alone it
-says one line and ends with another code. The trainer starts it; see `peers.py`.
+It exits with code 0 when rank 0's run is over, however that ended. If it fails itself, it sends one message
+and exits with code 1. The trainer starts it; see `peers.py`.
 """
 
 import argparse

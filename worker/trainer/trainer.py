@@ -1,7 +1,7 @@
 """The process that trains: one job or comparison after another, on a base model that stays loaded.
 
-It has no database and no network. It ends when its supervisor does, and ends itself when the lease of the
-job at hand was not renewed in time, for then another worker may already have that job.
+It has no database and no network. It exits with its supervisor, and by itself when the current job's lease
+was not renewed in time: another worker may have that job already.
 """
 
 import argparse
@@ -45,12 +45,12 @@ Update = Progress | ComparisonProgress
 Work = Generator[Update, str | None, None]
 
 logger = logging.getLogger("olora.trainer")
-LAST_WORDS_SECONDS = 5.0
-"""How long a peer that was lost has to say why, which it knows better."""
+LOSS_REPORT_SECONDS = 5.0
+"""How long to wait for a lost peer's own report, which is more precise."""
 
 
 class Trainer:
-    """Takes one order after another, until the supervisor closes the line."""
+    """Runs one order after another, until the supervisor closes the pipe."""
 
     def __init__(self, channel: Channel) -> None:
         self.channel = channel
@@ -59,7 +59,7 @@ class Trainer:
     def serve(self) -> NoReturn:
         import olora_core.training.train  # noqa: F401  # while the supervisor fetches the files
 
-        gc.freeze()  # the libraries' objects stay, and are many: `free_memory` need not look at them again
+        gc.freeze()  # the libraries' many objects stay: spare `free_memory` from visiting them each time
         self.channel.send(ready={"pid": os.getpid(), "device": _device_name()})
         while True:
             order = self.channel.orders.get()
@@ -69,12 +69,10 @@ class Trainer:
             free_memory()
 
     def _attempt(self, order: Order) -> None:
-        """Runs one order to its last word. Ends the process when its state can no longer be trusted."""
+        """Runs one order to its final message. Exits when the state of this process is in doubt."""
+        runners = {"fine_tuning": self._train, "comparison": self._compare}
         try:
-            if order.kind == "comparison":
-                self._compare(order)
-            else:
-                self._train(order)
+            runners[order.kind](order)
         except ProcessLost as error:
             self._lost({"crashed": {"message": error.message}})
         except OloraError as error:
@@ -85,7 +83,7 @@ class Trainer:
             leave(1)
 
     def _lost(self, message: dict[str, Any]) -> None:
-        """A peer is gone, and this process with it: it may wait for that one in the midst of a step."""
+        """Exits after the loss of a peer, which this process may be waiting for in the middle of a step."""
         self.channel.send(**message)
         leave(1)
 
@@ -102,7 +100,7 @@ class Trainer:
         return self.base.get(Path(order.base), spec, loading=lambda: self._send(Phase("loading", 0, 1)))
 
     def _train_together(self, order: Order, spec: TrainSpec) -> None:
-        """As the first of several processes, each on its own device; on CPUs they share the threads."""
+        """As rank 0 of several processes, each on its own device; on CPUs they share the threads."""
         import torch
 
         from olora_core.bases.precision import compute_dtype
@@ -110,7 +108,7 @@ class Trainer:
         from olora_core.devices import join
 
         check_devices(order.devices)
-        # They talk over loopback alone.
+        # All ranks are on this machine: they need no other interface.
         os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
         os.environ.setdefault("NCCL_SOCKET_IFNAME", "lo")
         folder, threads = Path(order.base), torch.get_num_threads()
@@ -135,10 +133,10 @@ class Trainer:
                 try:
                     self._train_on(order, spec, base, devices)
                 except ProcessLost:
-                    time.sleep(LAST_WORDS_SECONDS)
+                    time.sleep(LOSS_REPORT_SECONDS)
                     raise
                 finally:
-                    peers.finish()  # before the line to them is taken down
+                    peers.finish()  # before `join` closes the process group
         finally:
             torch.set_num_threads(threads)
 
@@ -159,7 +157,7 @@ class Trainer:
         self._drive(run)
 
     def _compare(self, order: Order) -> None:
-        """All runs of a comparison are on one base."""
+        """All runs of a comparison use one base."""
         from olora_core.comparison.compare import compare
 
         assert order.validation is not None
@@ -208,7 +206,7 @@ class Trainer:
 
 
 def _hand_over(checkpoint: Path) -> Path:
-    """Moves a checkpoint to where the run does not prune it, for the supervisor to store and remove."""
+    """Moves a checkpoint out of reach of the run's pruning, for the supervisor to store and remove."""
     place = Path(tempfile.mkdtemp(prefix="saved-", dir=checkpoint.parent.parent)) / checkpoint.name
     checkpoint.rename(place)
     return place
