@@ -39,9 +39,9 @@ RUINOUS = {"learning_rate": 10, "max_grad_norm": 1e9, "lora_alpha": 65536, "sche
 
 @contextmanager
 def at_work(supervisor: Supervisor, until: Callable[[], bool] = lambda: True) -> Iterator[Callable[[], None]]:
-    """The supervisor is woken, in a thread as in a Celery worker, again and again `until` it is so.
+    """Wakes the supervisor in a thread, as Celery does, again and again `until` the condition holds.
 
-    The block gets its end to wait for, and is followed by it.
+    The block gets a function that waits for the end; leaving the block waits too.
     """
 
     def work() -> None:
@@ -201,15 +201,15 @@ def test_tokenised_files_are_kept_within_their_bound(service: Service) -> None:
     assert list(settings.tokens_folder.glob("*/*")) == []
 
 
-def test_the_first_step_is_recorded_before_the_second_is_heard(
+def test_the_first_step_is_recorded_before_the_second_arrives(
     service: Service, supervisor: Supervisor, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     recorded: list[list[int]] = []
     record = progress.record
 
-    def noted(*arguments: Any, **said: Any) -> None:
-        recorded.append([step["step"] for step in said["steps"]])
-        record(*arguments, **said)
+    def noted(*arguments: Any, **recording: Any) -> None:
+        recorded.append([step["step"] for step in recording["steps"]])
+        record(*arguments, **recording)
 
     monkeypatch.setattr(progress, "record", noted)
     monkeypatch.setattr("worker.supervisor.recorder.RECORD_SECONDS", 3600.0)
@@ -220,23 +220,23 @@ def test_the_first_step_is_recorded_before_the_second_is_heard(
     assert [step for steps in written for step in steps] == list(range(1, 9)), "each once"
 
 
-def test_its_owner_reads_the_whole_story(service: Service, supervisor: Supervisor) -> None:
+def test_the_events_tell_the_whole_job(service: Service, supervisor: Supervisor) -> None:
     job_id = service.queue(rows=32, validation=chat_rows(10, first=100))
     supervisor.run_until_idle()
-    told = [event.message for event in service.events(job_id)]
+    messages = [event.message for event in service.events(job_id)]
     beginning = ["Created", "Validating", "Files validated", "Fine-tuning job started"]
-    assert [part in message for part, message in zip(beginning, told, strict=False)] == [True] * 4
-    assert any(message.startswith("learning_rate = ") for message in told)
-    assert any(message.startswith("Before training: validation loss") for message in told)
+    assert [part in message for part, message in zip(beginning, messages, strict=False)] == [True] * 4
+    assert any(message.startswith("learning_rate = ") for message in messages)
+    assert any(message.startswith("Before training: validation loss") for message in messages)
     metrics = [event.data or {} for event in service.events(job_id) if event.type == "metrics"]
     assert {data["step"] for data in metrics} == set(range(1, 17))
-    assert any("full validation loss" in message for message in told)
-    assert told[-2].startswith("New fine-tuned model created: ft:tiny:")
-    assert "successfully completed" in told[-1]
+    assert any("full validation loss" in message for message in messages)
+    assert messages[-2].startswith("New fine-tuned model created: ft:tiny:")
+    assert "successfully completed" in messages[-1]
     assert service.warnings(job_id) == []
 
 
-def test_a_step_is_told_once_also_where_a_checkpoint_falls_on_it(
+def test_a_step_is_one_event_also_where_a_checkpoint_falls_on_it(
     service: Service, supervisor: Supervisor, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     often = service.settings.model_copy(update={"checkpoint_seconds": 0.001})
@@ -266,8 +266,10 @@ def test_a_job_keeps_what_its_models_answer(service: Service, supervisor: Superv
     assert kept["file"] == "validation"
     assert [row["reference"] for row in kept["rows"]] == ["101 follows 100.", "102 follows 101."]
     assert all("What follows 10" in row["prompt"] for row in kept["rows"])
-    told = service.adapter(job_id)["manifest.json"].decode().replace("\\u0000", "\ufffd")
-    assert json.loads(told)["samples"] == kept  # an untrained base says anything, and no database holds NUL
+    manifest = service.adapter(job_id)["manifest.json"].decode().replace("\\u0000", "\ufffd")
+    assert (
+        json.loads(manifest)["samples"] == kept
+    )  # an untrained base says anything, and no database holds NUL
 
 
 def test_early_stopping_ends_a_job_and_keeps_its_best_checkpoint(
@@ -291,9 +293,9 @@ def test_early_stopping_ends_a_job_and_keeps_its_best_checkpoint(
     assert job.certificate["valid_loss_after"] == full[best]
     stored = {key.rpartition("/")[0] for key in service.storage.list(f"jobs/{job_id}")}
     assert stored == {*(c.storage_key for c in kept.values()), f"jobs/{job_id}/results/a1"}
-    told = [event.message for event in service.events(job_id)]
-    assert any(f"the training stops after step {job.step} of 320" in message for message in told)
-    assert any(f"The adapter of step {best} is exported" in message for message in told)
+    messages = [event.message for event in service.events(job_id)]
+    assert any(f"the training stops after step {job.step} of 320" in message for message in messages)
+    assert any(f"The adapter of step {best} is exported" in message for message in messages)
     rows = list(csv.DictReader(io.StringIO(service.result(job_id, 0).decode())))
     evaluated = [int(row["step"]) for row in rows if row["full_valid_loss"]]
     assert evaluated == list(range(4, job.step + 1, 4))
@@ -494,9 +496,9 @@ def test_a_job_that_is_no_longer_finite_fails_at_once_and_keeps_its_last_good_ch
     steps = []
     with pytest.raises(TrainingError, match="Step 3 is not finite"):
         steps.extend(
-            said
-            for said in train(spec, base, **paths, resume=tmp_path / "checkpoint")
-            if isinstance(said, Step)
+            update
+            for update in train(spec, base, **paths, resume=tmp_path / "checkpoint")
+            if isinstance(update, Step)
         )
     assert steps == []
 
@@ -512,7 +514,7 @@ def test_what_a_killed_attempt_stored_without_a_row_is_removed(
     assert not any("99-a0" in key for key in service.storage.list(f"jobs/{job_id}"))
 
 
-def test_a_stopping_worker_hands_its_job_back_and_another_goes_on(
+def test_a_stopping_worker_hands_its_job_back_and_another_resumes_it(
     service: Service, supervisor: Supervisor
 ) -> None:
     """The stored checkpoints are damaged meanwhile: the newest is passed over, the one before is taken."""
@@ -549,7 +551,7 @@ def test_a_stopping_worker_hands_its_job_back_and_another_goes_on(
     assert service.tensors(job_id) == service.tensors(uninterrupted)
 
 
-def test_a_silent_trainer_is_taken_for_hung(service: Service, supervisor: Supervisor) -> None:
+def test_a_silent_trainer_is_killed_as_hung(service: Service, supervisor: Supervisor) -> None:
     job_id = service.queue(**LONG)
     supervisor.settings = service.settings.model_copy(update={"stall_seconds": 1.0})
     with at_work(supervisor):
