@@ -22,7 +22,6 @@ from ..submission import check_base, metadata_filter, usable
 
 router = APIRouter(prefix="/v1/fine_tuning/jobs", tags=["fine-tuning"])
 
-"""Below this somebody probably meant an absolute rate."""
 BODY_SCHEMA = {
     "requestBody": {
         "required": True,
