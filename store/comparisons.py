@@ -2,7 +2,6 @@
 ended, and what it found. All of it is fenced.
 """
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -14,7 +13,7 @@ from .claims import Claim, write_as
 from .events import Notice, event_row
 from .jobs import ResultFile, complete
 from .models import Event, Job
-from .progress import greatest
+from .progress import finite, greatest
 from .session import db_now
 
 RUN = "run"
@@ -63,16 +62,11 @@ def record(
     job = write_as(session, claim, step=greatest(Job.step, int(at["step"]) if at else 0))
     if at is not None:
         job.total_steps = at["total_steps"]
-        job.at_run = {name: _finite(at[name]) for name in AT_RUN}
+        job.at_run, _ = finite({name: at[name] for name in AT_RUN})
     if seconds_left is not None:
         job.estimated_finish = db_now() + seconds_left
     _tell(session, job, events)
     session.flush()
-
-
-def _finite(value: Any) -> Any:
-    """NaN and Infinity are not JSON."""
-    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _tell(session: Session, job: Job, events: Sequence[Notice]) -> None:
