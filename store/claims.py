@@ -13,7 +13,7 @@ from sqlalchemy.orm import Session
 
 from .errors import LeaseLost
 from .events import Note, tell
-from .kinds import Kind, Work, kind_of, work_of
+from .kinds import KINDS, Kind, Work
 from .models import Attempt, File, Job, Project
 from .session import db_now, reader
 
@@ -80,7 +80,7 @@ def claim(session: Session, *, owner: str, lease_seconds: float) -> Claim | None
     session.execute(update(Project).where(Project.id == job.project_id).values(last_turn_at=db_now()))
     session.add(Attempt(job_id=job.id, attempt=job.attempt, owner=owner))
     if job.attempt == 1:
-        tell(session, job.id, Note("info", f"{kind_of(job).noun.capitalize()} started"))
+        tell(session, job.id, Note("info", f"{KINDS[job.kind].noun.capitalize()} started"))
     return _claim_of(session, job, owner)
 
 
@@ -96,13 +96,14 @@ def _worth_trying(session: Session) -> bool:
 def _claim_of(session: Session, job: Job, owner: str) -> Claim:
     wanted = select(File).where(File.id.in_([job.training_file, job.validation_file]))
     keys = {file.id: file.storage_key for file in session.scalars(wanted)}
+    kind = KINDS[job.kind]
     return Claim(
         job_id=job.id,
         attempt=job.attempt,
         owner=owner,
         project_id=job.project_id,
-        kind=kind_of(job),
-        spec=work_of(job),
+        kind=kind,
+        spec=kind.spec.model_validate(job.resolved or job.spec),
         resolved=job.resolved is not None,
         training_key=keys[job.training_file] or "",
         validation_key=keys[job.validation_file] if job.validation_file else None,

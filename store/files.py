@@ -9,9 +9,8 @@ from .errors import FileInUse, NotFound
 from .models import File, Job, Model, new_id
 from .pages import Page, read_page
 from .session import Sessions, db_now, settle
+from .statuses import UNFINISHED
 from .storage import Storage
-
-UNFINISHED = ("validating_files", "queued", "running")
 
 
 def new_file_id() -> str:

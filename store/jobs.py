@@ -18,14 +18,14 @@ from .claims import Claim, lease_is_over, write_as
 from .errors import FileUnusable, JobStateError, NotFound, StoreError
 from .events import Note, Notice, storable, tell
 from .files import lock_file, new_file_id, record_file
-from .kinds import FINE_TUNING, Kind, Work, kind_for, kind_of
+from .kinds import FINE_TUNING, KINDS, Kind, Work, kind_for
 from .models import Attempt, File, Job, Model, new_id
 from .pages import Page, read_page
 from .progress import latest_checkpoint
 from .session import db_now, settle
 from .settings import Settings
+from .statuses import WAITING
 
-ENDED = ("succeeded", "failed", "cancelled")
 MAX_BACK_OFF_SECONDS = 60.0
 
 
@@ -110,7 +110,7 @@ def admit(session: Session, settings: Settings) -> int:
             _end_failed(session, job, error_dict(error))
             continue
         job.status = "queued"
-        tell(session, job.id, Note("info", f"Files validated, moving {kind_of(job).word} to queued state"))
+        tell(session, job.id, Note("info", f"Files validated, moving {KINDS[job.kind].word} to queued state"))
     session.flush()
     return len(jobs)
 
@@ -176,7 +176,7 @@ def complete(session: Session, claim: Claim, files: Sequence[ResultFile], outcom
     job = write_as(session, claim, status="succeeded", finished_at=db_now(), **result, **_AT_REST)
     job.result_files = [_record_result(session, job, file).id for file in files]
     _end_attempt(session, job, "succeeded")
-    ended = f"The {kind_of(job).word} has successfully completed"
+    ended = f"The {KINDS[job.kind].word} has successfully completed"
     tell(session, job.id, Note("info", outcome), Note("info", ended))
     settle(session, job)
     return job
@@ -264,14 +264,16 @@ def _release(session: Session, job: Job, reason: str, message: str, crashed: boo
     _rest(job)
     data = {"reason": reason, "attempt": job.attempt, "step": job.step}
     data["resumes_from_step"] = checkpoint.step if checkpoint else 0
-    onward = f"Step {job.step} was reached; the {kind_of(job).word} is queued again and goes on from {start}."
+    onward = (
+        f"Step {job.step} was reached; the {KINDS[job.kind].word} is queued again and goes on from {start}."
+    )
     tell(session, job.id, Note("warn" if crashed else "info", f"{message} {onward}", data))
     settle(session, job)
 
 
 def _gave_up(job: Job, reason: str, message: str, start: str) -> dict[str, Any]:
     times = "once" if job.failures == 1 else f"{job.failures} times"
-    word = kind_of(job).word
+    word = KINDS[job.kind].word
     sentence = f"The {word} failed {times} without a new checkpoint in between (the last one is {start})."
     return {"code": reason, "message": f"{sentence} At last: {message}", "param": None}
 
@@ -290,7 +292,7 @@ def cancel(session: Session, job: Job) -> Job:
         select(Job).where(Job.id == job.id).with_for_update().execution_options(populate_existing=True)
     )
     assert current is not None
-    if current.status in ("validating_files", "queued"):
+    if current.status in WAITING:
         _end_cancelled(session, current)
     elif current.status == "running":
         if current.requested != "cancel":
@@ -300,11 +302,11 @@ def cancel(session: Session, job: Job) -> Job:
                 current.id,
                 Note(
                     "info",
-                    f"Cancellation was requested; the {kind_of(current).word} ends at its next step",
+                    f"Cancellation was requested; the {KINDS[current.kind].word} ends at its next step",
                 ),
             )
     elif current.status != "cancelled":
-        name = kind_of(current).word.capitalize()
+        name = KINDS[current.kind].word.capitalize()
         raise JobStateError(f"{name} {current.id} cannot be cancelled: it has {current.status} already.")
     session.flush()
     return current
@@ -314,7 +316,7 @@ def _end_cancelled(session: Session, job: Job) -> None:
     job.status, job.finished_at = "cancelled", db_now()
     _end_attempt(session, job, "cancelled")
     _rest(job)
-    tell(session, job.id, Note("info", f"The {kind_of(job).word} has been cancelled"))
+    tell(session, job.id, Note("info", f"The {KINDS[job.kind].word} has been cancelled"))
     settle(session, job)
 
 
@@ -323,7 +325,7 @@ def _end_failed(session: Session, job: Job, error: dict[str, Any]) -> None:
     job.error = error
     _end_attempt(session, job, str(error["code"]))
     _rest(job)
-    tell(session, job.id, Note("error", f"The {kind_of(job).word} failed: {error['message']}"))
+    tell(session, job.id, Note("error", f"The {KINDS[job.kind].word} failed: {error['message']}"))
     settle(session, job)
 
 

@@ -22,7 +22,9 @@ from sqlalchemy import (
 )
 from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
 
+from .kinds import KINDS
 from .session import db_now
+from .statuses import STATUSES
 
 _ALPHABET = string.ascii_letters + string.digits
 Sequence = BigInteger().with_variant(Integer, "sqlite")
@@ -101,10 +103,6 @@ class File(Base):
     __table_args__ = (Index(None, "project_id", "seq"),)
 
 
-KIND_NAMES = ("fine_tuning", "comparison")
-STATUSES = ("validating_files", "queued", "running", "paused", "succeeded", "failed", "cancelled")
-
-
 class Job(Base):
     """A fine-tuning job, or a comparison of methods, which lives like one; `store/jobs.py` tells its life."""
 
@@ -170,7 +168,7 @@ class Job(Base):
         Index(None, "project_id", "kind", "seq"),
         Index(None, "status", "priority", "seq"),
         CheckConstraint(f"status IN {STATUSES}", name="status"),
-        CheckConstraint(f"kind IN {KIND_NAMES}", name="kind"),
+        CheckConstraint(f"kind IN {tuple(KINDS)}", name="kind"),
     )
 
 

@@ -18,6 +18,7 @@ from store.events import events_since
 from store.events import list_events as page_of_events
 from store.kinds import COMPARISON, FINE_TUNING, Kind
 from store.models import Event
+from store.statuses import ENDED
 
 from ..deps import After, Call, CallDep, Limit
 from ..schemas.jobs import EventObject
@@ -103,7 +104,7 @@ async def _stream(call: Call, kind: Kind, job_id: str, seq: int) -> AsyncIterato
             seq, spoken = row.seq, time.monotonic()
         if len(rows) == BATCH:
             continue
-        if status in jobs.ENDED:
+        if status in ENDED:
             yield _message("done", f'{{"id":"{job_id}","status":"{status}"}}')
             return
         if time.monotonic() - spoken >= HEARTBEAT_SECONDS:
