@@ -115,9 +115,7 @@ def admit(session: Session, settings: Settings) -> int:
     return len(jobs)
 
 
-def _what_is_wrong_with_files(
-    session: Session, job: Job, settings: Settings
-) -> OloraError | StoreError | None:
+def _what_is_wrong_with_files(session: Session, job: Job, settings: Settings) -> OloraError | None:
     training = _report_of(session, job.training_file, "training_file")
     if not isinstance(training, Report):
         return training
@@ -204,7 +202,7 @@ def _record_result(session: Session, job: Job, file: ResultFile) -> File:
     )
 
 
-def fail(session: Session, claim: Claim, error: OloraError | StoreError) -> Job:
+def fail(session: Session, claim: Claim, error: OloraError) -> Job:
     """The job cannot be done; its owner reads why. Raises LeaseLost."""
     job = write_as(session, claim)
     _end_failed(session, job, error_dict(error))
@@ -334,7 +332,7 @@ def _rest(job: Job) -> None:
         setattr(job, name, value)
 
 
-def error_dict(error: OloraError | StoreError) -> dict[str, Any]:
+def error_dict(error: OloraError) -> dict[str, Any]:
     return {"code": error.code, "message": storable(error.message), "param": error.param}
 
 

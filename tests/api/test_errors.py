@@ -6,7 +6,6 @@ from openai import OpenAI
 from api.errors import as_api_error
 from olora_core.errors import ModelError, OloraError, SpecError
 from store import errors as store_errors
-from store.errors import StoreError
 
 TROUBLES = (
     (SpecError("m", param="p"), 400, False),
@@ -24,7 +23,7 @@ TROUBLES = (
 
 @pytest.mark.parametrize(("trouble", "status", "tried_again"), TROUBLES)
 def test_a_client_tries_again_when_that_can_help(
-    trouble: OloraError | StoreError, status: int, tried_again: bool
+    trouble: OloraError, status: int, tried_again: bool
 ) -> None:
     answer = as_api_error(trouble)
     assert answer is not None

@@ -67,7 +67,7 @@ class Shutdown(Protocol):
 class _Failed(Exception):
     """The job cannot be done; another attempt would end the same."""
 
-    def __init__(self, error: OloraError | StoreError) -> None:
+    def __init__(self, error: OloraError) -> None:
         super().__init__(error.message)
         self.error = error
 
@@ -178,12 +178,12 @@ class Attempt:
             self._time_up = self._time_limit(job)
             finished = self._train(self._fetch(job))
             self._publish(job, finished)
-        except OloraError as error:
-            raise _Failed(error) from error
-        except StorageError as error:
-            raise _Crashed(error.code, error.message) from error
         except (LeaseLost, _Failed, _Stopped, _Crashed):
             raise
+        except StorageError as error:  # before OloraError, which it is too: another attempt may do better
+            raise _Crashed(error.code, error.message) from error
+        except OloraError as error:
+            raise _Failed(error) from error
         except Exception as error:
             if isinstance(error, OSError) and error.errno == errno.ENOSPC:
                 raise _Crashed("disk_full", "No space is left on the worker's disk.") from error
@@ -541,7 +541,7 @@ class Attempt:
             return False
         return self._evaluating or time.monotonic() < self._stepped_at + EVALUATION_SECONDS
 
-    def _fail(self, error: OloraError | StoreError) -> None:
+    def _fail(self, error: OloraError) -> None:
         self._end(lambda session: jobs.fail(session, self.claim, error))
         self._remove_strays()
 
