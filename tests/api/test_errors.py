@@ -22,9 +22,7 @@ TROUBLES = (
 
 
 @pytest.mark.parametrize(("trouble", "status", "tried_again"), TROUBLES)
-def test_a_client_tries_again_when_that_can_help(
-    trouble: OloraError, status: int, tried_again: bool
-) -> None:
+def test_a_client_tries_again_when_that_can_help(trouble: OloraError, status: int, tried_again: bool) -> None:
     answer = as_api_error(trouble)
     assert answer is not None
     assert answer.status == status
