@@ -11,8 +11,10 @@ from typing import Any, Literal
 from sqlalchemy import ColumnElement, Engine, and_, func, or_, select, update
 from sqlalchemy.orm import Session
 
+from olora_core.progress import Note
+
 from .errors import LeaseLost
-from .events import Note, tell
+from .events import tell
 from .kinds import KINDS, Kind, Work
 from .models import Attempt, File, Job, Project
 from .session import db_now, reader

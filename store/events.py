@@ -5,35 +5,18 @@ they become visible.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 from sqlalchemy import insert, select
 from sqlalchemy.orm import Session
+
+from olora_core.progress import Note
 
 from .models import Event, new_id
 from .pages import Page, read_page
 
 
-class Notice(Protocol):
-    """Something to tell a job's owner: a `Note` of the trainer, or one of ours."""
-
-    @property
-    def level(self) -> str: ...
-    @property
-    def message(self) -> str: ...
-    @property
-    def data(self) -> dict[str, Any] | None: ...
-
-
-@dataclass(frozen=True)
-class Note:
-    level: str
-    message: str
-    data: dict[str, Any] | None = None
-
-
-def tell(session: Session, job_id: str, *notes: Notice) -> None:
+def tell(session: Session, job_id: str, *notes: Note) -> None:
     if notes:
         rows = [event_row(job_id, note.level, "message", note.message, note.data) for note in notes]
         session.execute(insert(Event), rows)

@@ -13,10 +13,11 @@ from sqlalchemy.orm import Session
 
 from olora_core.errors import OloraError
 from olora_core.formats import Report, check_for_training
+from olora_core.progress import Note
 
 from .claims import Claim, lease_is_over, write_as
 from .errors import FileUnusable, JobStateError, NotFound, StoreError
-from .events import Note, Notice, storable, tell
+from .events import storable, tell
 from .files import lock_file, new_file_id, record_file
 from .kinds import FINE_TUNING, KINDS, Kind, Work, kind_for
 from .models import Attempt, File, Job, Model, new_id
@@ -51,7 +52,7 @@ def create(
     options: dict[str, Any] | None = None,
     integrations: list[Any] | None = None,
     seed: int | None = None,
-    notes: Sequence[Notice] = (),
+    notes: Sequence[Note] = (),
 ) -> Job:
     """A new job, or comparison, in `validating_files`. `seed` is the spec's own unless given; `notes` become
     its events.

@@ -9,11 +9,12 @@ from typing import Any
 from sqlalchemy import Select, case, func, insert, select
 from sqlalchemy.orm import Session
 
+from olora_core.progress import Note
 from olora_core.specs import TrainSpec
 
 from .claims import Claim, write_as
 from .errors import NotFound
-from .events import Note, Notice, event_row, storable, tell
+from .events import event_row, storable, tell
 from .models import Checkpoint, Event, Job, Metric, new_id
 from .pages import Page, read_page
 from .session import db_now
@@ -57,7 +58,7 @@ def record(
     *,
     steps: Sequence[Mapping[str, Any]] = (),
     evaluations: Sequence[Mapping[str, Any]] = (),
-    events: Sequence[Notice] = (),
+    events: Sequence[Note] = (),
     resolved: TrainSpec | None = None,
     total_steps: int | None = None,
     samples: Mapping[str, Any] | None = None,

@@ -6,11 +6,12 @@ import pytest
 from sqlalchemy import select
 
 from olora_core.errors import TrainingError
+from olora_core.progress import Note
 from olora_core.specs import ComparisonSpec, TrainSpec
 from store import claims, comparisons, files, jobs, progress
 from store.comparisons import EndedRun
 from store.errors import JobStateError, LeaseLost, NotFound, UnknownCursor
-from store.events import Note, events_since
+from store.events import events_since
 from store.kinds import COMPARISON, FINE_TUNING
 from store.models import Job, Metric, Model
 from store.session import Sessions, db_now

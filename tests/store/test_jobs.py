@@ -11,10 +11,11 @@ import pytest
 from sqlalchemy import select
 
 from olora_core.errors import DataError
+from olora_core.progress import Note
 from olora_core.specs import Facts, resolve
 from store import claims, files, fine_tuned, jobs, progress
 from store.errors import FileUnusable, JobStateError, LeaseLost, NotFound, UnknownCursor
-from store.events import Note, events_since, list_events
+from store.events import events_since, list_events
 from store.models import Attempt, Event, File, Job, Metric, new_id
 from store.session import Sessions, db_now, make_engine
 from store.session import sessions as make_sessions

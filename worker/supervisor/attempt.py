@@ -20,12 +20,12 @@ from sqlalchemy import func, select
 from sqlalchemy.orm import Session
 
 from olora_core.errors import CheckpointError, OloraError
+from olora_core.progress import Level, Note
 from olora_core.specs import TrainSpec
 from store import claims, comparisons, fine_tuned, jobs, progress
 from store.bases import fetch_base, find_base
 from store.comparisons import EndedRun
 from store.errors import LeaseLost, StorageError, StoreError
-from store.events import Note, Notice
 from store.kinds import COMPARISON
 from store.models import Attempt as AttemptRow
 from store.models import Checkpoint, Job
@@ -95,7 +95,7 @@ class _Unrecorded:
 
     steps: list[dict[str, Any]] = dataclasses.field(default_factory=list)
     evaluations: list[dict[str, Any]] = dataclasses.field(default_factory=list)
-    events: list[Notice] = dataclasses.field(default_factory=list)
+    events: list[Note] = dataclasses.field(default_factory=list)
     resolved: TrainSpec | None = None
     total_steps: int | None = None
     samples: dict[str, Any] | None = None
@@ -399,7 +399,7 @@ class Attempt:
             self._recorded_at = -math.inf  # whoever waits for the job sees at once that it trains
         self._stepped, self._stepped_at = True, time.monotonic()
 
-    def _note(self, level: str, message: str, data: dict[str, Any] | None = None) -> None:
+    def _note(self, level: Level, message: str, data: dict[str, Any] | None = None) -> None:
         self._unrecorded.events.append(Note(level, message, data))
 
     def _resolved(self, said: dict[str, Any]) -> None:
