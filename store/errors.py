@@ -15,7 +15,7 @@ StoreError              an OloraError of the core
 └── StorageError         stored bytes cannot be written or read
     ├── StorageFull      no space is left
     ├── TooLarge         more bytes than allowed
-    └── Damaged          stored bytes are not those of their manifest
+    └── StorageDamaged   stored bytes are not those of their manifest
 """
 
 from olora_core.errors import OloraError
@@ -118,7 +118,7 @@ class TooLarge(StorageError):
     code = "file_too_large"
 
 
-class Damaged(StorageError):
+class StorageDamaged(StorageError):
     """Stored bytes are not those that their manifest names."""
 
     code = "storage_damaged"

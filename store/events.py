@@ -13,7 +13,7 @@ from sqlalchemy.orm import Session
 from olora_core.progress import Note
 
 from .models import Event, new_id
-from .pages import Page, read_page
+from .pages import RowPage, read_page
 
 
 def tell(session: Session, job_id: str, *notes: Note) -> None:
@@ -40,7 +40,9 @@ def storable(text: str) -> str:
     return text.replace("\x00", "\ufffd")
 
 
-def list_events(session: Session, job_id: str, *, after: str | None = None, limit: int = 20) -> Page[Event]:
+def list_events(
+    session: Session, job_id: str, *, after: str | None = None, limit: int = 20
+) -> RowPage[Event]:
     """Newest first."""
     return read_page(session, select(Event), Event, within=Event.job_id == job_id, after=after, limit=limit)
 

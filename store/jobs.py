@@ -21,7 +21,7 @@ from .events import storable, tell
 from .files import lock_file, new_file_id, record_file
 from .kinds import FINE_TUNING, KINDS, Kind, Work, kind_for
 from .models import Attempt, File, Job, Model, new_id
-from .pages import Page, read_page
+from .pages import RowPage, read_page
 from .progress import latest_checkpoint
 from .session import db_now, settle
 from .settings import Settings
@@ -368,7 +368,7 @@ def list_jobs(
     metadata: Mapping[str, str] | Literal["null"] | None = None,
     after: str | None = None,
     limit: int = 20,
-) -> Page[Job]:
+) -> RowPage[Job]:
     """Of one kind, newest first. `metadata` keeps the jobs with all these pairs, or with "null" those without
     any.
     """

@@ -36,7 +36,9 @@ def new_id(prefix: str, length: int = 24) -> str:
     return prefix + "".join(secrets.choice(_ALPHABET) for _ in range(length))
 
 
-class Base(DeclarativeBase):
+class Row(DeclarativeBase):
+    """What every table's class inherits."""
+
     metadata = MetaData(
         naming_convention={
             "ix": "ix_%(table_name)s_%(column_0_N_name)s",
@@ -53,7 +55,7 @@ class Base(DeclarativeBase):
     }
 
 
-class Project(Base):
+class Project(Row):
     """The tenant: owns keys, files, jobs and models."""
 
     __tablename__ = "projects"
@@ -65,7 +67,7 @@ class Project(Base):
     """When a job of this project was last claimed; the project that waited longest goes first."""
 
 
-class Key(Base):
+class Key(Row):
     """An API key; only its SHA-256 is kept."""
 
     __tablename__ = "keys"
@@ -78,7 +80,7 @@ class Key(Base):
     revoked_at: Mapped[float | None]
 
 
-class File(Base):
+class File(Row):
     """An uploaded or produced file. `report` is the outcome of the structural validation."""
 
     __tablename__ = "files"
@@ -103,7 +105,7 @@ class File(Base):
     __table_args__ = (Index(None, "project_id", "seq"),)
 
 
-class Job(Base):
+class Job(Row):
     """A fine-tuning job, or a comparison of methods, which lives like one; `store/jobs.py` tells its life."""
 
     __tablename__ = "jobs"
@@ -172,7 +174,7 @@ class Job(Base):
     )
 
 
-class Attempt(Base):
+class Attempt(Row):
     """One claim of a job, for those who ask what happened."""
 
     __tablename__ = "attempts"
@@ -185,7 +187,7 @@ class Attempt(Base):
     end_reason: Mapped[str | None] = mapped_column(String(64))
 
 
-class Event(Base):
+class Event(Row):
     """What a job's owner reads."""
 
     __tablename__ = "events"
@@ -202,7 +204,7 @@ class Event(Base):
     __table_args__ = (Index(None, "job_id", "seq"),)
 
 
-class Metric(Base):
+class Metric(Row):
     """One optimizer step of a job, once, however often it was redone after a crash."""
 
     __tablename__ = "metrics"
@@ -212,7 +214,7 @@ class Metric(Base):
     values: Mapped[dict[str, Any]]
 
 
-class Checkpoint(Base):
+class Checkpoint(Row):
     """A state of a job to resume from. `storage_key` is a folder in the storage, null once it was pruned."""
 
     __tablename__ = "checkpoints"
@@ -229,7 +231,7 @@ class Checkpoint(Base):
     __table_args__ = (Index(None, "job_id", "seq"),)
 
 
-class Model(Base):
+class Model(Row):
     """A fine-tuned model: a name for a succeeded job's adapter."""
 
     __tablename__ = "models"
@@ -244,7 +246,7 @@ class Model(Base):
     __table_args__ = (Index(None, "project_id", "seq"),)
 
 
-class Request(Base):
+class Request(Row):
     """A creating request, remembered so that a client's retry finds what the first try made."""
 
     __tablename__ = "requests"

@@ -16,7 +16,7 @@ from .claims import Claim, write_as
 from .errors import NotFound
 from .events import event_row, storable, tell
 from .models import Checkpoint, Event, Job, Metric, new_id
-from .pages import Page, read_page
+from .pages import RowPage, read_page
 from .session import db_now
 
 KEPT_CHECKPOINTS = 2
@@ -242,7 +242,7 @@ def _prune(session: Session, job_id: str, best_step: int | None) -> list[str]:
 
 def list_checkpoints(
     session: Session, job_id: str, *, after: str | None = None, limit: int = 10
-) -> Page[Checkpoint]:
+) -> RowPage[Checkpoint]:
     """Those that are still stored, newest first."""
     rows = select(Checkpoint).where(Checkpoint.storage_key.is_not(None))
     return read_page(session, rows, Checkpoint, within=Checkpoint.job_id == job_id, after=after, limit=limit)

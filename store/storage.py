@@ -18,7 +18,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import BinaryIO, Self
 
-from .errors import Damaged, StorageError, StorageFull, TooLarge
+from .errors import StorageDamaged, StorageError, StorageFull, TooLarge
 from .home import make_folder, private
 from .settings import Settings
 
@@ -141,8 +141,8 @@ class Storage:
     def fetch_folder(self, prefix: str, to: Path) -> None:
         """Copies a stored folder and verifies every file against the manifest.
 
-        Raises Damaged when a file differs and StorageError when the folder is not complete. `to` appears
-        only when everything is right.
+        `to` appears only when everything is right. Raises StorageDamaged when a file differs and StorageError
+        when the folder is incomplete.
         """
         aside = to.with_name(f"{to.name}.{uuid.uuid4().hex}{PART}")
         try:
@@ -150,7 +150,9 @@ class Storage:
                 target = aside / name
                 digest = self.fetch(f"{prefix}/{name}", target)
                 if (target.stat().st_size, digest) != listed:
-                    raise Damaged(f"{prefix}/{name} is damaged: its bytes are not those that were stored.")
+                    raise StorageDamaged(
+                        f"{prefix}/{name} is damaged: its bytes are not those that were stored."
+                    )
             with _disk_errors(prefix):
                 aside.mkdir(parents=True, exist_ok=True)
                 os.rename(aside, to)
@@ -188,7 +190,7 @@ class Storage:
                 listed = json.load(file)["files"]
             files = {name: (int(entry["bytes"]), str(entry["sha256"])) for name, entry in listed.items()}
         except (ValueError, KeyError, TypeError, AttributeError):
-            raise Damaged(f"{prefix} is damaged: its list of files cannot be read.") from None
+            raise StorageDamaged(f"{prefix} is damaged: its list of files cannot be read.") from None
         for name in files:
             _check_key(name)
         return files

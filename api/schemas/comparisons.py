@@ -8,7 +8,7 @@ from olora_core.specs import MAX_SEEDS, ComparisonSpec, read_comparison
 from store.models import Job
 
 from ..errors import BadRequest
-from .bodies import JobOptions, MethodRequest, Request, check_metadata, hyperparameters_of, read_request
+from .bodies import JobOptions, MethodRequest, RequestBody, check_metadata, hyperparameters_of, read_request
 from .jobs import JobError, whole_seconds
 
 RESULTS = ("page", "report")
@@ -19,7 +19,7 @@ LOOSE = ("methods", "learning_rates", "seeds", "seed", "budget", "search_share")
 """What `read_comparison` reads by itself; null stands for what is left out."""
 
 
-class CreateComparison(Request):
+class CreateComparison(RequestBody):
     """The body of POST /v1/comparisons."""
 
     model: str = Field(min_length=1, max_length=256, description="Id of a base model; see GET /v1/models.")

@@ -11,10 +11,10 @@ from store.jobs import leaves_model
 from store.kinds import FINE_TUNING, Kind
 from store.models import Checkpoint, Event, Job
 
-from .bodies import JobOptions, MethodRequest, Request, check_metadata, hyperparameters_of, read_request
+from .bodies import JobOptions, MethodRequest, RequestBody, check_metadata, hyperparameters_of, read_request
 
 
-class CreateJob(Request):
+class CreateJob(RequestBody):
     """The body of POST /v1/fine_tuning/jobs."""
 
     model: str = Field(min_length=1, max_length=256, description="Id of a base model; see GET /v1/models.")

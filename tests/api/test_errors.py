@@ -17,7 +17,7 @@ TROUBLES = (
     (store_errors.RequestPending("m", param="p"), 409, True),
     (store_errors.TooLarge("m", param="p"), 413, False),
     (store_errors.StorageFull("m", param="p"), 507, False),
-    (store_errors.Damaged("m", param="p"), 500, True),
+    (store_errors.StorageDamaged("m", param="p"), 500, True),
 )
 
 
