@@ -19,7 +19,7 @@ from .kinds import KINDS, Kind, Work
 from .models import Attempt, File, Job, Project
 from .session import db_now, reader
 
-Wish = Literal["cancel"]
+StopRequest = Literal["cancel"]
 
 
 @dataclass(frozen=True)
@@ -113,10 +113,10 @@ def _claim_of(session: Session, job: Job, owner: str) -> Claim:
     )
 
 
-def renew(session: Session, claim: Claim, lease_seconds: float) -> Wish | None:
-    """Holds the job for longer. Returns the owner's wish. Raises LeaseLost."""
+def renew(session: Session, claim: Claim, lease_seconds: float) -> StopRequest | None:
+    """Extends the lease. Returns the owner's stop request, if any. Raises LeaseLost."""
     job = write_as(session, claim, lease_until=db_now() + lease_seconds)
-    return "cancel" if job.requested == "cancel" else None
+    return "cancel" if job.stop_request == "cancel" else None
 
 
 def write_as(session: Session, claim: Claim, **values: Any) -> Job:

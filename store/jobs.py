@@ -184,7 +184,7 @@ def complete(session: Session, claim: Claim, files: Sequence[ResultFile], outcom
 _AT_REST: dict[str, Any] = {
     "lease_owner": None,
     "lease_until": None,
-    "requested": None,
+    "stop_request": None,
     "estimated_finish": None,
 }
 """What a job without an attempt does not have."""
@@ -246,7 +246,7 @@ def sweep(session: Session, settings: Settings) -> int:
 
 
 def _release(session: Session, job: Job, reason: str, message: str, crashed: bool, max_failures: int) -> None:
-    if job.requested == "cancel":
+    if job.stop_request == "cancel":
         _end_cancelled(session, job)
         return
     job.failures += crashed
@@ -294,8 +294,8 @@ def cancel(session: Session, job: Job) -> Job:
     if current.status in WAITING:
         _end_cancelled(session, current)
     elif current.status == "running":
-        if current.requested != "cancel":
-            current.requested = "cancel"
+        if current.stop_request != "cancel":
+            current.stop_request = "cancel"
             tell(
                 session,
                 current.id,

@@ -147,8 +147,8 @@ class Job(Row):
     """Attempts in a row that ended by a crash or a lost lease without a new checkpoint."""
     lease_owner: Mapped[str | None] = mapped_column(String(128))
     lease_until: Mapped[float | None]
-    requested: Mapped[str | None] = mapped_column(String(16))
-    """The owner's wish: "cancel" (or, later, "pause"); null when none."""
+    stop_request: Mapped[str | None] = mapped_column("requested", String(16))
+    """What the owner has asked a running job to do: "cancel", or null."""
 
     step: Mapped[int] = mapped_column(default=0)
     total_steps: Mapped[int | None]

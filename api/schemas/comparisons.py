@@ -165,7 +165,7 @@ class ComparisonObject(BaseModel):
                 **row.options,
                 "attempt": row.attempt,
                 "failures": row.failures,
-                "requested": row.requested,
+                "requested": row.stop_request,
             },
         )
 

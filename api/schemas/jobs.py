@@ -127,7 +127,7 @@ def _own_facts(row: Job) -> dict[str, Any]:
         **row.options,
         "attempt": row.attempt,
         "failures": row.failures,
-        "requested": row.requested,
+        "requested": row.stop_request,
         "started_at": whole_seconds(row.started_at),
         "step": row.step,
         "total_steps": row.total_steps,

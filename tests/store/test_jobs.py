@@ -669,11 +669,11 @@ def test_a_running_job_is_asked_to_end(sessions: Sessions) -> None:
     for _ in range(2):
         with sessions.begin() as session:
             assert jobs.cancel(session, job).status == "running"
-    assert making.reread(sessions, job.id).requested == "cancel"
+    assert making.reread(sessions, job.id).stop_request == "cancel"
     with sessions.begin() as session:
         jobs.cancelled(session, claim)
     ended = making.reread(sessions, job.id)
-    assert (ended.status, ended.requested) == ("cancelled", None)
+    assert (ended.status, ended.stop_request) == ("cancelled", None)
     texts = making.messages(sessions, job.id)
     assert texts[-2:] == [
         "Cancellation was requested; the job ends at its next step",

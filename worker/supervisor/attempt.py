@@ -602,14 +602,14 @@ class Attempt:
             return claims.renew(session, self.claim, self.settings.lease_seconds)
 
     def _look(self) -> str | None:
-        mine = select(Job.requested).where(
+        mine = select(Job.stop_request).where(
             Job.id == self.claim.job_id, Job.attempt == self.claim.attempt, Job.status == "running"
         )
         with self.read.begin() as session:
             row = session.execute(mine).one_or_none()
         if row is None:
             raise LeaseLost(self.claim.job_id, self.claim.attempt)
-        requested: str | None = row.requested
+        requested: str | None = row.stop_request
         return requested
 
     def _tell_deadline(self, deadline: float) -> None:
