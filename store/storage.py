@@ -67,15 +67,25 @@ class Writer:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        try:
-            if kind is None:
-                self._publish()
-        finally:
-            with contextlib.suppress(OSError):  # its buffer may not fit on the disk either
-                self._file.close()
-            self._part.unlink(missing_ok=True)
+        if kind is None:
+            self.publish()
+        else:
+            self.discard()
 
-    def _publish(self) -> None:
+    def publish(self) -> None:
+        """Makes what was written visible under its key, or discards it. Raises StorageError."""
+        try:
+            self._sync_and_rename()
+        finally:
+            self.discard()
+
+    def discard(self) -> None:
+        """Closes the file and removes what was not published."""
+        with contextlib.suppress(OSError):  # its buffer may not fit on the disk either
+            self._file.close()
+        self._part.unlink(missing_ok=True)
+
+    def _sync_and_rename(self) -> None:
         with _disk_errors():
             self._file.flush()
             os.fsync(self._file.fileno())
