@@ -51,8 +51,8 @@ class CreateComparison(RequestBody):
     olora: JobOptions | None = None
 
 
-def read_create(values: dict[str, Any]) -> CreateComparison:
-    """Reads the body's own structure; `spec_of` reads what to compare. Raises BadRequest."""
+def read_create(values: dict[str, Any]) -> tuple[CreateComparison, ComparisonSpec]:
+    """The request, and the spec of what to compare. Raises BadRequest or SpecError, naming the place."""
     if values.get("validation_file") is None:
         raise BadRequest(
             "validation_file is missing: a comparison is judged on rows that no run has trained on and no "
@@ -72,11 +72,10 @@ def read_create(values: dict[str, Any]) -> CreateComparison:
             f"olora.devices = {request.olora.devices}: a comparison runs on one device; leave it out.",
             param="olora.devices",
         )
-    return request
+    return request, _spec_of(request)
 
 
-def spec_of(request: CreateComparison) -> ComparisonSpec:
-    """What to compare. Raises SpecError or BadRequest, naming the place."""
+def _spec_of(request: CreateComparison) -> ComparisonSpec:
     type, hyperparameters, prefix = hyperparameters_of(request.method, request.hyperparameters)
     asked = {name: getattr(request, name) for name in LOOSE if getattr(request, name) is not None}
     return read_comparison(

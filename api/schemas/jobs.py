@@ -38,15 +38,14 @@ class CreateJob(RequestBody):
     olora: JobOptions | None = None
 
 
-def read_create(values: dict[str, Any]) -> CreateJob:
-    """Reads the body's own structure; `spec_of` reads what to train. Raises BadRequest."""
+def read_create(values: dict[str, Any]) -> tuple[CreateJob, TrainSpec]:
+    """The request, and the spec of what to train. Raises BadRequest or SpecError, naming the place."""
     request = read_request(CreateJob, values)
     check_metadata(request.metadata)
-    return request
+    return request, _spec_of(request)
 
 
-def spec_of(request: CreateJob) -> TrainSpec:
-    """What to train. Raises SpecError or BadRequest, naming the place."""
+def _spec_of(request: CreateJob) -> TrainSpec:
     type, hyperparameters, prefix = hyperparameters_of(request.method, request.hyperparameters)
     spec = read_spec(
         model=request.model,
