@@ -15,7 +15,6 @@ ApiError               a request that cannot be served, in words its sender can 
 Expected troubles of the core and of the store are mapped to one of these by `as_api_error`.
 """
 
-import re
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -27,6 +26,7 @@ from starlette.responses import JSONResponse
 from olora_core.errors import OloraError
 from store import errors as store_errors
 from store.session import DATABASE_AWAY
+from store.validation import refusal
 
 KEY_REMEDY = (
     "The API key is missing or not known here. Send it as 'Authorization: Bearer <key>'; "
@@ -199,15 +199,7 @@ def _from_validation(error: RequestValidationError) -> BadRequest:
     """FastAPI's complaint about a query or path value, as one sentence that names it."""
     problem = error.errors()[0]
     param = ".".join(str(part) for part in problem["loc"][1:])
-    return BadRequest(misfit(param, problem["input"], str(problem["msg"])), param=param)
-
-
-def misfit(place: str, value: Any, complaint: str) -> str:
-    """`limit = 0 does not fit: expected …` in pydantic's words for what it expected."""
-    shown = repr(value)
-    shown = shown if len(shown) <= 80 else f"{shown[:77]}…"
-    wish = re.sub(r"^(Input should be|\w+ should have) ", "", complaint)
-    return f"{place} = {shown} does not fit: expected {wish}."
+    return BadRequest(refusal(param, problem), param=param)
 
 
 def _from_http(error: HTTPException) -> ApiError:

@@ -5,7 +5,9 @@ from typing import Any, TypeVar, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from ..errors import BadRequest, misfit
+from store.validation import refusal
+
+from ..errors import BadRequest
 
 MAX_SECONDS = 2**31 - 1
 """68 years; a worker adds its clock to it, in which far larger numbers have no place."""
@@ -113,7 +115,7 @@ def _bad_field(model: type[RequestBody], error: ValidationError) -> BadRequest:
         return BadRequest(f"{param} is unknown{hint}. Known here: {', '.join(known)}.", param=param)
     if problem["type"] == "missing":
         return BadRequest(f"{param} is missing; it is required.", param=param)
-    return BadRequest(misfit(param, problem["input"], str(problem["msg"])), param=param)
+    return BadRequest(refusal(param, problem), param=param)
 
 
 def _fields_at(model: type[RequestBody], place: list[str]) -> list[str]:
