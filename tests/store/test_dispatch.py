@@ -1,4 +1,4 @@
-"""The dispatcher moves waiting jobs, in any number of threads, and survives outages of database and broker."""
+"""The dispatcher moves waiting jobs, in several threads too, and survives outages of database and broker."""
 
 import logging
 import threading
