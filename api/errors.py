@@ -76,7 +76,7 @@ class BadRequest(ApiError):
 
 
 class BadKey(ApiError):
-    """The key is missing or unknown; both are answered alike."""
+    """The key is missing or unknown; both get the same answer."""
 
     status = 401
     code = "invalid_api_key"

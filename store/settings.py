@@ -274,7 +274,7 @@ def _path_of(url: str) -> Path:
 def read_settings(**values: Any) -> Settings:
     """Settings from the environment; `values` win.
 
-    Raises SettingsError, naming the variable and what it may be.
+    Raises SettingsError, naming the variable and what it must be.
     """
     try:
         return Settings(**values)
@@ -306,7 +306,7 @@ def unknown_variables(environ: Mapping[str, str]) -> list[str]:
     known = [name.upper() for name in Settings.model_fields]
     sentences = []
     for name in sorted(environ):
-        own = name.removeprefix(PREFIX)  # the prefix, which all share, makes no two of them alike
+        own = name.removeprefix(PREFIX)  # without the prefix that all share
         if name.startswith(PREFIX) and not name.startswith(NOT_SETTINGS) and own not in known:
             near = difflib.get_close_matches(own, known, n=1, cutoff=0.7)
             hint = f" Did you mean {PREFIX}{near[0]}?" if near else ""

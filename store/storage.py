@@ -241,7 +241,7 @@ def _remove_if_abandoned(part: Path) -> bool:
     try:
         with part.open("rb") as file:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            # Under the lock: a writer that was about to take it looks again, and makes another.
+            # Under the lock: a writer that was about to use it checks again, and makes another.
             part.unlink(missing_ok=True)
     except OSError:  # gone, or held by its writer
         return False
