@@ -1,35 +1,35 @@
-"""What a caller may be told, always in one body: `{"error": {message, type, param, code}}`.
+"""The API's errors, always sent as `{"error": {message, type, param, code}}`.
 
 ApiError               a request that cannot be served, in words its sender can act on
-├── BadRequest         400  something in it does not fit
+├── BadRequest         400  something in it is invalid
 ├── BadKey             401  the key is missing or unknown
-├── Forbidden          403  it may not be done to this object
+├── Forbidden          403  not allowed for this object
 ├── NotFound           404  no such thing in this project
 ├── MethodNotAllowed   405  the path exists, the method does not
-├── Pending            409  the first try of this request is still being answered; worth another try
-├── TooLarge           413  the body is larger than the service takes
-├── ServerError        500  something went wrong that the sender cannot mend
-├── Unavailable        503  the database cannot be reached; worth another try
+├── Pending            409  the first try of this request is still being answered; try again
+├── TooLarge           413  the body is larger than the limit
+├── ServerError        500  an error that the sender cannot fix
+├── Unavailable        503  the database cannot be reached; try again
 └── NoSpace            507  the storage is full
 
-Expected troubles of the core and of the store are mapped to one of these by `as_api_error`.
+`as_api_error` maps the expected errors of the core and the store to these.
 """
 
-import re
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 from fastapi.exceptions import RequestValidationError
-from sqlalchemy.exc import InterfaceError, OperationalError
 from sqlalchemy.exc import TimeoutError as PoolTimeout
 from starlette.exceptions import HTTPException
 from starlette.responses import JSONResponse
 
 from olora_core.errors import OloraError
 from store import errors as store_errors
+from store.session import DATABASE_AWAY
+from store.validation import refusal
 
 KEY_REMEDY = (
-    "The API key is missing or not known here. Send it as 'Authorization: Bearer <key>'; "
+    "The API key is missing or unknown. Send it as 'Authorization: Bearer <key>'; "
     "the service wrote its first key to the file 'api_key' in OLORA_HOME."
 )
 
@@ -72,11 +72,11 @@ class ApiError(Exception):
 
 
 class BadRequest(ApiError):
-    """Something in the request does not fit."""
+    """Something in the request is invalid."""
 
 
 class BadKey(ApiError):
-    """The key is missing or unknown; both are answered alike."""
+    """The key is missing or unknown; both get the same answer."""
 
     status = 401
     code = "invalid_api_key"
@@ -84,7 +84,7 @@ class BadKey(ApiError):
 
 
 class Forbidden(ApiError):
-    """It may not be done to this object."""
+    """Not allowed for this object."""
 
     status = 403
     code = "permission_denied"
@@ -106,13 +106,13 @@ class MethodNotAllowed(ApiError):
     @classmethod
     def of(cls, methods: Iterable[str]) -> "MethodNotAllowed":
         allowed = ", ".join(sorted(methods))
-        refusal = cls(f"This route does not take that method; it takes {allowed}.")
+        refusal = cls(f"This route does not support that method; it supports {allowed}.")
         refusal.headers = {"allow": allowed}
         return refusal
 
 
 class Pending(ApiError):
-    """The first try of this request is still being answered; worth another try."""
+    """The first try of this request is still being answered; try again."""
 
     status = 409
     code = "request_pending"
@@ -120,14 +120,14 @@ class Pending(ApiError):
 
 
 class TooLarge(ApiError):
-    """The body is larger than the service takes."""
+    """The body is larger than the limit."""
 
     status = 413
     code = "request_too_large"
 
 
 class ServerError(ApiError):
-    """Something went wrong that the sender cannot mend."""
+    """An error that the sender cannot fix."""
 
     status = 500
     type = "server_error"
@@ -135,7 +135,7 @@ class ServerError(ApiError):
 
 
 class Unavailable(ApiError):
-    """The database cannot be reached; worth another try."""
+    """The database cannot be reached; try again."""
 
     status = 503
     type = "server_error"
@@ -144,7 +144,7 @@ class Unavailable(ApiError):
 
 
 class NoSpace(ApiError):
-    """The storage is full; trying again at once is of no use."""
+    """The storage is full; an immediate retry does not help."""
 
     status = 507
     type = "server_error"
@@ -152,14 +152,14 @@ class NoSpace(ApiError):
     headers = {"x-should-retry": "false"}  # noqa: RUF012
 
 
-OF_STORE: dict[type[store_errors.StoreError], type[ApiError]] = {
+ANSWERS: dict[type[OloraError], type[ApiError]] = {
     store_errors.NotFound: NotFound,
     store_errors.RequestPending: Pending,
     store_errors.StorageFull: NoSpace,
     store_errors.TooLarge: TooLarge,
     store_errors.StorageError: ServerError,
 }
-"""How a trouble of the store is answered, the first that fits; any other is a bad request."""
+"""How an error of the store is answered, the first that fits; any other, and the core's, is a bad request."""
 
 BY_STATUS: dict[int, type[ApiError]] = {
     kind.status: kind
@@ -177,43 +177,46 @@ BY_STATUS: dict[int, type[ApiError]] = {
 
 
 def as_api_error(error: Exception) -> ApiError | None:
-    """What the caller is told about `error`; None when it was not expected."""
-    if isinstance(error, ApiError):
-        return error
-    if isinstance(error, store_errors.StoreError):
-        kind = next((OF_STORE[known] for known in OF_STORE if isinstance(error, known)), BadRequest)
-        return kind(error.message, param=error.param, code=error.code)
-    if isinstance(error, OloraError):
-        return BadRequest(error.message, param=error.param, code=error.code)
-    if isinstance(error, RequestValidationError):
-        return _from_validation(error)
-    if isinstance(error, HTTPException):
-        return _from_http(error)
-    if isinstance(error, OperationalError | InterfaceError | PoolTimeout):
-        return Unavailable("The database cannot be reached at the moment. Try again in a few seconds.")
-    return None
+    """The answer to an expected error; None for any other."""
+    answer = next((EXPECTED[known] for known in EXPECTED if isinstance(error, known)), None)
+    return None if answer is None else answer(error)
+
+
+def _itself(error: ApiError) -> ApiError:
+    return error
+
+
+def _from_olora(error: OloraError) -> ApiError:
+    kind = next((ANSWERS[known] for known in ANSWERS if isinstance(error, known)), BadRequest)
+    return kind(error.message, param=error.param, code=error.code)
+
+
+def _unavailable(error: Exception) -> Unavailable:
+    return Unavailable("The database cannot be reached at the moment. Try again in a few seconds.")
 
 
 def _from_validation(error: RequestValidationError) -> BadRequest:
-    """FastAPI's complaint about a query or path value, as one sentence that names it."""
+    """FastAPI's error about a query, path or header value, as one sentence that names it."""
     problem = error.errors()[0]
     param = ".".join(str(part) for part in problem["loc"][1:])
-    return BadRequest(misfit(param, problem["input"], str(problem["msg"])), param=param)
-
-
-def misfit(place: str, value: Any, complaint: str) -> str:
-    """`limit = 0 does not fit: expected …` in pydantic's words for what it expected."""
-    shown = repr(value)
-    shown = shown if len(shown) <= 80 else f"{shown[:77]}…"
-    wish = re.sub(r"^(Input should be|\w+ should have) ", "", complaint)
-    return f"{place} = {shown} does not fit: expected {wish}."
+    return BadRequest(refusal(param, problem), param=param)
 
 
 def _from_http(error: HTTPException) -> ApiError:
-    """What the framework itself refuses, such as an unknown route."""
+    """An error of the framework itself, such as an unknown route."""
     if error.status_code == 404:
         return NotFound(
             "There is no such route. The API is under /v1; see /openapi.json.", code="unknown_url"
         )
     kind = BY_STATUS.get(error.status_code, BadRequest if error.status_code < 500 else ServerError)
     return kind(str(error.detail))
+
+
+EXPECTED: dict[type[Exception], Callable[[Any], ApiError]] = {
+    ApiError: _itself,
+    OloraError: _from_olora,
+    RequestValidationError: _from_validation,
+    HTTPException: _from_http,
+    **dict.fromkeys((*DATABASE_AWAY, PoolTimeout), _unavailable),
+}
+"""How each expected error is answered. Anything else is logged and answered with a 500 by the gate."""

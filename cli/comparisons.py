@@ -9,10 +9,11 @@ import typer
 from rich.console import Console
 
 from olora_core.progress import ComparedStep, RunFinished
+from store.statuses import ENDED
 
 from .client import BaseUrl, ServiceError, connect, raise_for, send
 from .compare import read_budget, read_methods, read_rates, show_report
-from .jobs import ENDED, LEVELS, POLL_SECONDS, file_id, new_events, option, print_jobs
+from .jobs import LEVELS, POLL_SECONDS, file_id, new_events, option, print_jobs
 from .progress import ComparisonBars
 
 app = typer.Typer(no_args_is_help=True)

@@ -11,6 +11,8 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from store.statuses import ENDED
+
 from .client import BaseUrl, ServiceError, connect, send
 from .files import send_file
 from .progress import TrainingBar
@@ -19,7 +21,6 @@ from .samples import show_samples
 app = typer.Typer(no_args_is_help=True)
 console = Console(stderr=True)
 POLL_SECONDS = 1.0
-ENDED = ("succeeded", "failed", "cancelled")
 STYLES = {"succeeded": "green", "failed": "red", "cancelled": "yellow", "running": "cyan"}
 LEVELS = {"warn": "yellow", "error": "red"}
 JobId = Annotated[str, typer.Argument(help="The job's id: ftjob-…")]

@@ -1,39 +1,22 @@
-"""What a job's owner reads: messages, and the metrics of each step.
+"""A job's events: messages, and the metrics of each step.
 
 Every event is written while its job's row is locked, so that sequence numbers rise in the order in which
 they become visible.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 from sqlalchemy import insert, select
 from sqlalchemy.orm import Session
 
+from olora_core.progress import Note
+
 from .models import Event, new_id
-from .pages import Page, read_page
+from .pages import RowPage, read_page
 
 
-class Notice(Protocol):
-    """Something to tell a job's owner: a `Note` of the trainer, or one of ours."""
-
-    @property
-    def level(self) -> str: ...
-    @property
-    def message(self) -> str: ...
-    @property
-    def data(self) -> dict[str, Any] | None: ...
-
-
-@dataclass(frozen=True)
-class Note:
-    level: str
-    message: str
-    data: dict[str, Any] | None = None
-
-
-def tell(session: Session, job_id: str, *notes: Notice) -> None:
+def add_notes(session: Session, job_id: str, *notes: Note) -> None:
     if notes:
         rows = [event_row(job_id, note.level, "message", note.message, note.data) for note in notes]
         session.execute(insert(Event), rows)
@@ -53,11 +36,13 @@ def event_row(
 
 
 def storable(text: str) -> str:
-    """A sentence may quote a training file, and that a character which PostgreSQL does not hold: NUL."""
+    """The text without NUL, which a quoted training file may contain and PostgreSQL cannot store."""
     return text.replace("\x00", "\ufffd")
 
 
-def list_events(session: Session, job_id: str, *, after: str | None = None, limit: int = 20) -> Page[Event]:
+def list_events(
+    session: Session, job_id: str, *, after: str | None = None, limit: int = 20
+) -> RowPage[Event]:
     """Newest first."""
     return read_page(session, select(Event), Event, within=Event.job_id == job_id, after=after, limit=limit)
 

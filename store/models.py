@@ -1,4 +1,4 @@
-"""The rows. A job's row is the only truth about it.
+"""The database's tables. A job's row is the only truth about it.
 
 Times are unix seconds (float) by the database's clock. Every row that a client can page through has an
 increasing `seq`. Ids are opaque to clients; their prefixes follow OpenAI's.
@@ -22,7 +22,9 @@ from sqlalchemy import (
 )
 from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
 
+from .kinds import KINDS
 from .session import db_now
+from .statuses import STATUSES
 
 _ALPHABET = string.ascii_letters + string.digits
 Sequence = BigInteger().with_variant(Integer, "sqlite")
@@ -34,7 +36,9 @@ def new_id(prefix: str, length: int = 24) -> str:
     return prefix + "".join(secrets.choice(_ALPHABET) for _ in range(length))
 
 
-class Base(DeclarativeBase):
+class Row(DeclarativeBase):
+    """What every table's class inherits."""
+
     metadata = MetaData(
         naming_convention={
             "ix": "ix_%(table_name)s_%(column_0_N_name)s",
@@ -51,7 +55,7 @@ class Base(DeclarativeBase):
     }
 
 
-class Project(Base):
+class Project(Row):
     """The tenant: owns keys, files, jobs and models."""
 
     __tablename__ = "projects"
@@ -63,7 +67,7 @@ class Project(Base):
     """When a job of this project was last claimed; the project that waited longest goes first."""
 
 
-class Key(Base):
+class Key(Row):
     """An API key; only its SHA-256 is kept."""
 
     __tablename__ = "keys"
@@ -76,7 +80,7 @@ class Key(Base):
     revoked_at: Mapped[float | None]
 
 
-class File(Base):
+class File(Row):
     """An uploaded or produced file. `report` is the outcome of the structural validation."""
 
     __tablename__ = "files"
@@ -91,7 +95,7 @@ class File(Base):
     storage_key: Mapped[str | None] = mapped_column(String(512))
     """Where the bytes are; null once a deleted file's bytes are gone."""
     status: Mapped[str] = mapped_column(String(16))
-    """"processed", or "error" when nothing can be done with it."""
+    """"processed", or "error" if the file cannot be used."""
     status_details: Mapped[str | None] = mapped_column(Text)
     report: Mapped[dict[str, Any] | None]
     created_at: Mapped[float] = mapped_column(default=db_now())
@@ -101,12 +105,8 @@ class File(Base):
     __table_args__ = (Index(None, "project_id", "seq"),)
 
 
-KIND_NAMES = ("fine_tuning", "comparison")
-STATUSES = ("validating_files", "queued", "running", "paused", "succeeded", "failed", "cancelled")
-
-
-class Job(Base):
-    """A fine-tuning job, or a comparison of methods, which lives like one; `store/jobs.py` tells its life."""
+class Job(Row):
+    """A fine-tuning job, or a comparison of methods; `store/jobs.py` has their life cycle."""
 
     __tablename__ = "jobs"
 
@@ -123,13 +123,13 @@ class Job(Base):
     seed: Mapped[int]
     job_metadata: Mapped[dict[str, Any] | None] = mapped_column("metadata")
     spec: Mapped[dict[str, Any]]
-    """What is asked for: a TrainSpec, or a ComparisonSpec."""
+    """The requested TrainSpec or ComparisonSpec."""
     resolved: Mapped[dict[str, Any] | None]
-    """TrainSpec with every "auto" a number; what the first attempt resolves, later attempts keep."""
+    """TrainSpec with every "auto" a number, as the first attempt resolved it; later attempts keep it."""
     options: Mapped[dict[str, Any]] = mapped_column(default=dict)
     """The request's `olora` object."""
     integrations: Mapped[list[Any] | None]
-    """The experiment trackers that are told of the job, as asked for; null: none."""
+    """The experiment trackers that the job reports to, as requested; null: none."""
 
     created_at: Mapped[float] = mapped_column(default=db_now())
     started_at: Mapped[float | None]
@@ -147,8 +147,8 @@ class Job(Base):
     """Attempts in a row that ended by a crash or a lost lease without a new checkpoint."""
     lease_owner: Mapped[str | None] = mapped_column(String(128))
     lease_until: Mapped[float | None]
-    requested: Mapped[str | None] = mapped_column(String(16))
-    """The owner's wish: "cancel" (or, later, "pause"); null when none."""
+    stop_request: Mapped[str | None] = mapped_column("requested", String(16))
+    """What the owner has asked a running job to do: "cancel", or null."""
 
     step: Mapped[int] = mapped_column(default=0)
     total_steps: Mapped[int | None]
@@ -160,22 +160,22 @@ class Job(Base):
     result_files: Mapped[list[Any]] = mapped_column(default=list)
     certificate: Mapped[dict[str, Any] | None]
     samples: Mapped[dict[str, Any] | None]
-    """What the base and the tuned model answer: `file` and `rows`, as the trainer's `Samples`."""
+    """The answers of the base and the tuned model: `file` and `rows`, as in the trainer's `Samples`."""
     at_run: Mapped[dict[str, Any] | None]
-    """Which of a comparison's runs is at hand; see `store/comparisons.py`."""
+    """A comparison's current run; see `store/comparisons.py`."""
     findings: Mapped[dict[str, Any] | None]
-    """What a comparison has found: its report without the curves."""
+    """A comparison's report without its curves."""
 
     __table_args__ = (
         Index(None, "project_id", "kind", "seq"),
         Index(None, "status", "priority", "seq"),
         CheckConstraint(f"status IN {STATUSES}", name="status"),
-        CheckConstraint(f"kind IN {KIND_NAMES}", name="kind"),
+        CheckConstraint(f"kind IN {tuple(KINDS)}", name="kind"),
     )
 
 
-class Attempt(Base):
-    """One claim of a job, for those who ask what happened."""
+class Attempt(Row):
+    """One claim of a job, kept as its history."""
 
     __tablename__ = "attempts"
 
@@ -187,8 +187,8 @@ class Attempt(Base):
     end_reason: Mapped[str | None] = mapped_column(String(64))
 
 
-class Event(Base):
-    """What a job's owner reads."""
+class Event(Row):
+    """A message, or the metrics of a step, for the job's owner."""
 
     __tablename__ = "events"
 
@@ -204,8 +204,8 @@ class Event(Base):
     __table_args__ = (Index(None, "job_id", "seq"),)
 
 
-class Metric(Base):
-    """One optimizer step of a job, once, however often it was redone after a crash."""
+class Metric(Row):
+    """One optimizer step of a job: one row, however often the step was repeated after crashes."""
 
     __tablename__ = "metrics"
 
@@ -214,7 +214,7 @@ class Metric(Base):
     values: Mapped[dict[str, Any]]
 
 
-class Checkpoint(Base):
+class Checkpoint(Row):
     """A state of a job to resume from. `storage_key` is a folder in the storage, null once it was pruned."""
 
     __tablename__ = "checkpoints"
@@ -231,7 +231,7 @@ class Checkpoint(Base):
     __table_args__ = (Index(None, "job_id", "seq"),)
 
 
-class Model(Base):
+class Model(Row):
     """A fine-tuned model: a name for a succeeded job's adapter."""
 
     __tablename__ = "models"
@@ -246,8 +246,8 @@ class Model(Base):
     __table_args__ = (Index(None, "project_id", "seq"),)
 
 
-class Request(Base):
-    """A creating request, remembered so that a client's retry finds what the first try made."""
+class Request(Row):
+    """A request that creates an object, so that a client's retry finds what the first try created."""
 
     __tablename__ = "requests"
 
@@ -255,10 +255,10 @@ class Request(Base):
     key_digest: Mapped[str | None] = mapped_column(String(64), unique=True)
     """SHA-256 over API key, route and Idempotency-Key; null when the client sent none."""
     content_digest: Mapped[str] = mapped_column(String(64), index=True)
-    """SHA-256 over API key, route and what was sent."""
+    """SHA-256 over API key, route and body."""
     created_at: Mapped[float] = mapped_column(default=db_now(), index=True)
     turn: Mapped[int] = mapped_column(default=1)
     """The fence: rises when a retry takes over from a try that has died."""
     turn_at: Mapped[float] = mapped_column(default=db_now())
     object_id: Mapped[str | None] = mapped_column(String(512))
-    """What the request made; null while it is still being answered."""
+    """The object that the request created; null until it is answered."""

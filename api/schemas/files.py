@@ -7,12 +7,11 @@ from pydantic import BaseModel
 from store.models import File
 
 UPLOAD_PURPOSES = ("fine-tune", "assistants", "batch", "vision", "user_data", "evals")
-RESULT_PURPOSE = "fine-tune-results"
 
 
 class FileObject(BaseModel):
-    """An uploaded or produced file. `olora.report` says what the validation of its lines found; in a list it
-    counts the findings and does not show them.
+    """An uploaded or produced file. `olora.report` has the findings of its validation, in a list only their
+    counts.
     """
 
     id: str

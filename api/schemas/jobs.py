@@ -11,26 +11,28 @@ from store.jobs import leaves_model
 from store.kinds import FINE_TUNING, Kind
 from store.models import Checkpoint, Event, Job
 
-from .bodies import JobOptions, MethodRequest, Request, check_metadata, hyperparameters_of, read_request
+from .bodies import JobOptions, MethodRequest, RequestBody, check_metadata, hyperparameters_of, read_request
 
 
-class CreateJob(Request):
+class CreateJob(RequestBody):
     """The body of POST /v1/fine_tuning/jobs."""
 
     model: str = Field(min_length=1, max_length=256, description="Id of a base model; see GET /v1/models.")
     training_file: str = Field(min_length=1, max_length=64, description="Id of an uploaded file.")
     validation_file: str | None = Field(default=None, max_length=64)
-    suffix: str | None = Field(default=None, min_length=1, max_length=64, description="Part of the new name.")
+    suffix: str | None = Field(
+        default=None, min_length=1, max_length=64, description="Suffix for the fine-tuned model's name."
+    )
     seed: int | None = Field(default=None, ge=0, le=MAX_SEED)
     metadata: dict[str, str] | None = Field(default=None, description="Up to 16 pairs of text.")
     integrations: list[Any] | None = Field(
         default=None,
-        description='Trackers to tell: {"type": "wandb", "wandb": {"project", "entity", "name", "tags"}} or '
-        '{"type": "mlflow", "mlflow": {"experiment", "run_name", "tags"}}.',
+        description='Trackers to use: {"type": "wandb", "wandb": {"project", "entity", "name", "tags"}} '
+        'or {"type": "mlflow", "mlflow": {"experiment", "run_name", "tags"}}.',
     )
     method: MethodRequest | None = None
     hyperparameters: dict[str, Any] | None = Field(
-        default=None, description="As in the method's own hyperparameters, where newer callers put them."
+        default=None, description="The same as the method's hyperparameters, which newer clients send."
     )
     adapter: dict[str, Any] | None = Field(
         default=None, description='What to train: {"method": "olora", "rank": 16, …}.'
@@ -38,15 +40,14 @@ class CreateJob(Request):
     olora: JobOptions | None = None
 
 
-def read_create(values: dict[str, Any]) -> CreateJob:
-    """Reads the body's own structure; `spec_of` reads what to train. Raises BadRequest."""
+def read_create(values: dict[str, Any]) -> tuple[CreateJob, TrainSpec]:
+    """The request, and the spec of what to train. Raises BadRequest or SpecError, naming the place."""
     request = read_request(CreateJob, values)
     check_metadata(request.metadata)
-    return request
+    return request, _spec_of(request)
 
 
-def spec_of(request: CreateJob) -> TrainSpec:
-    """What to train. Raises SpecError or BadRequest, naming the place."""
+def _spec_of(request: CreateJob) -> TrainSpec:
     type, hyperparameters, prefix = hyperparameters_of(request.method, request.hyperparameters)
     spec = read_spec(
         model=request.model,
@@ -67,7 +68,7 @@ class JobError(BaseModel):
 
 
 class JobObject(BaseModel):
-    """A fine-tuning job. `adapter` is what is trained; `olora` is all else that is ours."""
+    """A fine-tuning job. `adapter` describes the adapter; `olora` holds our other additions."""
 
     id: str
     object: Literal["fine_tuning.job"] = "fine_tuning.job"
@@ -117,17 +118,17 @@ class JobObject(BaseModel):
             integrations=row.integrations or [],
             error=JobError(**row.error) if row.error else None,
             adapter=spec["adapter"],
-            olora=_own_facts(row),
+            olora=_olora(row),
         )
 
 
-def _own_facts(row: Job) -> dict[str, Any]:
+def _olora(row: Job) -> dict[str, Any]:
     """The answer's `olora` object."""
     return {
         **row.options,
         "attempt": row.attempt,
         "failures": row.failures,
-        "requested": row.requested,
+        "requested": row.stop_request,
         "started_at": whole_seconds(row.started_at),
         "step": row.step,
         "total_steps": row.total_steps,
@@ -139,7 +140,7 @@ def _own_facts(row: Job) -> dict[str, Any]:
 
 
 def _result_names(row: Job) -> tuple[str, ...]:
-    """What the result files are, in their order; code in the wild counts on the first."""
+    """The names of the result files, in order; existing clients expect the metrics first."""
     return "metrics", "model" if leaves_model(row) else "adapter", "tensorboard"
 
 
@@ -155,7 +156,7 @@ EVENT_OBJECTS: dict[str, EventName] = {
 
 
 class EventObject(BaseModel):
-    """Something that happened to a job; `data` carries the numbers of a metrics event."""
+    """An event of a job; `data` has the values of a metrics event."""
 
     id: str
     object: EventName
@@ -179,7 +180,7 @@ class EventObject(BaseModel):
 
 
 class CheckpointObject(BaseModel):
-    """A state that the job goes on from after an interruption."""
+    """A state from which the job resumes after an interruption."""
 
     id: str
     object: Literal["fine_tuning.job.checkpoint"] = "fine_tuning.job.checkpoint"

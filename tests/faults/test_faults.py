@@ -88,7 +88,7 @@ def test_a_killed_worker_takes_its_trainer_along_and_another_goes_on(
     assert job.attempt == 2
     [warning] = embedded.service.warnings(job_id)
     assert "was lost" in warning
-    assert "goes on from step" in warning
+    assert "resumes from step" in warning
     assert not orphan.exists()
 
 

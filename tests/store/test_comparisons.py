@@ -1,4 +1,4 @@
-"""A comparison lives a job's life, beside the jobs and never taken for one of them."""
+"""A comparison has a job's life cycle and is never mistaken for a job."""
 
 import math
 
@@ -6,13 +6,14 @@ import pytest
 from sqlalchemy import select
 
 from olora_core.errors import TrainingError
+from olora_core.progress import Note
 from olora_core.specs import ComparisonSpec, TrainSpec
 from store import claims, comparisons, files, jobs, progress
 from store.comparisons import EndedRun
 from store.errors import JobStateError, LeaseLost, NotFound, UnknownCursor
-from store.events import Note, events_since
-from store.kinds import COMPARISON, FINE_TUNING, KINDS
-from store.models import KIND_NAMES, Job, Metric, Model
+from store.events import events_since
+from store.kinds import COMPARISON, FINE_TUNING
+from store.models import Job, Metric, Model
 from store.session import Sessions, db_now
 from store.settings import Settings
 from tests.store import making
@@ -36,10 +37,6 @@ def record(sessions: Sessions, claim: claims.Claim, step: int, *runs: int) -> No
 def succeed(sessions: Sessions, claim: claims.Claim) -> Job:
     with sessions.begin() as session:
         return comparisons.succeed(session, claim, files=RESULTS, findings=FINDINGS)
-
-
-def test_the_rows_know_the_kinds_that_there_are() -> None:
-    assert tuple(KINDS) == KIND_NAMES
 
 
 def test_a_comparison_that_goes_well_tells_its_owner_of_every_run(
@@ -229,10 +226,10 @@ def test_its_troubles_are_told_in_its_own_name(sessions: Sessions) -> None:
         jobs.cancel(session, session.get_one(Job, made.seq))
     with sessions.begin() as session:
         jobs.fail(session, claim, TrainingError("Nothing fits."))
-    onward = "Step 25 was reached; the comparison is queued again and goes on from the start."
+    onward = "Step 25 was reached; the comparison is queued again and resumes from the start."
     assert making.messages(sessions, made.id)[-3:] == [
         f"The worker was stopped. {onward}",
-        "Cancellation was requested; the comparison ends at its next step",
+        "Cancellation requested; the comparison stops at its next step",
         "The comparison failed: Nothing fits.",
     ]
     with sessions.begin() as session, pytest.raises(JobStateError, match=f"Comparison {made.id} cannot be"):

@@ -1,4 +1,4 @@
-"""The life of a job: who may do what when, and what its owner reads."""
+"""The life cycle of a job: which transitions are allowed, and what its owner reads."""
 
 import csv
 import io
@@ -11,10 +11,11 @@ import pytest
 from sqlalchemy import select
 
 from olora_core.errors import DataError
+from olora_core.progress import Note
 from olora_core.specs import Facts, resolve
 from store import claims, files, fine_tuned, jobs, progress
 from store.errors import FileUnusable, JobStateError, LeaseLost, NotFound, UnknownCursor
-from store.events import Note, events_since, list_events
+from store.events import events_since, list_events
 from store.models import Attempt, Event, File, Job, Metric, new_id
 from store.session import Sessions, db_now, make_engine
 from store.session import sessions as make_sessions
@@ -57,7 +58,7 @@ def add_checkpoint(
 
 
 def expire(sessions: Sessions, job_id: str) -> None:
-    """As if the worker had been silent for an hour."""
+    """Expires the lease, as if the worker had been silent for an hour."""
     with sessions.begin() as session:
         job = session.scalars(select(Job).where(Job.id == job_id)).one()
         job.lease_until = db_now() - 3600
@@ -519,7 +520,7 @@ def test_a_crash_counts_rests_and_tells_where_the_job_goes_on(sessions: Sessions
     with sessions() as session:
         warnings = session.scalars(select(Event).where(Event.level == "warn")).all()
     assert [warning.message for warning in warnings] == [
-        "The trainer died. Step 57 was reached; the job is queued again and goes on from step 40."
+        "The trainer died. Step 57 was reached; the job is queued again and resumes from step 40."
     ]
 
 
@@ -668,14 +669,14 @@ def test_a_running_job_is_asked_to_end(sessions: Sessions) -> None:
     for _ in range(2):
         with sessions.begin() as session:
             assert jobs.cancel(session, job).status == "running"
-    assert making.reread(sessions, job.id).requested == "cancel"
+    assert making.reread(sessions, job.id).stop_request == "cancel"
     with sessions.begin() as session:
         jobs.cancelled(session, claim)
     ended = making.reread(sessions, job.id)
-    assert (ended.status, ended.requested) == ("cancelled", None)
+    assert (ended.status, ended.stop_request) == ("cancelled", None)
     texts = making.messages(sessions, job.id)
     assert texts[-2:] == [
-        "Cancellation was requested; the job ends at its next step",
+        "Cancellation requested; the job stops at its next step",
         "The job has been cancelled",
     ]
 

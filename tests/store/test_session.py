@@ -14,7 +14,7 @@ from sqlalchemy import Engine, select, text
 from sqlalchemy.exc import DBAPIError
 
 from store.errors import SchemaBehind
-from store.models import Base, Job, Project
+from store.models import Job, Project, Row
 from store.session import (
     Sessions,
     make_engine,
@@ -35,7 +35,7 @@ def test_migrations_give_exactly_the_models_schema(empty_database_url: str) -> N
     engine = make_engine(empty_database_url)
     with engine.connect() as connection:
         context = MigrationContext.configure(connection, opts={"compare_type": True})
-        assert compare_metadata(context, Base.metadata) == []
+        assert compare_metadata(context, Row.metadata) == []
     engine.dispose()
 
 
@@ -209,7 +209,7 @@ def test_sqlite_keeps_what_it_has_confirmed(sqlite_url: str) -> None:
 
 
 def test_rebuilding_a_table_keeps_the_rows_that_refer_to_it(sqlite_url: str) -> None:
-    """SQLite changes a table by making it anew; with references on, children would go with the old one."""
+    """SQLite changes a table by rebuilding it; with foreign keys on, its children would be deleted."""
     engine = make_engine(sqlite_url, foreign_keys=False)
     made = sessions(engine)
     with made.begin() as session:

@@ -172,7 +172,7 @@ class Attempt:
                 self._hand_back("released", "The worker was stopped.", crashed=False)
             case Crashed():
                 self._crash(error.reason, error.message)
-            case OloraError() | StoreError():
+            case OloraError():
                 self.fenced.end(jobs.fail, error)
                 self._remove_strays()
             case OSError(errno=errno.ENOSPC):

@@ -89,11 +89,11 @@ def renew(write: Sessions, claim: Claim, lease_seconds: float) -> StopRequest | 
 
 def requested_stop(read: Sessions, claim: Claim) -> StopRequest | None:
     """The owner's stop request, read without a lock. Raises LeaseLost."""
-    ours = select(Job.requested).where(
+    ours = select(Job.stop_request).where(
         Job.id == claim.job_id, Job.attempt == claim.attempt, Job.status == "running"
     )
     with read.begin() as session:
         row = session.execute(ours).one_or_none()
     if row is None:
         raise LeaseLost(claim.job_id, claim.attempt)
-    return "cancel" if row.requested == "cancel" else None
+    return "cancel" if row.stop_request == "cancel" else None

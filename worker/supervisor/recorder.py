@@ -6,10 +6,10 @@ from abc import ABC, abstractmethod
 from dataclasses import dataclass, field
 from typing import Any
 
+from olora_core.progress import Level, Note
 from olora_core.specs import TrainSpec
 from store import comparisons, progress
 from store.comparisons import EndedRun
-from store.events import Note, Notice
 
 from .fenced import FencedSessions
 
@@ -26,7 +26,7 @@ class Recorder(ABC):
         self.stepped = False
         """Whether this attempt has trained at all."""
         self._stepped_at = 0.0
-        self._events: list[Notice] = []
+        self._events: list[Note] = []
         self._flushed_at = time.monotonic()
 
     def record(self, kind: str, values: dict[str, Any]) -> None:
@@ -34,7 +34,7 @@ class Recorder(ABC):
         if kind == "Note":
             self.note(**values)
 
-    def note(self, level: str, message: str, data: dict[str, Any] | None = None) -> None:
+    def note(self, level: Level, message: str, data: dict[str, Any] | None = None) -> None:
         """An event of the job: `level` is "info", "warn" or "error"."""
         self._events.append(Note(level, message, data))
 
@@ -52,7 +52,7 @@ class Recorder(ABC):
         self._write(events, hold_newest=hold_newest)
 
     @abstractmethod
-    def _write(self, events: list[Notice], *, hold_newest: bool) -> None:
+    def _write(self, events: list[Note], *, hold_newest: bool) -> None:
         """Empties the buffer into the rows; with `hold_newest`, a step that may still change stays."""
 
     def _note_step(self) -> None:
@@ -104,7 +104,7 @@ class FineTuningRecorder(Recorder):
             for reason in values["why"]:
                 self.note("info", reason)
 
-    def _write(self, events: list[Notice], *, hold_newest: bool) -> None:
+    def _write(self, events: list[Note], *, hold_newest: bool) -> None:
         buffer, self._buffer = self._buffer, _Buffer()
         if hold_newest and self._newest_may_change(buffer):
             self._buffer.steps.append(buffer.steps.pop())
@@ -152,7 +152,7 @@ class ComparisonRecorder(Recorder):
             case "RunFinished":
                 self._events.append(EndedRun(values))
 
-    def _write(self, events: list[Notice], *, hold_newest: bool) -> None:
+    def _write(self, events: list[Note], *, hold_newest: bool) -> None:
         newest, self._newest = self._newest, None
         if events or newest is not None:
             left = self._seconds_left(newest)
