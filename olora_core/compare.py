@@ -17,7 +17,7 @@ import torch
 from . import checkpoint
 from .adapter import Adapter, Site
 from .batches import steps_per_epoch
-from .budget import trained_numbers, within_budget
+from .budget import trainable_parameters, within_budget
 from .checkpoint import Snapshot
 from .comparison_page import page
 from .comparison_report import Candidate, Facts, Outcome, Trial, report_of
@@ -176,7 +176,7 @@ class Comparison:
         """The budget, and the methods at the ranks that meet it; why others cannot is kept."""
         adapter = self.spec.training.adapter
         sites = target_sites(self.base.model, adapter.target_modules)
-        own = trained_numbers(adapter, sites, self.total_steps)
+        own = trainable_parameters(adapter, sites, self.total_steps)
         budget = own if self.spec.budget == "auto" else self.spec.budget
         entrants = []
         for label, compared in zip(self.spec.labels, self.spec.methods, strict=True):
@@ -188,7 +188,7 @@ class Comparison:
             except SpecError as error:
                 self.unfit[label] = error.message
                 continue
-            own_rate, numbers = self.own_rate(adapter), trained_numbers(adapter, sites, self.total_steps)
+            own_rate, numbers = self.own_rate(adapter), trainable_parameters(adapter, sites, self.total_steps)
             asked = self.spec.learning_rates
             grid = grid_around(own_rate) if asked == "auto" else Grid(asked)
             entrants.append(Entrant(label, adapter, sites, numbers, own_rate, grid))
