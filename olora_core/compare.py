@@ -121,7 +121,7 @@ class Entrant:
     label: str
     adapter: AdapterSpec
     sites: list[Site]
-    trained_numbers: int
+    trainable_parameters: int
     own_rate: float
     grid: Grid
 
@@ -241,7 +241,7 @@ class Comparison:
         yield Note(
             "info",
             f"{len(self.entrants)} methods, {self._runs(0)} runs, {self._steps(0)} steps in all; the budget "
-            f"is {self.budget:,} trained numbers.",
+            f"is {self.budget:,} trainable parameters.",
         )
 
     def _leave_out_the_unfit(self) -> None:
@@ -478,7 +478,7 @@ class Comparison:
             steps=self.total_steps,
             seeds=self.seeds,
             budget=self.budget,
-            yardstick=self.spec.labels[self.spec.yardstick],
+            baseline=self.spec.labels[self.spec.baseline],
             training={
                 "file": training,
                 "sha256": data.hashes["training"],
@@ -506,7 +506,7 @@ class Comparison:
             label=label,
             adapter=(entrant.adapter if entrant else adapter).model_dump(mode="json", exclude_defaults=True)
             | {"method": adapter.method, "rank": (entrant.adapter if entrant else adapter).rank},
-            trained_numbers=entrant.trained_numbers if entrant else None,
+            trainable_parameters=entrant.trainable_parameters if entrant else None,
             own_rate=entrant.own_rate if entrant else None,
             trials=self.searched.get(label, []),
             best_rate=self.rates.get(label),

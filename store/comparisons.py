@@ -23,7 +23,7 @@ AT_RUN = ("run", "runs", "run_step", "run_steps", "method", "stage", "learning_r
 """What the row keeps of the trainer's newest `ComparedStep`, beside the steps of all runs together."""
 
 FIGURES = (
-    *("label", "method", "rank", "trained_numbers", "learning_rate", "final", "steps_to_yardstick"),
+    *("label", "method", "rank", "trainable_parameters", "learning_rate", "final", "steps_to_baseline"),
     *("seconds", "tokens_per_second", "peak_memory_bytes", "exported_rank", "problem"),
 )
 """What the row keeps of each method in the report; curves and searches are in the file alone."""

@@ -30,7 +30,7 @@ class CreateComparison(Request):
     methods: Any = Field(
         default=None,
         description='What to compare: ["olora", {"method": "adalora", "rank": 16}, …], or "all". '
-        "Without a rank a method gets the one whose trained numbers are nearest to the budget.",
+        "Without a rank a method gets the one that is nearest to the budget.",
     )
     learning_rates: Any = Field(
         default=None, description='The rates to try for every method; "auto": around each one\'s own.'
@@ -38,7 +38,7 @@ class CreateComparison(Request):
     seeds: Any = Field(default=None, description=f"Runs of each method at its best rate, 1 to {MAX_SEEDS}.")
     seed: Any = Field(default=None, description="The first of them, 0 if left out; the search's as well.")
     budget: Any = Field(
-        default=None, description='Trained numbers of each method; "auto": those of LoRA at rank 8.'
+        default=None, description='Trainable parameters of each method; "auto": as many as LoRA of rank 8.'
     )
     search_share: Any = Field(
         default=None, description="Share of the training rows, 0.1, that the search for rates is judged on."
