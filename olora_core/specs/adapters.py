@@ -185,7 +185,7 @@ class PiSSASpec(SVDSpec):
 class MELoRASpec(FactorsSpec):
     """MELoRA: a stack of mini LoRAs, each of one slice of inputs and outputs (arXiv 2402.17263)."""
 
-    summary: ClassVar[str] = "Mini LoRAs along the diagonal: a higher rank for the same trained numbers."
+    summary: ClassVar[str] = "Mini LoRAs along the diagonal: a higher rank for the same trainable parameters."
     paper: ClassVar[str] = "arXiv 2402.17263"
     cost: ClassVar[str] = (
         "Trains r (in + out) numbers a layer, however many mini LoRAs share them; exports a LoRA of rank n r "
@@ -679,7 +679,7 @@ class MoRASpec(AdapterSpec):
     """MoRA: one square matrix between two fixed foldings (arXiv 2405.12130)."""
 
     summary: ClassVar[str] = (
-        "A square matrix in place of two thin factors: a far higher rank for as many trained numbers."
+        "A square matrix in place of two thin factors: a far higher rank for as many trainable parameters."
     )
     paper: ClassVar[str] = "arXiv 2405.12130"
     cost: ClassVar[str] = (
