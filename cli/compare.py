@@ -51,7 +51,7 @@ def compare(
     seeds: Annotated[int, typer.Option(help="Runs of each method at its best rate.")] = 3,
     seed: Annotated[int, typer.Option(help="The first of them.")] = 0,
     budget: Annotated[
-        str, typer.Option(help="Numbers that each method may train; auto: as many as LoRA of rank 8.")
+        str, typer.Option(help="Trainable parameters of each method; auto: as many as LoRA of rank 8.")
     ] = "auto",
     training: Annotated[
         str, typer.Option("--type", help="What to learn: supervised (answers) or dpo (preferences).")
@@ -78,9 +78,9 @@ def compare(
 ) -> None:
     """Compare methods on your data, and say which to take.
 
-    Same rows, same order, as many trained numbers; the learning rate is searched for every method. The
-    result is a page (comparison.html) and its numbers (comparison.json). A comparison that was interrupted
-    (Ctrl-C saves a checkpoint) goes on when the same command is given again.
+    Same rows, same order, the same number of trainable parameters; the learning rate is searched for every
+    method. The result is a page (comparison.html) and its numbers (comparison.json). A comparison that was
+    interrupted (Ctrl-C saves a checkpoint) goes on when the same command is given again.
     """
     given = {"n_epochs": epochs, "max_steps": max_steps, "batch_size": batch_size}
     spec = read_comparison(
@@ -274,8 +274,8 @@ def show_report(report: Mapping[str, Any]) -> None:
     ranked = sorted(report["methods"], key=lambda m: m["final"]["mean"] if m["final"] else float("inf"))
     for method in ranked:
         style = "green" if method["label"] == report["verdict"]["take"] else ""
-        is_yardstick = method["label"] == report["yardstick"]
-        table.add_row(*map(Text, _cells(method, is_yardstick)), style=style)
+        is_baseline = method["label"] == report["baseline"]
+        table.add_row(*map(Text, _cells(method, is_baseline)), style=style)
     console.print(table)
     for method in ranked:
         if method["problem"]:
@@ -283,16 +283,16 @@ def show_report(report: Mapping[str, Any]) -> None:
     _say(report["verdict"]["sentence"], "bold")
 
 
-def _cells(method: Mapping[str, Any], is_yardstick: bool) -> Sequence[str]:
-    final, steps = method["final"], method["steps_to_yardstick"]
+def _cells(method: Mapping[str, Any], is_baseline: bool) -> Sequence[str]:
+    final, steps = method["final"], method["steps_to_baseline"]
     if final is None:
         return [method["label"], "none"]
     spread = "" if final["deviation"] is None else f" ± {final['deviation']:.4f}"
-    below = final["below_yardstick"]
+    below = final["below_baseline"]
     return [
         method["label"],
         f"{final['mean']:.4f}{spread}",
-        "" if below is None or is_yardstick else f"{below['mean']:+.4f}",
+        "" if below is None or is_baseline else f"{below['mean']:+.4f}",
         f"{method['learning_rate']:g}",
         str(method["rank"]),
         "never" if steps is None else f"{steps:.0f}",

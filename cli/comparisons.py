@@ -39,7 +39,7 @@ def create(
     seeds: Annotated[int, typer.Option(help="Runs of each method at its best rate.")] = 3,
     seed: Annotated[int, typer.Option(help="The first seed.")] = 0,
     budget: Annotated[
-        str, typer.Option(help="Trained numbers of each method; auto: LoRA's at rank 8.")
+        str, typer.Option(help="Trainable parameters of each method; auto: as many as LoRA of rank 8.")
     ] = "auto",
     epochs: Annotated[int | None, typer.Option(help="Passes over the data; default: auto.")] = None,
     options: Annotated[

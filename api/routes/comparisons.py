@@ -1,11 +1,13 @@
 """Comparisons of methods: create, list, retrieve, cancel; their reports."""
 
+import json
 from typing import Annotated, Literal
 
 from fastapi import APIRouter, Header, Query, Request
 from sqlalchemy.orm import Session
-from starlette.responses import Response
+from starlette.responses import JSONResponse, Response
 
+from olora_core.comparison.report import FORMAT, read_report
 from olora_core.specs import ComparisonSpec
 from store import files, jobs
 from store.errors import JobStateError
@@ -104,13 +106,26 @@ def retrieve_report(
     """The report as one self-contained page, or all its numbers as JSON."""
     wanted = format or ("json" if "application/json" in accept and "text/html" not in accept else "html")
     row = _result(comparison_id, call, "report" if wanted == "json" else "page")
-    if is_current(row, if_none_match):
+    earlier = _of_an_earlier_format(call, row) if wanted == "json" else None
+    if earlier is None and is_current(row, if_none_match):
         return Response(status_code=304, headers={"etag": f'"{row.sha256}"', "vary": "accept"})
-    answer = send_file(call.storage, row)
+    answer = earlier or send_file(call.storage, row)
     answer.headers["content-disposition"] = "inline"
     answer.headers["content-security-policy"] = PAGE_POLICY
     answer.headers["vary"] = "accept"
     return answer
+
+
+def _of_an_earlier_format(call: Call, row: File) -> Response | None:
+    """A report that an earlier version stored, with the names of this one; None for one of this version.
+
+    It has no ETag: the stored file's stands for other bytes.
+    """
+    if row.storage_key is None:
+        return None
+    with call.storage.open(row.storage_key) as stored:
+        report = json.load(stored)
+    return None if report["format"] == FORMAT else JSONResponse(read_report(report))
 
 
 def _result(comparison_id: str, call: Call, which: str) -> File:

@@ -123,7 +123,7 @@ class Work:
 
     - N are the numbers in frozen linear layers: 2 N a token forward, 2 N for the input's gradient; weights
       get none. The head works on trained tokens alone. The embedding is a look-up and not counted.
-    - P are the adapters' trained numbers, which have a weight gradient as well.
+    - P are the adapters' trainable parameters, which have a weight gradient as well.
     - a causal segment of L tokens takes 2 products of 2 L² d / 2 per head and layer forward, twice that
       backward. What attention kernels compute anew in the backward is not counted.
     """

@@ -69,8 +69,8 @@ class Method(Generic[SpecT]):
         sum over all devices. To be called by every process alike, so in `after_backward` or `after_step`."""
 
     @classmethod
-    def trained_numbers(cls, spec: SpecT, sites: Sequence[Site], total_steps: int) -> int:
-        """How many numbers a run of so many steps trains in all of these layers, those of rounds together."""
+    def trainable_parameters(cls, spec: SpecT, sites: Sequence[Site], total_steps: int) -> int:
+        """How many a run of `total_steps` steps has in these layers, those of all its rounds together."""
         return sum(spec.rank * (site.in_features + site.out_features) for site in sites)
 
     @classmethod
