@@ -43,7 +43,7 @@ def held_out(examples: int, share: float, seed: int) -> tuple[np.ndarray, np.nda
 class Grid:
     """The rates of one method, rising, and those by which the grid may be extended, nearest first."""
 
-    rates: tuple[float, ...]
+    rates: tuple[float, ...] = ()
     below: tuple[float, ...] = ()
     above: tuple[float, ...] = ()
 

@@ -13,6 +13,7 @@ import torch
 
 from olora_core.bases.loading import Base, load_base
 from olora_core.comparison.compare import compare
+from olora_core.comparison.runs import RunResult
 from olora_core.comparison.search import held_out
 from olora_core.errors import CheckpointError, SpecError
 from olora_core.layers.adapter import AdaptedLinear
@@ -376,6 +377,14 @@ def test_a_checkpoint_of_another_comparison_is_refused(
     shorter = write_rows(tmp_path / "shorter.jsonl", chat_rows(40))
     with pytest.raises(CheckpointError, match="training data"):
         told(comparison(seeds=1), llama, (shorter, files[1]), tmp_path / "on", resume=saved[-1].folder)
+
+
+def test_a_failed_run_is_read_back_from_the_checkpoints_of_earlier_versions() -> None:
+    """Their key for the error is `why`."""
+    failed = RunResult("lora", "search", 0.3, 5, steps=4, error="It diverged after step 4.")
+    state = json.loads(json.dumps(failed.state()))
+    assert (state["why"], "error" in state) == (failed.error, False)
+    assert RunResult.from_state(state | {"curve": ()}) == failed
 
 
 # --- what is measured --------------------------------------------------------------------------------------
