@@ -62,7 +62,7 @@ class Adapter(nn.Module):
         # One draw of the dropout feeds every term of the update.
         return low_rank_product(self.drop(x), pair)
 
-    def beside(self, layer: nn.Module, x: Tensor) -> Tensor:
+    def forward(self, layer: nn.Module, x: Tensor) -> Tensor:
         """`layer(x) + delta(x)`, for the frozen layer this is the change of."""
         return layer(x) + self.delta(x)
 
@@ -116,7 +116,7 @@ class AdaptedLinear(nn.Module):
         return self.base.bias
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.adapter.beside(self.base, x) if self.enabled else self.base(x)
+        return self.adapter(self.base, x) if self.enabled else self.base(x)
 
 
 def is_linear(module: nn.Module) -> bool:

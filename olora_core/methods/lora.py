@@ -26,10 +26,10 @@ class LoRAAdapter(Adapter):
     def delta(self, x: Tensor) -> Tensor:
         return self._product(self.drop(x))
 
-    def beside(self, layer: nn.Module, x: Tensor) -> Tensor:
+    def forward(self, layer: nn.Module, x: Tensor) -> Tensor:
         if is_plain(layer, x) and not (self.dropout and self.training):
             return self._product(x, layer.weight, layer.bias)
-        return super().beside(layer, x)
+        return super().forward(layer, x)
 
     def _product(self, x: Tensor, *frozen: Tensor | None) -> Tensor:
         dtype = compute_dtype(x)

@@ -46,10 +46,10 @@ class RoundsAdapter(Adapter):
     def delta(self, x: Tensor) -> Tensor:
         return self._with_finished(self._running(self.drop(x)), x)
 
-    def beside(self, layer: nn.Module, x: Tensor) -> Tensor:
+    def forward(self, layer: nn.Module, x: Tensor) -> Tensor:
         if is_plain(layer, x) and not (self.dropout and self.training):
             return self._with_finished(self._running(x, layer.weight, layer.bias), x)
-        return super().beside(layer, x)
+        return super().forward(layer, x)
 
     def _running(self, x: Tensor, *frozen: Tensor | None) -> Tensor:
         dtype = compute_dtype(x)
