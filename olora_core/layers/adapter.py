@@ -78,8 +78,8 @@ class Adapter(nn.Module):
         eye = torch.eye(self.in_features, device=next(self.parameters()).device)
         return self.delta(eye).T
 
-    def loaded(self) -> None:
-        """Its tensors were overwritten by those of another step: what else it goes by is to follow them."""
+    def on_tensors_loaded(self) -> None:
+        """Called after saved tensors were copied in; refresh Python state that is derived from them."""
 
     def drop(self, x: Tensor) -> Tensor:
         """x with dropout while training; leaves the global generator alone when dropout is 0."""
@@ -234,4 +234,4 @@ def load_adapter_tensors(adapters: Mapping[str, Adapter], tensors: Mapping[str, 
         for name, tensor in mine.items():
             tensor.copy_(tensors[name])
     for adapter in adapters.values():
-        adapter.loaded()
+        adapter.on_tensors_loaded()
