@@ -86,7 +86,7 @@ class Adapter(nn.Module):
         return F.dropout(x, self.dropout, self.training) if self.dropout else x
 
 
-def compute_dtype(x: Tensor) -> torch.dtype:
+def autocast_dtype(x: Tensor) -> torch.dtype:
     """The dtype a linear layer would compute in: autocast's where it is on, else x's own."""
     device = x.device.type
     return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype

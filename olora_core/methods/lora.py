@@ -7,7 +7,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from ..layers.adapter import Adapter, LowRank, Site, compute_dtype
+from ..layers.adapter import Adapter, LowRank, Site, autocast_dtype
 from ..layers.products import LowRankProduct, is_plain
 from ..specs import AdapterSpec, LoRASpec
 from .base import Method, generator
@@ -32,7 +32,7 @@ class LoRAAdapter(Adapter):
         return super().forward(layer, x)
 
     def _product(self, x: Tensor, *frozen: Tensor | None) -> Tensor:
-        dtype = compute_dtype(x)
+        dtype = autocast_dtype(x)
         with torch.no_grad():
             L, R = (factor.to(dtype) for factor in self.pair())
         return LowRankProduct.apply(x.to(dtype), self.A, self.B, L, R, self.scale, *frozen)

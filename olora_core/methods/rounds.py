@@ -10,7 +10,7 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor, nn
 
-from ..layers.adapter import Adapter, LowRank, Site, compute_dtype, low_rank_product
+from ..layers.adapter import Adapter, LowRank, Site, autocast_dtype, low_rank_product
 from ..layers.products import LowRankProduct, is_plain
 from ..specs import Start
 from .lora import kaiming_uniform
@@ -52,7 +52,7 @@ class RoundsAdapter(Adapter):
         return super().forward(layer, x)
 
     def _running(self, x: Tensor, *frozen: Tensor | None) -> Tensor:
-        dtype = compute_dtype(x)
+        dtype = autocast_dtype(x)
         with torch.no_grad():
             L, R = (self.scale * self.B).to(dtype), self.A.to(dtype)
         return LowRankProduct.apply(x.to(dtype), self.A, self.B, L, R, self.scale, *frozen)
