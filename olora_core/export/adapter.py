@@ -20,7 +20,7 @@ from .manifest import (
     CARD,
     MANIFEST,
     Export,
-    Story,
+    RunRecord,
     copy_tokenizer,
     manifest,
     on_disk,
@@ -36,12 +36,12 @@ SERVED_TOGETHER = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 """Layers that servers fuse into one: a partner without an adapter is written as zeros."""
 
 
-def export_adapter(base: Base, adapters: Mapping[str, Adapter], folder: Path, story: Story) -> Export:
+def export_adapter(base: Base, adapters: Mapping[str, Adapter], folder: Path, record: RunRecord) -> Export:
     """Writes the adapter's folder: exact, or truncated when the spec asks for an `export_rank`.
 
     `folder` must not exist; it appears complete or not at all. `base.model` may bear the adapters.
     """
-    pairs, energy_kept = exported_pairs(adapters, story.resolved.adapter.export_rank)
+    pairs, energy_kept = exported_pairs(adapters, record.resolved.adapter.export_rank)
     layers = _linear_layers(base.model)
     endings = _target_modules(base.model, layers, pairs)
     rank = max(1, *(pair.rank for pair in pairs.values()))
@@ -65,8 +65,8 @@ def export_adapter(base: Base, adapters: Mapping[str, Adapter], folder: Path, st
         "energy_kept": export.energy_kept,
         "max_lora_rank": server_rank(export.rank),
     }
-    write_json(aside / MANIFEST, manifest(base, story, facts))
-    (aside / CARD).write_text(model_card(base, export, story), encoding="utf-8")
+    write_json(aside / MANIFEST, manifest(base, record, facts))
+    (aside / CARD).write_text(model_card(base, export, record), encoding="utf-8")
     aside.rename(folder)
     return export
 

@@ -9,12 +9,12 @@ from ..bases.sites import left_out
 from ..errors import shortened
 from ..progress import Samples
 from ..specs.serving import server_rank
-from .manifest import Export, Story
+from .manifest import Export, RunRecord
 
 
-def model_card(base: Base, export: Export, story: Story) -> str:
+def model_card(base: Base, export: Export, record: RunRecord) -> str:
     """README.md: what this is, how to load it, how it was trained."""
-    adapter = story.resolved.adapter
+    adapter = record.resolved.adapter
     truncated_to = (
         f"\nTruncated to rank {export.rank}: {export.energy_kept:.2%} of the update's energy is kept.\n"
         if export.energy_kept < 1
@@ -69,12 +69,12 @@ llama.cpp:
 python convert_lora_to_gguf.py --base BASE ADAPTER
 ```
 
-{how_it_was_trained(base, story, export.target_modules)}"""
+{how_it_was_trained(base, record, export.target_modules)}"""
 
 
-def how_it_was_trained(base: Base, story: Story, adapted: Sequence[str]) -> str:
+def how_it_was_trained(base: Base, record: RunRecord, adapted: Sequence[str]) -> str:
     """The part of the card that is the same for everything a run may leave."""
-    adapter, training = story.resolved.adapter, story.resolved.hyperparameters
+    adapter, training = record.resolved.adapter, record.resolved.hyperparameters
     return f"""\
 ## How it was trained
 
@@ -85,12 +85,12 @@ def how_it_was_trained(base: Base, story: Story, adapted: Sequence[str]) -> str:
 | epochs | {training.n_epochs} |
 | batch size | {training.batch_size} |
 | learning rate | {_number(training.learning_rate)}, {training.schedule} schedule |
-| seed | {story.resolved.seed} |
-{_left_out_row(base)}{_metric_rows(story.metrics)}
-{_loss_curve(story.losses)}
+| seed | {record.resolved.seed} |
+{_left_out_row(base)}{_metric_rows(record.metrics)}
+{_loss_curve(record.losses)}
 `manifest.json` holds every setting, the hashes of data and base, and the certificate. `native/` holds the
 method's own tensors.
-{_samples_section(story.samples)}"""
+{_samples_section(record.samples)}"""
 
 
 def _samples_section(samples: Samples | None) -> str:

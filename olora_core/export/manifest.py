@@ -29,7 +29,7 @@ PACKAGES = ("olora", "torch", "transformers", "safetensors")
 
 
 @dataclass(frozen=True)
-class Story:
+class RunRecord:
     """What the manifest and the model card tell beside the tensors."""
 
     asked: TrainSpec
@@ -70,7 +70,7 @@ def on_disk(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     return {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
 
 
-def manifest(base: Base, story: Story, export: Mapping[str, Any]) -> dict[str, Any]:
+def manifest(base: Base, record: RunRecord, export: Mapping[str, Any]) -> dict[str, Any]:
     """Where the files come from; `export` says what they are."""
     return {
         "base_model": {
@@ -79,13 +79,13 @@ def manifest(base: Base, story: Story, export: Mapping[str, Any]) -> dict[str, A
             "quantization": _quantization(base),
         },
         "spec": {
-            "asked": story.asked.model_dump(mode="json"),
-            "resolved": story.resolved.model_dump(mode="json"),
+            "asked": record.asked.model_dump(mode="json"),
+            "resolved": record.resolved.model_dump(mode="json"),
         },
-        "data": {role: {"sha256": digest} for role, digest in story.data.items()},
+        "data": {role: {"sha256": digest} for role, digest in record.data.items()},
         "export": dict(export),
-        "metrics": dict(story.metrics),
-        "samples": None if story.samples is None else asdict(story.samples),
+        "metrics": dict(record.metrics),
+        "samples": None if record.samples is None else asdict(record.samples),
         "versions": versions(),
     }
 

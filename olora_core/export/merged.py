@@ -19,7 +19,7 @@ from ..layers import quantisation
 from ..layers.adapter import Adapter, Site, bare_modules, full_precision, site_weight
 from ..specs import TrainSpec
 from .card import how_it_was_trained
-from .manifest import CARD, MANIFEST, Story, copy_tokenizer, manifest, save_native, write_json
+from .manifest import CARD, MANIFEST, RunRecord, copy_tokenizer, manifest, save_native, write_json
 
 
 @dataclass(frozen=True)
@@ -55,7 +55,7 @@ def check_mergeable(spec: TrainSpec, base: Base, sites: Sequence[Site]) -> None:
             )
 
 
-def export_merged(base: Base, adapters: Mapping[str, Adapter], folder: Path, story: Story) -> Merged:
+def export_merged(base: Base, adapters: Mapping[str, Adapter], folder: Path, record: RunRecord) -> Merged:
     """Writes the whole model; the adapters are in eval mode.
 
     `folder` must not exist; it appears complete or not at all.
@@ -78,8 +78,8 @@ def export_merged(base: Base, adapters: Mapping[str, Adapter], folder: Path, sto
         "adapted_layers": list(adapters),
         "left_out": left_out(base.model),
     }
-    write_json(aside / MANIFEST, manifest(base, story, facts))
-    (aside / CARD).write_text(model_card(base, adapters, merged, story), encoding="utf-8")
+    write_json(aside / MANIFEST, manifest(base, record, facts))
+    (aside / CARD).write_text(model_card(base, adapters, merged, record), encoding="utf-8")
     aside.rename(folder)
     return merged
 
@@ -110,9 +110,9 @@ def merge(base: Base, adapters: Mapping[str, Adapter], model: PreTrainedModel) -
     return (lost / changed) ** 0.5 if changed else 0.0
 
 
-def model_card(base: Base, adapters: Mapping[str, Adapter], merged: Merged, story: Story) -> str:
+def model_card(base: Base, adapters: Mapping[str, Adapter], merged: Merged, record: RunRecord) -> str:
     """README.md: what this is, how to load it, how it was trained."""
-    adapter = story.resolved.adapter
+    adapter = record.resolved.adapter
     endings = list(dict.fromkeys(path.rpartition(".")[2] for path in adapters))
     return f"""\
 ---
@@ -157,7 +157,7 @@ llama.cpp:
 python convert_hf_to_gguf.py MODEL
 ```
 
-{how_it_was_trained(base, story, endings)}"""
+{how_it_was_trained(base, record, endings)}"""
 
 
 def _quantised_sentence(base: Base) -> str:

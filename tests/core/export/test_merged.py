@@ -15,7 +15,7 @@ from olora_core.bases.loading import Base, load_base
 from olora_core.bases.sites import target_sites
 from olora_core.errors import CertificateError, SpecError
 from olora_core.export.certificate import certify_merged
-from olora_core.export.manifest import Story
+from olora_core.export.manifest import RunRecord
 from olora_core.export.merged import Merged, check_mergeable, export_merged
 from olora_core.layers.adapter import Adapter, adapters_off, bare_modules
 from olora_core.methods import METHODS
@@ -35,7 +35,7 @@ def exported(
     chosen = {"method": method, "rank": 4, "alpha": 6, "export": "merged"} | OPTIONS.get(method, {})
     spec = read_spec(model="tiny", adapter=chosen | options)
     adapters = trained(base, spec, size=size)
-    return adapters, export_merged(base, adapters, folder, Story(spec, spec))
+    return adapters, export_merged(base, adapters, folder, RunRecord(spec, spec))
 
 
 def loaded(folder: Path, dtype: Any = torch.float32) -> nn.Module:
