@@ -28,7 +28,7 @@ from ..layers.adapter import adapters_off
 from ..layers.quantisation import Quantised
 from ..specs import TrainSpec
 from .passes import Passes, passes_of
-from .sites import LEFT_OUT, left_out
+from .sites import UNADAPTED, unadapted
 
 INDEX = "model.safetensors.index.json"
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json", "spiece.model")
@@ -112,8 +112,8 @@ def load_base(
             "the tokenizer belongs to another model."
         )
     notes += [
-        f"{len(names)} {LEFT_OUT[kind].format(names=shortened(names))}"
-        for kind, names in left_out(model).items()
+        f"{len(names)} {UNADAPTED[kind].format(names=shortened(names))}"
+        for kind, names in unadapted(model).items()
     ]
     return Base(model, tokenizer, folder, name, model.dtype, model.device, notes, quantised=quantised)
 

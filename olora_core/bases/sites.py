@@ -27,13 +27,13 @@ from ..specs import nearest
 
 MATCH_SECONDS = 0.2
 ALL_LINEAR = ("auto", "all-linear")
-LEFT_OUT = {
+UNADAPTED = {
     "experts": "fused expert tensors ({names}) are not linear layers and are not adapted.",
     "routers": "routers ({names}) are not adapted unless they are linear layers and named.",
     "layers": "layers ({names}) are not adapted, for PEFT would take their names for the experts'.",
     "tensors": "matrices ({names}) are in no linear layer and are not adapted.",
 }
-"""What is said of each kind that `left_out` tells apart, after its number."""
+"""What is said of each kind that `unadapted` tells apart, after its number."""
 TAKEN_FOR_EXPERTS = {
     "mixtral": ("gate", "w1", "w2", "w3"),
     "qwen2_moe": ("gate", "gate_proj", "up_proj", "down_proj"),
@@ -54,13 +54,13 @@ def _fused(model: nn.Module) -> list[tuple[str, str, nn.Parameter]]:
     ]
 
 
-def left_out(model: nn.Module) -> dict[str, list[str]]:
-    """What target_modules = "auto" does not adapt inside the blocks, by kind (see LEFT_OUT).
+def unadapted(model: nn.Module) -> dict[str, list[str]]:
+    """What target_modules = "auto" does not adapt inside the blocks, by kind (see UNADAPTED).
 
     A linear layer is given by its path, anything else by the name of its tensor. A layer that bears an
     adapter, because it was named, is not left out.
     """
-    found: dict[str, list[str]] = {kind: [] for kind in LEFT_OUT}
+    found: dict[str, list[str]] = {kind: [] for kind in UNADAPTED}
     stacks = block_stacks(model)
     owners = {path for path, _, _ in _fused(model)}
     routers = _routers(model)
@@ -118,7 +118,7 @@ def _taken_for_experts(model: nn.Module, path: str) -> bool:
 def target_sites(model: PreTrainedModel, target_modules: str | Sequence[str]) -> list[Site]:
     """The layers to adapt, in model order.
 
-    "auto" (or "all-linear"): every linear layer of the transformer blocks but routers; `left_out` tells what
+    "auto" (or "all-linear"): every linear layer of the transformer blocks but routers; `unadapted` tells what
     it does not take. A list: each name matches the layers whose path is it or ends in `.name`. Any other
     string: a regular expression for the whole path. The rules are PEFT's. The model must bear no adapters.
 

@@ -11,7 +11,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from ..bases.loading import Base
-from ..bases.sites import ends_in, left_out
+from ..bases.sites import ends_in, unadapted
 from ..errors import SpecError
 from ..layers.adapter import Adapter, LowRank, bare_modules, is_linear, is_stored_transposed, site_shape
 from ..specs.serving import server_rank
@@ -61,7 +61,7 @@ def export_adapter(base: Base, adapters: Mapping[str, Adapter], folder: Path, re
         "kind": "adapter",
         "rank": export.rank,
         "target_modules": export.target_modules,
-        "left_out": left_out(base.model),
+        "left_out": unadapted(base.model),
         "energy_kept": export.energy_kept,
         "max_lora_rank": server_rank(export.rank),
     }

@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from ..bases.loading import Base
-from ..bases.sites import left_out
+from ..bases.sites import unadapted
 from ..errors import shortened
 from ..progress import Samples
 from ..specs.serving import server_rank
@@ -86,7 +86,7 @@ def how_it_was_trained(base: Base, record: RunRecord, adapted: Sequence[str]) ->
 | batch size | {training.batch_size} |
 | learning rate | {_number(training.learning_rate)}, {training.schedule} schedule |
 | seed | {record.resolved.seed} |
-{_left_out_row(base)}{_metric_rows(record.metrics)}
+{_unadapted_row(base)}{_metric_rows(record.metrics)}
 {_loss_curve(record.losses)}
 `manifest.json` holds every setting, the hashes of data and base, and the certificate. `native/` holds the
 method's own tensors.
@@ -123,11 +123,11 @@ def _number(value: Any) -> str:
     return f"{value:g}" if isinstance(value, float) else str(value)
 
 
-def _left_out_row(base: Base) -> str:
+def _unadapted_row(base: Base) -> str:
     """What no adapter can change, so that nobody takes a base with experts for wholly adapted."""
-    kinds = left_out(base.model)
+    kinds = unadapted(base.model)
     named = [f"{len(names)} {kind} ({shortened(names)})" for kind, names in kinds.items()]
-    return f"| left out | {'; '.join(named)} |\n" if named else ""
+    return f"| not adapted | {'; '.join(named)} |\n" if named else ""
 
 
 def _metric_rows(metrics: Mapping[str, Any]) -> str:

@@ -13,7 +13,7 @@ import torch
 from transformers import PreTrainedModel
 
 from ..bases.loading import Base, load_base, no_progress_bar
-from ..bases.sites import left_out
+from ..bases.sites import unadapted
 from ..errors import SpecError
 from ..layers import quantisation
 from ..layers.adapter import Adapter, Site, bare_modules, full_precision, site_weight
@@ -76,7 +76,7 @@ def export_merged(base: Base, adapters: Mapping[str, Adapter], folder: Path, rec
         "rounding_loss": merged.rounding_loss,
         "dequantized": base.quantised is not None,
         "adapted_layers": list(adapters),
-        "left_out": left_out(base.model),
+        "left_out": unadapted(base.model),
     }
     write_json(aside / MANIFEST, manifest(base, record, facts))
     (aside / CARD).write_text(model_card(base, adapters, merged, record), encoding="utf-8")
