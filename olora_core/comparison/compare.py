@@ -98,7 +98,7 @@ class Comparison:
         self, spec: ComparisonSpec, base: Base, data: Data, folder: Path, checkpoint_seconds: float
     ) -> None:
         kept, judging = held_out(len(data.training), spec.search_share, spec.seed)
-        search_data = Data(data.training.taken(kept), data.training.taken(judging), {}, [])
+        search_data = Data(data.training.select(kept), data.training.select(judging), {}, [])
         rate = default_rate(spec.training.adapter, base)
         asked = spec.training.model_copy(
             update={"hyperparameters": spec.hyperparameters.model_copy(update={"learning_rate": rate})}

@@ -11,7 +11,7 @@ from .examples import Examples
 
 IGNORED = -100
 """The label of a token that is not trained."""
-WHOLE = 64
+PACK_MULTIPLE = 64
 """Packed rows are filled to a multiple of so many tokens. In bf16 a CPU compiles its matrix products anew for
 every number of tokens, which takes some milliseconds and half a megabyte each time."""
 
@@ -87,7 +87,7 @@ def micro_batches(
     """Splits one optimizer batch into forward passes of at most `size` examples and `tokens` tokens.
 
     Padding counts as tokens; an example longer than `tokens` has a pass of its own. The rows of an example
-    stay together, one after the other. A packed row is filled to a WHOLE, within `tokens`.
+    stay together, one after the other. A packed row is filled to a PACK_MULTIPLE, within `tokens`.
     """
     group = packed_groups if packing else padded_groups
     batches = []
@@ -103,7 +103,7 @@ def padded_groups(examples: Examples, rows: np.ndarray, size: int, tokens: int) 
     groups: list[list[int]] = []
     for i in by_length.tolist():
         # The first of a group is its longest, which all others are padded to.
-        room = groups and tokens // (examples.sides * int(examples.lengths[groups[-1][0]]))
+        room = groups and tokens // (examples.rows_per_example * int(examples.lengths[groups[-1][0]]))
         if groups and len(groups[-1]) < min(size, room):
             groups[-1].append(i)
         else:
@@ -149,7 +149,7 @@ def _packed(rows: list[tuple[np.ndarray, np.ndarray]], pad_token: int, most: int
     trained = np.concatenate([trained for _, trained in rows])
     positions = np.concatenate([np.arange(len(tokens), dtype=np.int64) for tokens, _ in rows])
     labels = np.where(trained, tokens, IGNORED)
-    filling = (0, max(0, min(-len(tokens) % WHOLE, most - len(tokens))))
+    filling = (0, max(0, min(-len(tokens) % PACK_MULTIPLE, most - len(tokens))))
     filled = np.pad(tokens, filling, constant_values=pad_token)
     labels = np.pad(labels, filling, constant_values=IGNORED)
     return _micro_batch(filled[None], labels[None], torch.from_numpy(np.pad(positions, filling))[None], rows)

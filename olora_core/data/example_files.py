@@ -10,7 +10,7 @@ from typing import Any, Self
 
 import numpy as np
 
-from .examples import PIECE, Examples, Rows, digest_of, fingerprint
+from .examples import CHUNK, Examples, Rows, digest_of, fingerprint
 
 ABOUT = "about.json"
 KINDS = {
@@ -32,12 +32,12 @@ class ExampleWriter:
 
     def __init__(self, folder: Path, vocabulary: int) -> None:
         self.folder = folder
-        self.sides = 1
+        self.rows_per_example = 1
         self.kind = np.dtype(np.uint16 if vocabulary <= 2**16 else np.uint32)
         self._tokens = (folder / "tokens").open("wb")
         self._trained = (folder / "trained").open("wb")
         self._lengths, self._counts = array("q"), array("q")
-        self._lines, self._prints = array("q"), array("Q")
+        self._lines, self._fingerprints = array("q"), array("Q")
 
     def __enter__(self) -> Self:
         return self
@@ -52,9 +52,9 @@ class ExampleWriter:
         return len(self._lines)
 
     def add(self, line: int, rows: Rows) -> None:
-        self.sides = len(rows)
+        self.rows_per_example = len(rows)
         self._lines.append(line)
-        self._prints.append(fingerprint(rows))
+        self._fingerprints.append(fingerprint(rows))
         for tokens, trained in rows:
             self._tokens.write(tokens.astype(self.kind).data)
             self._trained.write(trained.data)
@@ -71,9 +71,9 @@ class ExampleWriter:
             _mapped(self.folder / "trained", KINDS["trained"]),
             offsets,
             np.array(self._lines, dtype=np.int64),
-            self.sides,
+            self.rows_per_example,
             np.array(self._counts, dtype=np.int64),
-            np.array(self._prints, dtype=np.uint64),
+            np.array(self._fingerprints, dtype=np.uint64),
             # From the files and not from the mapped arrays, all of whose pages would count as memory used.
             digest_of(
                 _read(self.folder / "tokens", self.kind),
@@ -88,13 +88,13 @@ class ExampleWriter:
             "offsets": examples.offsets,
             "lines": examples.lines,
             "trained_counts": examples.trained_counts,
-            "prints": examples.prints,
+            "prints": examples.fingerprints,
         }
         for name, values in arrays.items():
             (self.folder / name).write_bytes(values.tobytes())
         content = {
             "about": about,
-            "sides": self.sides,
+            "sides": self.rows_per_example,
             "width": self.kind.itemsize,
             "digest": examples.digest,
             "files": {name: file_hash(self.folder / name) for name in ("tokens", *KINDS)},
@@ -140,5 +140,5 @@ def _mapped(path: Path, kind: np.dtype) -> np.ndarray:
 
 def _read(path: Path, kind: np.dtype) -> Iterator[np.ndarray]:
     with path.open("rb") as file:
-        while len(piece := np.fromfile(file, dtype=kind, count=PIECE)):
+        while len(piece := np.fromfile(file, dtype=kind, count=CHUNK)):
             yield piece

@@ -13,7 +13,7 @@ import numpy as np
 
 Rows = list[tuple[np.ndarray, np.ndarray]]
 """(tokens, trained) of each row of one example."""
-PIECE = 2**20
+CHUNK = 2**20
 
 
 @dataclass(frozen=True)
@@ -32,11 +32,11 @@ class Examples:
     """(rows + 1,) int64."""
     lines: np.ndarray
     """(examples,) int64, the line of the file (or element, or row) that each example comes from."""
-    sides: int = 1
+    rows_per_example: int = 1
     """Rows of an example: 2 where one answer is preferred to another."""
     trained_counts: np.ndarray | None = None
     """(rows,) int64, trained tokens of each."""
-    known_prints: np.ndarray | None = None
+    known_fingerprints: np.ndarray | None = None
     """(examples,) uint64, `fingerprint` of each."""
     known_digest: str | None = None
 
@@ -49,17 +49,17 @@ class Examples:
 
     def example(self, i: int) -> Rows:
         """Its rows."""
-        return [self.row(self.sides * i + side) for side in range(self.sides)]
+        return [self.row(self.rows_per_example * i + side) for side in range(self.rows_per_example)]
 
     @cached_property
     def lengths(self) -> np.ndarray:
         """(examples,) tokens of the longest row."""
-        return np.diff(self.offsets).reshape(-1, self.sides).max(axis=1)
+        return np.diff(self.offsets).reshape(-1, self.rows_per_example).max(axis=1)
 
     @cached_property
     def row_tokens(self) -> np.ndarray:
         """(examples,) tokens of all of its rows."""
-        return np.diff(self.offsets).reshape(-1, self.sides).sum(axis=1)
+        return np.diff(self.offsets).reshape(-1, self.rows_per_example).sum(axis=1)
 
     @cached_property
     def trained_lengths(self) -> np.ndarray:
@@ -67,12 +67,12 @@ class Examples:
         rows = self.trained_counts
         if rows is None:
             rows = np.add.reduceat(self.trained.astype(np.int64), self.offsets[:-1])
-        return rows.reshape(-1, self.sides).sum(axis=1)
+        return rows.reshape(-1, self.rows_per_example).sum(axis=1)
 
     @cached_property
     def weights(self) -> np.ndarray:
         """(examples,) what each counts in a mean loss: its trained tokens, or one for a pair."""
-        return self.trained_lengths if self.sides == 1 else np.ones(len(self), dtype=np.int64)
+        return self.trained_lengths if self.rows_per_example == 1 else np.ones(len(self), dtype=np.int64)
 
     @cached_property
     def digest(self) -> str:
@@ -80,39 +80,39 @@ class Examples:
         return self.known_digest or digest_of(_pieces(self.tokens), _pieces(self.trained), self.offsets)
 
     @cached_property
-    def prints(self) -> np.ndarray:
+    def fingerprints(self) -> np.ndarray:
         """(examples,) uint64, the same for the same tokens."""
-        if self.known_prints is not None:
-            return self.known_prints
+        if self.known_fingerprints is not None:
+            return self.known_fingerprints
         return np.array([fingerprint(self.example(i)) for i in range(len(self))], dtype=np.uint64)
 
     def first(self, examples: int) -> "Examples":
         """The first examples alone."""
         kept = min(examples, len(self))
-        rows = self.sides * kept
+        rows = self.rows_per_example * kept
         end = self.offsets[rows]
         return Examples(
             self.tokens[:end],
             self.trained[:end],
             self.offsets[: rows + 1],
             self.lines[:kept],
-            self.sides,
+            self.rows_per_example,
             None if self.trained_counts is None else self.trained_counts[:rows],
-            None if self.known_prints is None else self.known_prints[:kept],
+            None if self.known_fingerprints is None else self.known_fingerprints[:kept],
         )
 
-    def taken(self, which: np.ndarray) -> "Examples":
+    def select(self, which: np.ndarray) -> "Examples":
         """These examples alone, in this order, copied."""
-        rows = (self.sides * which[:, None] + np.arange(self.sides)).ravel()
+        rows = (self.rows_per_example * which[:, None] + np.arange(self.rows_per_example)).ravel()
         parts = [self.row(i) for i in rows.tolist()]
         return Examples(
             np.concatenate([tokens for tokens, _ in parts]),
             np.concatenate([trained for _, trained in parts]),
             np.concatenate([[0], np.cumsum([len(tokens) for tokens, _ in parts], dtype=np.int64)]),
             self.lines[which],
-            self.sides,
+            self.rows_per_example,
             None if self.trained_counts is None else self.trained_counts[rows],
-            None if self.known_prints is None else self.known_prints[which],
+            None if self.known_fingerprints is None else self.known_fingerprints[which],
         )
 
 
@@ -133,4 +133,4 @@ def digest_of(tokens: Iterable[np.ndarray], trained: Iterable[np.ndarray], offse
 
 
 def _pieces(array: np.ndarray) -> Iterator[np.ndarray]:
-    return (array[start : start + PIECE] for start in range(0, len(array), PIECE))
+    return (array[start : start + CHUNK] for start in range(0, len(array), CHUNK))

@@ -372,7 +372,7 @@ def lines_note(code: str, lines: Sequence[int], what: str, noun: str = "line") -
 
 def _repeated(examples: Examples) -> list[int]:
     """Lines whose tokens an earlier line has too."""
-    _, firsts = np.unique(examples.prints, return_index=True)
+    _, firsts = np.unique(examples.fingerprints, return_index=True)
     is_first = np.zeros(len(examples), dtype=bool)
     is_first[firsts] = True
     return list(dict.fromkeys(examples.lines[~is_first].tolist()))
@@ -380,7 +380,7 @@ def _repeated(examples: Examples) -> list[int]:
 
 def overlap_note(training: Examples, validation: Examples, noun: str = "line") -> Note | None:
     """Validation rows that are trained on tell nothing; names their lines."""
-    lines = validation.lines[np.isin(validation.prints, training.prints)].tolist()
+    lines = validation.lines[np.isin(validation.fingerprints, training.fingerprints)].tolist()
     return lines_note(
         "overlap", list(dict.fromkeys(lines)), "of the validation file also in the training file", noun
     )

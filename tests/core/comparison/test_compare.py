@@ -407,13 +407,13 @@ def test_the_report_is_written_beside_the_page_and_says_the_same(
 def test_a_data_set_is_taken_apart_without_changing_its_rows(llama: Base, files: tuple[Path, Path]) -> None:
     spec = read_spec(model="tiny")
     data = result_of(read_data(spec, llama, *files))
-    taken = data.training.taken(np.array([3, 0, 7]))
+    taken = data.training.select(np.array([3, 0, 7]))
     assert len(taken) == 3
     for i, source in enumerate([3, 0, 7]):
         for own, whole in zip(taken.row(i), data.training.row(source), strict=True):
             assert np.array_equal(own, whole)
     assert taken.lines.tolist() == data.training.lines[[3, 0, 7]].tolist()
-    assert taken.prints.tolist() == data.training.prints[[3, 0, 7]].tolist()
+    assert taken.fingerprints.tolist() == data.training.fingerprints[[3, 0, 7]].tolist()
     assert taken.trained_lengths.tolist() == data.training.trained_lengths[[3, 0, 7]].tolist()
 
 
