@@ -142,12 +142,12 @@ def _compared(
     candidates: Mapping[str, Mapping[str, LowRank]],
     tokens: Sequence[Tensor],
     keep: list[Tensor] | None = None,
-) -> dict[str, "Comparison"]:
+) -> dict[str, "LogitComparison"]:
     """Each candidate's logits on `model` against those of the trained adapters, which `keep` takes along."""
     device = next(model.parameters()).device
     trained = {name: adapter.to(device) for name, adapter in trained.items()}
     candidates = {name: _on(device, pairs) for name, pairs in candidates.items()}
-    comparisons = {name: Comparison() for name in candidates}
+    comparisons = {name: LogitComparison() for name in candidates}
     with full_precision(), torch.no_grad():
         for row in tokens:
             attach(model, trained)
@@ -161,9 +161,9 @@ def _compared(
     return comparisons
 
 
-def _against(model: nn.Module, tokens: Sequence[Tensor], expected: Sequence[Tensor]) -> "Comparison":
+def _against(model: nn.Module, tokens: Sequence[Tensor], expected: Sequence[Tensor]) -> "LogitComparison":
     """The model's own logits against those."""
-    comparison = Comparison()
+    comparison = LogitComparison()
     with full_precision(), torch.no_grad():
         for row, logits in zip(tokens, expected, strict=True):
             comparison.add(logits, _logits(model, row).cpu())
@@ -182,7 +182,7 @@ def _on_full_precision(
     rows: nats per token, all of them but a row's first."""
     device = _device(base)
     whole = load_base(base.folder, name=base.name, device=device, dtype=torch.float32).model
-    comparison, losses = Comparison(), torch.zeros(2, dtype=torch.float64)
+    comparison, losses = LogitComparison(), torch.zeros(2, dtype=torch.float64)
     with full_precision(), torch.no_grad(), served(whole, _on(torch.device(device), pairs)):
         for row, expected in zip(tokens, trained, strict=True):
             got = _logits(whole, row).cpu()
@@ -191,11 +191,11 @@ def _on_full_precision(
                 losses[i] += F.cross_entropy(logits[:-1], row[0, 1:], reduction="sum").double()
     predicted = sum(row.shape[1] - 1 for row in tokens)
     own, of_trained = (losses / predicted).tolist() if predicted else (math.nan, math.nan)
-    return comparison.figures() | finite({"loss": own, "trained_loss": of_trained})
+    return comparison.figures() | finite_or_none({"loss": own, "trained_loss": of_trained})
 
 
-class Comparison:
-    """Running comparison of logits, (tokens, vocabulary) at a time."""
+class LogitComparison:
+    """Running statistics of the difference of logits, (tokens, vocabulary) at a time."""
 
     def __init__(self) -> None:
         self.largest = 0.0
@@ -219,7 +219,7 @@ class Comparison:
         self.rows += 1
 
     def figures(self) -> dict[str, Any]:
-        return finite(
+        return finite_or_none(
             {
                 "max_abs_logit_diff": self.largest,
                 "mean_abs_logit_diff": self.total / self.numbers,
@@ -228,12 +228,12 @@ class Comparison:
         )
 
 
-def finite(figures: Mapping[str, float]) -> dict[str, float | None]:
+def finite_or_none(figures: Mapping[str, float]) -> dict[str, float | None]:
     """JSON knows no NaN and no infinity: they become None."""
     return {name: value if math.isfinite(value) else None for name, value in figures.items()}
 
 
-def _certificate(comparisons: Mapping[str, Comparison]) -> dict[str, Any]:
+def _certificate(comparisons: Mapping[str, LogitComparison]) -> dict[str, Any]:
     gate = comparisons["gate"]
     bound = BOUND * gate.largest_logit
     if not gate.largest <= bound:  # a NaN fails too

@@ -50,9 +50,9 @@ def _refuse_constant(name: str) -> Any:
     raise BadValue(f"{name}, which is not JSON", "Write null or a finite number instead.")
 
 
-def _finite(digits: str) -> float:
+def _parse_float(digits: str) -> float:
     number = float(digits)
     return number if math.isfinite(number) else _refuse_constant(digits[:20])
 
 
-_DECODER = json.JSONDecoder(parse_constant=_refuse_constant, parse_float=_finite)
+_DECODER = json.JSONDecoder(parse_constant=_refuse_constant, parse_float=_parse_float)
