@@ -23,7 +23,7 @@ KINDS = {
 """What each file holds, besides "tokens", whose width goes by the vocabulary."""
 
 
-class Damaged(Exception):
+class DamagedExamples(Exception):
     """The folder does not hold what was written to it."""
 
 
@@ -105,19 +105,19 @@ class ExampleWriter:
 
 
 def open_examples(folder: Path) -> tuple[Examples, dict[str, Any]]:
-    """The examples and what was said about them. Raises Damaged."""
+    """The examples and what was said about them. Raises DamagedExamples."""
     try:
         sealed = json.loads((folder / ABOUT).read_text(encoding="utf-8"))
         if hashlib.sha256(sealed["content"].encode()).hexdigest() != sealed["sha256"]:
-            raise Damaged(ABOUT)
+            raise DamagedExamples(ABOUT)
         content = json.loads(sealed["content"])
         for name, digest in content["files"].items():
             if file_hash(folder / name) != digest:
-                raise Damaged(name)
+                raise DamagedExamples(name)
         kinds = {"tokens": np.dtype(f"uint{8 * content['width']}"), **KINDS}
         arrays = {name: _mapped(folder / name, kind) for name, kind in kinds.items()}
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise Damaged(str(error)) from None
+        raise DamagedExamples(str(error)) from None
     examples = Examples(
         *(arrays[name] for name in ("tokens", "trained", "offsets", "lines")),
         content["sides"],
