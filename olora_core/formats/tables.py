@@ -1,14 +1,13 @@
 """What tables have in common: columns named like a record's keys, and cells that hold JSON."""
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from .detection import FORMATS, detect_format
 from .json_text import BadValue, read_json
 from .report import Findings, Problem
 
-Parse = Callable[[str], Any]
 OPTIONAL = ("input", "system", "history", "tools", "functions", "parallel_tool_calls")
 """Columns whose empty cells stand for nothing."""
 JSON_COLUMNS = {
