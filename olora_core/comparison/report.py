@@ -1,4 +1,4 @@
-"""What a comparison has found, as the JSON that its page and its reader share."""
+"""A comparison's report: the JSON that the page shows and that is stored with it."""
 
 import statistics
 from collections.abc import Mapping, Sequence
@@ -11,7 +11,7 @@ from .runs import RunResult, Terms
 from .verdict import Difference, Verdict, difference, judge, steps_to
 
 FORMAT = 1
-UNITS = {"supervised": "nats a token", "dpo": "nats a pair"}
+UNITS = {"supervised": "nats per token", "dpo": "nats per pair"}
 
 
 @dataclass(frozen=True)
@@ -81,7 +81,7 @@ def setup_of(terms: Terms, budget: int, training: str, validation: str) -> Setup
 
 
 def report_of(setup: Setup, entrants: Sequence[Entrant]) -> dict[str, Any]:
-    """JSON-able. Methods stand in the order in which they were asked for."""
+    """The report, JSON-able. Methods are in the spec's order."""
     losses = {each.label: [run.loss for run in each.finals] for each in entrants if not each.problem}
     target = statistics.fmean(losses[setup.yardstick]) if setup.yardstick in losses else None
     verdict = judge(losses, setup.yardstick, UNITS[setup.type]) if losses else None
@@ -144,7 +144,7 @@ def _method(
 
 
 def curve_of(finals: Sequence[RunResult]) -> dict[str, Any]:
-    """The validation loss over the steps: of every seed, and their mean, least and most."""
+    """The validation loss over the steps: by seed, and the mean, minimum and maximum over seeds."""
     by_seed = [[loss for _, loss, _ in run.curve] for run in finals]
     at_step = list(zip(*by_seed, strict=True))
     return {
@@ -157,7 +157,7 @@ def curve_of(finals: Sequence[RunResult]) -> dict[str, Any]:
 
 
 def _search(entrant: Entrant) -> list[dict[str, Any]]:
-    """The rungs in their order; `kept` says which rates went on to the next, or were taken."""
+    """The rungs in order; `kept` marks the rates of the next rung or, in the last one, the chosen rate."""
     rungs: list[dict[str, Any]] = []
     for trial in entrant.trials:
         tried = {t["learning_rate"] for t in rungs[-1]["trials"]} if rungs else set()
@@ -180,7 +180,7 @@ def _difference(found: Difference | None) -> dict[str, Any] | None:
 
 def _verdict(verdict: Verdict | None, setup: Setup) -> dict[str, Any]:
     if verdict is None:
-        sentence = "Take none: no method came to a result; what went wrong stands beside each."
+        sentence = "No method produced a result; see each method's error."
         return {
             "sentence": sentence,
             "take": None,
@@ -200,17 +200,17 @@ def _verdict(verdict: Verdict | None, setup: Setup) -> dict[str, Any]:
 
 
 def _winner(verdict: Verdict | None, setup: Setup, entrants: Sequence[Entrant]) -> dict[str, Any] | None:
-    """A spec for `olora train` that makes the adapter of the method to take."""
+    """A spec for `olora train` that trains the method to take."""
     if verdict is None:
         return None
-    taken = next(each for each in entrants if each.label == verdict.take)
+    chosen = next(each for each in entrants if each.label == verdict.take)
     return {
         "model": setup.model,
         "type": setup.type,
         "training_file": setup.training["file"],
         "validation_file": setup.validation["file"],
-        "output": f"{taken.adapter.method}-adapter",
-        "adapter": taken.options,
-        "hyperparameters": {**setup.asked, "learning_rate": taken.best_rate},
+        "output": f"{chosen.adapter.method}-adapter",
+        "adapter": chosen.options,
+        "hyperparameters": {**setup.asked, "learning_rate": chosen.best_rate},
         "seed": setup.seeds[0],
     }

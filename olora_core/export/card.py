@@ -119,6 +119,10 @@ def _quantised_sentence(base: Base) -> str:
     return f"\nThe base was quantised while it was trained on ({how}): {where}.\n"
 
 
+def _difference(value: float) -> str:
+    return f"{value:.1e}" if value else "exactly 0"
+
+
 def _number(value: Any) -> str:
     return f"{value:g}" if isinstance(value, float) else str(value)
 
@@ -158,24 +162,23 @@ def sparkline(values: Sequence[float], width: int = 60) -> str:
 
 
 def certificate_section(certificate: Mapping[str, Any]) -> str:
-    files = "merged weights in fp32" if "as_written" in certificate else "files on a pristine base"
+    exported = "Merged weights" if "as_written" in certificate else "Adapter"
+    largest, bound = certificate["max_abs_logit_diff"], certificate["bound"]
     section = (
         "## Certificate\n\n"
-        f"These {files} give the trained model's logits within {certificate['max_abs_logit_diff']:.2e}\n"
-        f"(allowed: {certificate['bound']:.2e}; {certificate['rows']} rows, {certificate['tokens']} tokens, "
-        "all in fp32).\n"
+        f"{exported} verified: largest logit difference {_difference(largest)} (allowed {bound:.1e}), over\n"
+        f"{certificate['rows']} rows and {certificate['tokens']} tokens, in fp32.\n"
     )
     if (rounded := certificate.get("as_written")) is not None:
         section += (
-            f"\nAs they are written, in {rounded['dtype']}, they give others, by up to "
-            f"{_number(rounded['max_abs_logit_diff'])}; the likeliest token agrees for\n"
-            f"{_number(rounded['top1_agreement'])} of all tokens.\n"
+            f"\nAs stored, in {rounded['dtype']}: largest logit difference "
+            f"{_number(rounded['max_abs_logit_diff'])}, "
+            f"top-1 agreement {_number(rounded['top1_agreement'])}.\n"
         )
     if (whole := certificate.get("on_full_precision")) is not None:
         section += (
-            "\nOn the base as it was before it was quantised they give other logits, by up to "
-            f"{_number(whole['max_abs_logit_diff'])}; the likeliest\ntoken agrees for "
-            f"{_number(whole['top1_agreement'])} of all tokens, and the loss per token of the same rows is "
-            f"{_number(whole['loss'])}\n(trained model: {_number(whole['trained_loss'])}).\n"
+            "\nOn the base before quantisation: largest logit difference "
+            f"{_number(whole['max_abs_logit_diff'])}, top-1 agreement {_number(whole['top1_agreement'])},\n"
+            f"loss per token {_number(whole['loss'])} (trained model: {_number(whole['trained_loss'])}).\n"
         )
     return section

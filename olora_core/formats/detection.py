@@ -39,6 +39,8 @@ FORMATS: dict[Format, Form] = {
     "sharegpt-preference": Form(sharegpt.PREFERENCE_KEYS, sharegpt.check_preference, sharegpt.as_preference),
 }
 KEYS = frozenset(key for form in FORMATS.values() for key in form.keys)
+COLUMNS_NAMED = 8
+"""At most, in an error."""
 
 
 def detect_format(record: Mapping[str, Any]) -> Format | None:
@@ -69,7 +71,7 @@ def canonical(record: Record) -> Record:
 
 
 def name_unknown_format(record: Record, expected: Format | None, add: Add) -> None:
-    """Says what a line lacks that fits no format."""
+    """Adds what is missing from a record that fits no format."""
     if "prompt" in record or "completion" in record or expected == "completion":
         missing = "completion" if "prompt" in record else "prompt"
         add(
@@ -88,10 +90,11 @@ def name_unknown_format(record: Record, expected: Format | None, add: Add) -> No
                 "Rename it.",
             )
             return
+    found = ", ".join(list(record)[:COLUMNS_NAMED]) + (", …" if len(record) > COLUMNS_NAMED else "")
     add(
         "$",
         "missing_messages_list",
-        "neither 'messages' nor 'prompt' with 'completion' is there.",
-        'Give each line {"messages": […]} or {"prompt": …, "completion": …}; the documentation names other '
-        "formats.",
+        f"no known format: found {f'columns {found}' if found else 'no columns'}; expected messages, or "
+        "prompt + completion, or instruction + output.",
+        "Rename the columns, or use another of the formats in the documentation.",
     )

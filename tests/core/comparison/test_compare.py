@@ -241,8 +241,8 @@ def test_preferences_are_compared_too(llama: Base, tmp_path: Path) -> None:
     rows = preference_rows(30)
     files = write_rows(tmp_path / "train.jsonl", rows[:20]), write_rows(tmp_path / "valid.jsonl", rows[20:])
     report = report_in(told(comparison(type="dpo", seeds=1), llama, files, tmp_path))
-    assert report["unit"] == "nats a pair"
-    assert "nats a pair" in report["verdict"]["sentence"]
+    assert report["unit"] == "nats per pair"
+    assert "nats per pair" in report["verdict"]["sentence"]
 
 
 # --- what goes wrong ---------------------------------------------------------------------------------------

@@ -107,14 +107,14 @@ def test_it_says_the_sentence_and_every_method_with_its_figures() -> None:
 
 
 def test_methods_stand_by_their_loss_and_those_without_one_last() -> None:
-    table = page(report()).partition("<h2>All figures</h2>")[2].partition("</table>")[0]
+    table = page(report()).partition("<h2>All results</h2>")[2].partition("</table>")[0]
     found = re.findall(r'<th scope="row">([^<]+)</th>', table)
     assert found == [*sorted(ENDS, key=ENDS.__getitem__), "adalora"]
 
 
 def test_a_curve_and_its_band_are_drawn_where_they_belong() -> None:
     """The y of a point, read back by the labels of the axis."""
-    chart = page(report()).partition("<h2>Validation loss while training</h2>")[2].partition("</section>")[0]
+    chart = page(report()).partition("<h2>Validation loss during training</h2>")[2].partition("</section>")[0]
     labels = re.findall(r'<span class="y" style="top:([\d.]+)%">([\d.]+)</span>', chart)
     (top, high), (bottom, low) = ((float(at), float(value)) for at, value in (labels[0], labels[-1]))
     line = re.findall(r'<polyline class="mean" style="stroke:var\(--c0\)" points="([^"]+)"', chart)[0]

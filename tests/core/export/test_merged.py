@@ -168,7 +168,7 @@ def test_a_runs_owner_is_told_what_rounding_took(request, tmp_path: Path, name: 
     assert done.folder == tmp_path / "run" / "model"
     assert done.certificate["passed"]
     assert done.certificate["as_written"]["dtype"] == dtype
-    assert f"in {dtype}, they give others" in (done.folder / "README.md").read_text()
+    assert f"As stored, in {dtype}: largest logit difference" in (done.folder / "README.md").read_text()
     assert json.loads((done.folder / "manifest.json").read_text())["certificate"] == done.certificate
 
 
