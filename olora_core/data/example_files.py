@@ -1,4 +1,4 @@
-"""Examples in a folder: written row by row, read as memory-mapped arrays, whole or not at all."""
+"""Examples in a folder: written row by row, read as memory-mapped arrays, and verified by checksums."""
 
 import hashlib
 import json
@@ -20,15 +20,15 @@ KINDS = {
     "trained_counts": np.dtype(np.int64),
     "prints": np.dtype(np.uint64),
 }
-"""What each file holds, besides "tokens", whose width goes by the vocabulary."""
+"""Dtype of each file besides "tokens", which is uint16 or uint32 depending on the vocabulary."""
 
 
 class DamagedExamples(Exception):
-    """The folder does not hold what was written to it."""
+    """The folder's files are missing or not the ones that were written."""
 
 
 class ExampleWriter:
-    """Appends examples to the files of a folder; holds 32 bytes a row in memory."""
+    """Appends examples to the files of a folder; holds 32 bytes per row in memory."""
 
     def __init__(self, folder: Path, vocabulary: int) -> None:
         self.folder = folder
@@ -52,6 +52,7 @@ class ExampleWriter:
         return len(self._lines)
 
     def add(self, line: int, rows: Rows) -> None:
+        """Appends the example of that line; every example must have the same number of rows."""
         self.rows_per_example = len(rows)
         self._lines.append(line)
         self._fingerprints.append(fingerprint(rows))
@@ -62,7 +63,7 @@ class ExampleWriter:
             self._counts.append(int(trained.sum()))
 
     def examples(self) -> Examples:
-        """What was written, mapped from the files; they may be renamed or removed meanwhile."""
+        """The examples written so far, mapped from the files, which may then be renamed or removed."""
         self._tokens.flush()
         self._trained.flush()
         offsets = np.concatenate([[0], np.cumsum(self._lengths, dtype=np.int64)])
@@ -74,7 +75,7 @@ class ExampleWriter:
             self.rows_per_example,
             np.array(self._counts, dtype=np.int64),
             np.array(self._fingerprints, dtype=np.uint64),
-            # From the files and not from the mapped arrays, all of whose pages would count as memory used.
+            # Read, not mapped: hashing a mapped array would make all its pages resident.
             digest_of(
                 _read(self.folder / "tokens", self.kind),
                 _read(self.folder / "trained", KINDS["trained"]),
@@ -83,7 +84,7 @@ class ExampleWriter:
         )
 
     def finish(self, examples: Examples, about: dict[str, Any]) -> None:
-        """Completes the folder with the arrays of `examples` and what is known `about` them, in JSON."""
+        """Writes the remaining arrays of `examples`, `about` (JSON-able) and the checksums of all files."""
         arrays = {
             "offsets": examples.offsets,
             "lines": examples.lines,
@@ -105,7 +106,7 @@ class ExampleWriter:
 
 
 def open_examples(folder: Path) -> tuple[Examples, dict[str, Any]]:
-    """The examples and what was said about them. Raises DamagedExamples."""
+    """The examples of a finished folder, and the `about` given to `finish`. Raises DamagedExamples."""
     try:
         sealed = json.loads((folder / ABOUT).read_text(encoding="utf-8"))
         if hashlib.sha256(sealed["content"].encode()).hexdigest() != sealed["sha256"]:
@@ -129,16 +130,17 @@ def open_examples(folder: Path) -> tuple[Examples, dict[str, Any]]:
 
 
 def file_hash(path: Path) -> str:
+    """SHA-256 in hex."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _mapped(path: Path, kind: np.dtype) -> np.ndarray:
-    # A plain view: slices of np.memmap are ten times slower.
+    # As a plain ndarray: slicing an np.memmap is ten times slower.
     return np.asarray(np.memmap(path, dtype=kind, mode="r"))
 
 
 def _read(path: Path, kind: np.dtype) -> Iterator[np.ndarray]:
     with path.open("rb") as file:
-        while len(piece := np.fromfile(file, dtype=kind, count=CHUNK)):
-            yield piece
+        while len(chunk := np.fromfile(file, dtype=kind, count=CHUNK)):
+            yield chunk
