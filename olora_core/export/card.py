@@ -1,4 +1,4 @@
-"""The model card (README.md) of what a run exports."""
+"""The model card (README.md) of an exported adapter, and its parts that merged models share."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -13,7 +13,7 @@ from .manifest import Export, RunRecord
 
 
 def model_card(base: Base, export: Export, record: RunRecord) -> str:
-    """README.md: what this is, how to load it, how it was trained."""
+    """README.md of an adapter: what it is, how to load it, how it was trained."""
     adapter = record.resolved.adapter
     truncated_to = (
         f"\nTruncated to rank {export.rank}: {export.energy_kept:.2%} of the update's energy is kept.\n"
@@ -34,7 +34,7 @@ tags:
 
 Trained with {adapter.method} ({adapter.paper}): {adapter.summary}
 
-What is stored here is a plain LoRA of rank {export.rank} for the untouched base model, with all scale in B.
+This is a plain LoRA of rank {export.rank} for the unchanged base model, with all scale in B.
 {truncated_to}{_quantised_sentence(base)}
 ## How to load it
 
@@ -73,7 +73,7 @@ python convert_lora_to_gguf.py --base BASE ADAPTER
 
 
 def how_it_was_trained(base: Base, record: RunRecord, adapted: Sequence[str]) -> str:
-    """The part of the card that is the same for everything a run may leave."""
+    """The part of the card that adapters and merged models share."""
     adapter, training = record.resolved.adapter, record.resolved.hyperparameters
     return f"""\
 ## How it was trained
@@ -94,14 +94,14 @@ method's own tensors.
 
 
 def _samples_section(samples: Samples | None) -> str:
-    """What both models answer. Indented as code, which no text can break out of."""
+    """Sample answers of both models, indented as code, which no text can break out of."""
     if samples is None:
         return ""
-    parts = [f"\n## What it answers\n\nThe likeliest tokens, to rows of the {samples.file} file.\n"]
+    parts = [f"\n## What it answers\n\nGreedy decoding, on rows of the {samples.file} file.\n"]
     for row in samples.rows:
         parts.append(f"\n### Line {row['line']}\n")
-        said = {"prompt": row["prompt"], "in the file": row["reference"]}
-        for name, text in (said | {"the base": row["base"], "tuned": row["tuned"]}).items():
+        given = {"prompt": row["prompt"], "in the file": row["reference"]}
+        for name, text in (given | {"the base": row["base"], "tuned": row["tuned"]}).items():
             lines = "\n".join(f"    {line}" for line in text.splitlines())
             parts.append(f"\n{name}:\n\n{lines or '    (nothing)'}\n")
     return "".join(parts)
@@ -111,12 +111,12 @@ def _quantised_sentence(base: Base) -> str:
     if (quantised := base.quantised) is None:
         return ""
     where = (
-        "as its own files are"
+        "its own checkpoint is quantised"
         if quantised.from_files
-        else "load it with the `quantization_config` of `manifest.json` to get what was trained"
+        else "load it with the `quantization_config` in `manifest.json` for the same results"
     )
     how = f"{quantised.kind}, {quantised.package}"
-    return f"\nThe base was quantised while it was trained on ({how}): {where}.\n"
+    return f"\nThe base was quantised during training ({how}): {where}.\n"
 
 
 def _difference(value: float) -> str:
@@ -128,7 +128,7 @@ def _number(value: Any) -> str:
 
 
 def _unadapted_row(base: Base) -> str:
-    """What no adapter can change, so that nobody takes a base with experts for wholly adapted."""
+    """The matrices without an adapter, so that nobody believes a base with experts is fully adapted."""
     kinds = unadapted(base.model)
     named = [f"{len(names)} {kind} ({shortened(names)})" for kind, names in kinds.items()]
     return f"| not adapted | {'; '.join(named)} |\n" if named else ""
@@ -140,7 +140,7 @@ def _metric_rows(metrics: Mapping[str, Any]) -> str:
 
 
 def _loss_curve(losses: Sequence[tuple[int, float]], points: int = 10) -> str:
-    """A line of blocks over the whole run, and a table of up to ten means."""
+    """A sparkline of the training loss, and a table of up to `points` means."""
     if not losses:
         return ""
     size = -(-len(losses) // points)
@@ -153,7 +153,7 @@ def _loss_curve(losses: Sequence[tuple[int, float]], points: int = 10) -> str:
 
 
 def sparkline(values: Sequence[float], width: int = 60) -> str:
-    """Values as blocks, low to high; a long series is averaged down to `width` of them."""
+    """Values as block characters; a series longer than `width` is averaged to at most that length."""
     size = -(-len(values) // width)
     means = [sum(values[i : i + size]) / len(values[i : i + size]) for i in range(0, len(values), size)]
     low, high = min(means), max(means)
@@ -162,6 +162,7 @@ def sparkline(values: Sequence[float], width: int = 60) -> str:
 
 
 def certificate_section(certificate: Mapping[str, Any]) -> str:
+    """The card's section on the certificate."""
     exported = "Merged weights" if "as_written" in certificate else "Adapter"
     largest, bound = certificate["max_abs_logit_diff"], certificate["bound"]
     section = (

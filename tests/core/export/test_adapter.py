@@ -301,7 +301,10 @@ def test_the_certificate_is_added_to_manifest_and_card(llama: Base, tmp_path: Pa
     record_certificate(tmp_path / "adapter", certificate)
     manifest = json.loads((tmp_path / "adapter" / "manifest.json").read_text())
     assert manifest["certificate"] == certificate
-    assert "largest logit difference 1.0e-06 (allowed 1.0e-03)" in (tmp_path / "adapter" / "README.md").read_text()
+    assert (
+        "largest logit difference 1.0e-06 (allowed 1.0e-03)"
+        in (tmp_path / "adapter" / "README.md").read_text()
+    )
     assert {path.name for path in (tmp_path / "adapter").iterdir()} == before
 
 

@@ -132,7 +132,10 @@ def test_what_rounding_takes_is_reported(bf16_llama: Base, tmp_path: Path, size:
     assert merged.rounding_loss > 0.01
     manifest = json.loads((tmp_path / "model" / "manifest.json").read_text())
     assert manifest["export"]["rounding_loss"] == merged.rounding_loss
-    assert f"it took {merged.rounding_loss:.2%}" in (tmp_path / "model" / "README.md").read_text()
+    assert (
+        f"Rounding lost\n{merged.rounding_loss:.2%} of the update"
+        in (tmp_path / "model" / "README.md").read_text()
+    )
 
 
 def test_in_fp32_nothing_is_lost_but_fp32s_own_rounding(llama: Base, tmp_path: Path) -> None:
@@ -275,7 +278,7 @@ def test_a_quantised_base_is_merged_into_what_its_bits_stand_for(
     assert (got - expected).abs().max() < (5e-2 if kind == "int8" else 1e-4) * expected.abs().max()
     manifest = json.loads((tmp_path / "model" / "manifest.json").read_text())
     assert manifest["export"]["dequantized"] is True
-    assert "multiplied out" in (tmp_path / "model" / "README.md").read_text()
+    assert "dequantised, not as in" in (tmp_path / "model" / "README.md").read_text()
     assert "quantization_config" not in json.loads((tmp_path / "model" / "config.json").read_text())
     certificate = certify_merged(base, adapters, tmp_path / "model", ROWS)
     assert certificate["max_abs_logit_diff"] <= 0.05 * certificate["bound"]
