@@ -146,7 +146,7 @@ def test_chunks_of_any_size_give_the_same_report(container: str, size: int) -> N
 @pytest.mark.parametrize(
     ("data", "line", "says"),
     [
-        (b'[{"text": "a"}, {"text": "b"}', 2, "the file ends behind it"),
+        (b'[{"text": "a"}, {"text": "b"}', 2, "the file ends after it"),
         (b'[{"text": "a"}, {"text": "b', 2, "Unterminated string"),
         (b'[{"text": "a"} {"text": "b"}]', 1, "neither a comma nor the end"),
         (b'[{"text": "a"}, ]', 2, "not JSON"),

@@ -644,7 +644,7 @@ def test_a_repeated_example_is_named_with_the_one_it_repeats() -> None:
     report = report_of(CHAT, answer(content="other"), "", turned, CHAT)
     assert report.error_count == 0
     assert [(p.line, p.code) for p in report.warnings] == [(4, "duplicate"), (5, "duplicate")]
-    assert "same as that of line 1" in report.warnings[0].message
+    assert "same as in line 1" in report.warnings[0].message
 
 
 def test_many_examples_are_told_apart_in_little_memory() -> None:
