@@ -272,7 +272,7 @@ def test_lists_in_text_cells_of_a_parquet_file_are_read(tmp_path: Path) -> None:
 def test_a_parquet_file_that_is_not_whole_is_refused(keep: int) -> None:
     report = validate(io.BytesIO(as_parquet(ROWS["text"])[:keep]))
     assert report.fatal is not None
-    assert "parquet file cannot be read" in report.fatal.message
+    assert "Parquet file cannot be read" in report.fatal.message
 
 
 def test_every_damaged_byte_of_a_parquet_file_gives_a_report() -> None:
