@@ -69,7 +69,7 @@ class Family:
     packed_by: Literal["segments", "positions"] = "segments"
     """What keeps packed examples apart: attention of our own, or transformers'."""
     unadapted: dict[str, list[str]] = field(default_factory=dict)
-    """Tensors that "auto" has to name as left out, by kind."""
+    """Tensors that `unadapted` must list, by kind."""
 
     @property
     def sites(self) -> dict[str, tuple[int, int]]:
@@ -346,7 +346,7 @@ def test_the_exported_factors_have_the_shapes_of_their_layers(family: Family, ra
     assert shapes == expected
 
 
-# --- what is left out --------------------------------------------------------------------------------------
+# --- what is not adapted ----------------------------------------------------------------------------------
 
 
 def test_what_auto_leaves_out_is_noted_and_recorded(family: Family, ran: Ran) -> None:
@@ -364,7 +364,7 @@ def test_what_auto_leaves_out_is_noted_and_recorded(family: Family, ran: Ran) ->
 
 
 def test_nothing_in_the_blocks_is_silently_skipped(family: Family, ran: Ran) -> None:
-    """Every matrix of a block is adapted or named as left out."""
+    """Every matrix of a block is adapted or listed as not adapted."""
     weights = {f"{site}.weight" for site in family.sites}
     named = {name for names in family.unadapted.values() for name in names}
     for name, tensor in ran.base.model.named_parameters():
@@ -400,7 +400,7 @@ def test_a_router_that_is_a_linear_layer_may_be_named(folder: Path) -> None:
 
 
 def test_a_familys_own_linear_layer_is_adapted_only_if_it_is_one() -> None:
-    """Llama 4's router inherits from a linear layer and returns scores; Falcon's says W x in other words."""
+    """Llama 4's router inherits from a linear layer and returns scores; Falcon's only rewrites W x."""
     router = AutoModelForCausalLM.from_config(
         grouped(Llama4TextConfig, head_dim=HEAD, intermediate_size_mlp=INNER, num_local_experts=4)
     )

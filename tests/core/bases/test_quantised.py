@@ -134,7 +134,7 @@ def test_a_pass_keeps_no_more_for_its_backward_than_on_a_plain_base(base_folders
 
 
 def kept_bytes(base: Base, token_rows: Tensor) -> int:
-    """Of all that autograd saves of a forward, the weights themselves left out."""
+    """Bytes that autograd saves in a forward pass, without the weights themselves."""
     weights = {
         t.untyped_storage().data_ptr() for m in base.model.modules() for t in stored_tensors(m).values()
     }

@@ -129,7 +129,7 @@ def test_the_validation_file_has_no_part_in_the_search(
 def test_the_search_trains_on_the_rows_that_it_does_not_judge_by(
     llama: Base, files: tuple[Path, Path], tmp_path: Path
 ) -> None:
-    """A run over files made of just these rows comes to the loss that the search was judged by."""
+    """A run on files with just these rows has the loss of the search's trial."""
     report = report_in(told(comparison(seeds=1), llama, files, tmp_path / "compared"))
     assert report["search"] == {"learning_rates": list(RATES), "seed": 5, "trained_on": 29, "examples": 16}
     train_on, judge_by = held_out(45, 0.2, seed=5)
@@ -323,14 +323,14 @@ def test_the_base_is_left_as_it_was(llama: Base, files: tuple[Path, Path], tmp_p
     assert not any(isinstance(module, AdaptedLinear) for module in llama.model.modules())
 
 
-# --- stopped, and on again ---------------------------------------------------------------------------------
+# --- stopping and resuming ---------------------------------------------------------------------------------
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("stage", "run_step"), [("search", 3), ("search", STEPS), ("final", 7), ("final", STEPS)]
 )
-def test_a_comparison_that_was_stopped_goes_on_to_the_same_report(
+def test_a_resumed_comparison_has_the_same_report(
     base_folders: dict[str, Path],
     files: tuple[Path, Path],
     tmp_path: Path,

@@ -1,4 +1,4 @@
-"""The page of a comparison: nothing beside itself, nothing that a name could smuggle in, legible anywhere."""
+"""A comparison's page: self-contained, escaped, and legible on any screen."""
 
 import math
 import re

@@ -198,7 +198,7 @@ def test_what_was_trained_passes_and_the_rounded_files_own_figures_stand_beside(
 
 
 def largest_difference(base: Base, adapters: dict[str, Adapter], folder: Path) -> float:
-    """Of the files' logits in float64 from those of W + ΔW in float64."""
+    """Largest difference of the files' logits from the logits of W + ΔW, both in float64."""
     exact, files = loaded(base.folder).double(), loaded(folder).double()
     with torch.no_grad():
         for name, adapter in adapters.items():

@@ -1,4 +1,4 @@
-"""The kinds of file that rows come in: told by their content, and the same report from each."""
+"""Kinds of files: detected by content, with the same report from each."""
 
 import csv
 import io

@@ -163,7 +163,7 @@ def test_a_very_long_line_is_named_and_takes_no_memory() -> None:
 
 
 def test_a_record_in_no_known_format_is_told_what_is_expected() -> None:
-    """Of many columns, the first eight are named."""
+    """At most eight of its columns are named."""
     (problem,) = report_of({"question": "a", "answer": "b"}).errors
     assert problem.message == (
         "Line 1: no known format: found columns question, answer; expected messages, or prompt + completion, "
