@@ -284,7 +284,7 @@ def products_apart(base: Any) -> None:
     from olora_core.layers.adapter import Adapter
     from olora_core.methods.lora import LoRAAdapter
 
-    LoRAAdapter.beside, LoRAAdapter.delta = Adapter.beside, Adapter.delta
+    LoRAAdapter.forward, LoRAAdapter.delta = Adapter.forward, Adapter.delta
 
 
 SWITCHES: dict[str, Callable[[Any], None]] = {

@@ -7,7 +7,7 @@ from fastapi import APIRouter, Header, Query, Request
 from sqlalchemy.orm import Session
 from starlette.responses import JSONResponse, Response
 
-from olora_core.comparison.report import FORMAT, read_report
+from olora_core.comparison.report_format import FORMAT, read_report
 from olora_core.specs import ComparisonSpec
 from store import files, jobs
 from store.errors import JobStateError

@@ -1,9 +1,10 @@
-"""Attention of packed rows, each segment on its own: nothing is computed only to be masked away.
+"""Attention of packed rows, segment by segment.
 
-transformers tells the segments of a packed row by positions that start again, builds a T×T mask and computes
-all of it. Here the mask that travels through the model is a list of offsets, and attention follows it: by
-SDPA segment by segment, on a GPU in half precision by torch's variable-length kernel. Every other mask goes
-to transformers' own SDPA, so that ordinary rows are computed as they always were, bit for bit.
+transformers finds the segments of a packed row by restarting positions, builds a T×T mask and computes all T²
+scores. With n segments of T/n tokens, only 1/n of them are needed. So here the mask passed through the model
+is a list of offsets, and attention is computed within each segment: by SDPA, or on a GPU in half precision
+by torch's variable-length kernel. Any other mask goes to transformers' own SDPA, so that rows that are not
+packed are computed as without this module, bit for bit.
 """
 
 from collections.abc import Iterator, Sequence
@@ -21,22 +22,23 @@ from transformers.masking_utils import sdpa_mask
 NAME = "olora_segments"
 PLAIN_LAYERS = {"full_attention", "sliding_attention"}
 UNLIMITED = 2**62
+"""Longest segment of a model without a sliding window."""
 SHORT = 192
-"""Tokens below which a CPU's attention in bf16 takes up to three times as long as in fp32, casts included."""
+"""Below this many tokens a CPU computes attention in fp32: up to three times as fast as bf16 there."""
 
 
 class Segments(Tensor):
-    """(1, 1, 1, n + 1) int32: where the n segments of one row begin, and its end.
+    """(1, 1, 1, n + 1) int32: offsets of the n segments of one row, and its length.
 
-    Four axes, because transformers hands such a mask to every layer as it is.
+    Four axes, because transformers passes a 4-D mask to every layer unchanged.
     """
 
     lengths: tuple[int, ...]
-    """The same without waiting for the device."""
+    """Tokens of each segment, known without waiting for the device."""
 
 
 def segments(lengths: Sequence[int], device: torch.device) -> Segments:
-    """The mask of one row that holds segments of these lengths, end to end."""
+    """The mask of one row with segments of these lengths, (1, 1, 1, n + 1)."""
     offsets = torch.tensor([0, *accumulate(lengths)], dtype=torch.int32)
     mask = offsets.view(1, 1, 1, -1).to(device, non_blocking=True).as_subclass(Segments)
     mask.lengths = tuple(lengths)
@@ -46,25 +48,29 @@ def segments(lengths: Sequence[int], device: torch.device) -> Segments:
 def segment_attention(
     module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **how: Any
 ) -> tuple[Tensor, None]:
-    """Causal attention: query (rows, heads, T, d), key, value (rows, key heads, T, d) → (…, T, heads, d)."""
+    """Causal attention: query (rows, heads, T, d), key, value (rows, key heads, T, d) → (rows, T, heads, d).
+
+    With `Segments` as the mask there is one row, and no token attends to another segment.
+    """
     if not isinstance(attention_mask, Segments):
         return sdpa_attention_forward(module, query, key, value, attention_mask, **how)
     if query.is_cuda and query.dtype in (torch.bfloat16, torch.float16) and not how.get("dropout"):
         return _varlen(query, key, value, attention_mask, how.get("scaling")), None
     lengths = attention_mask.lengths
-    pieces = zip(query.split(lengths, 2), key.split(lengths, 2), value.split(lengths, 2), strict=True)
-    return torch.cat([_of_one_segment(module, *qkv, **how) for qkv in pieces], dim=1), None
+    parts = zip(query.split(lengths, 2), key.split(lengths, 2), value.split(lengths, 2), strict=True)
+    return torch.cat([_one_segment(module, *qkv, **how) for qkv in parts], dim=1), None
 
 
-def _of_one_segment(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, **how: Any) -> Tensor:
+def _one_segment(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, **how: Any) -> Tensor:
     dtype = query.dtype
     if dtype == torch.bfloat16 and query.device.type == "cpu" and query.shape[2] < SHORT:
         query, key, value = query.float(), key.float(), value.float()
-    # The mask is None and the layer's sliding window no shorter than a segment: plain causal attention.
+    # No mask: within one segment, no longer than a sliding window, attention is plainly causal.
     return sdpa_attention_forward(module, query, key, value, None, **how)[0].to(dtype)
 
 
 def _varlen(query: Tensor, key: Tensor, value: Tensor, mask: Segments, scale: float | None) -> Tensor:
+    """One row by the variable-length kernel, which computes no score between segments: → (1, T, heads, d)."""
     from torch.nn.attention.varlen import varlen_attn  # needs a GPU build
 
     offsets, longest = mask.as_subclass(Tensor).view(-1), max(mask.lengths)
@@ -81,7 +87,7 @@ AttentionMaskInterface.register(NAME, sdpa_mask)
 
 
 def longest_segment(model: PreTrainedModel) -> int:
-    """Tokens up to which a segment's attention is plain causal in every layer; 0 if that cannot be told."""
+    """Longest segment, in tokens, whose attention is plainly causal in every layer; 0 if that is unknown."""
     config = model.config.get_text_config()
     kinds = set(getattr(config, "layer_types", None) or ["full_attention"])
     if not kinds <= PLAIN_LAYERS or getattr(config, "attention_chunk_size", None):
@@ -90,7 +96,7 @@ def longest_segment(model: PreTrainedModel) -> int:
 
 
 def takes_segments(model: PreTrainedModel) -> bool:
-    """Whether this kind of model lets its attention be exchanged."""
+    """Whether the model's attention can be replaced by `segment_attention`."""
     return (
         model.config._attn_implementation == "sdpa"
         and model._can_set_attn_implementation()
@@ -100,7 +106,7 @@ def takes_segments(model: PreTrainedModel) -> bool:
 
 @contextmanager
 def segments_understood(model: PreTrainedModel) -> Iterator[None]:
-    """Inside, the model's layers understand `Segments`. Ordinary masks mean what they did."""
+    """Inside, the model's layers accept `Segments` as the mask; other masks work as before."""
     before = model.config._attn_implementation
     model.set_attn_implementation(NAME)
     try:

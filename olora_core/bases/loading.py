@@ -28,7 +28,7 @@ from ..layers.adapter import adapters_off
 from ..layers.quantisation import Quantised
 from ..specs import TrainSpec
 from .passes import Passes, passes_of
-from .sites import LEFT_OUT, left_out
+from .sites import UNADAPTED, unadapted
 
 INDEX = "model.safetensors.index.json"
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json", "spiece.model")
@@ -43,27 +43,27 @@ class Base:
     tokenizer: PreTrainedTokenizerBase
     folder: Path
     name: str
-    """The id that callers know it by."""
+    """Its id in requests."""
     dtype: torch.dtype
     device: torch.device
     notes: list[str] = field(default_factory=list)
-    """Sentences the owner of a job on this base should read."""
+    """Notes for the owner of a job on this base."""
     pass_bytes: dict[Hashable, tuple[float, float, float]] = field(default_factory=dict)
-    """What passes were found to take (see `memory.Estimate`), for the next job with such adapters."""
+    """Measured memory of a pass (see `memory.Estimate`), for the next job with such adapters."""
     quantised: Quantised | None = None
-    """How its linear layers hold their weights; None for those of the checkpoint."""
+    """How its linear layers are quantised; None if they are not."""
     shards: int = 1
-    """Over how many devices its blocks are spread; see `sharding.shard`."""
+    """Number of devices its blocks are sharded over; see `sharding.shard`."""
 
     @cached_property
     def passes(self) -> Passes:
-        """How the model is run forward."""
+        """How the model computes its forward passes."""
         with adapters_off(self.model):
             return passes_of(self.model)
 
     @cached_property
     def fingerprint(self) -> str:
-        """What `sha256sum *.safetensors | sha256sum` prints in the folder, of the files that are loaded."""
+        """SHA-256 of the weight files, as `sha256sum *.safetensors | sha256sum` in the folder."""
         lines = []
         for path in weight_files(self.folder):
             with path.open("rb") as file:
@@ -79,14 +79,14 @@ def load_base(
     dtype: torch.dtype | None = None,
     quantization: str = "none",
 ) -> Base:
-    """Loads a base from a local folder: safetensors only, never its own code, every parameter frozen.
+    """Loads a base from a local folder: safetensors only, no code from the folder, every parameter frozen.
 
-    `dtype=None` keeps the checkpoint's own. `quantization` is as in the spec; a checkpoint that is quantised
-    in its files stays so. Raises ModelError or SpecError with the remedy.
+    `dtype=None` keeps the checkpoint's dtype. `quantization` is as in the spec; a checkpoint with quantised
+    weights stays quantised. Raises ModelError, or SpecError if `quantization` does not fit the checkpoint.
     """
     folder = Path(folder)
     config = load_config(folder, name)
-    kind = quantisation.planned(quantization, config, name, device)
+    kind = quantisation.choose_kind(quantization, config, name, device)
     from_files = getattr(config, "quantization_config", None) is not None
     tokenizer = _load_tokenizer(folder, name)
     how = {} if kind is None else {"device_map": {"": device}}
@@ -98,12 +98,12 @@ def load_base(
     if kind is None:
         model.to(device)
     else:
-        quantisation.settle(model, kind, name, model.dtype)
+        quantisation.prepare_layers(model, kind, name, model.dtype)
         quantised = Quantised(kind, model.config.quantization_config.to_dict(), from_files)
     notes = _adopt_pad_token(tokenizer)
     if unused:
         notes.append(
-            f"{len(unused)} tensors of the checkpoint have no place in the model: {shortened(unused)}."
+            f"{len(unused)} tensors of the checkpoint are not used by the model: {shortened(unused)}."
         )
     rows = model.get_input_embeddings().weight.shape[0]
     if (highest := max(tokenizer.get_vocab().values())) >= rows:
@@ -112,14 +112,14 @@ def load_base(
             "the tokenizer belongs to another model."
         )
     notes += [
-        f"{len(names)} {LEFT_OUT[kind].format(names=shortened(names))}"
-        for kind, names in left_out(model).items()
+        f"{len(names)} {UNADAPTED[kind].format(names=shortened(names))}"
+        for kind, names in unadapted(model).items()
     ]
     return Base(model, tokenizer, folder, name, model.dtype, model.device, notes, quantised=quantised)
 
 
 def check_quantization(spec: TrainSpec, base: Base) -> None:
-    """The resident base must be quantised as the run asks: a base that is so in its files needs no asking."""
+    """Raises SpecError unless the base in memory is quantised as the spec says, or in its own checkpoint."""
     asked, resident = spec.hyperparameters.quantization, base.quantised
     kind = "none" if resident is None else resident.kind
     if asked != kind and not (asked == "none" and resident is not None and resident.from_files):
@@ -131,9 +131,9 @@ def check_quantization(spec: TrainSpec, base: Base) -> None:
 
 
 def check_folder(folder: Path, name: str) -> None:
-    """Refuses a folder that cannot be loaded safely, saying what is wrong with it."""
+    """Raises ModelError for a folder that cannot be loaded safely."""
     if not folder.is_dir():
-        raise ModelError(f"Base model '{name}' is not there: its folder does not exist.")
+        raise ModelError(f"Base model '{name}' not found: its folder does not exist.")
     if not (folder / "config.json").is_file():
         reason = "its folder has no config.json"
         if (folder / "adapter_config.json").is_file():
@@ -198,28 +198,28 @@ def _read_json(path: Path, name: str) -> dict:
 def _load_tokenizer(folder: Path, name: str) -> PreTrainedTokenizerBase:
     try:
         return AutoTokenizer.from_pretrained(str(folder), trust_remote_code=False, local_files_only=True)
-    except Exception as error:  # a foreign folder fails in any way at all
+    except Exception as error:  # a bad folder can raise anything
         raise ModelError(
-            f"The tokenizer of base model '{name}' cannot be loaded: {_told(error, folder)}"
+            f"The tokenizer of base model '{name}' cannot be loaded: {_message(error, folder)}"
         ) from error
 
 
 def load_config(folder: Path, name: str) -> PreTrainedConfig:
-    """The model's configuration, from a folder that `check_folder` lets pass. Raises ModelError."""
+    """The model's configuration, after `check_folder`. Raises ModelError."""
     check_folder(folder, name)
     try:
         return AutoConfig.from_pretrained(str(folder), trust_remote_code=False, local_files_only=True)
-    except Exception as error:  # a foreign folder fails in any way at all
+    except Exception as error:  # a bad folder can raise anything
         raise ModelError(
             f"Base model '{name}' is not one that transformers {transformers_version} knows: "
-            f"{_told(error, folder)}"
+            f"{_message(error, folder)}"
         ) from error
 
 
 def _load_model(
     folder: Path, name: str, config: PreTrainedConfig, dtype: torch.dtype | None, how: dict[str, Any]
 ) -> tuple[PreTrainedModel, list[str]]:
-    """The model, and the names of tensors in its files that it does not use. `how` is for transformers."""
+    """The model, and the names of tensors in its files that it does not use."""
     if getattr(config.get_text_config(), "attn_logit_softcapping", None):
         # SDPA cannot cap its logits, and older transformers (5.17) let it leave the cap out without a word.
         how = {"attn_implementation": "eager"} | how
@@ -237,12 +237,12 @@ def _load_model(
             )
     except (MemoryError, torch.OutOfMemoryError):
         raise
-    except Exception as error:  # a foreign folder fails in any way at all
+    except Exception as error:  # a bad folder can raise anything
         raise ModelError(
             f"Base model '{name}' is not a causal language model that transformers can load: "
-            f"{_told(error, folder)}"
+            f"{_message(error, folder)}"
         ) from error
-    # transformers fills what a checkpoint lacks with random numbers and goes on.
+    # transformers initialises missing weights randomly and only warns.
     if missing := sorted(report["missing_keys"]):
         raise ModelError(f"The weights of base model '{name}' lack {shortened(missing)}.")
     return model, sorted(report["unexpected_keys"])
@@ -259,17 +259,17 @@ def no_progress_bar() -> Iterator[None]:
             logging.enable_progress_bar()
 
 
-def _told(error: Exception, folder: Path) -> str:
-    """The first line of a library's error, without the server's paths."""
+def _message(error: Exception, folder: Path) -> str:
+    """The first line of a library's error message, without the server's paths."""
     line = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
     return line.replace(f"{folder}/", "").replace(str(folder), "its folder")
 
 
 def _adopt_pad_token(tokenizer: PreTrainedTokenizerBase) -> list[str]:
-    """Gives a tokenizer without padding one of its own tokens. Returns what to note.
+    """Gives a tokenizer without a padding token one of its existing tokens. Returns notes.
 
-    Never adds a token, for that would need a new row in the embedding. Labels are masked by position, so that
-    even the end token can serve.
+    A new token would need a new row in the embedding. Labels are masked by position, not by id, so that even
+    the end token can be used.
     """
     if tokenizer.pad_token_id is not None:
         return []
@@ -278,6 +278,4 @@ def _adopt_pad_token(tokenizer: PreTrainedTokenizerBase) -> list[str]:
     token = free[0] if free else tokenizer.eos_token or tokenizer.convert_ids_to_tokens(0)
     tokenizer.pad_token = token
     also = ", also its end-of-text token," if token == tokenizer.eos_token else ""
-    return [
-        f"The tokenizer has no padding token; its '{token}'{also} fills the rows. Padding is never trained."
-    ]
+    return [f"The tokenizer has no padding token; '{token}'{also} is used. Padding is never trained."]

@@ -1,4 +1,4 @@
-"""How a base is run forward on a micro-batch: what its family allows is found by asking the model once."""
+"""Forward passes of a base on a micro-batch. What its family allows is found by probing the model once."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -13,31 +13,32 @@ from ..data.batches import MicroBatch
 from . import attention
 
 SEGMENT_TOLERANCE = 3e-2
-"""How far a packed example's logits may be from those it has alone, as a share of the largest |logit|.
+"""Largest difference between an example's logits in a packed row and alone, over the largest |logit|.
 
-Between two kernels for attention, bf16 rounding reaches 1.3e-2 in eight layers.
+Between two attention kernels, bf16 rounding causes up to 1.3e-2 in eight layers.
 """
 LEAK_TOLERANCE = 1e-2
-"""Likewise between logits that come by the same way and should be the same; or, if that is less, so many"""
+"""Largest difference between an example's logits after two different neighbours in a packed row, relative to
+the largest |logit|."""
 ROUNDINGS = 64
-"""units of rounding. Attention that crosses from one example to the next lies above it."""
+"""The same bound in units of the dtype's eps; the smaller one applies, so that it is 7.6e-6 in fp32."""
 LOGITS_AT_ONCE = 2**23
-"""Logits that the fused loss holds at a time; fewer cost speed, more only memory."""
+"""Logits that the fused loss holds at a time. More take memory and gain no speed, fewer are slower."""
 
 
 @dataclass(frozen=True)
 class Passes:
-    """What a base can do, so that a pass does no more than it must."""
+    """How a base computes its forward passes: what can be skipped, how packed examples are kept apart."""
 
     plain_head: bool
-    """Logits are the LM head of the last hidden state, so that the head may see trained tokens alone."""
+    """Logits are the LM head of the last hidden state, so that trained tokens alone need the head."""
     packing: Literal["segments", "positions"] | None
-    """What keeps the examples of one row apart: attention of our own, or transformers'; None: nothing."""
+    """What keeps the examples of a packed row apart: `attention`, transformers, or None: nothing."""
     longest_segment: int
-    """Tokens of an example up to which attention of our own may be used."""
+    """Longest example, in tokens, for which `attention` may be used."""
 
     def inputs(self, model: PreTrainedModel, batch: MicroBatch) -> dict[str, Tensor | bool]:
-        """The model's arguments for a micro-batch."""
+        """The model's arguments: (rows, length) ids; for a packed row also positions and mask."""
         inputs: dict[str, Tensor | bool] = {"input_ids": batch.input_ids, "use_cache": False}
         if batch.position_ids is None:
             return inputs
@@ -48,18 +49,18 @@ class Passes:
         return inputs
 
     def hidden(self, model: PreTrainedModel, batch: MicroBatch) -> Tensor:
-        """(trained, width) hidden states that predict a trained token; for a plain head alone."""
+        """(trained, width) hidden states that predict a trained token. Requires `plain_head`."""
         hidden = model.get_decoder()(**self.inputs(model, batch)).last_hidden_state
         return hidden.flatten(0, 1).index_select(0, batch.positions)
 
     def logits(self, model: PreTrainedModel, batch: MicroBatch) -> tuple[Tensor, Tensor]:
-        """(trained, vocabulary) logits of the trained tokens; and all of them, (rows, length, vocabulary)."""
+        """Logits that predict trained tokens, (trained, vocabulary); all, (rows, length, vocabulary)."""
         logits = model(**self.inputs(model, batch)).logits
         return logits.flatten(0, 1).index_select(0, batch.positions), logits
 
 
 def passes_of(model: PreTrainedModel) -> Passes:
-    """Asks a model that bears no adapters, or whose adapters are off."""
+    """Probes a model without adapters, or with its adapters off."""
     longest = attention.longest_segment(model)
     by_positions = packing_is_exact(model)
     packing: Literal["segments", "positions"] | None = "positions" if by_positions else None
@@ -72,9 +73,10 @@ def passes_of(model: PreTrainedModel) -> Passes:
 
 @torch.no_grad()
 def head_is_plain(model: PreTrainedModel) -> bool:
-    """Whether logits are the LM head of the decoder's last hidden state and nothing more.
+    """Whether the model's logits are the LM head of the decoder's last hidden state, unchanged.
 
-    Found by comparing both ways bit for bit, since models cap or scale their logits under many names.
+    Found by computing both and comparing bit for bit, since config keys that cap or scale logits have many
+    names.
     """
     decoder, head = model.get_decoder(), model.get_output_embeddings()
     if decoder is None or decoder is model or head is None:
@@ -88,11 +90,12 @@ def head_is_plain(model: PreTrainedModel) -> bool:
 
 @torch.no_grad()
 def packing_is_exact(model: PreTrainedModel, *, as_segments: bool = False) -> bool:
-    """Whether one example of a packed row is kept from attending to the one before it: by positions that
-    start again, or by `Segments` where the model understands them.
+    """Whether no example of a packed row attends to the one before it, when they are kept apart by restarting
+    positions or, `as_segments`, by `Segments`.
 
-    Also by two different examples before it: what leaks out of them differs, while all else rounds alike, so
-    that a model which hardly attends to them is found out as well.
+    Two checks on 7 + 5 tokens: an example's logits in the row are those it has alone, up to rounding; and
+    they do not change with the example before it. The second is stricter, because both rows are rounded
+    alike: it also finds a model that attends to the neighbour only weakly.
     """
     ids = _probe_tokens(model, 12)
     other = torch.cat([ids[:, 7:], ids[:, :2], ids[:, 7:]], dim=1)
@@ -112,14 +115,14 @@ def packing_is_exact(model: PreTrainedModel, *, as_segments: bool = False) -> bo
 
 
 def _probe_tokens(model: PreTrainedModel, length: int) -> Tensor:
-    """(1, length) distinct tokens where the vocabulary allows."""
+    """(1, length) int64 token ids, distinct if the vocabulary is large enough."""
     vocabulary = model.get_input_embeddings().weight.shape[0]
     return (torch.arange(length, device=model.device)[None] * 37 + 11) % vocabulary
 
 
 @contextmanager
 def evaluating(model: PreTrainedModel) -> Iterator[None]:
-    """Inside, the model is in eval mode; afterwards each of its modules in the mode it was in."""
+    """Inside, the model is in eval mode; afterwards each module is in its former mode."""
     trained = [module for module in model.modules() if module.training]
     model.eval()
     try:

@@ -1,4 +1,4 @@
-"""Which dtype a run computes in."""
+"""The dtype a run computes in."""
 
 import time
 from functools import cache
@@ -11,14 +11,14 @@ from .loading import load_config
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 WORTH_IT = 1.5
-"""bf16 must multiply matrices this much faster, because the rest of a step does not gain."""
+"""bf16 is chosen if it multiplies matrices this much faster, since the rest of a step does not gain."""
 PROBE_TOKENS, PROBE_ROUNDS = 512, 5
 
 
 def compute_dtype(spec: TrainSpec, folder: Path, device: str = "cpu") -> torch.dtype:
     """The dtype to load the base in, before `train`.
 
-    What the spec says; for "auto", bf16 if the checkpoint is in 16 bits and the device is faster with it.
+    The spec's; for "auto", bf16 if the checkpoint has 16-bit weights and the device is faster with it.
     An fp32 checkpoint stays fp32, since rounding it would change the base.
     """
     asked = spec.hyperparameters.dtype
@@ -34,7 +34,7 @@ def compute_dtype(spec: TrainSpec, folder: Path, device: str = "cpu") -> torch.d
 
 @cache
 def bf16_is_faster(device: str, width: int, inner: int) -> bool:
-    """Times the largest product of a block, (512, width) × (width, inner), in both dtypes; once a process."""
+    """Times a block's largest product, (512, width) × (width, inner), in both dtypes, once per process."""
     seconds = dict.fromkeys(DTYPES.values(), float("inf"))
     operands = {
         dtype: (
@@ -50,15 +50,15 @@ def bf16_is_faster(device: str, width: int, inner: int) -> bool:
 
 
 def _seconds(x: torch.Tensor, weight: torch.Tensor) -> float:
-    """Of a few products in a row, to their very end."""
-    _finish(x.device)
+    """Time of four products, until the device has finished them."""
+    _synchronize(x.device)
     began = time.perf_counter()
     for _ in range(4):
         x @ weight
-    _finish(x.device)
+    _synchronize(x.device)
     return time.perf_counter() - began
 
 
-def _finish(device: torch.device) -> None:
+def _synchronize(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.synchronize(device)

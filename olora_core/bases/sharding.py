@@ -1,7 +1,7 @@
-"""A frozen base whose blocks lie in pieces on all devices of a run (FSDP2), each gathered when it is needed.
+"""A frozen base whose blocks are sharded over all devices of a run (FSDP2) and gathered one at a time.
 
-Blocks alone: embeddings, the last norm and the LM head stay whole everywhere. Adapters are put beside the
-layers afterwards and know nothing of it: while a block computes, its weights are whole, and the base's bits.
+Only the blocks are sharded: every device has the embeddings, the last norm and the LM head in full. Adapters
+are attached afterwards and need not know: while a block computes, its weights are whole, bit for bit.
 """
 
 from pathlib import Path
@@ -16,11 +16,11 @@ from .loading import Base, weight_files
 from .sites import block_stacks
 
 ROOMY = 0.6
-"""Share of a device's memory that whole weights may take; the rest is for activations and the adapters."""
+"""Share of a device's memory for unsharded weights; the rest is left to activations and adapters."""
 
 
 def is_sharded(spec: TrainSpec, folder: Path, device: str, devices: int) -> bool:
-    """Whether a run shards its base. "auto": where a GPU has no room for all of it beside the rest."""
+    """Whether a run shards its base; "auto": only if the weights exceed ROOMY of a GPU's memory."""
     asked = spec.hyperparameters.sharding
     if devices == 1 or asked == "none":
         return False
@@ -33,9 +33,9 @@ def is_sharded(spec: TrainSpec, folder: Path, device: str, devices: int) -> bool
 
 
 def shard(base: Base, device: str, devices: Devices) -> Base:
-    """Spreads the blocks of `base`, loaded on the CPU, over the run's devices; the rest goes to `device`.
+    """Shards the blocks of `base`, loaded on the CPU, over the run's devices; the rest goes to `device`.
 
-    For good: a sharded base serves the processes that share it, and no other run.
+    This cannot be undone. Raises SpecError for a base that cannot be sharded.
     """
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
@@ -50,7 +50,7 @@ def shard(base: Base, device: str, devices: Devices) -> Base:
     for stack in block_stacks(model):
         for block in model.get_submodule(stack):
             _check(base, block)
-            # Each block is a root of its own, and a root would stay whole after its forward pass.
+            # Every block is an FSDP root, and a root stays gathered after its forward unless told otherwise.
             fully_shard(block, mesh=mesh, reshard_after_forward=True)
     model.to(device)
     base.device, base.shards = torch.device(device), devices.count
@@ -69,7 +69,10 @@ def _check(base: Base, block: nn.Module) -> None:
 
 
 def own_part(original: Tensor, resident: Tensor) -> tuple[Tensor, Tensor]:
-    """The rows of `original` that this process holds of a sharded `resident`, and what it holds; or both."""
+    """The rows (local, …) of `original` that this process holds of `resident`, and those rows of `resident`.
+
+    Both unchanged if `resident` is not sharded.
+    """
     if not is_part(resident):
         return original, resident
     mine = resident.to_local()

@@ -27,24 +27,24 @@ from ..specs import nearest
 
 MATCH_SECONDS = 0.2
 ALL_LINEAR = ("auto", "all-linear")
-LEFT_OUT = {
+UNADAPTED = {
     "experts": "fused expert tensors ({names}) are not linear layers and are not adapted.",
-    "routers": "routers ({names}) are not adapted unless they are linear layers and named.",
-    "layers": "layers ({names}) are not adapted, for PEFT would take their names for the experts'.",
-    "tensors": "matrices ({names}) are in no linear layer and are not adapted.",
+    "routers": "routers ({names}) are adapted only if they are linear layers and named in target_modules.",
+    "layers": "layers ({names}) are not adapted, because PEFT would mistake them for experts by their names.",
+    "tensors": "matrices ({names}) do not belong to a linear layer and are not adapted.",
 }
-"""What is said of each kind that `left_out` tells apart, after its number."""
-TAKEN_FOR_EXPERTS = {
+"""The note for each kind in `unadapted`, after the number of its tensors."""
+EXPERT_NAMES = {
     "mixtral": ("gate", "w1", "w2", "w3"),
     "qwen2_moe": ("gate", "gate_proj", "up_proj", "down_proj"),
 }
-"""Names that PEFT moves to the fused experts when it loads an adapter, wherever else a layer bears them."""
+"""Layer names that PEFT maps to the fused experts when it loads an adapter, wherever they occur."""
 
 
 def _fused(model: nn.Module) -> list[tuple[str, str, nn.Parameter]]:
-    """Parameters that hold the matrices of several experts in one 3-D tensor.
+    """Parameters with the matrices of several experts, (experts, …, …): module path, name, tensor.
 
-    Path of the module, name and tensor; a convolution's kernel or a vector with extra axes is none.
+    Convolution kernels and vectors with extra axes are 3-D as well, and are skipped.
     """
     return [
         (path, name, parameter)
@@ -54,13 +54,13 @@ def _fused(model: nn.Module) -> list[tuple[str, str, nn.Parameter]]:
     ]
 
 
-def left_out(model: nn.Module) -> dict[str, list[str]]:
-    """What target_modules = "auto" does not adapt inside the blocks, by kind (see LEFT_OUT).
+def unadapted(model: nn.Module) -> dict[str, list[str]]:
+    """The matrices inside the blocks that target_modules = "auto" does not adapt, by kind (see UNADAPTED).
 
-    A linear layer is given by its path, anything else by the name of its tensor. A layer that bears an
-    adapter, because it was named, is not left out.
+    A linear layer is given by its path, anything else by its tensor's name. A layer that has an adapter,
+    because target_modules names it, is not listed.
     """
-    found: dict[str, list[str]] = {kind: [] for kind in LEFT_OUT}
+    found: dict[str, list[str]] = {kind: [] for kind in UNADAPTED}
     stacks = block_stacks(model)
     owners = {path for path, _, _ in _fused(model)}
     routers = _routers(model)
@@ -71,13 +71,13 @@ def left_out(model: nn.Module) -> dict[str, list[str]]:
         if is_linear(module):
             if path in routers:
                 found["routers"].append(path)
-            elif _taken_for_experts(model, path):
+            elif _is_named_like_experts(model, path):
                 found["layers"].append(path)
-            elif _does_more(module):
+            elif _is_not_affine(module):
                 found["tensors"].append(f"{path}.weight")
             continue
         for name, parameter in module.named_parameters(recurse=False):
-            if sum(size > 1 for size in parameter.shape) < 2:  # a vector, whatever its axes
+            if sum(size > 1 for size in parameter.shape) < 2:  # a vector with extra axes
                 continue
             kind = "experts" if path in owners else "routers" if path in routers else "tensors"
             found[kind].append(f"{path}.{name}")
@@ -85,10 +85,10 @@ def left_out(model: nn.Module) -> dict[str, list[str]]:
 
 
 def _routers(model: nn.Module) -> set[str]:
-    """Paths of the gates beside fused experts: a matrix with one row, or as many as there are experts.
+    """Paths of the routers of fused experts: matrices with one row, or one row for each expert.
 
-    Told by shape and place, since every family has a name of its own for them. A gate stands in the experts'
-    own block, or alone in a module there; the projections of a shared expert have siblings.
+    Recognised by shape and place, since every family names them differently: a router is in the experts' own
+    block, or the only matrix of a submodule there. The projections of a shared expert have siblings.
     """
     counts = {path.rpartition(".")[0]: parameter.shape[0] for path, _, parameter in _fused(model)}
     matrices = {
@@ -108,29 +108,29 @@ def _routers(model: nn.Module) -> set[str]:
     }
 
 
-def _taken_for_experts(model: nn.Module, path: str) -> bool:
-    """Whether PEFT would look for this layer's factors among the fused experts, and not load them."""
+def _is_named_like_experts(model: nn.Module, path: str) -> bool:
+    """Whether PEFT would look for this layer's factors among the fused experts, and so not load them."""
     family = getattr(model.config, "model_type", None)
     family = "mixtral" if family == "mixtral" else conversions._MODEL_TO_CONVERSION_PATTERN.get(family)
-    return path.rpartition(".")[2] in TAKEN_FOR_EXPERTS.get(family, ())
+    return path.rpartition(".")[2] in EXPERT_NAMES.get(family, ())
 
 
 def target_sites(model: PreTrainedModel, target_modules: str | Sequence[str]) -> list[Site]:
     """The layers to adapt, in model order.
 
-    "auto" (or "all-linear"): every linear layer of the transformer blocks but routers; `left_out` tells what
-    it does not take. A list: each name matches the layers whose path is it or ends in `.name`. Any other
-    string: a regular expression for the whole path. The rules are PEFT's. The model must bear no adapters.
+    "auto" or "all-linear": every linear layer of the transformer blocks except routers; `unadapted` lists the
+    rest. A list: each name matches the layers whose path equals it or ends in `.name`. Any other string: a
+    regular expression for the whole path. These are PEFT's rules. The model must have no adapters attached.
 
-    Raises SpecError for a name that matches nothing, and for one that matches what cannot be adapted.
+    Raises SpecError for a name that matches nothing, or a layer that cannot be adapted.
     """
     if attached(model):
-        raise ValueError("The model bears adapters already; detach them first.")
+        raise ValueError("The model has adapters already; detach them first.")
     stacks = block_stacks(model)
     if target_modules in ALL_LINEAR:
         chosen = [name for name in _linear_layers(model) if _block_of(name, stacks)[0] is not None]
         routers = _routers(model)
-        chosen = [name for name in chosen if name not in routers and _obstacle(model, name) is None]
+        chosen = [name for name in chosen if name not in routers and _why_not(model, name) is None]
         if not chosen:
             raise _no_match(model, "target_modules = 'auto' finds no linear layer inside the model's blocks")
     elif isinstance(target_modules, str):
@@ -155,7 +155,7 @@ def target_sites(model: PreTrainedModel, target_modules: str | Sequence[str]) ->
 
 
 def _full_match(pattern: str) -> Callable[[str], bool]:
-    """Whether a whole path matches. Raises SpecError for a pattern that takes for ever to try."""
+    """A test of whole paths. Raises SpecError for an invalid pattern, and when a match takes too long."""
     try:
         compiled = regex.compile(pattern)
     except regex.error as error:
@@ -178,45 +178,45 @@ def _full_match(pattern: str) -> Callable[[str], bool]:
 
 
 def ends_in(name: str, ending: str) -> bool:
-    """Whether a list of target modules with this entry selects that path, by the rule of PEFT."""
+    """Whether PEFT selects the layer `name` for an entry `ending` in a list of target modules."""
     return name == ending or name.endswith(f".{ending}")
 
 
 def _chosen(model: PreTrainedModel, matches: Callable[[str], bool]) -> list[str]:
-    """The linear layers whose path matches. Refuses other layers and tensors that match."""
+    """The linear layers whose path matches. Raises SpecError if anything else matches."""
     for name, parameter in model.named_parameters():
         if parameter.dim() == 3 and matches(name):
             raise _refusal(name, "it holds the matrices of several experts in one tensor")
     chosen = []
     for name, module in model.named_modules():
         if name and matches(name) and (is_linear(module) or module._parameters):
-            if reason := _obstacle(model, name):
+            if reason := _why_not(model, name):
                 raise _refusal(name, reason)
             chosen.append(name)
     return chosen
 
 
-def _obstacle(model: PreTrainedModel, name: str) -> str | None:
-    """Why this layer cannot be adapted, or None."""
+def _why_not(model: PreTrainedModel, name: str) -> str | None:
+    """Why this layer cannot be adapted; None if it can."""
     module = model.get_submodule(name)
-    if not is_linear(module) or _does_more(module):
+    if not is_linear(module) or _is_not_affine(module):
         return f"it is a {type(module).__name__}, not a linear layer"
     weight = module.weight
     if any(m.weight is weight for m in model.modules() if isinstance(m, nn.Embedding)):
         return "its weight is tied to the token embedding"
-    if reason := quantisation.obstacle(module):
+    if reason := quantisation.why_not_adaptable(module):
         return reason
-    if _taken_for_experts(model, name):
+    if _is_named_like_experts(model, name):
         family = model.config.model_type
-        return f"PEFT takes its name for the fused experts of a {family} and would not load its adapter"
+        return f"PEFT maps its name to the fused experts of a {family} and would not load its adapter"
     return None
 
 
 @torch.no_grad()
-def _does_more(module: nn.Module) -> bool:
-    """Whether a family's own kind of linear layer gives something else than W x + bias.
+def _is_not_affine(module: nn.Module) -> bool:
+    """Whether calling a family's own kind of linear layer returns something other than W x + bias.
 
-    Asked by calling it, for some only say otherwise what they inherit.
+    Probed by a forward, since a subclass may override it or only rename it.
     """
     if not type(module).__module__.startswith("transformers.models."):
         return False
@@ -251,8 +251,8 @@ def _linear_layers(model: PreTrainedModel) -> list[str]:
 
 
 def _endings(model: PreTrainedModel) -> list[str]:
-    """Last part of the path of every layer that can be adapted, each once."""
-    layers = [name for name in _linear_layers(model) if _obstacle(model, name) is None]
+    """The distinct last path components of the layers that can be adapted."""
+    layers = [name for name in _linear_layers(model) if _why_not(model, name) is None]
     return list(dict.fromkeys(name.rpartition(".")[2] for name in layers))
 
 
@@ -266,7 +266,7 @@ def block_stacks(model: nn.Module) -> dict[str, int]:
 
 
 def _block_of(name: str, stacks: dict[str, int]) -> tuple[int | None, int]:
-    """Number of the block that holds this layer, and of the blocks in its stack; (None, 0) outside."""
+    """Index of the layer's block and the number of blocks in its stack; (None, 0) outside the blocks."""
     for stack, length in stacks.items():
         if name.startswith(f"{stack}."):
             return int(name[len(stack) + 1 :].partition(".")[0]), length

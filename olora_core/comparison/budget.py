@@ -1,4 +1,4 @@
-"""How many parameters a method trains, and the rank at which it trains as many as another."""
+"""The rank at which a method has as many trainable parameters as another."""
 
 from collections.abc import Sequence
 
@@ -11,22 +11,22 @@ from ..specs import MAX_EXPORT_RANK, AdapterSpec, check_export
 
 
 def trainable_parameters(adapter: AdapterSpec, sites: Sequence[Site], total_steps: int) -> int:
-    """Trainable parameters of a run of `total_steps` steps in these layers."""
+    """Trainable parameters of a run in these layers, which may depend on its steps."""
     return METHODS[adapter.method].trainable_parameters(adapter, sites, total_steps)
 
 
 def within_budget(adapter: AdapterSpec, budget: int, sites: Sequence[Site], total_steps: int) -> AdapterSpec:
-    """The method with the rank whose number of trainable parameters is nearest to `budget`.
+    """The adapter at the rank whose number of trainable parameters is nearest to `budget`.
 
-    Of the ranks that the layers hold, the other options allow and servers load; of two that are as near, the
-    one nearer to the adapter's own. Raises SpecError when there is none.
+    Only ranks that the layers and the adapter's other options allow and servers can load; of two equally near
+    ranks, the one nearer to the adapter's own. Raises SpecError if there is none.
     """
     widest = METHODS[adapter.method].widest_rank(adapter, sites, total_steps)
     ranks = range(1, min(widest, MAX_EXPORT_RANK) + 1)
     fitting = [changed for rank in ranks if (changed := _at_rank(adapter, rank)) is not None]
     if not fitting:
         raise SpecError(
-            f"{adapter.method} has no rank that these layers hold, its options allow and servers load; "
+            f"{adapter.method} has no rank that these layers and its options allow and servers can load; "
             "change the options, or leave it out.",
             param="adapter.rank",
         )
@@ -39,7 +39,7 @@ def within_budget(adapter: AdapterSpec, budget: int, sites: Sequence[Site], tota
 
 
 def _at_rank(adapter: AdapterSpec, rank: int) -> AdapterSpec | None:
-    """None where the other options do not go with that rank, or no server would load the export."""
+    """None if the other options do not allow that rank, or no server could load the export."""
     try:
         changed = type(adapter).model_validate(adapter.model_dump() | {"rank": rank})
         check_export(changed)

@@ -1,7 +1,7 @@
-"""A comparison's report as one HTML page that needs nothing beside itself: curves, a table, and what to take.
+"""A comparison's report as one self-contained HTML page: the verdict, charts and tables.
 
-The shapes of a chart are SVG that stretches with the page; its words are HTML around it, so that they stay as
-large on a phone as elsewhere. Whatever comes from outside goes through `text`.
+A chart's shapes are SVG that stretches with the page; its labels are HTML around it, so that they keep their
+size on a phone. Every value from outside is escaped by `text`.
 """
 
 import html
@@ -13,13 +13,13 @@ from typing import Any
 
 Report = Mapping[str, Any]
 COLOURED = 6
-"""Methods with a colour of their own in the chart of all curves; the others are grey."""
+"""Methods with their own colour in the chart of all curves; the others are grey."""
 
 STYLE = Path(__file__).with_suffix(".css")
 
 
 def page(report: Report) -> str:
-    """The whole page. Methods stand by their final loss, those without one last."""
+    """The whole page. Methods are sorted by final loss, those without one last."""
     ranked = sorted(
         (method for method in report["methods"] if method["final"]), key=lambda m: m["final"]["mean"]
     )
@@ -51,11 +51,11 @@ def text(value: Any) -> str:
 
 
 def _title(report: Report) -> str:
-    return f"{len(report['methods'])} methods on {report['model']}, compared"
+    return f"Comparison of {len(report['methods'])} methods on {report['model']}"
 
 
 def _colours(ranked: Sequence[Report], report: Report) -> dict[str, str]:
-    """LoRA is grey, the method to take has the first colour; what is left goes by rank."""
+    """LoRA is grey, the method to take has the first colour; the others follow by loss."""
     chosen = {report["baseline"]: "var(--c1)"}
     chosen.setdefault(report["verdict"]["take"], "var(--c0)")
     free = iter(["var(--c0)"] * (len(chosen) == 1) + [f"var(--c{i})" for i in range(2, COLOURED)])
@@ -65,7 +65,7 @@ def _colours(ranked: Sequence[Report], report: Report) -> dict[str, str]:
     return chosen
 
 
-# --- what to take --------------------------------------------------------------------------------------
+# --- the recommended method -----------------------------------------------------------------------------
 
 
 def _facts(report: Report) -> str:
@@ -120,14 +120,14 @@ def _finals(ranked: Sequence[Report], colours: Mapping[str, str], report: Report
     scale = "".join(f'<span style="left:{at(tick)}">{tick:g}</span>' for tick in ticks(low, high, 5))
     return _section(
         "Final validation loss",
-        f"In {report['unit']}, lower is better. A dot is a seed, a bar the mean of {_seeds(report)}; the "
-        "dashed line is LoRA's mean. Beside each: mean and standard deviation. An arrow: beyond this scale.",
+        f"In {report['unit']}; lower is better. A dot is a seed, a bar the mean over {_seeds(report)}, the "
+        "dashed line LoRA's mean. Numbers: mean ± standard deviation. An arrow: beyond the scale.",
         f'<div class="dots">{"".join(rows)}<span></span><div class="scale">{scale}</div><span></span></div>',
     )
 
 
 def _range(values: Sequence[float], ranked: Sequence[Report]) -> tuple[float, float]:
-    """Of the axis. One method that is far behind must not squeeze all others into a corner."""
+    """Limits of the loss axis. One method far behind must not squeeze all others into a corner."""
     low, high = min(values), max(values)
     means = [method["final"]["mean"] for method in ranked]
     middle = means[len(means) // 2]
@@ -150,11 +150,11 @@ def _curves(ranked: Sequence[Report], colours: Mapping[str, str], report: Report
     )
     rest = sum(colour == "var(--rest)" for _, colour, _ in drawn)
     if rest:
-        items += f'<li><i style="border-color:var(--rest)"></i>{rest} more, below one by one</li>'
+        items += f'<li><i style="border-color:var(--rest)"></i>{rest} more, shown below</li>'
     return _section(
-        "Validation loss while training",
-        f"The whole validation file, {report['validation']['examples']:,} rows, after the same steps for all "
-        f"methods. Lines are means of {_seeds(report)}, bands reach from the lowest seed to the highest.",
+        "Validation loss during training",
+        f"On the whole validation file, {report['validation']['examples']:,} rows, after the same steps for "
+        f"every method. Lines are means over {_seeds(report)}; bands span the lowest to the highest seed.",
         _chart(drawn, report) + f'<ul class="legend">{items}</ul>',
     )
 
@@ -172,8 +172,8 @@ def _one_by_one(ranked: Sequence[Report], report: Report) -> str:
             f"{_chart(drawn, report, all_of=ranked, ticks_y=3)}</div>"
         )
     return _section(
-        "One by one",
-        "Each method against LoRA (dashed), on one scale; beside its name the final loss.",
+        "Each method against LoRA",
+        "LoRA is dashed; all charts have the same scale. The number is the final loss.",
         f'<div class="many">{"".join(charts)}</div>',
     )
 
@@ -185,7 +185,7 @@ def _chart(
     all_of: Sequence[Report] | None = None,
     ticks_y: int = 5,
 ) -> str:
-    """Bands and lines of methods with a colour each, the last on top; dashed where the third says so."""
+    """Bands and lines of (method, colour, is dashed), the last on top; the axis fits `all_of`, if given."""
     steps = report["steps"]
     low, high = _heights([method for method, _, _ in drawn] if all_of is None else all_of)
 
@@ -223,7 +223,7 @@ def _chart(
 
 
 def _heights(methods: Sequence[Report]) -> tuple[float, float]:
-    """Of the axis: the better half is in sight from a quarter of the run on, when most have come down."""
+    """Limits of the loss axis: the better half of the methods fits from the first quarter of the run on."""
     curves = sorted((method["curve"] for method in methods), key=lambda curve: curve["mean"][-1])
     better = curves[: len(curves) // 2 + 1]
     low = min(min(curve["min"]) for curve in curves)
@@ -237,7 +237,7 @@ def _up(y: float, low: float, high: float) -> str:
 
 
 def ticks(low: float, high: float, count: int) -> list[float]:
-    """About so many round numbers between two."""
+    """About `count` round numbers from `low` to `high`."""
     raw = (high - low) / count
     power = 10.0 ** math.floor(math.log10(raw))
     step = next(power * factor for factor in (1, 2, 2.5, 5, 10) if power * factor >= raw)
@@ -256,7 +256,7 @@ def _table(methods: Sequence[Report], report: Report) -> str:
     heads = [
         "Method",
         "Final loss",
-        "Below LoRA's",
+        "Improvement on LoRA",
         "Learning rate",
         "Rank",
         "Trainable parameters",
@@ -269,10 +269,10 @@ def _table(methods: Sequence[Report], report: Report) -> str:
     head = "".join(f'<th scope="col">{name}</th>' for name in heads)
     body = "".join(_row(method, report, len(heads)) for method in methods)
     return _section(
-        "All figures",
-        "“Beyond” and “within” say whether the seeds' spread leaves room for no difference: Student's t, "
-        "95 %, paired by seed. Time is that of the steps alone, the median of the seeds; memory the highest "
-        "of the process or the device.",
+        "All results",
+        "“Beyond” or “within”: whether the difference exceeds the spread across seeds (95 % interval of "
+        "Student's t, paired by seed). Time is the median over seeds, training steps only; memory is the "
+        "device's peak, or the process's on a CPU.",
         f'<div class="wide"><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>',
     )
 
@@ -304,8 +304,8 @@ def _row(method: Report, report: Report, columns: int) -> str:
 def _below(found: Report | None) -> str:
     if found is None:
         return "–"
-    told = "one seed" if found["low"] is None else "beyond" if found["beyond_spread"] else "within"
-    return f"{found['mean']:+.4f}<small>{told}</small>"
+    spread = "one seed" if found["low"] is None else "beyond" if found["beyond_spread"] else "within"
+    return f"{found['mean']:+.4f}<small>{spread}</small>"
 
 
 # --- the search ----------------------------------------------------------------------------------------
@@ -314,23 +314,23 @@ def _below(found: Report | None) -> str:
 def _searches(methods: Sequence[Report], report: Report) -> str:
     searched = report["search"]
     asked = (
-        "each method's own rate times 0.1, 0.32, 1, 3.2 and 10"
+        "each method's default rate times 0.1, 0.32, 1, 3.2 and 10"
         if searched["learning_rates"] == "auto"
         else (", ".join(f"{rate:g}" for rate in searched["learning_rates"]))
     )
     tables = "".join(_search(method) for method in methods if method["search"])
     return _section(
-        "The search for the learning rate",
-        f"Tried: {asked}. Every rung trains the rates that are left for so many steps, with a complete "
-        f"schedule, and keeps the better half by the loss over {searched['examples']:,} rows that were held "
-        f"out of the training rows (seed {searched['seed']}; {searched['trained_on']:,} are trained on). "
-        "The validation file has no part in it. Green is the rate that was taken, grey what was left behind.",
-        f'<div class="many">{tables}</div>' if tables else "<p>Nothing was searched: there was one rate.</p>",
+        "Learning rate search",
+        f"Tried: {asked}. Every rung trains the remaining rates for the steps shown, with a complete "
+        f"schedule, and keeps the better half by the loss on {searched['examples']:,} held-out training rows "
+        f"(seed {searched['seed']}; trained on the other {searched['trained_on']:,}). The validation file is "
+        "not used. The chosen rate is green, dropped ones are grey.",
+        f'<div class="many">{tables}</div>' if tables else "<p>No search: there was only one rate.</p>",
     )
 
 
 def _search(method: Report) -> str:
-    """Rates down, rungs across."""
+    """One method's trials as a table: a row for each rate, a column for each rung."""
     rates = sorted({trial["learning_rate"] for rung in method["search"] for trial in rung["trials"]})
     head = "".join(f'<th scope="col">{rung["steps"]:,} steps</th>' for rung in method["search"])
     rows = []
@@ -360,9 +360,9 @@ def _recipe(report: Report) -> str:
         return ""
     spec = json.dumps(report["winner"], indent=2, ensure_ascii=False)
     return _section(
-        "To train it",
-        "Saved as winner.yaml beside the data, this is what “olora train winner.yaml” takes. A request to "
-        "the API takes model, adapter, hyperparameters and seed as they stand here.",
+        "Train the recommended method",
+        "Save this as winner.yaml next to the data and run “olora train winner.yaml”. For the API, copy "
+        "model, adapter, hyperparameters and seed into the request.",
         f"<pre>{text(spec)}</pre>",
     )
 
@@ -373,16 +373,15 @@ def _rules(report: Report) -> str:
     rules = [
         f"All methods train on the same tokens of {training['file']} ({training['examples']:,} rows), in the "
         f"same order for the same seed, for {report['steps']:,} steps. They share: {shared}.",
-        "Where the rank was free, it is the one whose number of trainable parameters is nearest to "
-        f"{report['budget']:,}; what is trained one after another counts together. Other options are "
-        "the method's defaults, unless given.",
-        f"All results are of {validation['file']} ({validation['examples']:,} rows), by which nothing was "
-        "chosen.",
-        "The difference of two methods is taken seed by seed; it is called beyond the spread when Student's "
-        "t puts 0 outside of its 95 % interval. Of twenty methods that are no better than LoRA, one may come "
-        "out so by chance.",
-        "Steps to LoRA's loss: where a method's mean curve first comes down to LoRA's mean final loss, on "
-        "straight lines between evaluations.",
+        "A method without a given rank gets the rank whose parameter count is nearest to the budget of "
+        f"{report['budget']:,}. Parameters that are trained one after another are added up. Other options "
+        "are the method's defaults, unless given.",
+        f"All results are on {validation['file']} ({validation['examples']:,} rows), which was not used to "
+        "choose anything.",
+        "Two methods are compared seed by seed. A difference is beyond the spread if 0 lies outside the 95 % "
+        "interval of Student's t. Of twenty methods no better than LoRA, one may seem so by chance.",
+        "Steps to LoRA's loss: where a method's mean curve, interpolated between evaluations, first reaches "
+        "LoRA's mean final loss.",
     ]
     items = "".join(f"<li>{text(rule)}</li>" for rule in rules)
     return _section("How it was measured", "", f'<ul class="rules">{items}</ul>')
@@ -397,14 +396,14 @@ def _footer(report: Report) -> str:
     return (
         f"<footer>{text(report['model'])} ({text(report['base_sha256'][:12])}) in {text(report['dtype'])} on "
         f"{text(report['device'])}; {text(versions)}. Files: {text(report['training']['sha256'][:12])} and "
-        f"{text(report['validation']['sha256'][:12])}. All numbers of this page are in comparison.json."
+        f"{text(report['validation']['sha256'][:12])}. All numbers on this page are in comparison.json."
         "</footer>"
     )
 
 
-def _section(title: str, saying: str, content: str) -> str:
-    said = f'<p class="say">{text(saying)}</p>' if saying else ""
-    return f"<section><h2>{text(title)}</h2>{said}{content}</section>"
+def _section(title: str, caption: str, content: str) -> str:
+    paragraph = f'<p class="caption">{text(caption)}</p>' if caption else ""
+    return f"<section><h2>{text(title)}</h2>{paragraph}{content}</section>"
 
 
 def _seeds(report: Report) -> str:

@@ -1,76 +1,22 @@
-"""What a comparison has found, as the JSON that its page and its reader share."""
+"""A comparison's report: the JSON that the page shows and that is stored with it."""
 
 import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from ..progress import Stage
+from ..export.manifest import versions
+from .entrants import Entrant
+from .report_format import FORMAT
+from .runs import RunResult, Terms
 from .verdict import Difference, Verdict, difference, judge, steps_to
 
-FORMAT = 2
-RENAMED = {
-    "trained_numbers": "trainable_parameters",
-    "yardstick": "baseline",
-    "steps_to_yardstick": "steps_to_baseline",
-    "below_yardstick": "below_baseline",
-}
-"""Keys of format 1, and their names since format 2."""
-UNITS = {"supervised": "nats a token", "dpo": "nats a pair"}
+UNITS = {"supervised": "nats per token", "dpo": "nats per pair"}
 
 
 @dataclass(frozen=True)
-class Outcome:
-    """What one run came to."""
-
-    method: str
-    """The compared method's label."""
-    stage: Stage
-    learning_rate: float
-    seed: int
-    steps: int = 0
-    loss: float | None = None
-    """Nats over the search split, or over the validation file; None when the run failed."""
-    why: str | None = None
-    """It did."""
-    curve: Sequence[tuple[int, float, float]] = ()
-    """(step, loss, accuracy) over the same rows."""
-    seconds: float = 0.0
-    """Spent in steps."""
-    tokens: int = 0
-    peak_memory_bytes: int = 0
-    exported_rank: int | None = None
-    """Of the final runs; None where the method exports merged weights only."""
-
-
-@dataclass(frozen=True)
-class Trial:
-    """One learning rate in one rung of a search."""
-
-    learning_rate: float
-    steps: int
-    loss: float | None
-
-
-@dataclass(frozen=True)
-class Candidate:
-    """A compared method, and what its runs came to."""
-
-    label: str
-    adapter: Mapping[str, Any]
-    """Its options, rank included."""
-    trainable_parameters: int | None
-    own_rate: float | None
-    trials: Sequence[Trial]
-    best_rate: float | None
-    finals: Sequence[Outcome]
-    problem: str | None
-    """Why it has no result."""
-
-
-@dataclass(frozen=True)
-class Facts:
-    """What all of them had in common."""
+class Setup:
+    """What all runs had in common, JSON-able."""
 
     model: str
     type: str
@@ -78,9 +24,9 @@ class Facts:
     device: str
     dtype: str
     hyperparameters: Mapping[str, Any]
-    """As all runs have them, their learning rate aside."""
+    """Of all runs, without the learning rate."""
     asked: Mapping[str, Any]
-    """Of these, what a spec must say to get them again."""
+    """The hyperparameters that a spec must give for the same run."""
     steps: int
     seeds: Sequence[int]
     budget: int
@@ -90,55 +36,79 @@ class Facts:
     """`file`, `sha256`, `examples`."""
     validation: Mapping[str, Any]
     search: Mapping[str, Any]
-    """`examples` to judge by, `trained_on`, `seed`, `learning_rates` (a list or "auto")."""
+    """`examples` held out, `trained_on`, `seed`, `learning_rates` (a list or "auto")."""
     versions: Mapping[str, str] = field(default_factory=dict)
 
 
-def read_report(stored: Mapping[str, Any]) -> dict[str, Any]:
-    """A stored report in the present format, whichever version made it."""
-    if stored["format"] != 1:
-        return dict(stored)
-    return {**_renamed(stored), "format": FORMAT}
+def setup_of(terms: Terms, budget: int, training: str, validation: str) -> Setup:
+    """`training` and `validation` are the files' names."""
+    base, spec, data, search = terms.base, terms.spec, terms.data, terms.search_data
+    shown = terms.hyperparameters.model_dump(
+        mode="json", exclude_defaults=True, exclude={"learning_rate", "learning_rate_multiplier"}
+    )
+    asked = spec.hyperparameters.model_dump(mode="json", exclude_defaults=True)
+    counted = {"n_epochs": terms.hyperparameters.n_epochs, "batch_size": terms.hyperparameters.batch_size}
+    return Setup(
+        model=base.name,
+        type=spec.type,
+        base_sha256=base.fingerprint,
+        device=str(base.device),
+        dtype=str(base.dtype).removeprefix("torch."),
+        hyperparameters=shown,
+        asked=asked | counted,
+        steps=terms.total_steps,
+        seeds=terms.seeds,
+        budget=budget,
+        baseline=spec.labels[spec.baseline],
+        training={
+            "file": training,
+            "sha256": data.hashes["training"],
+            "examples": len(data.training),
+        },
+        validation={
+            "file": validation,
+            "sha256": data.hashes["validation"],
+            "examples": len(data.validation),
+        },
+        search={
+            "learning_rates": spec.model_dump(mode="json")["learning_rates"],
+            "seed": spec.seed,
+            "trained_on": len(search.training),
+            "examples": len(search.validation),
+        },
+        versions=versions(),
+    )
 
 
-def _renamed(value: Any) -> Any:
-    if isinstance(value, Mapping):
-        return {RENAMED.get(name, name): _renamed(item) for name, item in value.items()}
-    return [_renamed(item) for item in value] if isinstance(value, list) else value
-
-
-def report_of(facts: Facts, candidates: Sequence[Candidate]) -> dict[str, Any]:
-    """JSON-able. Methods stand in the order in which they were asked for."""
-    losses = {
-        c.label: [run.loss for run in c.finals if run.loss is not None] for c in candidates if not c.problem
-    }
-    baseline = next((c for c in candidates if c.label == facts.baseline and not c.problem), None)
-    target = statistics.fmean(losses[facts.baseline]) if baseline else None
-    verdict = judge(losses, facts.baseline, UNITS[facts.type]) if losses else None
-    methods = [_method(candidate, losses.get(facts.baseline), target) for candidate in candidates]
+def report_of(setup: Setup, entrants: Sequence[Entrant]) -> dict[str, Any]:
+    """The report, JSON-able. Methods are in the spec's order."""
+    losses = {each.label: [run.loss for run in each.finals] for each in entrants if not each.problem}
+    target = statistics.fmean(losses[setup.baseline]) if setup.baseline in losses else None
+    verdict = judge(losses, setup.baseline, UNITS[setup.type]) if losses else None
+    methods = [_method(entrant, losses.get(setup.baseline), target) for entrant in entrants]
     return {
         "format": FORMAT,
-        "verdict": _verdict(verdict, facts),
-        "winner": _winner(verdict, facts, candidates),
-        **{name: value for name, value in asdict(facts).items() if name != "asked"},
-        "unit": UNITS[facts.type],
+        "verdict": _verdict(verdict, setup),
+        "winner": _winner(verdict, setup, entrants),
+        **{name: value for name, value in asdict(setup).items() if name != "asked"},
+        "unit": UNITS[setup.type],
         "methods": methods,
     }
 
 
 def _method(
-    candidate: Candidate, baseline_losses: Sequence[float] | None, target: float | None
+    entrant: Entrant, baseline_losses: Sequence[float] | None, target: float | None
 ) -> dict[str, Any]:
     described = {
-        "label": candidate.label,
-        "method": candidate.adapter["method"],
-        "adapter": dict(candidate.adapter),
-        "rank": candidate.adapter["rank"],
-        "trainable_parameters": candidate.trainable_parameters,
-        "own_learning_rate": candidate.own_rate,
-        "learning_rate": candidate.best_rate,
-        "search": _search(candidate),
-        "problem": candidate.problem,
+        "label": entrant.label,
+        "method": entrant.adapter.method,
+        "adapter": entrant.options,
+        "rank": entrant.adapter.rank,
+        "trainable_parameters": entrant.trainable_parameters,
+        "own_learning_rate": entrant.default_rate,
+        "learning_rate": entrant.best_rate,
+        "search": _search(entrant),
+        "problem": entrant.problem,
         "curve": None,
         "final": None,
         "steps_to_baseline": None,
@@ -147,9 +117,9 @@ def _method(
         "peak_memory_bytes": None,
         "exported_rank": None,
     }
-    if candidate.problem:
+    if entrant.problem:
         return described
-    finals = candidate.finals
+    finals = entrant.finals
     curve = curve_of(finals)
     losses = [run.loss for run in finals]
     means = list(zip(curve["steps"], curve["mean"], strict=True))
@@ -171,8 +141,8 @@ def _method(
     }
 
 
-def curve_of(finals: Sequence[Outcome]) -> dict[str, Any]:
-    """The validation loss over the steps: of every seed, and their mean, least and most."""
+def curve_of(finals: Sequence[RunResult]) -> dict[str, Any]:
+    """The validation loss over the steps: by seed, and the mean, minimum and maximum over seeds."""
     by_seed = [[loss for _, loss, _ in run.curve] for run in finals]
     at_step = list(zip(*by_seed, strict=True))
     return {
@@ -184,16 +154,16 @@ def curve_of(finals: Sequence[Outcome]) -> dict[str, Any]:
     }
 
 
-def _search(candidate: Candidate) -> list[dict[str, Any]]:
-    """The rungs in their order; `kept` says which rates went on to the next, or were taken."""
+def _search(entrant: Entrant) -> list[dict[str, Any]]:
+    """The rungs in order; `kept` marks the rates of the next rung or, in the last one, the chosen rate."""
     rungs: list[dict[str, Any]] = []
-    for trial in candidate.trials:
+    for trial in entrant.trials:
         tried = {t["learning_rate"] for t in rungs[-1]["trials"]} if rungs else set()
         if not rungs or rungs[-1]["steps"] != trial.steps or trial.learning_rate in tried:
             rungs.append({"steps": trial.steps, "trials": []})
         rungs[-1]["trials"].append({"learning_rate": trial.learning_rate, "loss": trial.loss})
     for rung, following in zip(rungs, [*rungs[1:], None], strict=False):
-        on = {candidate.best_rate} if following is None else {t["learning_rate"] for t in following["trials"]}
+        on = {entrant.best_rate} if following is None else {t["learning_rate"] for t in following["trials"]}
         for trial in rung["trials"]:
             trial["kept"] = trial["learning_rate"] in on
     return rungs
@@ -206,39 +176,39 @@ def _difference(found: Difference | None) -> dict[str, Any] | None:
     return {"mean": found.mean, "low": low, "high": high, "beyond_spread": found.is_beyond}
 
 
-def _verdict(verdict: Verdict | None, facts: Facts) -> dict[str, Any]:
+def _verdict(verdict: Verdict | None, setup: Setup) -> dict[str, Any]:
     if verdict is None:
-        sentence = "Take none: no method came to a result; what went wrong stands beside each."
+        sentence = "No method produced a result; see each method's error."
         return {
             "sentence": sentence,
             "take": None,
             "best": None,
             "runner_up": None,
-            "seeds": len(facts.seeds),
+            "seeds": len(setup.seeds),
         }
     return {
         "sentence": verdict.sentence,
         "take": verdict.take,
         "best": verdict.best,
         "runner_up": verdict.runner_up,
-        "seeds": len(facts.seeds),
+        "seeds": len(setup.seeds),
         "below_baseline": _difference(verdict.against_baseline),
         "below_runner_up": _difference(verdict.against_runner_up),
     }
 
 
-def _winner(verdict: Verdict | None, facts: Facts, candidates: Sequence[Candidate]) -> dict[str, Any] | None:
-    """A spec for `olora train` that makes the adapter of the method to take."""
+def _winner(verdict: Verdict | None, setup: Setup, entrants: Sequence[Entrant]) -> dict[str, Any] | None:
+    """A spec for `olora train` that trains the method to take."""
     if verdict is None:
         return None
-    taken = next(c for c in candidates if c.label == verdict.take)
+    chosen = next(each for each in entrants if each.label == verdict.take)
     return {
-        "model": facts.model,
-        "type": facts.type,
-        "training_file": facts.training["file"],
-        "validation_file": facts.validation["file"],
-        "output": f"{taken.adapter['method']}-adapter",
-        "adapter": dict(taken.adapter),
-        "hyperparameters": {**facts.asked, "learning_rate": taken.best_rate},
-        "seed": facts.seeds[0],
+        "model": setup.model,
+        "type": setup.type,
+        "training_file": setup.training["file"],
+        "validation_file": setup.validation["file"],
+        "output": f"{chosen.adapter.method}-adapter",
+        "adapter": chosen.options,
+        "hyperparameters": {**setup.asked, "learning_rate": chosen.best_rate},
+        "seed": setup.seeds[0],
     }

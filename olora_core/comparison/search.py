@@ -1,8 +1,8 @@
-"""The search for a method's learning rate: successive halving, judged on rows held out of the training rows.
+"""The search for a method's learning rate: successive halving on rows held out of the training rows.
 
-Each rung trains the rates that are left for a share of the steps, with a complete schedule of its own, and
-keeps the better half; the last two train in full (Jamieson and Talwalkar, arXiv 1502.07943). So a
-search over five rates costs less than five full runs, and no method is compared at a rate that suits another.
+Each rung trains the remaining rates for a share of the steps, with a complete schedule, and keeps the better
+half; the last two rates train in full (Jamieson and Talwalkar, arXiv 1502.07943). A search over five rates
+thus costs less than five full runs, and every method is compared at a rate that suits it.
 """
 
 import hashlib
@@ -16,22 +16,25 @@ from ..errors import DataError
 from ..specs.methods.base import MAX_LEARNING_RATE
 
 FACTORS = (0.1, 0.32, 1.0, 3.2, 10.0)
-"""Of the method's own rate: half decades around it."""
+"""The grid, relative to the method's default rate: half decades around it."""
 BELOW, ABOVE = (0.032, 0.01), (32.0, 100.0)
-"""Where the grid goes on if its edge is the best, nearest first."""
+"""Rates tried beyond the grid while the best one is at its edge, nearest first."""
 SHARES = (0.25, 0.5)
-"""Of the steps, that the first rung trains for, and those between it and the last."""
+"""Share of the steps in the first rung, and in those between it and the last."""
 FEWEST_STEPS = 8
-"""Of a rung, if the run has as many."""
+"""Steps of a rung at least, if a full run has as many."""
 FEWEST_ROWS, MOST_ROWS = 16, 512
-"""Held out to judge by; never more than half of all."""
+"""Rows held out; never more than half of all."""
 
 
 def held_out(examples: int, share: float, seed: int) -> tuple[np.ndarray, np.ndarray]:
-    """Which examples the search trains on, and which it is judged by; rising, drawn by the seed alone."""
+    """Indices of the examples to train on and of those held out, both sorted: (n − k,) and (k,) int64.
+
+    They depend on the arguments only. Raises DataError for fewer than two examples.
+    """
     if examples < 2:
         raise DataError(
-            "A comparison needs at least two training rows: it holds some out to choose learning rates by."
+            "A comparison needs at least two training rows: it holds some out to choose learning rates."
         )
     count = min(max(FEWEST_ROWS, round(share * examples)), MOST_ROWS, examples // 2)
     digest = hashlib.sha256(f"search/{seed}".encode()).digest()
@@ -41,18 +44,18 @@ def held_out(examples: int, share: float, seed: int) -> tuple[np.ndarray, np.nda
 
 @dataclass(frozen=True)
 class Grid:
-    """The rates of one method, rising, and those by which the grid may be extended, nearest first."""
+    """Learning rates of one method in rising order, and those beyond both edges, nearest first."""
 
-    rates: tuple[float, ...]
+    rates: tuple[float, ...] = ()
     below: tuple[float, ...] = ()
     above: tuple[float, ...] = ()
 
 
-def grid_around(own_rate: float) -> Grid:
-    """A method's own grid, within what may be asked for."""
+def grid_around(default_rate: float) -> Grid:
+    """The grid around a default rate, without rates that a spec does not allow."""
 
     def times(factors: Sequence[float]) -> tuple[float, ...]:
-        rates = (float(f"{own_rate * factor:.3g}") for factor in factors)
+        rates = (float(f"{default_rate * factor:.3g}") for factor in factors)
         return tuple(rate for rate in rates if 0 < rate <= MAX_LEARNING_RATE)
 
     return Grid(times(FACTORS), times(BELOW), times(ABOVE))
@@ -60,24 +63,24 @@ def grid_around(own_rate: float) -> Grid:
 
 @dataclass(frozen=True)
 class Rung:
-    """Rates that are trained for the same number of steps, then judged together."""
+    """Rates that are trained for the same number of steps, then compared."""
 
     rates: tuple[float, ...]
     steps: int
     ahead: tuple[int, ...] = ()
-    """Steps of each run that the search still plans after this rung."""
+    """Steps of each run planned after this rung."""
     extends: bool = False
-    """Whether it reaches beyond the grid, since the best rate lay at its edge."""
+    """Whether its rate is beyond the grid, because the best one was at the edge."""
 
 
 Losses = Sequence[float | None]
-"""Of a rung's rates, in their order; None for a run that diverged."""
+"""Losses of a rung's rates, in order; None for a run that failed."""
 
 
 def halving(grid: Grid, steps: int) -> Generator[Rung, Losses, float | None]:
-    """Yields rungs, to be sent their losses; returns the best rate, or None where every run diverged.
+    """Yields rungs and is sent their losses; returns the best rate, or None if every run failed.
 
-    Of two equal losses the lower rate's is the better. A grid of one rate is not searched.
+    Of two equal losses, the lower rate wins. A grid of one rate is not searched.
     """
     left = grid.rates
     if len(left) == 1:
@@ -92,7 +95,7 @@ def halving(grid: Grid, steps: int) -> Generator[Rung, Losses, float | None]:
 
 
 def next_rung(left: tuple[float, ...], steps: int, *, first: bool) -> Rung:
-    """Short while more than two are left, unless a whole run is as short."""
+    """The rung for the remaining rates: shorter than a full run while there are more than two."""
     if len(left) <= 2:
         return Rung(left, steps)
     part = min(steps, max(FEWEST_STEPS, math.ceil(SHARES[0 if first else 1] * steps)))
@@ -104,7 +107,7 @@ def next_rung(left: tuple[float, ...], steps: int, *, first: bool) -> Rung:
 
 
 def better(rates: tuple[float, ...], losses: Losses, keep: int) -> tuple[float, ...]:
-    """The best of them, rising; those that diverged are out."""
+    """The `keep` rates with the lowest losses, in rising order; failed ones are dropped."""
     ranked = sorted((loss, rate) for rate, loss in zip(rates, losses, strict=True) if loss is not None)
     return tuple(sorted(rate for _, rate in ranked[:keep]))
 
@@ -112,7 +115,7 @@ def better(rates: tuple[float, ...], losses: Losses, keep: int) -> tuple[float, 
 def at_the_edge(
     grid: Grid, rates: tuple[float, ...], losses: Losses, steps: int
 ) -> Generator[Rung, Losses, float | None]:
-    """The best of the last rung; while that is an edge of what was tried, one more rate beyond it."""
+    """The best rate of the last rung; while it is at the edge, one more rate beyond is tried."""
     ranked = sorted((loss, rate) for rate, loss in zip(rates, losses, strict=True) if loss is not None)
     if not ranked:
         return None

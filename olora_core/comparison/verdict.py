@@ -1,4 +1,4 @@
-"""What the final losses of several methods allow to be said: which to take, and how sure that is."""
+"""The verdict on the final losses of several methods: which to take, and how certain that is."""
 
 import math
 import statistics
@@ -19,11 +19,11 @@ class Difference:
 
     mean: float
     half_width: float | None
-    """Of the 95 % interval around the mean; None with a single seed, which tells nothing of it."""
+    """Half the 95 % interval around the mean; None with a single seed, whose spread is unknown."""
 
     @property
     def is_beyond(self) -> bool:
-        """Whether 0 lies outside of the interval."""
+        """Whether the difference exceeds the spread: 0 lies outside the interval."""
         return self.half_width is not None and abs(self.mean) > self.half_width
 
     @property
@@ -33,7 +33,11 @@ class Difference:
 
 
 def difference(lower: Sequence[float], higher: Sequence[float]) -> Difference:
-    """`higher - lower`, seed by seed, whose mean is taken to follow Student's t."""
+    """`higher - lower`, paired by seed: (seeds,) losses each, in the same order.
+
+    Pairs, because two methods with the same seed see the same batches: what a seed does to both cancels out.
+    The interval is Student's t with seeds − 1 degrees of freedom.
+    """
     pairs = [b - a for a, b in zip(lower, higher, strict=True)]
     if len(pairs) == 1:
         return Difference(pairs[0], None)
@@ -42,7 +46,7 @@ def difference(lower: Sequence[float], higher: Sequence[float]) -> Difference:
 
 
 def steps_to(curve: Sequence[tuple[int, float]], loss: float) -> float | None:
-    """Where a curve of (step, loss) first comes down to that loss, on straight lines; None: never."""
+    """The step at which a curve of (step, loss), interpolated linearly, first reaches a loss; None: never."""
     for (step, before), (next_step, after) in pairwise(curve):
         if before <= loss:
             return float(step)
@@ -57,16 +61,16 @@ class Verdict:
 
     take: str
     best: str
-    """The lowest mean loss; not the one to take where LoRA's is within the spread."""
+    """The method with the lowest mean loss; `take` is plain LoRA if the two differ within the spread."""
     sentence: str
     against_baseline: Difference | None
-    """The best against LoRA; None where it is LoRA, or LoRA has no result."""
+    """The best method against LoRA; None if it is LoRA, or LoRA has no result."""
     runner_up: str | None
     against_runner_up: Difference | None
 
 
 def judge(losses: Mapping[str, Sequence[float]], baseline: str, unit: str) -> Verdict:
-    """From each method's final losses, one a seed in the same order; those without a result are left out."""
+    """From the final losses of each method that has a result: (seeds,) each, in the same order of seeds."""
     means = {method: statistics.fmean(values) for method, values in losses.items()}
     best, *others = sorted(means, key=means.__getitem__)
     runner_up = others[0] if others else None
@@ -90,15 +94,15 @@ def _sentence(
     seeds: int,
     unit: str,
 ) -> str:
-    """One, that says which to take or that the difference is within the seeds' spread."""
+    """Which method to take, or that the difference is within the spread."""
     if behind is None:
-        return f"Take {best}: no other method has a result to compare it with."
+        return f"Take {best}: no other method produced a result."
     its = f"its final validation loss, {mean:.4f} {unit},"
     if seeds == 1:
-        told, other = (against, baseline) if against else (behind, runner_up)
+        found, other = (against, baseline) if against else (behind, runner_up)
         return (
-            f"Take {best} for now: {its} is {told.mean:.4f} below {other}'s, but one seed tells nothing of "
-            "the spread; compare with three or more."
+            f"Take {best} for now: {its} is {found.mean:.4f} below {other}'s, but with one seed the spread "
+            "is unknown; compare with three or more."
         )
     if against is None:
         return (
@@ -107,8 +111,8 @@ def _sentence(
     if not against.is_beyond:
         return (
             f"The difference is within the seeds' spread: {best} is best, but {its} is only "
-            f"{against.mean:.4f} below {baseline}'s ({_interval(against)}); nothing here speaks against "
-            f"plain {baseline}."
+            f"{against.mean:.4f} below {baseline}'s ({_interval(against)}); no method was measurably better "
+            "than plain LoRA here."
         )
     next_best = ""
     if runner_up != baseline:

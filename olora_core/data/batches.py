@@ -1,4 +1,4 @@
-"""Examples to micro-batches, in an order fixed by (seed, epoch)."""
+"""Examples to micro-batches, in an order that (seed, epoch) determines."""
 
 import hashlib
 from dataclasses import dataclass, fields, replace
@@ -10,35 +10,35 @@ from torch import Tensor
 from .examples import Examples
 
 IGNORED = -100
-"""The label of a token that is not trained."""
-WHOLE = 64
-"""Packed rows are filled to a multiple of so many tokens. In bf16 a CPU compiles its matrix products anew for
-every number of tokens, which takes some milliseconds and half a megabyte each time."""
+"""The label of a token without a loss, as in transformers and cross_entropy."""
+PACK_MULTIPLE = 64
+"""Packed rows are padded to a multiple of this many tokens, so that few lengths occur: in bf16 a CPU compiles
+its matrix products anew for every length, which costs some milliseconds and half a megabyte each time."""
 
 
 @dataclass(frozen=True)
 class MicroBatch:
-    """What one forward pass sees."""
+    """The input of one forward pass. A row is one sequence, or in a packed batch several end to end."""
 
     input_ids: Tensor
     """(rows, length) int64."""
     labels: Tensor
-    """(rows, length) int64; IGNORED where nothing is trained, so at every pad too."""
+    """(rows, length) int64; IGNORED at prompt and padding tokens."""
     position_ids: Tensor | None
-    """(1, length) of a packed row, from 0 again at each example and 0 where it is only filled; None when each
-    example has its own row."""
+    """(1, length) int64 of a packed row: restarts at 0 with each sequence, 0 in the padding; None if every
+    sequence has its own row."""
     positions: Tensor
     """(trained,) int64: which of the rows × length hidden states predict a trained token."""
     targets: Tensor
-    """(trained,) int64: those tokens."""
+    """(trained,) int64: the trained tokens, in the order of `positions`."""
     lengths: tuple[int, ...]
-    """Tokens of each example's row, in their order."""
+    """Tokens of each sequence, in order."""
     trained_by_row: tuple[int, ...]
-    """How many of those belong to each example's row, in their order."""
+    """Trained tokens of each sequence, in order."""
 
     @property
     def tokens(self) -> int:
-        """Without padding."""
+        """Tokens without padding."""
         return sum(self.lengths)
 
     @property
@@ -47,13 +47,13 @@ class MicroBatch:
 
     @property
     def segments(self) -> tuple[int, ...]:
-        """Of a packed row: the lengths, and what it is filled with."""
-        filling = self.input_ids.shape[1] - self.tokens
-        return (*self.lengths, filling) if filling else self.lengths
+        """Lengths of a packed row's segments: its sequences, and the padding as one more."""
+        padding = self.input_ids.shape[1] - self.tokens
+        return (*self.lengths, padding) if padding else self.lengths
 
     @property
     def is_token(self) -> Tensor | None:
-        """(rows, length) bool: whether a token stands there, not padding; None where nothing is padded."""
+        """(rows, length) bool, False at padding; None if there is no padding."""
         rows, length = self.input_ids.shape
         if self.tokens == rows * length:
             return None
@@ -62,6 +62,7 @@ class MicroBatch:
         return torch.arange(length, device=lengths.device) < lengths[:, None]
 
     def to(self, device: torch.device) -> "MicroBatch":
+        """The same batch with its tensors on `device`."""
         moved = {
             field.name: value.to(device, non_blocking=True)
             for field in fields(self)
@@ -71,13 +72,14 @@ class MicroBatch:
 
 
 def epoch_order(examples: int, *, seed: int, epoch: int) -> np.ndarray:
-    """(examples,) the order of one pass over the data; a function of its arguments alone."""
+    """(examples,) int64: a permutation, the order of one epoch. Depends on the arguments only."""
     digest = hashlib.sha256(f"order/{seed}/{epoch}".encode()).digest()
     generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)
     return torch.randperm(examples, generator=generator).numpy()
 
 
 def steps_per_epoch(examples: int, batch_size: int) -> int:
+    """Optimizer steps of one epoch; the last may have fewer examples."""
     return -(-examples // batch_size)
 
 
@@ -86,8 +88,9 @@ def micro_batches(
 ) -> list[MicroBatch]:
     """Splits one optimizer batch into forward passes of at most `size` examples and `tokens` tokens.
 
-    Padding counts as tokens; an example longer than `tokens` has a pass of its own. The rows of an example
-    stay together, one after the other. A packed row is filled to a WHOLE, within `tokens`.
+    `rows` (batch,) int64 are the batch's indices into `examples`. Padding counts as tokens; an example longer
+    than `tokens` has its own pass. The two rows of a preference pair stay in one pass, next to each other.
+    A packed row is padded to a multiple of PACK_MULTIPLE, but not beyond `tokens`.
     """
     group = packed_groups if packing else padded_groups
     batches = []
@@ -98,12 +101,15 @@ def micro_batches(
 
 
 def padded_groups(examples: Examples, rows: np.ndarray, size: int, tokens: int) -> list[list[int]]:
-    """Examples of similar length together, the longest first."""
+    """Groups of the indices `rows` (batch,), similar lengths together and the longest first.
+
+    Sorting by length keeps the padding small: every row of a group is padded to its longest.
+    """
     by_length = rows[np.argsort(-examples.lengths[rows], kind="stable")]
     groups: list[list[int]] = []
     for i in by_length.tolist():
-        # The first of a group is its longest, which all others are padded to.
-        room = groups and tokens // (examples.sides * int(examples.lengths[groups[-1][0]]))
+        # How many rows as long as the group's first, its longest, fit into a pass.
+        room = groups and tokens // (examples.rows_per_example * int(examples.lengths[groups[-1][0]]))
         if groups and len(groups[-1]) < min(size, room):
             groups[-1].append(i)
         else:
@@ -112,7 +118,11 @@ def padded_groups(examples: Examples, rows: np.ndarray, size: int, tokens: int) 
 
 
 def packed_groups(examples: Examples, rows: np.ndarray, size: int, tokens: int) -> list[list[int]]:
-    """Best fit, decreasing: each example, the longest first, joins the fullest row that still holds it."""
+    """Groups of the indices `rows` (batch,), each to be one packed row.
+
+    Best fit decreasing, a greedy heuristic for bin packing: each example, the longest first, joins the
+    fullest group that still has room for it.
+    """
     lengths = examples.row_tokens[rows]
     groups: list[list[int]] = []
     free: list[int] = []
@@ -130,9 +140,9 @@ def packed_groups(examples: Examples, rows: np.ndarray, size: int, tokens: int) 
 
 
 def _padded(rows: list[tuple[np.ndarray, np.ndarray]], pad_token: int) -> MicroBatch:
-    """Each row on its own, padded on the right.
+    """Each (tokens,) sequence in its own row, padded on the right.
 
-    No attention mask is needed: attention is causal, so no token sees the pads behind it.
+    No attention mask is needed: attention is causal, so no token sees the padding after it.
     """
     longest = max(len(tokens) for tokens, _ in rows)
     input_ids = np.full((len(rows), longest), pad_token, dtype=np.int64)
@@ -144,15 +154,15 @@ def _padded(rows: list[tuple[np.ndarray, np.ndarray]], pad_token: int) -> MicroB
 
 
 def _packed(rows: list[tuple[np.ndarray, np.ndarray]], pad_token: int, most: int) -> MicroBatch:
-    """All rows end to end. Positions that start again tell transformers where attention must not cross."""
+    """All sequences end to end in one row. Restarting positions tell transformers where a new one begins."""
     tokens = np.concatenate([tokens for tokens, _ in rows]).astype(np.int64)
     trained = np.concatenate([trained for _, trained in rows])
     positions = np.concatenate([np.arange(len(tokens), dtype=np.int64) for tokens, _ in rows])
     labels = np.where(trained, tokens, IGNORED)
-    filling = (0, max(0, min(-len(tokens) % WHOLE, most - len(tokens))))
-    filled = np.pad(tokens, filling, constant_values=pad_token)
-    labels = np.pad(labels, filling, constant_values=IGNORED)
-    return _micro_batch(filled[None], labels[None], torch.from_numpy(np.pad(positions, filling))[None], rows)
+    padding = (0, max(0, min(-len(tokens) % PACK_MULTIPLE, most - len(tokens))))
+    tokens = np.pad(tokens, padding, constant_values=pad_token)
+    labels = np.pad(labels, padding, constant_values=IGNORED)
+    return _micro_batch(tokens[None], labels[None], torch.from_numpy(np.pad(positions, padding))[None], rows)
 
 
 def _micro_batch(
@@ -161,13 +171,13 @@ def _micro_batch(
     position_ids: Tensor | None,
     rows: list[tuple[np.ndarray, np.ndarray]],
 ) -> MicroBatch:
-    # Found here and not on the device, which would have to wait for the count.
+    # On the CPU: on a GPU, nonzero() has to wait for the device to know the size of its result.
     trained = np.flatnonzero(labels != IGNORED)
     return MicroBatch(
         torch.from_numpy(input_ids),
         torch.from_numpy(labels),
         position_ids,
-        positions=torch.from_numpy(trained - 1),
+        positions=torch.from_numpy(trained - 1),  # the hidden state before a token predicts it
         targets=torch.from_numpy(labels.reshape(-1)[trained]),
         lengths=tuple(len(tokens) for tokens, _ in rows),
         trained_by_row=tuple(int(trained.sum()) for _, trained in rows),

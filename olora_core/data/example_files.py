@@ -1,4 +1,4 @@
-"""Examples in a folder: written row by row, read as memory-mapped arrays, whole or not at all."""
+"""Examples in a folder: written row by row, read as memory-mapped arrays, and verified by checksums."""
 
 import hashlib
 import json
@@ -10,7 +10,7 @@ from typing import Any, Self
 
 import numpy as np
 
-from .examples import PIECE, Examples, Rows, digest_of, fingerprint
+from .examples import CHUNK, Examples, Rows, digest_of, fingerprint
 
 ABOUT = "about.json"
 KINDS = {
@@ -20,24 +20,24 @@ KINDS = {
     "trained_counts": np.dtype(np.int64),
     "prints": np.dtype(np.uint64),
 }
-"""What each file holds, besides "tokens", whose width goes by the vocabulary."""
+"""Dtype of each file besides "tokens", which is uint16 or uint32 depending on the vocabulary."""
 
 
-class Damaged(Exception):
-    """The folder does not hold what was written to it."""
+class DamagedExamples(Exception):
+    """The folder's files are missing or not the ones that were written."""
 
 
 class ExampleWriter:
-    """Appends examples to the files of a folder; holds 32 bytes a row in memory."""
+    """Appends examples to the files of a folder; holds 32 bytes per row in memory."""
 
     def __init__(self, folder: Path, vocabulary: int) -> None:
         self.folder = folder
-        self.sides = 1
+        self.rows_per_example = 1
         self.kind = np.dtype(np.uint16 if vocabulary <= 2**16 else np.uint32)
         self._tokens = (folder / "tokens").open("wb")
         self._trained = (folder / "trained").open("wb")
         self._lengths, self._counts = array("q"), array("q")
-        self._lines, self._prints = array("q"), array("Q")
+        self._lines, self._fingerprints = array("q"), array("Q")
 
     def __enter__(self) -> Self:
         return self
@@ -52,9 +52,10 @@ class ExampleWriter:
         return len(self._lines)
 
     def add(self, line: int, rows: Rows) -> None:
-        self.sides = len(rows)
+        """Appends the example of that line; every example must have the same number of rows."""
+        self.rows_per_example = len(rows)
         self._lines.append(line)
-        self._prints.append(fingerprint(rows))
+        self._fingerprints.append(fingerprint(rows))
         for tokens, trained in rows:
             self._tokens.write(tokens.astype(self.kind).data)
             self._trained.write(trained.data)
@@ -62,7 +63,7 @@ class ExampleWriter:
             self._counts.append(int(trained.sum()))
 
     def examples(self) -> Examples:
-        """What was written, mapped from the files; they may be renamed or removed meanwhile."""
+        """The examples written so far, mapped from the files, which may then be renamed or removed."""
         self._tokens.flush()
         self._trained.flush()
         offsets = np.concatenate([[0], np.cumsum(self._lengths, dtype=np.int64)])
@@ -71,10 +72,10 @@ class ExampleWriter:
             _mapped(self.folder / "trained", KINDS["trained"]),
             offsets,
             np.array(self._lines, dtype=np.int64),
-            self.sides,
+            self.rows_per_example,
             np.array(self._counts, dtype=np.int64),
-            np.array(self._prints, dtype=np.uint64),
-            # From the files and not from the mapped arrays, all of whose pages would count as memory used.
+            np.array(self._fingerprints, dtype=np.uint64),
+            # Read, not mapped: hashing a mapped array would make all its pages resident.
             digest_of(
                 _read(self.folder / "tokens", self.kind),
                 _read(self.folder / "trained", KINDS["trained"]),
@@ -83,18 +84,18 @@ class ExampleWriter:
         )
 
     def finish(self, examples: Examples, about: dict[str, Any]) -> None:
-        """Completes the folder with the arrays of `examples` and what is known `about` them, in JSON."""
+        """Writes the remaining arrays of `examples`, `about` (JSON-able) and the checksums of all files."""
         arrays = {
             "offsets": examples.offsets,
             "lines": examples.lines,
             "trained_counts": examples.trained_counts,
-            "prints": examples.prints,
+            "prints": examples.fingerprints,
         }
         for name, values in arrays.items():
             (self.folder / name).write_bytes(values.tobytes())
         content = {
             "about": about,
-            "sides": self.sides,
+            "sides": self.rows_per_example,
             "width": self.kind.itemsize,
             "digest": examples.digest,
             "files": {name: file_hash(self.folder / name) for name in ("tokens", *KINDS)},
@@ -105,19 +106,19 @@ class ExampleWriter:
 
 
 def open_examples(folder: Path) -> tuple[Examples, dict[str, Any]]:
-    """The examples and what was said about them. Raises Damaged."""
+    """The examples of a finished folder, and the `about` given to `finish`. Raises DamagedExamples."""
     try:
         sealed = json.loads((folder / ABOUT).read_text(encoding="utf-8"))
         if hashlib.sha256(sealed["content"].encode()).hexdigest() != sealed["sha256"]:
-            raise Damaged(ABOUT)
+            raise DamagedExamples(ABOUT)
         content = json.loads(sealed["content"])
         for name, digest in content["files"].items():
             if file_hash(folder / name) != digest:
-                raise Damaged(name)
+                raise DamagedExamples(name)
         kinds = {"tokens": np.dtype(f"uint{8 * content['width']}"), **KINDS}
         arrays = {name: _mapped(folder / name, kind) for name, kind in kinds.items()}
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise Damaged(str(error)) from None
+        raise DamagedExamples(str(error)) from None
     examples = Examples(
         *(arrays[name] for name in ("tokens", "trained", "offsets", "lines")),
         content["sides"],
@@ -129,16 +130,17 @@ def open_examples(folder: Path) -> tuple[Examples, dict[str, Any]]:
 
 
 def file_hash(path: Path) -> str:
+    """SHA-256 in hex."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _mapped(path: Path, kind: np.dtype) -> np.ndarray:
-    # A plain view: slices of np.memmap are ten times slower.
+    # As a plain ndarray: slicing an np.memmap is ten times slower.
     return np.asarray(np.memmap(path, dtype=kind, mode="r"))
 
 
 def _read(path: Path, kind: np.dtype) -> Iterator[np.ndarray]:
     with path.open("rb") as file:
-        while len(piece := np.fromfile(file, dtype=kind, count=PIECE)):
-            yield piece
+        while len(chunk := np.fromfile(file, dtype=kind, count=CHUNK)):
+            yield chunk

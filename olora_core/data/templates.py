@@ -1,4 +1,4 @@
-"""Chat templates: a conversation as the model reads it, and which characters of it are its own answers."""
+"""Chat templates: a conversation as the model reads it, and which of its characters are the answers."""
 
 import json
 import re
@@ -26,7 +26,7 @@ class ChatTemplate:
     def draft(
         self, place: str, messages: list[dict[str, Any]], tools: list[dict[str, Any]] | None
     ) -> tuple[str, list[Span]]:
-        """The rendered conversation and the characters of it that are trained; `place` names it in errors."""
+        """The rendered conversation and its trained (start, end) characters; `place` names it in errors."""
         weights = [message.get("weight", 1) != 0 for message in messages]
         plain = normalised(messages)
         try:
@@ -60,7 +60,7 @@ class ChatTemplate:
         *,
         generation_prompt: bool = False,
     ) -> tuple[str, list[Span]]:
-        """The text, and the spans the template marks as generated (none if it marks nothing)."""
+        """The text, and the spans that the template marks with {% generation %}, if it does."""
         template, marked = self._template(tools)
         try:
             texts, marks = render_jinja_template(
@@ -71,7 +71,7 @@ class ChatTemplate:
                 add_generation_prompt=generation_prompt,
                 **self._special_tokens,
             )
-        except Exception as error:  # a template is a program of its own and may fail in any way
+        except Exception as error:  # a template is a program and may fail in any way
             raise _TemplateRefused(str(error) or type(error).__name__) from None
         return texts[0], [tuple(mark) for mark in marks[0]] if marked else []
 
@@ -80,7 +80,7 @@ class ChatTemplate:
         return self.tokenizer.special_tokens_map
 
     def _template(self, tools: list[dict[str, Any]] | None) -> tuple[str, bool]:
-        """The template for conversations with or without tools, and whether it marks what is generated."""
+        """The template with or without tools, and whether it has {% generation %} marks."""
         kind = tools is not None
         if kind not in self._templates:
             template = self._find_template(tools)
@@ -100,7 +100,7 @@ class ChatTemplate:
     def _with_arguments_it_takes(
         self, messages: list[dict[str, Any]], tools: list[dict[str, Any]] | None
     ) -> list[dict[str, Any]]:
-        """Tool arguments as objects, which most templates print as JSON, else as strings of JSON."""
+        """Tool arguments as objects, or as JSON strings for a template that refuses objects."""
         try:
             self.render(messages, tools)
         except _TemplateRefused:
@@ -110,12 +110,12 @@ class ChatTemplate:
     def _answer(
         self, text: str, messages: list[dict[str, Any]], i: int, tools: list[dict[str, Any]] | None
     ) -> Span:
-        """Where answer i stands, found by rendering the conversation up to it, and verified."""
+        """Span of answer i, found by rendering the conversation up to it, and verified."""
         start = self._start(text, messages, i, tools)
         through = text if i + 1 == len(messages) else self.render(messages[: i + 1], tools)[0]
         if text.startswith(through):
             return start, len(through)
-        # The template writes an answer in another way once more follows (dropping thoughts, say).
+        # The template changes an answer when more messages follow (it drops reasoning, for example).
         content = messages[i].get("content", "").strip()
         after = text.find(content, start) + len(content)
         ends = [at + len(end) for end in self.end_texts if (at := text.find(end, after)) >= 0]
@@ -147,24 +147,24 @@ class ChatTemplate:
         return len(before)
 
     def _opening(self) -> str:
-        """What the template writes to begin an answer."""
+        """What the template writes before an answer."""
         question = [{"role": "user", "content": "?"}]
         asked = self.render(question)[0]
         return self.render(question, generation_prompt=True)[0].removeprefix(asked)
 
 
 class _TemplateRefused(Exception):
-    """The template raised; carries what it said."""
+    """The template raised an error; the argument is its message."""
 
 
 class _CannotMask(Exception):
-    """The answers cannot be found in the rendered text with certainty; carries why."""
+    """The answers cannot be located in the rendered text with certainty; the argument says why."""
 
 
 def end_of_turn_tokens(tokenizer: PreTrainedTokenizerBase, generation_eos: Any = None) -> frozenset[int]:
-    """Tokens that may end an answer: the end-of-sequence tokens, and the one its template writes.
+    """Ids of the tokens that may end an answer: end of sequence, and what the chat template writes after one.
 
-    `generation_eos` is the generation config's `eos_token_id`: a number, a list, or None.
+    `generation_eos` is the generation config's `eos_token_id`: an int, a list or None.
     """
     known = generation_eos if isinstance(generation_eos, list) else [generation_eos]
     tokens = {token for token in (tokenizer.eos_token_id, *known) if token is not None}
@@ -181,7 +181,7 @@ def end_of_turn_tokens(tokenizer: PreTrainedTokenizerBase, generation_eos: Any =
 
 
 def normalised(messages: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Messages as templates expect them: content a string, arguments objects, today's role names."""
+    """Messages as templates expect them: content as a string, arguments as objects, current role names."""
     return [_normalised(message) for message in messages]
 
 

@@ -1,6 +1,6 @@
-"""Folders of finished work under the name of what it was made from, so that it is done once.
+"""A cache of folders, each named after the input it was computed from.
 
-A folder appears whole or not at all; those that are not used go first when there are too many.
+An entry appears complete or not at all; when the cache is full, the least recently used are removed.
 """
 
 import fcntl
@@ -14,19 +14,19 @@ from pathlib import Path
 
 CACHE_BYTES = 10 * 2**30
 KEPT_SECONDS = 7 * 86400.0
-"""What nobody has used for so long goes, however small it is."""
+"""Entries that have not been used for this long are removed, whatever their size."""
 PART, LOCK = ".part-", "lock"
 
 
 @contextmanager
 def new_entry(cache: Path) -> Iterator[Path]:
-    """A folder to work in, gone afterwards unless it was kept. Its lock says that somebody is at work."""
+    """A folder to work in, removed afterwards unless `keep` published it. While locked, it is in use."""
     cache.mkdir(parents=True, exist_ok=True)
     while True:
         folder = Path(tempfile.mkdtemp(prefix=PART, dir=cache))
         try:
             lock = (folder / LOCK).open("w")
-        except FileNotFoundError:  # taken for abandoned before it was locked
+        except FileNotFoundError:  # removed as abandoned before it was locked
             continue
         fcntl.flock(lock, fcntl.LOCK_EX)
         if (folder / LOCK).exists():
@@ -40,7 +40,7 @@ def new_entry(cache: Path) -> Iterator[Path]:
 
 
 def keep(folder: Path, entry: Path) -> None:
-    """Publishes a finished folder. Whatever was there before is replaced; of two at once, one stays."""
+    """Publishes a finished folder as `entry`, replacing an older one. Of two processes, one wins."""
     (folder / LOCK).unlink()
     shutil.rmtree(entry, ignore_errors=True)
     try:
@@ -51,15 +51,15 @@ def keep(folder: Path, entry: Path) -> None:
 
 
 def use(entry: Path) -> None:
-    """Notes that an entry is wanted, so that others go before it."""
+    """Marks an entry as used now, so that others are removed before it."""
     with suppress(OSError):  # it may just have been removed
         os.utime(entry)
 
 
 def trim(caches: Iterable[Path], limit_bytes: int = CACHE_BYTES) -> list[Path]:
-    """Removes what died half done, what is old, and the least recently used until the rest fits.
+    """Removes abandoned folders, old entries, and the least recently used ones until `limit_bytes` is met.
 
-    An entry that a run has mapped stays readable for that run. Returns what was removed.
+    A run that has mapped a removed entry can still read it. Returns what was removed.
     """
     removed, aged = [], []
     for path in [path for cache in caches if cache.is_dir() for path in cache.iterdir() if path.is_dir()]:
@@ -82,7 +82,7 @@ def _is_abandoned(part: Path) -> bool:
         with (part / LOCK).open("r") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except FileNotFoundError:
-        return _used_at(part) < time.time() - 60  # it is being made, or being kept
+        return _used_at(part) < time.time() - 60  # just being created or published
     except OSError:
         return False
     return True

@@ -1,7 +1,7 @@
 """Records to tokenised, masked examples.
 
-Only answers are trained: an assistant's tokens up to and with its end-of-turn token, or a completion and
-its end-of-sequence token; of a plain text, everything.
+Only answers are trained: an assistant's tokens including its end-of-turn token, or a completion with its
+end-of-sequence token. In a plain text, every token is trained.
 """
 
 from array import array
@@ -45,10 +45,10 @@ def tokenise(
     role: str,
     total: int,
 ) -> Generator[Phase, None, tuple[Examples, list[Note]]]:
-    """Reads a validated file of `total` rows. Yields progress; returns the examples and what is to be said.
+    """Tokenises a validated file of `total` rows. Yields progress; returns the examples and notes on them.
 
-    Rows are cut at `context_length` tokens, plain texts are split there; examples with a row without a
-    trained token are left out. Raises DataError, naming the line, for what cannot be trained on.
+    Rows are cut at `context_length` tokens, plain texts are split there. An example with a row without
+    trained tokens is dropped. Raises DataError with the line for a row that cannot be trained on.
     """
     encoder = Encoder(tokenizer, end_tokens)
     rows = _Rows(writer, role, container_of(path), context_length, encoder)
@@ -56,7 +56,7 @@ def tokenise(
     noun = NOUNS[rows.container].capitalize()
     drafts = (_drafts(line, f"{noun} {line}", record, chat) for line, record in read_records(path))
     done = 0
-    # The tokenizer's threads work on one batch while the template writes the next.
+    # The tokenizer's threads encode one batch while the template renders the next.
     with ThreadPoolExecutor(1) as tokenizing:
         ahead: deque[tuple[list[list[_Draft]], Future[list[Any]]]] = deque()
         for batch in _batches(drafts):
@@ -78,13 +78,13 @@ class _Draft:
     line: int
     text: str
     spans: list[Span]
-    """Characters of `text` that are trained."""
+    """(start, end) characters of `text` that are trained."""
     kind: str
-    """"chat" as its template wrote it; "completion" and "text" still need their begin and end tokens."""
+    """"chat", rendered by its template; or "completion" or "text", which still need begin and end tokens."""
 
 
 def _batches(drafts: Iterable[list[_Draft]]) -> Iterator[list[list[_Draft]]]:
-    """Of so many rows, or fewer long ones."""
+    """Batches of ROWS_AT_ONCE records, or fewer with long texts."""
     batch: list[list[_Draft]] = []
     characters = 0
     for sides in drafts:
@@ -101,7 +101,7 @@ def _batches(drafts: Iterable[list[_Draft]]) -> Iterator[list[list[_Draft]]]:
 
 
 def _drafts(line: int, place: str, record: dict[str, Any], chat: ChatTemplate) -> list[_Draft]:
-    """The rows of an example: one, or those of the better and of the worse answer to one prompt."""
+    """The rows of an example: one, or for a preference pair the prompt with each of its answers."""
     record = canonical(record)
     format = detect_format(record)
     if format == "text":
@@ -118,7 +118,7 @@ def _drafts(line: int, place: str, record: dict[str, Any], chat: ChatTemplate) -
 
 
 def _says_something(answer: str | list[dict[str, Any]]) -> bool:
-    """Whether there is more to prefer, or not, than the end of a turn."""
+    """Whether an answer has any text or tool call besides its end of turn."""
     if isinstance(answer, str):
         return bool(answer.strip())
     called = ("tool_calls", "function_call")
@@ -145,26 +145,27 @@ def _draft(line: int, place: str, record: dict[str, Any], chat: ChatTemplate) ->
 
 
 class Encoder:
-    """Texts to token ids and masks, on all the threads that the tokenizer has."""
+    """Texts to token ids and masks, on all of the tokenizer's threads."""
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, end_tokens: frozenset[int]) -> None:
         if not tokenizer.is_fast:
             raise ModelError(
-                "The base model's tokenizer tells no character positions, which masking needs; use a base "
+                "The base model's tokenizer gives no character offsets, which masking needs; use a base "
                 "model with a tokenizer.json."
             )
         self.end_tokens = end_tokens
         self.bos, self.eos = tokenizer.bos_token_id, tokenizer.eos_token_id
-        # This call also turns off any cutting and padding that the tokenizer's file asks for.
+        # This call also turns off truncation and padding that tokenizer.json may ask for.
         alone = tokenizer("", verbose=False).input_ids
         self.adds_bos = self.bos is not None and alone[:1] == [self.bos]
         self._core = tokenizer.backend_tokenizer
 
     def encode(self, texts: list[str]) -> list[Any]:
+        """One `tokenizers.Encoding` for each text, without special tokens."""
         return self._core.encode_batch(texts, add_special_tokens=False)
 
     def row(self, draft: _Draft, encoding: Any) -> tuple[np.ndarray, np.ndarray]:
-        """(tokens,) ids of a row, int64, and which of them are trained."""
+        """Token ids of a row, (tokens,) int64, and which are trained, (tokens,) bool."""
         ids = np.array(encoding.ids, dtype=np.int64)
         if draft.kind == "chat":
             return ids, self._mask(draft, encoding, ids)
@@ -190,34 +191,34 @@ class Encoder:
         return trained
 
     def _with_its_end(self, ids: np.ndarray, first: int, last: int) -> int:
-        """Where a trained turn ends: after its end-of-turn token, without the line breaks behind it."""
+        """End of a trained turn: after its end-of-turn token, without the line breaks that follow."""
         if ids[last - 1] in self.end_tokens:
             return last
-        # A template may leave the token just outside its marks; a model that never learns it never stops.
+        # A template may put the token just outside its marks; a model that never learns it never stops.
         if last < len(ids) and ids[last] in self.end_tokens:
             return last + 1
         inside = (at for at in range(last - 1, first - 1, -1) if ids[at] in self.end_tokens)
         return next(inside, last - 1) + 1
 
     def _split(self, draft: _Draft, encoding: Any, ids: np.ndarray) -> tuple[np.ndarray, int]:
-        """Ids of prompt and completion, and how many are the prompt's."""
+        """Ids of prompt and completion, and the number of prompt tokens."""
         boundary = draft.spans[0][0]
         at = token_from(encoding, boundary, len(draft.text))
         if at and encoding.token_to_chars(at - 1)[1] > boundary:
-            # A token across the boundary never occurs when the prompt is given alone, as it is in use.
+            # A token across the boundary cannot occur at inference, where the prompt is encoded alone.
             head, tail = self.encode([draft.text[:boundary], draft.text[boundary:]])
             return np.array(head.ids + tail.ids, dtype=np.int64), len(head.ids)
         return ids, at
 
 
 def token_from(encoding: Any, position: int, length: int) -> int:
-    """The first token that begins at a character or behind it, in a text of so many characters."""
+    """Index of the first token that begins at character `position` or later, in a text of `length`."""
     if position == 0:
         return 0
     if position >= length:
         return len(encoding)
     token = encoding.char_to_token(position)
-    if token is None:  # a character that the tokenizer left out
+    if token is None:  # the tokenizer drops this character
         starts = np.fromiter((start for start, _ in encoding.offsets), dtype=np.int64, count=len(encoding))
         return int(np.searchsorted(starts, position))
     while token < len(encoding) and encoding.token_to_chars(token)[0] < position:
@@ -229,7 +230,7 @@ def token_from(encoding: Any, position: int, length: int) -> int:
 
 
 class _Rows:
-    """Writes rows, and collects what is to be said about them."""
+    """Writes rows, and collects what the notes say about them."""
 
     def __init__(
         self, writer: ExampleWriter, role: str, container: Container, context_length: int, encoder: Encoder
@@ -241,10 +242,10 @@ class _Rows:
         self.encoder = encoder
         self.cut, self.split, self.equal, self.dropped = (array("q") for _ in range(4))
         self.dropped_by_cut = 0
-        self.pieces = 0
+        self.parts = 0
 
     def take(self, batch: list[list[_Draft]], encodings: Future[list[Any]]) -> int:
-        """Adds a batch of examples. Returns of how many records."""
+        """Adds a batch of examples. Returns the number of records."""
         encoded = iter(encodings.result())
         for sides in batch:
             rows = [self.encoder.row(draft, next(encoded)) for draft in sides]
@@ -255,9 +256,9 @@ class _Rows:
         return len(batch)
 
     def _add_text(self, line: int, ids: np.ndarray, trained: np.ndarray) -> None:
-        """A plain text, split where it is longer than the context.
+        """Adds a plain text, split if it is longer than the context.
 
-        Each piece begins with the last token of the one before, so that every token is predicted once.
+        Each part begins with the last token of the part before it, so that every token is predicted once.
         """
         self._check(line, ids, trained)
         trained[:1] = False
@@ -271,10 +272,10 @@ class _Rows:
             predicted = trained[part].copy()
             predicted[0] = False
             self.writer.add(line, [(ids[part], predicted)])
-            self.pieces += 1
+            self.parts += 1
 
     def _add(self, line: int, rows: Rows) -> None:
-        """One example's rows, token ids and which of them are trained: kept together, or none of them."""
+        """Adds one example; if one of its rows cannot be used, the whole example is dropped."""
         for ids, trained in rows:
             self._check(line, ids, trained)
             trained[:1] = False
@@ -335,7 +336,7 @@ class _Rows:
         tokens, trained = len(examples.tokens), int(examples.trained_lengths.sum())
         longest = int(examples.lengths.max())
         reason = f" ({self.dropped_by_cut} of them because of the cut)" if self.dropped_by_cut else ""
-        said = [
+        notes = [
             Note(
                 "info",
                 f"The {self.role} file has {len(examples)} usable examples, {tokens} tokens, {trained} of "
@@ -346,20 +347,20 @@ class _Rows:
             self._note(
                 "split",
                 self.split,
-                f"split into {self.pieces} of at most {self.context_length} tokens, the context",
+                f"split into {self.parts} parts of at most {self.context_length} tokens, the context length",
             ),
-            self._note("no_trained_token", self.dropped, f"left out, without a trained token{reason}"),
-            self._note("equal_preference", self.equal, "left out, whose two answers are the same tokens"),
+            self._note("no_trained_token", self.dropped, f"dropped, without a trained token{reason}"),
+            self._note("equal_preference", self.equal, "dropped, with two answers of the same tokens"),
             self._note("duplicate", _repeated(examples), "the same as an earlier one"),
         ]
-        return [note for note in said if note is not None]
+        return [note for note in notes if note is not None]
 
     def _note(self, code: str, lines: Sequence[int], what: str) -> Note | None:
         return lines_note(code, lines, f"of the {self.role} file {what}", NOUNS[self.container])
 
 
 def lines_note(code: str, lines: Sequence[int], what: str, noun: str = "line") -> Note | None:
-    """A warning that names lines, if there are any: a few in the sentence, more of them in the data."""
+    """A warning that names lines: five in the sentence, LINES_NAMED in the data. None without lines."""
     if not len(lines):
         return None
     examples = "1 example" if len(lines) == 1 else f"{len(lines)} examples"
@@ -371,16 +372,16 @@ def lines_note(code: str, lines: Sequence[int], what: str, noun: str = "line") -
 
 
 def _repeated(examples: Examples) -> list[int]:
-    """Lines whose tokens an earlier line has too."""
-    _, firsts = np.unique(examples.prints, return_index=True)
+    """Lines whose tokens are those of an earlier line."""
+    _, firsts = np.unique(examples.fingerprints, return_index=True)
     is_first = np.zeros(len(examples), dtype=bool)
     is_first[firsts] = True
     return list(dict.fromkeys(examples.lines[~is_first].tolist()))
 
 
 def overlap_note(training: Examples, validation: Examples, noun: str = "line") -> Note | None:
-    """Validation rows that are trained on tell nothing; names their lines."""
-    lines = validation.lines[np.isin(validation.prints, training.prints)].tolist()
+    """A warning that names validation lines also trained on: their loss says nothing about new data."""
+    lines = validation.lines[np.isin(validation.fingerprints, training.fingerprints)].tolist()
     return lines_note(
         "overlap", list(dict.fromkeys(lines)), "of the validation file also in the training file", noun
     )

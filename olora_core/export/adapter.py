@@ -1,4 +1,4 @@
-"""A trained adapter as a folder that everything can load: plain LoRA against the untouched base."""
+"""A trained adapter as a folder that any LoRA loader can load: plain LoRA for the unchanged base."""
 
 import json
 import shutil
@@ -11,7 +11,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from ..bases.loading import Base
-from ..bases.sites import ends_in, left_out
+from ..bases.sites import ends_in, unadapted
 from ..errors import SpecError
 from ..layers.adapter import Adapter, LowRank, bare_modules, is_linear, is_stored_transposed, site_shape
 from ..specs.serving import server_rank
@@ -20,7 +20,7 @@ from .manifest import (
     CARD,
     MANIFEST,
     Export,
-    Story,
+    RunRecord,
     copy_tokenizer,
     manifest,
     on_disk,
@@ -33,15 +33,15 @@ TENSORS = "adapter_model.safetensors"
 CONFIG = "adapter_config.json"
 KEY_PREFIX = "base_model.model."
 SERVED_TOGETHER = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
-"""Layers that servers fuse into one: a partner without an adapter is written as zeros."""
+"""Layers that servers fuse into one; if one of them is adapted, the others are written as zeros."""
 
 
-def export_adapter(base: Base, adapters: Mapping[str, Adapter], folder: Path, story: Story) -> Export:
-    """Writes the adapter's folder: exact, or truncated when the spec asks for an `export_rank`.
+def export_adapter(base: Base, adapters: Mapping[str, Adapter], folder: Path, record: RunRecord) -> Export:
+    """Writes the adapter's folder: exact, or truncated to the spec's `export_rank`.
 
-    `folder` must not exist; it appears complete or not at all. `base.model` may bear the adapters.
+    `folder` must not exist; it appears complete or not at all. `base.model` may have the adapters attached.
     """
-    pairs, energy_kept = exported_pairs(adapters, story.resolved.adapter.export_rank)
+    pairs, energy_kept = exported_pairs(adapters, record.resolved.adapter.export_rank)
     layers = _linear_layers(base.model)
     endings = _target_modules(base.model, layers, pairs)
     rank = max(1, *(pair.rank for pair in pairs.values()))
@@ -61,18 +61,18 @@ def export_adapter(base: Base, adapters: Mapping[str, Adapter], folder: Path, st
         "kind": "adapter",
         "rank": export.rank,
         "target_modules": export.target_modules,
-        "left_out": left_out(base.model),
+        "left_out": unadapted(base.model),
         "energy_kept": export.energy_kept,
         "max_lora_rank": server_rank(export.rank),
     }
-    write_json(aside / MANIFEST, manifest(base, story, facts))
-    (aside / CARD).write_text(model_card(base, export, story), encoding="utf-8")
+    write_json(aside / MANIFEST, manifest(base, record, facts))
+    (aside / CARD).write_text(model_card(base, export, record), encoding="utf-8")
     aside.rename(folder)
     return export
 
 
 def record_certificate(folder: Path, certificate: Mapping[str, Any]) -> None:
-    """Adds the certificate to the manifest and the model card of an exported folder."""
+    """Adds the certificate to an exported folder's manifest and model card."""
     recorded = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
     write_json(folder / MANIFEST, recorded | {"certificate": dict(certificate)})
     card = (folder / CARD).read_text(encoding="utf-8")
@@ -83,7 +83,7 @@ def record_certificate(folder: Path, certificate: Mapping[str, Any]) -> None:
 
 
 def exact_pairs(adapters: Mapping[str, Adapter]) -> dict[str, LowRank]:
-    """`pair()` of every adapter, fp32 on the CPU. Raises SpecError for a method that has none."""
+    """`pair()` of every adapter, out×k and k×in, fp32 on the CPU. Raises SpecError for methods without."""
     pairs = {}
     for name, adapter in adapters.items():
         with torch.no_grad():
@@ -99,7 +99,7 @@ def exact_pairs(adapters: Mapping[str, Adapter]) -> dict[str, LowRank]:
 def exported_pairs(
     adapters: Mapping[str, Adapter], export_rank: int | None
 ) -> tuple[dict[str, LowRank], float]:
-    """The pairs as the files will hold them, and the share of ΔW's energy they keep."""
+    """The pairs as they are written, and the share of ‖ΔW‖² (Frobenius, over all layers) that they keep."""
     pairs = exact_pairs(adapters)
     if export_rank is None:
         return pairs, 1.0
@@ -110,10 +110,11 @@ def exported_pairs(
 
 
 def truncated(pair: LowRank, rank: int) -> tuple[LowRank, float, float]:
-    """The best pair of at most that rank, ‖its ΔW‖² and ‖ΔW‖² (Frobenius).
+    """The pair of at most that rank nearest to ΔW = B A, its squared Frobenius norm, and ‖ΔW‖².
 
-    From two thin QRs and the SVD of a k×k core in fp64; no out×in matrix is formed. The singular values are
-    shared evenly between both factors.
+    By Eckart and Young, the truncated SVD of ΔW. With B = Q_B R_B and Aᵀ = Q_A R_A it follows from the SVD of
+    the k×k core R_B R_Aᵀ in fp64, so that no out×in matrix is formed. Both factors get √S, to be of similar
+    size.
     """
     if pair.rank <= rank:
         whole = energy(pair)
@@ -127,7 +128,7 @@ def truncated(pair: LowRank, rank: int) -> tuple[LowRank, float, float]:
 
 
 def energy(pair: LowRank) -> float:
-    """‖B A‖² = ⟨BᵀB, A Aᵀ⟩."""
+    """‖B A‖² (Frobenius) = ⟨BᵀB, A Aᵀ⟩, which takes k×k matrices only."""
     B, A = pair.B.double(), pair.A.double()
     return float(((B.T @ B) * (A @ A.T)).sum())
 
@@ -146,12 +147,12 @@ def _zero_pair(layer: nn.Module) -> LowRank:
 
 
 def _linear_layers(model: nn.Module) -> dict[str, nn.Module]:
-    """Every linear layer by its path in the bare model, whether adapters stand beside them or not."""
+    """Every linear layer of the base by its path, whether adapters are attached or not."""
     return {name: module for name, module in bare_modules(model) if is_linear(module)}
 
 
 def _target_modules(model: nn.Module, layers: Mapping[str, nn.Module], names: Iterable[str]) -> list[str]:
-    """The shortest endings that select the adapted layers and their partners, and linear layers only."""
+    """The shortest path endings that select the adapted layers, those fused with them, and no others."""
     wanted = list(names)
     for name in list(wanted):
         parent, _, last = name.rpartition(".")
@@ -168,7 +169,7 @@ def _target_modules(model: nn.Module, layers: Mapping[str, nn.Module], names: It
 
 
 def _covered(layers: Mapping[str, nn.Module], endings: Sequence[str]) -> Iterable[tuple[str, nn.Module]]:
-    """Every layer that a loader will select: each needs a pair in the file."""
+    """The layers that a loader selects by these endings; each needs a pair in the file."""
     for name, layer in layers.items():
         if any(ends_in(name, ending) for ending in endings):
             yield name, layer
@@ -186,7 +187,7 @@ def _named(pairs: Mapping[str, LowRank]) -> dict[str, Tensor]:
 
 
 def adapter_config(base_name: str, rank: int, target_modules: list[str], transposed: bool) -> dict[str, Any]:
-    """The keys that every loader accepts, and no more. All scale is in B, so alpha = r."""
+    """adapter_config.json with only the keys that every loader accepts. All scale is in B, so alpha = r."""
     return {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",

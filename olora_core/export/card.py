@@ -1,20 +1,20 @@
-"""The model card (README.md) of what a run exports."""
+"""The model card (README.md) of an exported adapter, and its parts that merged models share."""
 
 import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from ..bases.loading import Base
-from ..bases.sites import left_out
+from ..bases.sites import unadapted
 from ..errors import shortened
 from ..progress import Samples
 from ..specs.serving import server_rank
-from .manifest import Export, Story
+from .manifest import Export, RunRecord
 
 
-def model_card(base: Base, export: Export, story: Story) -> str:
-    """README.md: what this is, how to load it, how it was trained."""
-    adapter = story.resolved.adapter
+def model_card(base: Base, export: Export, record: RunRecord) -> str:
+    """README.md of an adapter: what it is, how to load it, how it was trained."""
+    adapter = record.resolved.adapter
     truncated_to = (
         f"\nTruncated to rank {export.rank}: {export.energy_kept:.2%} of the update's energy is kept.\n"
         if export.energy_kept < 1
@@ -34,7 +34,7 @@ tags:
 
 Trained with {adapter.method} ({adapter.paper}): {adapter.summary}
 
-What is stored here is a plain LoRA of rank {export.rank} for the untouched base model, with all scale in B.
+This is a plain LoRA of rank {export.rank} for the unchanged base model, with all scale in B.
 {truncated_to}{_quantised_sentence(base)}
 ## How to load it
 
@@ -69,12 +69,12 @@ llama.cpp:
 python convert_lora_to_gguf.py --base BASE ADAPTER
 ```
 
-{how_it_was_trained(base, story, export.target_modules)}"""
+{how_it_was_trained(base, record, export.target_modules)}"""
 
 
-def how_it_was_trained(base: Base, story: Story, adapted: Sequence[str]) -> str:
-    """The part of the card that is the same for everything a run may leave."""
-    adapter, training = story.resolved.adapter, story.resolved.hyperparameters
+def how_it_was_trained(base: Base, record: RunRecord, adapted: Sequence[str]) -> str:
+    """The part of the card that adapters and merged models share."""
+    adapter, training = record.resolved.adapter, record.resolved.hyperparameters
     return f"""\
 ## How it was trained
 
@@ -85,23 +85,23 @@ def how_it_was_trained(base: Base, story: Story, adapted: Sequence[str]) -> str:
 | epochs | {training.n_epochs} |
 | batch size | {training.batch_size} |
 | learning rate | {_number(training.learning_rate)}, {training.schedule} schedule |
-| seed | {story.resolved.seed} |
-{_left_out_row(base)}{_metric_rows(story.metrics)}
-{_loss_curve(story.losses)}
+| seed | {record.resolved.seed} |
+{_unadapted_row(base)}{_metric_rows(record.metrics)}
+{_loss_curve(record.losses)}
 `manifest.json` holds every setting, the hashes of data and base, and the certificate. `native/` holds the
 method's own tensors.
-{_samples_section(story.samples)}"""
+{_samples_section(record.samples)}"""
 
 
 def _samples_section(samples: Samples | None) -> str:
-    """What both models answer. Indented as code, which no text can break out of."""
+    """Sample answers of both models, indented as code, which no text can break out of."""
     if samples is None:
         return ""
-    parts = [f"\n## What it answers\n\nThe likeliest tokens, to rows of the {samples.file} file.\n"]
+    parts = [f"\n## What it answers\n\nGreedy decoding, on rows of the {samples.file} file.\n"]
     for row in samples.rows:
         parts.append(f"\n### Line {row['line']}\n")
-        said = {"prompt": row["prompt"], "in the file": row["reference"]}
-        for name, text in (said | {"the base": row["base"], "tuned": row["tuned"]}).items():
+        given = {"prompt": row["prompt"], "in the file": row["reference"]}
+        for name, text in (given | {"the base": row["base"], "tuned": row["tuned"]}).items():
             lines = "\n".join(f"    {line}" for line in text.splitlines())
             parts.append(f"\n{name}:\n\n{lines or '    (nothing)'}\n")
     return "".join(parts)
@@ -111,23 +111,27 @@ def _quantised_sentence(base: Base) -> str:
     if (quantised := base.quantised) is None:
         return ""
     where = (
-        "as its own files are"
+        "its own checkpoint is quantised"
         if quantised.from_files
-        else "load it with the `quantization_config` of `manifest.json` to get what was trained"
+        else "load it with the `quantization_config` in `manifest.json` for the same results"
     )
     how = f"{quantised.kind}, {quantised.package}"
-    return f"\nThe base was quantised while it was trained on ({how}): {where}.\n"
+    return f"\nThe base was quantised during training ({how}): {where}.\n"
+
+
+def _difference(value: float) -> str:
+    return f"{value:.1e}" if value else "exactly 0"
 
 
 def _number(value: Any) -> str:
     return f"{value:g}" if isinstance(value, float) else str(value)
 
 
-def _left_out_row(base: Base) -> str:
-    """What no adapter can change, so that nobody takes a base with experts for wholly adapted."""
-    kinds = left_out(base.model)
+def _unadapted_row(base: Base) -> str:
+    """The matrices without an adapter, so that nobody believes a base with experts is fully adapted."""
+    kinds = unadapted(base.model)
     named = [f"{len(names)} {kind} ({shortened(names)})" for kind, names in kinds.items()]
-    return f"| left out | {'; '.join(named)} |\n" if named else ""
+    return f"| not adapted | {'; '.join(named)} |\n" if named else ""
 
 
 def _metric_rows(metrics: Mapping[str, Any]) -> str:
@@ -136,7 +140,7 @@ def _metric_rows(metrics: Mapping[str, Any]) -> str:
 
 
 def _loss_curve(losses: Sequence[tuple[int, float]], points: int = 10) -> str:
-    """A line of blocks over the whole run, and a table of up to ten means."""
+    """A sparkline of the training loss, and a table of up to `points` means."""
     if not losses:
         return ""
     size = -(-len(losses) // points)
@@ -149,7 +153,7 @@ def _loss_curve(losses: Sequence[tuple[int, float]], points: int = 10) -> str:
 
 
 def sparkline(values: Sequence[float], width: int = 60) -> str:
-    """Values as blocks, low to high; a long series is averaged down to `width` of them."""
+    """Values as block characters; a series longer than `width` is averaged to at most that length."""
     size = -(-len(values) // width)
     means = [sum(values[i : i + size]) / len(values[i : i + size]) for i in range(0, len(values), size)]
     low, high = min(means), max(means)
@@ -158,24 +162,24 @@ def sparkline(values: Sequence[float], width: int = 60) -> str:
 
 
 def certificate_section(certificate: Mapping[str, Any]) -> str:
-    files = "merged weights in fp32" if "as_written" in certificate else "files on a pristine base"
+    """The card's section on the certificate."""
+    exported = "Merged weights" if "as_written" in certificate else "Adapter"
+    largest, bound = certificate["max_abs_logit_diff"], certificate["bound"]
     section = (
         "## Certificate\n\n"
-        f"These {files} give the trained model's logits within {certificate['max_abs_logit_diff']:.2e}\n"
-        f"(allowed: {certificate['bound']:.2e}; {certificate['rows']} rows, {certificate['tokens']} tokens, "
-        "all in fp32).\n"
+        f"{exported} verified: largest logit difference {_difference(largest)} (allowed {bound:.1e}), over\n"
+        f"{certificate['rows']} rows and {certificate['tokens']} tokens, in fp32.\n"
     )
     if (rounded := certificate.get("as_written")) is not None:
         section += (
-            f"\nAs they are written, in {rounded['dtype']}, they give others, by up to "
-            f"{_number(rounded['max_abs_logit_diff'])}; the likeliest token agrees for\n"
-            f"{_number(rounded['top1_agreement'])} of all tokens.\n"
+            f"\nAs stored, in {rounded['dtype']}: largest logit difference "
+            f"{_number(rounded['max_abs_logit_diff'])}, "
+            f"top-1 agreement {_number(rounded['top1_agreement'])}.\n"
         )
     if (whole := certificate.get("on_full_precision")) is not None:
         section += (
-            "\nOn the base as it was before it was quantised they give other logits, by up to "
-            f"{_number(whole['max_abs_logit_diff'])}; the likeliest\ntoken agrees for "
-            f"{_number(whole['top1_agreement'])} of all tokens, and the loss per token of the same rows is "
-            f"{_number(whole['loss'])}\n(trained model: {_number(whole['trained_loss'])}).\n"
+            "\nOn the base before quantisation: largest logit difference "
+            f"{_number(whole['max_abs_logit_diff'])}, top-1 agreement {_number(whole['top1_agreement'])},\n"
+            f"loss per token {_number(whole['loss'])} (trained model: {_number(whole['trained_loss'])}).\n"
         )
     return section

@@ -1,11 +1,12 @@
-"""The exported files, applied to a pristine base as a server does it, against the trained model.
+"""The certificate: the exported files on a freshly loaded base give the logits of the trained model.
 
-Both sides run in fp32 on a copy of the base that is loaded anew from its folder: 4 bytes a parameter for the
-time of the certificate, beside whatever is resident. Where the device lacks that memory, the CPU does it.
+Both are computed in fp32 on a copy of the base loaded again from its folder: 4 bytes per parameter while the
+certificate is made, in addition to the base in memory; on the CPU if the device lacks that memory. fp32 and a
+fresh copy, because bf16 rounding would hide a faulty export, and a changed base in memory would go unnoticed.
 
-A quantised base is quantised anew, and must come out as the resident one. The gate takes its weights for what
-they stand for, in fp32: a layer that rounds its inputs as well, as LLM.int8 does, turns the last bit of one
-number into a whole step of another, and would drown every fault of an export that small.
+A quantised base is quantised again and must equal the one in memory. The logits are then compared with its
+weights dequantised to fp32: a layer that also rounds its inputs, as LLM.int8 does, turns a difference in the
+last bit into a whole quantisation step, and would hide small errors of the export.
 """
 
 import copy
@@ -42,40 +43,42 @@ from ..layers.adapter import (
 from .adapter import CONFIG, KEY_PREFIX, TENSORS, energy, exact_pairs, exported_pairs
 
 BOUND = 1e-4
-"""The largest logit difference allowed, as a share of the largest |logit|."""
+"""Largest logit difference allowed, relative to the largest |logit|: above the rounding of fp32, far below
+the effect of a wrong factor."""
 
 
 def certify(
     base: Base, adapters: Mapping[str, Adapter], folder: Path, rows: Sequence[Sequence[int]]
 ) -> dict[str, Any]:
-    """Compares logits on `rows` (token ids, unpadded, at least one) and returns the certificate.
+    """Compares logits on `rows` (unpadded token ids, at least one row); returns the certificate, JSON-able.
 
-    The files are the gate. When they were truncated on request, the exact pair is, taken from memory, and the
-    files' own figures stand under "truncated".
+    The certificate is about the files. If they were truncated on request, it is about the exact pairs in
+    memory, and the files' figures are under "truncated".
 
-    Raises CertificateError, with both figures, when the trained model's logits are not given.
+    Raises CertificateError if the logits differ by more than the bound.
     """
     tokens = _tokens(rows)
     pristine = _pristine(base)
     _check_resident(base, pristine)
     trained = {name: copy.deepcopy(adapter).eval() for name, adapter in adapters.items()}
     files = read_pairs(folder, pristine)
-    if forgotten := sorted(adapters.keys() - files.keys()):
-        raise CertificateError(f"The exported files lack the trained layer {forgotten[0]}.")
+    if missing := sorted(adapters.keys() - files.keys()):
+        raise CertificateError(f"The exported files lack the trained layer {missing[0]}.")
     exact = exact_pairs(adapters)
     is_truncated = max(pair.rank for pair in files.values()) < max(pair.rank for pair in exact.values())
     candidates = {"gate": files, "bf16": _rounded(files)}
     if is_truncated:
         _check_truncated(adapters, files)
         candidates |= {"gate": exact, "truncated": files}
-    beside = {}
+    figures = {}
     if base.quantised is not None:
         as_served = {"as_served": candidates["gate"]}
-        beside |= _compared(pristine, trained, as_served, tokens)
+        figures |= _compared(pristine, trained, as_served, tokens)
         quantisation.dequantise(pristine, torch.device(_device(base)))
     logits: list[Tensor] = []
-    beside |= _compared(pristine, trained, candidates, tokens, keep=logits if _has_other_base(base) else None)
-    certificate = _certificate(beside)
+    keep = logits if _was_quantised_here(base) else None
+    figures |= _compared(pristine, trained, candidates, tokens, keep=keep)
+    certificate = _certificate(figures)
     if logits:
         del pristine
         certificate["on_full_precision"] = _on_full_precision(base, candidates["gate"], tokens, logits)
@@ -87,8 +90,8 @@ def certify_merged(
 ) -> dict[str, Any]:
     """As `certify`, for a folder with the whole model.
 
-    W + ΔW in fp32 is the gate. The files must hold these weights, rounded once, and their own figures, loaded
-    in fp32, stand under "as_written".
+    The certificate is about W + ΔW in fp32. The files must hold these weights, rounded once; their figures,
+    computed in fp32, are under "as_written".
     """
     tokens = _tokens(rows)
     pristine = _pristine(base)
@@ -116,13 +119,14 @@ def certify_merged(
 
 
 def _tokens(rows: Sequence[Sequence[int]]) -> list[Tensor]:
+    """(1, length) int64 for each row that is not empty."""
     if not any(rows):
         raise CertificateError("There is no row to compare logits on.")
     return [torch.tensor([list(row)]) for row in rows if row]
 
 
 def _pristine(base: Base) -> nn.Module:
-    """The base from its files, in fp32, or quantised as the resident one is, on the same device."""
+    """The base loaded from its files: in fp32, or quantised as the one in memory, on the same device."""
     if base.quantised is None:
         device, dtype, kind = _device(base), torch.float32, "none"
     else:
@@ -131,8 +135,8 @@ def _pristine(base: Base) -> nn.Module:
     return load_base(base.folder, name=base.name, device=device, dtype=dtype, quantization=kind).model
 
 
-def _has_other_base(base: Base) -> bool:
-    """Whether the files hold the weights before they were quantised."""
+def _was_quantised_here(base: Base) -> bool:
+    """Whether the base's files hold the weights in full precision."""
     return base.quantised is not None and not base.quantised.from_files
 
 
@@ -142,12 +146,15 @@ def _compared(
     candidates: Mapping[str, Mapping[str, LowRank]],
     tokens: Sequence[Tensor],
     keep: list[Tensor] | None = None,
-) -> dict[str, "Comparison"]:
-    """Each candidate's logits on `model` against those of the trained adapters, which `keep` takes along."""
+) -> dict[str, "LogitComparison"]:
+    """Compares each candidate's logits on `model` with those of the trained adapters, which `keep` collects.
+
+    `tokens`: (1, length) each; `keep` gets (length, vocabulary) fp32 for each, on the CPU.
+    """
     device = next(model.parameters()).device
     trained = {name: adapter.to(device) for name, adapter in trained.items()}
     candidates = {name: _on(device, pairs) for name, pairs in candidates.items()}
-    comparisons = {name: Comparison() for name in candidates}
+    comparisons = {name: LogitComparison() for name in candidates}
     with full_precision(), torch.no_grad():
         for row in tokens:
             attach(model, trained)
@@ -161,9 +168,9 @@ def _compared(
     return comparisons
 
 
-def _against(model: nn.Module, tokens: Sequence[Tensor], expected: Sequence[Tensor]) -> "Comparison":
-    """The model's own logits against those."""
-    comparison = Comparison()
+def _against(model: nn.Module, tokens: Sequence[Tensor], expected: Sequence[Tensor]) -> "LogitComparison":
+    """Compares the model's logits on `tokens`, (1, length) each, with `expected`, (length, vocabulary)."""
+    comparison = LogitComparison()
     with full_precision(), torch.no_grad():
         for row, logits in zip(tokens, expected, strict=True):
             comparison.add(logits, _logits(model, row).cpu())
@@ -171,18 +178,18 @@ def _against(model: nn.Module, tokens: Sequence[Tensor], expected: Sequence[Tens
 
 
 def _logits(model: nn.Module, row: Tensor) -> Tensor:
-    """(tokens, vocabulary) fp32, of one row of tokens."""
+    """Logits of one row: (1, length) → (length, vocabulary), fp32."""
     return model(row.to(next(model.parameters()).device), use_cache=False).logits[0].float()
 
 
 def _on_full_precision(
     base: Base, pairs: Mapping[str, LowRank], tokens: Sequence[Tensor], trained: Sequence[Tensor]
 ) -> dict[str, Any]:
-    """The same adapter on the base as it was before it was quantised, in fp32; and what either makes of the
-    rows: nats per token, all of them but a row's first."""
+    """The same adapter on the base before quantisation, in fp32: the logit difference from the trained model,
+    and the loss of both, in nats per token over all but each row's first."""
     device = _device(base)
     whole = load_base(base.folder, name=base.name, device=device, dtype=torch.float32).model
-    comparison, losses = Comparison(), torch.zeros(2, dtype=torch.float64)
+    comparison, losses = LogitComparison(), torch.zeros(2, dtype=torch.float64)
     with full_precision(), torch.no_grad(), served(whole, _on(torch.device(device), pairs)):
         for row, expected in zip(tokens, trained, strict=True):
             got = _logits(whole, row).cpu()
@@ -191,11 +198,11 @@ def _on_full_precision(
                 losses[i] += F.cross_entropy(logits[:-1], row[0, 1:], reduction="sum").double()
     predicted = sum(row.shape[1] - 1 for row in tokens)
     own, of_trained = (losses / predicted).tolist() if predicted else (math.nan, math.nan)
-    return comparison.figures() | finite({"loss": own, "trained_loss": of_trained})
+    return comparison.figures() | finite_or_none({"loss": own, "trained_loss": of_trained})
 
 
-class Comparison:
-    """Running comparison of logits, (tokens, vocabulary) at a time."""
+class LogitComparison:
+    """Running statistics of the difference between two models' logits."""
 
     def __init__(self) -> None:
         self.largest = 0.0
@@ -207,9 +214,10 @@ class Comparison:
         self.rows = 0
 
     def add(self, expected: Tensor, got: Tensor) -> None:
+        """Adds one row: both (tokens, vocabulary), fp32."""
         difference = (expected - got).abs()
         largest = float(difference.max())
-        if largest > self.largest or not math.isfinite(largest):  # a NaN is never the larger one
+        if largest > self.largest or not math.isfinite(largest):  # comparisons with NaN are False
             self.largest = largest
         self.largest_logit = max(self.largest_logit, float(expected.abs().max()))
         self.total += float(difference.double().sum())
@@ -219,7 +227,8 @@ class Comparison:
         self.rows += 1
 
     def figures(self) -> dict[str, Any]:
-        return finite(
+        """JSON-able."""
+        return finite_or_none(
             {
                 "max_abs_logit_diff": self.largest,
                 "mean_abs_logit_diff": self.total / self.numbers,
@@ -228,36 +237,36 @@ class Comparison:
         )
 
 
-def finite(figures: Mapping[str, float]) -> dict[str, float | None]:
-    """JSON knows no NaN and no infinity: they become None."""
+def finite_or_none(figures: Mapping[str, float]) -> dict[str, float | None]:
+    """NaN and infinity, which JSON does not have, become None."""
     return {name: value if math.isfinite(value) else None for name, value in figures.items()}
 
 
-def _certificate(comparisons: Mapping[str, Comparison]) -> dict[str, Any]:
+def _certificate(comparisons: Mapping[str, LogitComparison]) -> dict[str, Any]:
     gate = comparisons["gate"]
     bound = BOUND * gate.largest_logit
-    if not gate.largest <= bound:  # a NaN fails too
+    if not gate.largest <= bound:  # so that NaN fails too
         raise CertificateError(
-            f"The exported adapter does not give the trained model's logits: they differ by up to "
+            f"The exported adapter's logits are not those of the trained model: they differ by up to "
             f"{gate.largest:.3g}, and at most {bound:.3g} is allowed ({BOUND:g} of the largest logit, "
-            f"{gate.largest_logit:.3g}). The adapter was not published; this is a fault of the service."
+            f"{gate.largest_logit:.3g}). The adapter was not published; this is a bug in the service."
         )
-    beside = {name: d.figures() for name, d in comparisons.items() if name != "gate"}
+    others = {name: each.figures() for name, each in comparisons.items() if name != "gate"}
     return {
         **gate.figures(),
         "max_abs_logit": gate.largest_logit,
         "bound": bound,
         "rows": gate.rows,
         "tokens": gate.tokens,
-        **beside,
+        **others,
         "passed": True,
     }
 
 
 def read_pairs(folder: Path, model: nn.Module) -> dict[str, LowRank]:
-    """The pairs as a loader takes them from the files: alpha / r folded into B, layers chosen by the config.
+    """The pairs as a loader reads them: layers selected by the config, B (out×r) scaled by alpha / r, A r×in.
 
-    Raises CertificateError when the files would not load, or load something else than what is in them.
+    Raises CertificateError if the files cannot be loaded, or their config does not match their tensors.
     """
     try:
         config = json.loads((folder / CONFIG).read_text(encoding="utf-8"))
@@ -286,7 +295,7 @@ def read_pairs(folder: Path, model: nn.Module) -> dict[str, LowRank]:
 
 @contextmanager
 def served(model: nn.Module, pairs: Mapping[str, LowRank]) -> Iterator[None]:
-    """Inside, each layer gives `W x + B (A x)`, the pair in fp32: nothing shared with the adapters' own."""
+    """Inside, each layer computes `W x + B (A x)`, the pair in fp32, by code independent of the adapters."""
 
     def add(B: Tensor, A: Tensor) -> Any:
         return lambda layer, inputs, output: output + ((inputs[0].float() @ A.T) @ B.T).to(output.dtype)
@@ -300,7 +309,7 @@ def served(model: nn.Module, pairs: Mapping[str, LowRank]) -> Iterator[None]:
 
 
 def _check_truncated(adapters: Mapping[str, Adapter], files: Mapping[str, LowRank]) -> None:
-    """A truncated file is not the trained model, but it must be the truncation of it."""
+    """Raises CertificateError if a truncated file is not the truncation of the trained pairs."""
     rank = max(pair.rank for pair in files.values())
     expected, _ = exported_pairs(adapters, rank)
     for name, pair in files.items():
@@ -311,7 +320,8 @@ def _check_truncated(adapters: Mapping[str, Adapter], files: Mapping[str, LowRan
 
 
 def _check_rounded(files: nn.Module, whole: nn.Module, eps: float) -> None:
-    """Whether one is the other, rounded by up to half of `eps`, a share; a sum's last bits may differ."""
+    """Raises CertificateError unless `files` is `whole` rounded with relative error `eps`, but for the last
+    bits of sums."""
     for path, module in whole.named_modules():
         for name, tensor in module.named_parameters(recurse=False):
             written = files.get_submodule(path)
@@ -325,23 +335,23 @@ def _check_rounded(files: nn.Module, whole: nn.Module, eps: float) -> None:
 
 
 def _check_resident(base: Base, pristine: nn.Module) -> None:
-    """The base in memory serves job after job; it must still be what its files say."""
+    """Raises CertificateError if the base in memory, which many jobs share, differs from its files."""
     for name, module in bare_modules(base.model):
-        original = quantisation.held_tensors(pristine.get_submodule(name))
-        for kind, tensor in quantisation.held_tensors(module).items():
+        original = quantisation.stored_tensors(pristine.get_submodule(name))
+        for kind, tensor in quantisation.stored_tensors(module).items():
             fresh, resident = own_part(original[kind], tensor)
             if not torch.equal(resident, fresh.to(resident.device, resident.dtype)):
                 raise CertificateError(
                     f"{name}.{kind} of base model '{base.name}' in memory is not what its files hold: "
-                    "one of the two was changed. Start the job again."
+                    "one of the two has changed. Run the job again."
                 )
 
 
 def _device(base: Base) -> str:
-    """The base's own device where an fp32 copy fits, else the CPU."""
+    """The base's device if an fp32 copy fits there, otherwise the CPU."""
     if base.device.type != "cuda":
         return "cpu"
-    torch.cuda.empty_cache()  # what an earlier copy gave back
+    torch.cuda.empty_cache()  # memory of an earlier copy
     free, _ = torch.cuda.mem_get_info(base.device)
     return str(base.device) if free > 5 * base.model.num_parameters() else "cpu"
 
@@ -351,5 +361,5 @@ def _on(device: torch.device, pairs: Mapping[str, LowRank]) -> dict[str, LowRank
 
 
 def _rounded(pairs: Mapping[str, LowRank]) -> dict[str, LowRank]:
-    """The factors as a server in bf16 holds them."""
+    """The factors as a server in bf16 stores them."""
     return {name: LowRank(*(factor.bfloat16().float() for factor in pair)) for name, pair in pairs.items()}

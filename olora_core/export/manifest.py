@@ -1,4 +1,4 @@
-"""What an exported folder holds beside its weights: manifest, the method's own tensors, tokenizer."""
+"""The rest of an exported folder, besides the weights: manifest, the method's own tensors, tokenizer."""
 
 import json
 import os
@@ -25,18 +25,18 @@ TOKENIZER_PARTS = (
     *("tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt"),
     *("spiece.model", "chat_template*"),
 )
-"""The base's own files go along as they are: a newer library writes what an older server cannot read."""
+"""Copied from the base unchanged: saved again by a newer library, an older server might not read them."""
 PACKAGES = ("olora", "torch", "transformers", "safetensors")
 
 
 @dataclass(frozen=True)
-class Story:
-    """What the manifest and the model card tell beside the tensors."""
+class RunRecord:
+    """What the manifest and the model card say about the run."""
 
     asked: TrainSpec
     resolved: TrainSpec
     data: Mapping[str, str] = field(default_factory=dict)
-    """SHA-256 of each data file by its role: `training`, `validation`."""
+    """SHA-256 of each data file, by role: `training`, `validation`."""
     metrics: Mapping[str, Any] = field(default_factory=dict)
     losses: Sequence[tuple[int, float]] = ()
     """(step, training loss), for the curve."""
@@ -45,22 +45,23 @@ class Story:
 
 @dataclass(frozen=True)
 class Export:
-    """What was written."""
+    """An exported adapter."""
 
     folder: Path
     rank: int
     target_modules: list[str]
     energy_kept: float
-    """Share of the squared Frobenius norm of all ΔW that the files hold; 1 unless truncated."""
+    """Share of ‖ΔW‖² (Frobenius, over all layers) in the files; 1 unless truncated."""
 
 
 def save_native(adapters: Mapping[str, Adapter], folder: Path) -> None:
-    """The method's own tensors."""
+    """Writes the method's own tensors; see `adapter_tensors`."""
     (folder / NATIVE).parent.mkdir()
     save_file(on_disk(adapter_tensors(adapters)), folder / NATIVE, metadata={"format": "pt"})
 
 
 def copy_tokenizer(base: Path, folder: Path) -> None:
+    """Copies the base's tokenizer files."""
     for pattern in TOKENIZER_PARTS:
         for path in sorted(base.glob(pattern)):
             if path.is_file():
@@ -68,11 +69,12 @@ def copy_tokenizer(base: Path, folder: Path) -> None:
 
 
 def on_disk(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors as safetensors needs them: on the CPU, contiguous, same shapes."""
     return {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
 
 
-def manifest(base: Base, story: Story, export: Mapping[str, Any]) -> dict[str, Any]:
-    """Where the files come from; `export` says what they are."""
+def manifest(base: Base, record: RunRecord, export: Mapping[str, Any]) -> dict[str, Any]:
+    """The manifest, JSON-able: where the files come from, and what they are (`export`)."""
     return {
         "base_model": {
             "name": base.name,
@@ -80,19 +82,19 @@ def manifest(base: Base, story: Story, export: Mapping[str, Any]) -> dict[str, A
             "quantization": _quantization(base),
         },
         "spec": {
-            "asked": story.asked.model_dump(mode="json"),
-            "resolved": story.resolved.model_dump(mode="json"),
+            "asked": record.asked.model_dump(mode="json"),
+            "resolved": record.resolved.model_dump(mode="json"),
         },
-        "data": {role: {"sha256": digest} for role, digest in story.data.items()},
+        "data": {role: {"sha256": digest} for role, digest in record.data.items()},
         "export": dict(export),
-        "metrics": dict(story.metrics),
-        "samples": None if story.samples is None else asdict(story.samples),
+        "metrics": dict(record.metrics),
+        "samples": None if record.samples is None else asdict(record.samples),
         "versions": versions(),
     }
 
 
 def _quantization(base: Base) -> dict[str, Any] | None:
-    """How the base held its weights while it was trained on; `config` is transformers' own."""
+    """How the base was quantised during training; `config` is transformers' own."""
     if (quantised := base.quantised) is None:
         return None
     return {
@@ -104,6 +106,7 @@ def _quantization(base: Base) -> dict[str, Any] | None:
 
 
 def versions() -> dict[str, str]:
+    """Versions of the installed PACKAGES."""
     found = {}
     for package in PACKAGES:
         try:
@@ -119,7 +122,7 @@ def write_json(path: Path, value: Mapping[str, Any]) -> None:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Written aside first, so that a reader never sees half a file."""
+    """Writes a temporary file, then renames it, so that no reader sees half a file."""
     aside = path.with_name(f".{path.name}.part")
     aside.write_text(text, encoding="utf-8")
     os.replace(aside, path)

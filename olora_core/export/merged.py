@@ -1,6 +1,6 @@
-"""A trained model whole: the base with the update merged into its weights, as a folder that everything loads.
+"""The whole trained model in a folder that any library can load: the base with the update merged in.
 
-The base in memory is not touched: its files are read once more, into main memory, in their own dtype.
+The base in memory is not changed: its files are read again, into main memory, in their own dtype.
 """
 
 import json
@@ -13,34 +13,34 @@ import torch
 from transformers import PreTrainedModel
 
 from ..bases.loading import Base, load_base, no_progress_bar
-from ..bases.sites import left_out
+from ..bases.sites import unadapted
 from ..errors import SpecError
 from ..layers import quantisation
 from ..layers.adapter import Adapter, Site, bare_modules, full_precision, site_weight
 from ..specs import TrainSpec
 from .card import how_it_was_trained
-from .manifest import CARD, MANIFEST, Story, copy_tokenizer, manifest, save_native, write_json
+from .manifest import CARD, MANIFEST, RunRecord, copy_tokenizer, manifest, save_native, write_json
 
 
 @dataclass(frozen=True)
 class Merged:
-    """What was written."""
+    """An exported model."""
 
     folder: Path
     dtype: str
     rounding_loss: float
-    """‖round(W + ΔW) − (W + ΔW)‖ / ‖ΔW‖ over all adapted layers, Frobenius; 0 in fp32, and where ΔW is."""
+    """‖round(W + ΔW) − (W + ΔW)‖ / ‖ΔW‖ over all adapted layers (Frobenius); 0 in fp32, or if ΔW is 0."""
 
 
 def check_mergeable(spec: TrainSpec, base: Base, sites: Sequence[Site]) -> None:
-    """Refuses, before any training, merged weights where there are none to merge into."""
+    """Raises SpecError, before training, if merged weights are asked for and cannot be written."""
     if spec.adapter.export != "merged":
         return
     if base.quantised is not None and base.quantised.from_files:
         raise SpecError(
-            f"adapter.export = 'merged': base model '{base.name}' is quantised in its files, which hold no "
-            "whole weights to merge into; take adapter.export = 'adapter', or train on its checkpoint before "
-            "quantisation and let hyperparameters.quantization quantise it.",
+            f"adapter.export = 'merged': base model '{base.name}' is quantised in its files, so there are "
+            "no full-precision weights to merge into; use adapter.export = 'adapter', or train on the "
+            "checkpoint before quantisation and set hyperparameters.quantization.",
             param="adapter.export",
         )
     weights = [(name, module._parameters.get("weight")) for name, module in base.model.named_modules()]
@@ -49,14 +49,14 @@ def check_mergeable(spec: TrainSpec, base: Base, sites: Sequence[Site]) -> None:
         if shared := [name for name, weight in weights if weight is mine and name != site.name]:
             raise SpecError(
                 f"adapter.export = 'merged': layer '{site.name}' shares its weight with '{shared[0]}', which "
-                "the merged update would change as well; leave it out of adapter.target_modules, or take "
+                "the merged update would change as well; leave it out of adapter.target_modules, or use "
                 "adapter.export = 'adapter'.",
                 param="adapter.export",
             )
 
 
-def export_merged(base: Base, adapters: Mapping[str, Adapter], folder: Path, story: Story) -> Merged:
-    """Writes the whole model; the adapters are in eval mode.
+def export_merged(base: Base, adapters: Mapping[str, Adapter], folder: Path, record: RunRecord) -> Merged:
+    """Writes the whole model. The adapters must be in eval mode.
 
     `folder` must not exist; it appears complete or not at all.
     """
@@ -76,20 +76,20 @@ def export_merged(base: Base, adapters: Mapping[str, Adapter], folder: Path, sto
         "rounding_loss": merged.rounding_loss,
         "dequantized": base.quantised is not None,
         "adapted_layers": list(adapters),
-        "left_out": left_out(base.model),
+        "left_out": unadapted(base.model),
     }
-    write_json(aside / MANIFEST, manifest(base, story, facts))
-    (aside / CARD).write_text(model_card(base, adapters, merged, story), encoding="utf-8")
+    write_json(aside / MANIFEST, manifest(base, record, facts))
+    (aside / CARD).write_text(model_card(base, adapters, merged, record), encoding="utf-8")
     aside.rename(folder)
     return merged
 
 
 @torch.no_grad()
 def merge(base: Base, adapters: Mapping[str, Adapter], model: PreTrainedModel) -> float:
-    """Makes of `model`, freshly loaded from the base's files, the trained one; returns `rounding_loss`.
+    """Merges the adapters into `model`, freshly loaded from the base's files. Returns `rounding_loss`.
 
-    W + ΔW is computed in fp32 and rounded once, to the dtype of the files. Every layer that the base holds
-    quantised gets the W that its bits stand for, for that is what was trained on.
+    W + ΔW (out×in) is computed in fp32 and rounded once, to the dtype of the files. A layer that is quantised
+    in the base gets the dequantised W, because that is the W it was trained with.
     """
     quantised = {
         name: layer
@@ -110,9 +110,9 @@ def merge(base: Base, adapters: Mapping[str, Adapter], model: PreTrainedModel) -
     return (lost / changed) ** 0.5 if changed else 0.0
 
 
-def model_card(base: Base, adapters: Mapping[str, Adapter], merged: Merged, story: Story) -> str:
+def model_card(base: Base, adapters: Mapping[str, Adapter], merged: Merged, record: RunRecord) -> str:
     """README.md: what this is, how to load it, how it was trained."""
-    adapter = story.resolved.adapter
+    adapter = record.resolved.adapter
     endings = list(dict.fromkeys(path.rpartition(".")[2] for path in adapters))
     return f"""\
 ---
@@ -127,10 +127,10 @@ tags:
 
 Trained with {adapter.method} ({adapter.paper}): {adapter.summary}
 
-What is stored here is the whole model: the update is merged into the weights of {base.name}.
+This is the whole model: the update is merged into the weights of {base.name}.
 
-They are stored in {merged.dtype}. W + ΔW was computed in fp32 and rounded once, which takes a larger share of
-a small update; of this one it took {merged.rounding_loss:.2%} (‖round(W + ΔW) − (W + ΔW)‖ / ‖ΔW‖).
+The weights are stored in {merged.dtype}. W + ΔW was computed in fp32 and rounded once. Rounding lost
+{merged.rounding_loss:.2%} of the update (‖round(W + ΔW) − (W + ΔW)‖ / ‖ΔW‖).
 {_quantised_sentence(base)}
 ## How to load it
 
@@ -157,7 +157,7 @@ llama.cpp:
 python convert_hf_to_gguf.py MODEL
 ```
 
-{how_it_was_trained(base, story, endings)}"""
+{how_it_was_trained(base, record, endings)}"""
 
 
 def _quantised_sentence(base: Base) -> str:
@@ -165,6 +165,6 @@ def _quantised_sentence(base: Base) -> str:
         return ""
     how = f"{quantised.kind}, {quantised.package}"
     return (
-        f"\nThe base was quantised while it was trained on ({how}). Its quantised layers are stored\n"
-        "here as what their bits stood for, multiplied out, and not as in the base's files.\n"
+        f"\nThe base was quantised during training ({how}). Its quantised layers are stored here\n"
+        "dequantised, not as in the base's files.\n"
     )

@@ -1,7 +1,7 @@
-"""Training-file formats: what a record may hold, and every error of a file with its place and remedy.
+"""Training-file formats: what a record may hold, and a file's errors with their place and remedy.
 
-One pass over the bytes, in constant memory, without torch. What only the model's tokenizer and template can
-tell (rows that are too long, rows without a trained token) is told by `data/tokenising.py`.
+One pass over the bytes, in constant memory, without torch. Checks that need the model's tokenizer and
+template (rows that are too long, rows without trained tokens) are in `data/tokenising.py`.
 """
 
 from .containers import container_of

@@ -1,4 +1,4 @@
-"""Alpaca: an instruction with its output, or with a better and a worse one; perhaps input and history."""
+"""Alpaca: an instruction with its output or a preference pair, optionally with input, system and history."""
 
 from typing import Any
 
@@ -74,7 +74,7 @@ def _is_there(record: dict[str, Any], key: str, add: Add) -> bool:
 
 
 def as_chat(record: dict[str, Any]) -> dict[str, Any]:
-    """Answers of the history are trained too, as LLaMA-Factory does it."""
+    """A chat record. Answers in the history are trained too, as in LLaMA-Factory."""
     return {"messages": [*_question(record), _answer(record["output"])]}
 
 
@@ -83,7 +83,7 @@ def as_preference(record: dict[str, Any]) -> dict[str, Any]:
 
 
 def _question(record: dict[str, Any]) -> list[dict[str, Any]]:
-    """The user's turn is the instruction, a line end, and the input."""
+    """The messages before the answer; the user's is the instruction, a line break and the input."""
     system = [{"role": "system", "content": record["system"]}] if record.get("system") else []
     before = []
     for question, answer in record.get("history") or []:

@@ -1,4 +1,4 @@
-"""What kind of file the bytes are, told by their beginning, and its rows."""
+"""The kind of file, detected from its first bytes, and its rows."""
 
 from collections.abc import Iterable, Iterator
 from itertools import chain
@@ -16,13 +16,13 @@ OTHER_FILES = (
     ((b"\x1f\x8b",), "a gzip archive", "Unpack it first."),
     ((b"PK\x03\x04",), "a zip archive or a spreadsheet", "Upload the JSONL text itself, or CSV in UTF-8."),
 )
-"""First bytes of files that are none of ours, what they are, and what to do."""
+"""First bytes of files that are not supported, what they are, and the remedy."""
 
 
 def read_rows(stream: Iterable[bytes] | BinaryIO, findings: Findings) -> Iterator[Row]:
-    """Every row of a file; what is wrong with its form goes to the findings.
+    """Every row of a file; errors of its form are added to the findings.
 
-    What is none of the known kinds is read as JSONL, and refused as such.
+    A file of no known kind is read, and refused, as JSONL.
     """
     chunks = chunks_of(stream)
     try:
@@ -42,7 +42,7 @@ def read_rows(stream: Iterable[bytes] | BinaryIO, findings: Findings) -> Iterato
 
 
 def container_of(path: Path) -> Container:
-    """What kind of file it is."""
+    """The kind of the file at `path`."""
     with path.open("rb") as file:
         return _container(next(chunks_of(file), b"").removeprefix(MARK))
 
@@ -56,7 +56,7 @@ def _container(head: bytes) -> Container:
 
 
 def _from_its_beginning(stream: Iterable[bytes] | BinaryIO) -> BinaryIO:
-    """The file again: what a Parquet file holds is written at its end."""
+    """The file, rewound: Parquet needs random access, as its index is at the end."""
     if not hasattr(stream, "seek"):
         raise Unreadable("A parquet file is read from a file, not from a stream of bytes.", "Store it first.")
     file = cast(BinaryIO, stream)
@@ -67,7 +67,7 @@ def _from_its_beginning(stream: Iterable[bytes] | BinaryIO) -> BinaryIO:
 def _without_mark(head: bytes, findings: Findings) -> bytes:
     """Strips a UTF-8 byte-order mark; raises Unreadable for bytes that begin another kind of file."""
     if head.startswith(MARK):
-        findings.note_once(1, "byte_order_mark", "The file begins with a byte-order mark; left out.")
+        findings.note_once(1, "byte_order_mark", "The file begins with a byte-order mark, which is ignored.")
         return head.removeprefix(MARK)
     for magic, kind, fix in OTHER_FILES:
         if head.startswith(magic):

@@ -1,4 +1,4 @@
-"""CSV: a header that names the keys, a row for each example."""
+"""CSV: a header with the keys, then one row per example."""
 
 import csv
 from collections.abc import Iterable, Iterator
@@ -13,7 +13,7 @@ DELIMITERS = (",", ";", "\t")
 
 
 def delimiter_of(head: bytes) -> str | None:
-    """What separates the columns of a file that begins so; None when it is no header of ours and a row."""
+    """The column separator of a file with this beginning; None unless it has a header we know and a row."""
     first, _, rest = head.partition(b"\n")
     line = first.decode("utf-8", errors="replace")
     found = max(DELIMITERS, key=lambda delimiter: len(_known(line, delimiter)))
@@ -26,7 +26,7 @@ def _known(line: str, delimiter: str) -> list[str]:
 
 
 def _names(cells: list[str]) -> list[str]:
-    """Names of columns; spreadsheets like to begin them with a capital."""
+    """Column names, in lower case if known; spreadsheets capitalise them."""
     stripped = [cell.strip() for cell in cells]
     return [name.lower() if name.lower() in KEYS else name for name in stripped]
 
@@ -61,7 +61,7 @@ def rows(chunks: Iterator[bytes], findings: Findings) -> Iterator[Row]:
                 )
                 yield Row(begins, None)
             else:
-                findings.note_once(begins, "blank_line", f"Line {begins} is blank; blank lines are left out.")
+                findings.note_once(begins, "blank_line", f"Line {begins} is blank; blank lines are skipped.")
             begins = reader.line_num + 1
     except csv.Error as error:
         raise Unreadable(

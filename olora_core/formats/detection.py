@@ -1,6 +1,6 @@
-"""Which format a record is in, what each format's records may hold, and how they become one of four kinds.
+"""The format of a record, and for each format its keys, its check and its conversion.
 
-Behind this file there are four kinds of record: chat, completion, text and preference.
+Converted records are of four kinds: chat, completion, text and preference.
 """
 
 from collections.abc import Callable, Mapping
@@ -14,18 +14,18 @@ from .report import Add, Format
 Record = dict[str, Any]
 
 
-def _as_it_is(record: Record) -> Record:
+def _unchanged(record: Record) -> Record:
     return record
 
 
 @dataclass(frozen=True)
 class Form:
-    """What makes a format."""
+    """One format."""
 
     keys: tuple[str, ...]
     check: Callable[[Record, Add], None]
-    convert: Callable[[Record], Record] = _as_it_is
-    """A record that passed its check, as one of the four kinds."""
+    convert: Callable[[Record], Record] = _unchanged
+    """Turns a record that passed `check` into one of the four kinds."""
 
 
 FORMATS: dict[Format, Form] = {
@@ -39,10 +39,12 @@ FORMATS: dict[Format, Form] = {
     "sharegpt-preference": Form(sharegpt.PREFERENCE_KEYS, sharegpt.check_preference, sharegpt.as_preference),
 }
 KEYS = frozenset(key for form in FORMATS.values() for key in form.keys)
+COLUMNS_NAMED = 8
+"""At most, in an error."""
 
 
 def detect_format(record: Mapping[str, Any]) -> Format | None:
-    """The format of one record by its keys, or None."""
+    """The format of a record, from its keys; None if unknown."""
     is_pair = "chosen" in record or "rejected" in record
     if any(key in record for spelling in preference.SPELLINGS[:2] for key in spelling):
         return "preference"
@@ -62,14 +64,14 @@ def detect_format(record: Mapping[str, Any]) -> Format | None:
 
 
 def canonical(record: Record) -> Record:
-    """A record that passed its check, as chat, completion, text or preference."""
+    """Converts a record that passed its check to chat, completion, text or preference."""
     format = detect_format(record)
     assert format is not None
     return FORMATS[format].convert(record)
 
 
 def name_unknown_format(record: Record, expected: Format | None, add: Add) -> None:
-    """Says what a line lacks that fits no format."""
+    """Adds what is missing from a record that fits no format."""
     if "prompt" in record or "completion" in record or expected == "completion":
         missing = "completion" if "prompt" in record else "prompt"
         add(
@@ -88,10 +90,11 @@ def name_unknown_format(record: Record, expected: Format | None, add: Add) -> No
                 "Rename it.",
             )
             return
+    found = ", ".join(list(record)[:COLUMNS_NAMED]) + (", …" if len(record) > COLUMNS_NAMED else "")
     add(
         "$",
         "missing_messages_list",
-        "neither 'messages' nor 'prompt' with 'completion' is there.",
-        'Give each line {"messages": […]} or {"prompt": …, "completion": …}; the documentation names other '
-        "formats.",
+        f"no known format: found {f'columns {found}' if found else 'no columns'}; expected messages, or "
+        "prompt + completion, or instruction + output.",
+        "Rename the columns, or use another of the formats in the documentation.",
     )

@@ -1,4 +1,4 @@
-"""Examples that come twice, found in memory that does not grow with what they hold."""
+"""Duplicate examples, found with memory that does not depend on their length."""
 
 import hashlib
 import json
@@ -10,9 +10,9 @@ FIRST_SLOTS = 2**12
 
 
 def fingerprint(record: dict[str, Any]) -> int:
-    """64 bits of what a record holds, whatever the order of its keys; never 0.
+    """64-bit hash of a record, independent of the order of its keys; never 0.
 
-    Two different records among a million share theirs once in 30 million files.
+    A file of a million different records has a collision with probability 3e-8.
     """
     text = json.dumps(record, sort_keys=True, ensure_ascii=False, default=str)
     digest = hashlib.blake2b(text.encode("utf-8", errors="surrogatepass"), digest_size=8).digest()
@@ -20,9 +20,10 @@ def fingerprint(record: dict[str, Any]) -> int:
 
 
 class Seen:
-    """Fingerprints and where each first came, of the first LIMIT rows: 12 bytes a slot, half of them full.
+    """Fingerprints of the first LIMIT rows, and the row in which each first occurred.
 
-    An open-addressing table, since a set of a million numbers would take ten times as much.
+    An open-addressing hash table of 12 bytes a slot, at most half full: a dict of a million ints would take
+    about ten times the memory.
     """
 
     def __init__(self, limit: int = LIMIT) -> None:
@@ -31,7 +32,7 @@ class Seen:
         self._make(FIRST_SLOTS)
 
     def earlier(self, key: int, number: int) -> int | None:
-        """The number of the row that had this fingerprint before, or None after noting this one."""
+        """The earlier row with this fingerprint; None, after recording this one, if there is none."""
         self._rows += 1
         slot = self._slot(key)
         if self._keys[slot]:
@@ -44,7 +45,7 @@ class Seen:
         return None
 
     def _slot(self, key: int) -> int:
-        """Where the fingerprint is, or where it goes."""
+        """The slot of this fingerprint, or the free slot for it."""
         slots = len(self._keys)
         slot = key % slots
         while self._keys[slot] not in (0, key):

@@ -13,13 +13,13 @@ REST = "What follows it was not read."
 
 
 def looks_like(text: bytes) -> bool:
-    """Whether a file that begins so is an array of objects."""
+    """Whether a file with this beginning is an array of objects."""
     begin = text.lstrip()
     return begin[:1] == b"[" and begin[1:].lstrip()[:1] == b"{"
 
 
 def rows(chunks: Iterable[bytes], findings: Findings) -> Iterator[Row]:
-    """Every element. Raises Unreadable where the array cannot be read on."""
+    """Every element. Raises Unreadable where the array is broken."""
     text = _Text(iter(chunks))
     text.take()
     number, mark = 0, ","
@@ -28,7 +28,7 @@ def rows(chunks: Iterable[bytes], findings: Findings) -> Iterator[Row]:
         yield Row(number, _element(number, text, findings))
         mark = text.take()
         if mark not in (",", "]"):
-            found = f"{mark!r} follows it" if mark else "the file ends behind it"
+            found = f"{mark!r} follows it" if mark else "the file ends after it"
             raise Unreadable(
                 f"Element {number} is followed by neither a comma nor the end of the array: {found}.",
                 f"Write [{{…}}, {{…}}]. {REST}" if mark else "Send the whole file.",
@@ -36,7 +36,7 @@ def rows(chunks: Iterable[bytes], findings: Findings) -> Iterator[Row]:
             )
     if text.take():
         raise Unreadable(
-            f"More follows the end of the array, behind element {number}.",
+            f"More follows the end of the array, after element {number}.",
             "Write one array, or one JSON object per line without brackets and commas between.",
             line=number,
         )
@@ -70,7 +70,7 @@ class _TooLong(Exception):
 
 
 class _Text:
-    """What was decoded and not yet read: at most one value and a chunk of it."""
+    """Text decoded and not yet read: at most one value and a chunk."""
 
     def __init__(self, chunks: Iterator[bytes]) -> None:
         self._chunks = chunks
@@ -79,15 +79,15 @@ class _Text:
         self._bytes = 0
 
     def take(self) -> str:
-        """The next character that is not white, or "" at the end."""
-        if not self._skip_white():
+        """The next character that is not whitespace, or "" at the end."""
+        if not self._skip_whitespace():
             return ""
         self._at += 1
         return self._text[self._at - 1]
 
     def value(self) -> Any:
         """The next JSON value."""
-        self._skip_white()
+        self._skip_whitespace()
         while True:
             try:
                 value, end = read_value(self._text, self._at)
@@ -95,24 +95,27 @@ class _Text:
                 held, position = len(self._text) - self._at, error.pos - self._at
                 if held > MAX_ROW_BYTES:
                     raise _TooLong from None
-                if self._read_on(held):
+                if self._read_more(held):
                     continue
                 raise json.JSONDecodeError(error.msg, self._text[self._at :], position) from None
             self._at = end
             return value
 
-    def _skip_white(self) -> bool:
-        """Whether anything is left."""
+    def _skip_whitespace(self) -> bool:
+        """Skips whitespace; False at the end of the file."""
         while True:
             while self._at < len(self._text):
                 if self._text[self._at] not in WHITE:
                     return True
                 self._at += 1
-            if not self._read_on(1):
+            if not self._read_more(1):
                 return False
 
-    def _read_on(self, wanted: int) -> bool:
-        """Decodes `wanted` characters more, if there are; so a long value is tried few times."""
+    def _read_more(self, wanted: int) -> bool:
+        """Decodes `wanted` more characters, if there are any; False at the end of the file.
+
+        `value` asks for as many as it holds, doubling them, so that a long value is parsed O(log n) times.
+        """
         parts, got = [self._text[self._at :]], 0
         while got < wanted and not self._ended:
             chunk = next(self._chunks, None)
@@ -126,7 +129,7 @@ class _Text:
         try:
             text = self._decoder.decode(chunk, final=self._ended)
         except UnicodeDecodeError as error:
-            held = len(error.object) - len(chunk)  # of a character that the chunk before had begun
+            held = len(error.object) - len(chunk)  # bytes of a character that began in the previous chunk
             position = self._bytes - held + error.start + 1
             raise Unreadable(
                 f"Byte {position} of the file (0x{error.object[error.start]:02x}) is not UTF-8.",

@@ -1,4 +1,4 @@
-"""JSON as it is defined: no NaN, no infinite numbers, no half characters."""
+"""Strict JSON: no NaN, no infinite numbers, no unpaired surrogates."""
 
 import json
 import math
@@ -8,7 +8,7 @@ WHITE = " \t\r\n"
 
 
 class BadValue(ValueError):
-    """Text that is JSON to Python only; says what it holds, and what to write instead."""
+    """JSON that only Python accepts: `what` it holds, and the `fix`."""
 
     def __init__(self, what: str, fix: str) -> None:
         super().__init__(what)
@@ -17,7 +17,7 @@ class BadValue(ValueError):
 
 
 def read_json(text: str) -> Any:
-    """Raises BadValue, and JSONDecodeError for what is no JSON at all."""
+    """The value of a JSON text. Raises BadValue or JSONDecodeError."""
     value, end = read_value(text, 0)
     rest = text[end:].lstrip(WHITE)
     if rest:
@@ -26,7 +26,7 @@ def read_json(text: str) -> Any:
 
 
 def read_value(text: str, at: int) -> tuple[Any, int]:
-    """The value that begins at a position, and where it ends. Raises as `read_json`."""
+    """The value that begins at position `at`, and the position after it. Raises as `read_json`."""
     try:
         value, end = _DECODER.raw_decode(text, at)
         if text.find("\\ud", at, end) >= 0 or text.find("\\uD", at, end) >= 0:
@@ -50,9 +50,9 @@ def _refuse_constant(name: str) -> Any:
     raise BadValue(f"{name}, which is not JSON", "Write null or a finite number instead.")
 
 
-def _finite(digits: str) -> float:
+def _parse_float(digits: str) -> float:
     number = float(digits)
     return number if math.isfinite(number) else _refuse_constant(digits[:20])
 
 
-_DECODER = json.JSONDecoder(parse_constant=_refuse_constant, parse_float=_finite)
+_DECODER = json.JSONDecoder(parse_constant=_refuse_constant, parse_float=_parse_float)

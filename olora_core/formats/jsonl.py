@@ -1,4 +1,4 @@
-"""JSONL: a JSON object a line."""
+"""JSONL: one JSON object per line."""
 
 import json
 from collections.abc import Iterable, Iterator
@@ -22,12 +22,12 @@ def rows(chunks: Iterable[bytes], findings: Findings) -> Iterator[Row]:
 class _Line:
     number: int
     data: bytes
-    """Without its end; only the beginning when `too_long`."""
+    """Without the line end; only the beginning if `too_long`."""
     too_long: bool = False
 
 
 def _lines(chunks: Iterable[bytes], findings: Findings) -> Iterator[_Line]:
-    """Lines that are not blank, ends stripped; never holds more than MAX_ROW_BYTES and a chunk."""
+    """Lines that are not blank, without line ends; buffers at most MAX_ROW_BYTES and a chunk."""
     number, cut, buffer = 1, False, bytearray()
     for chunk in chunks:
         start = 0
@@ -47,18 +47,18 @@ def _line(number: int, buffer: bytearray, cut: bool, findings: Findings) -> Iter
     if not cut and len(buffer) <= MAX_ROW_BYTES:
         data = bytes(buffer)
         if data.endswith(b"\r"):
-            findings.note_once(number, "crlf", "Lines end in CR LF; read as plain line ends.")
+            findings.note_once(number, "crlf", "Lines end in CR LF, read as LF.")
         data = data.strip()
         if data:
             yield _Line(number, data)
         elif buffer:
-            findings.note_once(number, "blank_line", f"Line {number} is blank; blank lines are left out.")
+            findings.note_once(number, "blank_line", f"Line {number} is blank; blank lines are skipped.")
     else:
         yield _Line(number, bytes(buffer[:200]), too_long=True)
 
 
 def _parse(line: _Line, findings: Findings) -> dict[str, Any] | None:
-    """The line's JSON object, or None after adding why it has none."""
+    """The line's JSON object, or None after adding an error."""
     if line.too_long:
         findings.refuse(
             line.number,
@@ -89,7 +89,7 @@ def _parse(line: _Line, findings: Findings) -> dict[str, Any] | None:
 
 
 def _refuse(number: int, text: str, fix: str, findings: Findings) -> None:
-    """In OpenAI's words."""
+    """The message is OpenAI's."""
     start = text[:40].replace('"', "'")
     message = f'{NOT_JSONL} Line {number} is not a dictionary (HINT: line starts with: "{start}").'
     findings.add(Problem(line=number, path=None, code="data_type", message=message, fix=fix), fatal=True)

@@ -1,4 +1,4 @@
-"""Messages of a conversation and their tools: what they may hold."""
+"""Checks of messages and tools."""
 
 import json
 import unicodedata
@@ -11,11 +11,11 @@ from .report import Add, named
 ROLES = ("system", "developer", "user", "assistant", "tool", "function")
 MESSAGE_KEYS = ("role", "content", "name", "weight", "tool_calls", "tool_call_id", "function_call")
 RESPONSE_KEYS = ("refusal", "audio", "annotations")
-"""Left over in messages copied from an API's answer; ignored while they are empty."""
+"""Keys of messages copied from an API response; ignored if empty."""
 
 
 def check_messages(messages: list[Any], path: str, add: Add, calls: Iterable[str] = ()) -> None:
-    """Each message on its own, and each tool answer against the calls before it."""
+    """Checks each message, and each tool message against the calls before it."""
     known_calls = set(calls)
     for i, message in enumerate(messages):
         place = f"{path}[{i}]"
@@ -34,7 +34,12 @@ def check_messages(messages: list[Any], path: str, add: Add, calls: Iterable[str
             continue
         if not isinstance(role, str) or role not in ROLES:
             hint = nearest(role, ROLES) if isinstance(role, str) else ""
-            add(f"{place}.role", "unrecognized_role", f"{role!r} is no role{hint}.", f"Use one of {_ROLES}.")
+            add(
+                f"{place}.role",
+                "unrecognized_role",
+                f"{role!r} is not a role{hint}.",
+                f"Use one of {_ROLES}.",
+            )
             continue
         _check_content(message, role, place, add)
         _check_weight(message, role, place, add)
@@ -87,19 +92,20 @@ def _check_content(message: dict[str, Any], role: str, place: str, add: Add) -> 
 
 
 SHORT = 8
+"""Only answers of at most this many characters are checked for punctuation."""
 
 
 def check_answer_text(text: str, path: str, add: Add) -> None:
-    """Warns of an answer that says nothing, or nothing but punctuation."""
-    said = text.strip()
-    if not said:
+    """Warns of an answer that is empty or only punctuation."""
+    answer = text.strip()
+    if not answer:
         add(path, "empty_answer", "the answer is empty.", "Write it, or leave the line out.", "warning")
-    elif len(said) <= SHORT and all(unicodedata.category(sign)[0] in "PZC" for sign in said):
+    elif len(answer) <= SHORT and all(unicodedata.category(sign)[0] in "PZC" for sign in answer):
         add(
             path,
             "near_empty_answer",
-            f"the answer is nothing but {said!r}.",
-            "Write it, or leave the line out; it is trained as it is.",
+            f"the answer is only {answer!r}.",
+            "Write it, or leave the line out; otherwise it is trained as it is.",
             "warning",
         )
 
@@ -116,7 +122,7 @@ def _check_weight(message: dict[str, Any], role: str, place: str, add: Add) -> N
 
 
 def _check_calls(message: dict[str, Any], role: str, place: str, add: Add) -> None:
-    """Tool calls of an assistant: ids, names, and arguments that are JSON."""
+    """An assistant's tool calls: ids, names, and arguments in JSON."""
     call = message.get("function_call")
     if call is not None:
         _check_function(call, f"{place}.function_call", add)
@@ -166,7 +172,7 @@ def _check_function(call: Any, path: str, add: Add) -> None:
 
 
 def _check_answer(message: dict[str, Any], role: str, place: str, calls: set[str], add: Add) -> None:
-    """A tool's message must answer a call made before it."""
+    """A tool message must answer an earlier call."""
     if role == "function" and not message.get("name"):
         add(f"{place}.name", "message_missing_key", "the function message has no name.", "Name the function.")
     call_id = message.get("tool_call_id")
@@ -186,7 +192,7 @@ def _check_answer(message: dict[str, Any], role: str, place: str, calls: set[str
 
 
 def check_assistant(messages: list[Any], path: str, add: Add) -> None:
-    """Something must be there to learn from."""
+    """At least one assistant message must be trained."""
     answers = [m for m in messages if isinstance(m, dict) and m.get("role") == "assistant"]
     if not answers:
         add(

@@ -1,4 +1,4 @@
-"""Parquet: columns named like a record's keys, read in small batches of rows."""
+"""Parquet: columns named after the keys, read in small batches of rows."""
 
 from collections.abc import Iterator
 from typing import Any, BinaryIO
@@ -10,7 +10,7 @@ from .tables import columns_of, record_of
 MAGIC = b"PAR1"
 ROWS_AT_ONCE = 64
 PAGE_BYTES = 2**20
-"""Of a column that are read from the file at a time."""
+"""Bytes of a column read from the file at a time."""
 
 
 def rows(file: BinaryIO, findings: Findings) -> Iterator[Row]:
@@ -20,7 +20,7 @@ def rows(file: BinaryIO, findings: Findings) -> Iterator[Row]:
         from pyarrow import parquet
     except ImportError:
         raise Unreadable(
-            "The file is a parquet file, and pyarrow, which reads them, is not installed here.",
+            "The file is a Parquet file, and pyarrow, which reads them, is not installed here.",
             "Install it, or convert the file to JSONL.",
         ) from None
     number = 0
@@ -34,14 +34,14 @@ def rows(file: BinaryIO, findings: Findings) -> Iterator[Row]:
     except (pyarrow.ArrowException, OSError, ValueError, KeyError) as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0].removesuffix(".")
         raise Unreadable(
-            f"The parquet file cannot be read behind row {number}: {reason[:200]}.",
-            "It is damaged or was not sent whole; write it anew.",
+            f"The Parquet file cannot be read after row {number}: {reason[:200]}.",
+            "It is damaged or incomplete; write it again.",
             line=number + 1,
         ) from None
 
 
 def _without_nulls(value: Any) -> Any:
-    """Objects have every key of their column, null where a row does not have it."""
+    """Arrow gives every object all keys of its column, with null for those that a row does not have."""
     if isinstance(value, dict):
         return {key: _without_nulls(item) for key, item in value.items() if item is not None}
     if isinstance(value, list):

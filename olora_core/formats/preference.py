@@ -1,4 +1,4 @@
-"""Preferences: one prompt with a better and a worse answer, in every spelling."""
+"""Preference pairs: a prompt with a preferred and a rejected answer, under several key names."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -20,17 +20,17 @@ SPELLINGS = (
     ("preferred_completion", "non_preferred_completion"),
     ("chosen", "rejected"),
 )
-"""The better and the worse answer: OpenAI's guide, its older clients, TRL."""
+"""Keys of the preferred and the rejected answer: OpenAI's guide, its older clients, TRL."""
 KEYS = ("input", "prompt", "tools", *(key for spelling in SPELLINGS for key in spelling))
 INPUT_KEYS = ("messages", "tools", "parallel_tool_calls", "functions")
 
 
 @dataclass(frozen=True)
 class Preference:
-    """One prompt with a better and a worse answer, whichever way they were spelled."""
+    """One prompt with two answers, whatever their keys were."""
 
     prompt: Any
-    """A string, or a list of messages; the answers likewise."""
+    """A string or a list of messages, as are the answers."""
     chosen: Any
     rejected: Any
     tools: Any
@@ -38,7 +38,7 @@ class Preference:
 
 
 def read_preference(record: Mapping[str, Any]) -> Preference:
-    """The pair of a record that passed its check."""
+    """The preference pair of a record that passed its check."""
     better, worse = _preference_spelling(record)
     around = record["input"] if "input" in record else record
     prompt = around["messages"] if "input" in record else record["prompt"]
@@ -50,7 +50,7 @@ def _preference_spelling(record: Mapping[str, Any]) -> tuple[str, str]:
 
 
 def check_preference(record: dict[str, Any], add: Add) -> None:
-    """Either spelling of the prompt goes with any spelling of the answers."""
+    """Either key of the prompt may be combined with any keys of the answers."""
     better, worse = _preference_spelling(record)
     missing = [key for key in (better, worse) if key not in record]
     if "input" not in record and "prompt" not in record:
@@ -81,21 +81,21 @@ def check_preference(record: dict[str, Any], add: Add) -> None:
 
 
 def _check_pair(prompt: Any, path: str, answers: dict[str, Any], add: Add) -> None:
-    """A prompt and its two answers by their paths: all of them strings, or all lists of messages."""
-    sides, messages_only = list(answers.values()), path != "$.prompt"
-    if not messages_only and all(isinstance(value, str) for value in (prompt, *sides)):
+    """A prompt and its two answers, by path: all strings, or all lists of messages."""
+    values, messages_only = list(answers.values()), path != "$.prompt"
+    if not messages_only and all(isinstance(value, str) for value in (prompt, *values)):
         for place, answer in answers.items():
             if not answer.strip():
                 add(
                     place,
                     "empty_answer",
-                    "the answer is empty, so the pair is left out.",
+                    "the answer is empty, so the pair is dropped.",
                     "Write it, or leave the line out.",
                     "warning",
                 )
             else:
                 check_answer_text(answer, place, add)
-    elif all(isinstance(value, list) for value in (prompt, *sides)):
+    elif all(isinstance(value, list) for value in (prompt, *values)):
         if not prompt:
             add(
                 path,
@@ -109,19 +109,19 @@ def _check_pair(prompt: Any, path: str, answers: dict[str, Any], add: Add) -> No
             check_assistant(answer, place, add)
             check_answer_roles(answer, place, add)
     else:
-        wish = list if messages_only or isinstance(prompt, list) else str
+        expected = list if messages_only or isinstance(prompt, list) else str
         everything = {path: prompt, **answers}
-        place, value = next(((k, v) for k, v in everything.items() if not isinstance(v, wish)))
+        place, value = next(((k, v) for k, v in everything.items() if not isinstance(v, expected)))
         add(
             place,
             "data_type",
-            f"this is {named(value)}, and the prompt and both answers are of one kind.",
+            f"this is {named(value)}, but the prompt and both answers must be of one kind.",
             "Make all three lists of messages."
             if messages_only
             else "Make all three strings, or all three lists of messages.",
         )
         return
-    if sides[0] == sides[1]:
+    if values[0] == values[1]:
         better, worse = (place.removeprefix("$.") for place in answers)
         add(
             "$",

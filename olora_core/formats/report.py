@@ -1,4 +1,4 @@
-"""What was found in a training file: each finding with its place and its remedy."""
+"""The report on a training file: each finding with its place and remedy."""
 
 from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol
@@ -17,18 +17,18 @@ Format = Literal[
 ]
 Container = Literal["jsonl", "json", "csv", "parquet"]
 NOUNS: dict[Container, str] = {"jsonl": "line", "json": "element", "csv": "line", "parquet": "row"}
-"""What is counted in a file of each kind, from 1."""
+"""What rows are called in each kind of file."""
 Severity = Literal["error", "warning", "note"]
 KEPT_PROBLEMS = 50
 
 
 class Problem(BaseModel):
-    """One finding. `message` says what and where, `fix` what to do about it."""
+    """One finding. `message` says what and where, `fix` is the remedy."""
 
     model_config = ConfigDict(frozen=True)
 
     line: int | None
-    """Or the number of the element or row, where a file is not made of lines; see NOUNS."""
+    """From 1; the number of the element or row if the file does not consist of lines, see NOUNS."""
     path: str | None
     code: str
     message: str
@@ -42,7 +42,7 @@ class Problem(BaseModel):
 
 
 class Report(BaseModel):
-    """What one file holds. The first 50 findings of each kind are kept, all of them are counted."""
+    """The report on one file. All findings are counted, the first 50 of each severity are kept."""
 
     format: Format | None = None
     container: Container = "jsonl"
@@ -54,11 +54,11 @@ class Report(BaseModel):
     notes: list[Problem] = []
     note_count: int = 0
     fatal: Problem | None = None
-    """Set when the file cannot be read to its end as rows, or is empty: such an upload is refused."""
+    """Set if the file is empty or cannot be read to its end; such an upload is refused."""
 
 
 class Add(Protocol):
-    """Adds a finding about the line at hand."""
+    """Adds a finding about the current row."""
 
     def __call__(
         self, path: str, code: str, message: str, fix: str, severity: Severity = "error", /
@@ -67,17 +67,17 @@ class Add(Protocol):
 
 @dataclass
 class Findings:
-    """A report in the making."""
+    """Collects findings in a report."""
 
     report: Report = field(default_factory=Report)
     noted: set[str] = field(default_factory=set)
 
     def place(self, line: int) -> str:
-        """How a line, element or row is called in a sentence."""
+        """The place of a row in a sentence, such as "Line 3"."""
         return f"{NOUNS[self.report.container].capitalize()} {line}"
 
     def add(self, problem: Problem, *, fatal: bool = False) -> None:
-        """Counts a finding and keeps it if it is among the first of its kind."""
+        """Counts a finding, and keeps it if it is among the first of its severity."""
         kind = problem.severity
         kept: list[Problem] = getattr(self.report, f"{kind}s")
         if len(kept) < KEPT_PROBLEMS:
@@ -87,13 +87,13 @@ class Findings:
             self.report.fatal = problem
 
     def note_once(self, line: int, code: str, message: str) -> None:
-        """A tolerated peculiarity, told at its first place only."""
+        """Adds a note, once per code, at its first place."""
         if code not in self.noted:
             self.noted.add(code)
             self.add(Problem(line=line, path=None, code=code, message=message, fix="", severity="note"))
 
     def refuse(self, line: int, what: str, fix: str) -> None:
-        """Adds why a row cannot be read at all; `what` goes on after its place."""
+        """Adds a fatal error about a row that cannot be read; `what` continues the sentence "Line 3 …"."""
         message = f"{self.place(line)} {what}"
         self.add(Problem(line=line, path=None, code="data_type", message=message, fix=fix), fatal=True)
 
@@ -107,7 +107,7 @@ class Findings:
         severity: Severity = "error",
         /,
     ) -> None:
-        """Adds a finding about one place of one line; the message is given the place."""
+        """Adds a finding about `path` in a row; its place is put before the message."""
         place = f"{self.place(line)}, {path}" if path != "$" else self.place(line)
         self.add(
             Problem(

@@ -1,4 +1,4 @@
-"""A row of a training file, whatever kind of file it is kept in, and the bytes that it is read from."""
+"""Rows of a training file of any kind, and chunks of its bytes."""
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -9,19 +9,19 @@ from .report import Problem
 MAX_ROW_BYTES = 16 * 2**20
 CHUNK_BYTES = 2**18
 HEAD_BYTES = 2**16
-"""What is looked at to tell what kind of file it is."""
+"""Bytes from which the kind of file is detected."""
 
 
 @dataclass(frozen=True)
 class Row:
     number: int
-    """From 1: its line in the file."""
+    """Its line, element or row in the file, from 1."""
     record: dict[str, Any] | None
-    """None where none could be read; the findings say why."""
+    """None if it could not be read; the findings say why."""
 
 
 class Unreadable(Exception):
-    """Nothing more can be read of the file; carries the Problem."""
+    """The rest of the file cannot be read; `problem` says why."""
 
     def __init__(self, message: str, fix: str, line: int | None = None) -> None:
         super().__init__(message)
@@ -29,16 +29,16 @@ class Unreadable(Exception):
 
 
 def chunks_of(stream: Iterable[bytes] | BinaryIO) -> Iterator[bytes]:
-    """Bytes in pieces; the first holds HEAD_BYTES, or all that there are."""
-    pieces = _read_chunks(cast(BinaryIO, stream)) if hasattr(stream, "read") else iter(stream)
+    """The bytes in chunks; the first has at least HEAD_BYTES, or all of them."""
+    chunks = _read_chunks(cast(BinaryIO, stream)) if hasattr(stream, "read") else iter(stream)
     head = bytearray()
-    for piece in pieces:
-        head += piece
+    for chunk in chunks:
+        head += chunk
         if len(head) >= HEAD_BYTES:
             break
     if head:
         yield bytes(head)
-    yield from pieces
+    yield from chunks
 
 
 def _read_chunks(file: BinaryIO) -> Iterator[bytes]:

@@ -1,4 +1,4 @@
-"""ShareGPT: a conversation of turns `{"from": …, "value": …}`, or one with a better and a worse answer."""
+"""ShareGPT: a conversation of turns `{"from": …, "value": …}`, or one with a preference pair."""
 
 import json
 from typing import Any
@@ -53,7 +53,7 @@ def check_preference(record: dict[str, Any], add: Add) -> None:
 
 
 def _check_around(record: dict[str, Any], add: Add) -> None:
-    """The system prompt and the tools beside the turns."""
+    """Checks the system prompt and the tools."""
     system, tools = record.get("system"), record.get("tools")
     if system is not None and not isinstance(system, str):
         add("$.system", "data_type", f"'system' is {named(system)}.", "Make it a string.")
@@ -65,7 +65,7 @@ def _check_around(record: dict[str, Any], add: Add) -> None:
         add(
             "$.tools",
             "data_type",
-            "'tools' is a string that is no list in JSON.",
+            "'tools' is a string that is not a JSON list.",
             "Write a list of functions.",
         )
     else:
@@ -73,7 +73,7 @@ def _check_around(record: dict[str, Any], add: Add) -> None:
 
 
 def _check_turns(turns: Any, add: Add) -> str | None:
-    """The turns and their order. Returns who speaks last, if all of them are in order."""
+    """Checks the turns and their order. Returns the last speaker, or None after adding an error."""
     if not isinstance(turns, list) or not turns:
         add(
             "$.conversations",
@@ -87,7 +87,7 @@ def _check_turns(turns: Any, add: Add) -> str | None:
         return None
     first = 1 if speakers[0] == "system" else 0
     if len(speakers) == first:
-        add("$.conversations", "missing_messages_list", "there is nothing but a system turn.", "Add turns.")
+        add("$.conversations", "missing_messages_list", "there is only a system turn.", "Add turns.")
         return None
     for i, speaker in enumerate(speakers[first:], first):
         expected = ANSWERING if (i - first) % 2 else ASKING
@@ -95,16 +95,16 @@ def _check_turns(turns: Any, add: Add) -> str | None:
             add(
                 f"$.conversations[{i}].from",
                 "role_order",
-                f"a {speaker} turn stands where {' or '.join(expected)} must: they take turns, human or "
+                f"a {speaker} turn where {' or '.join(expected)} is expected: speakers alternate, human or "
                 "observation first.",
-                "Put the turns in order; a system turn may stand before them all.",
+                "Put the turns in order; a system turn may come first.",
             )
             return None
         if speaker == "observation" and (i == 0 or speakers[i - 1] != "function_call"):
             add(
                 f"$.conversations[{i}].from",
                 "tool_call_mismatch",
-                "an observation answers a function_call turn, and none stands before it.",
+                "an observation answers a function_call turn, and there is none before it.",
                 "Add the call, or make it a human turn.",
             )
             return None
@@ -112,7 +112,7 @@ def _check_turns(turns: Any, add: Add) -> str | None:
 
 
 def _check_turn(turn: Any, place: str, add: Add) -> str | None:
-    """One turn. Returns who speaks, if that is known."""
+    """Checks one turn. Returns its speaker, or None if unknown."""
     if not isinstance(turn, dict):
         add(place, "data_type", f"a turn is an object, not {named(turn)}.", "Give it from and value.")
         return None
@@ -124,7 +124,7 @@ def _check_turn(turn: Any, place: str, add: Add) -> str | None:
             fix = f"Use one of {', '.join(SPEAKERS)}."
         if isinstance(speaker, str) and speaker in OTHER_NAMES:
             fix = f"Write '{OTHER_NAMES[speaker]}'."
-        what = "the turn has no 'from'." if speaker is None else f"{speaker!r} is no speaker."
+        what = "the turn has no 'from'." if speaker is None else f"{speaker!r} is not a speaker."
         add(f"{place}.from", "unrecognized_role", what, fix)
         return None
     check_other_keys(turn, TURN_KEYS, add, place)
@@ -148,7 +148,7 @@ def _check_call(value: str, path: str, add: Add) -> None:
         add(
             path,
             "tool_call_mismatch",
-            "the value is no call in JSON.",
+            "the value is not a call in JSON.",
             'Write {"name": …, "arguments": {…}} as a string, or a list of such.',
         )
         return
@@ -177,7 +177,7 @@ def _arguments(call: dict[str, Any]) -> Any:
 
 
 def _tools(tools: Any) -> Any:
-    """The list that a chat record would have; a function on its own is wrapped."""
+    """The tools as in a chat record, bare functions wrapped. Raises ValueError for an invalid string."""
     listed = json.loads(tools) if isinstance(tools, str) else tools
     if not isinstance(listed, list):
         if isinstance(tools, str):

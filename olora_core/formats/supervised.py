@@ -1,4 +1,4 @@
-"""What is learned as it stands: conversations, prompts with their completions, and plain text."""
+"""Supervised formats: conversations, prompts with completions, and plain text."""
 
 from typing import Any
 
@@ -71,7 +71,7 @@ def check_completion(record: dict[str, Any], add: Add) -> None:
 
 
 def check_text(record: dict[str, Any], add: Add) -> None:
-    """Every token of it is trained, so it may hold anything but nothing."""
+    """Every token is trained, so that any text but an empty one will do."""
     check_other_keys(record, TEXT_KEYS, add)
     text = record["text"]
     if not isinstance(text, str):

@@ -1,26 +1,25 @@
-"""What tables have in common: columns named like a record's keys, and cells that hold JSON."""
+"""Tables (CSV and Parquet): columns named after the keys, and cells that may hold JSON."""
 
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from .detection import FORMATS, detect_format
 from .json_text import BadValue, read_json
 from .report import Findings, Problem
 
-Parse = Callable[[str], Any]
 OPTIONAL = ("input", "system", "history", "tools", "functions", "parallel_tool_calls")
-"""Columns whose empty cells stand for nothing."""
+"""Columns whose empty cells mean that the key is missing."""
 JSON_COLUMNS = {
     *("messages", "conversations", "tools", "functions", "history", "parallel_tool_calls"),
     *("preferred_output", "non_preferred_output", "preferred_completion", "non_preferred_completion"),
 }
 MESSAGE_COLUMNS = ("prompt", "completion", "chosen", "rejected")
-"""Text, or a list of messages in JSON."""
+"""Columns with text or a JSON list of messages."""
 
 
 def columns_of(names: Sequence[str], findings: Findings) -> list[str | None]:
-    """The key that each column holds; None for one that the format does not know, which is left out."""
+    """The key of each column; None, after a warning, for a column that the format does not have."""
     format = detect_format(dict.fromkeys(names))
     known = FORMATS[format].keys if format else names
     for name in names:
@@ -39,7 +38,7 @@ def columns_of(names: Sequence[str], findings: Findings) -> list[str | None]:
 
 
 def record_of(cells: Mapping[str, Any], number: int, findings: Findings) -> dict[str, Any] | None:
-    """The record of a row, whose cells may be JSON in text; None after adding what is wrong with one."""
+    """The record of a row, its JSON cells parsed; None after adding an error."""
     record, broken = {}, False
     for name, cell in cells.items():
         if name in OPTIONAL and cell == "":
@@ -75,7 +74,7 @@ def _value(name: str, cell: Any, cells: Mapping[str, Any]) -> Any:
 
 
 def _messages(cell: str) -> Any:
-    """A list of messages where the text is one, else the text."""
+    """A list of messages if the text is one in JSON, otherwise the text."""
     try:
         value = read_json(cell)
     except ValueError:

@@ -1,4 +1,4 @@
-"""A whole training file, read once: its report, and whether a method can train on it."""
+"""Validation of a whole training file: its report, and whether a method can train on it."""
 
 from collections.abc import Generator, Iterable, Iterator
 from functools import partial
@@ -18,22 +18,22 @@ TRAINABLE: dict[str, tuple[Format, ...]] = {
     "supervised": ("chat", "completion", "text", "alpaca", "sharegpt"),
     "dpo": ("preference", "alpaca-preference", "sharegpt-preference"),
 }
-"""What each method.type trains on."""
+"""The formats that each method.type trains on."""
 ALIKE: tuple[tuple[Format, ...], ...] = (
     ("chat", "alpaca", "sharegpt"),
     ("preference", "alpaca-preference", "sharegpt-preference"),
 )
-"""Formats of one kind: a training file and its validation file may be in two of them, since both are read by
-the same template and measure the same thing. A completion or a text on its own goes without a template."""
+"""Formats that a training file and its validation file may mix: both are rendered by the chat template, so
+that their losses can be compared. Completions and texts are not."""
 
 
 def validate(stream: Iterable[bytes] | BinaryIO) -> Report:
-    """Reads a whole file, given as chunks of any size or as an open file, and reports on it."""
+    """Reads a whole file, as chunks of any size or as an open file, and returns its report."""
     return result_of(checking(stream))
 
 
 def checking(stream: Iterable[bytes] | BinaryIO) -> Generator[int, None, Report]:
-    """`validate`, with a sign of life now and then: how many rows it has seen."""
+    """As `validate`, but yields the number of rows read, every ROWS_AT_ONCE."""
     findings, seen = Findings(), Seen()
     report = findings.report
     for row in read_rows(stream, findings):
@@ -44,7 +44,7 @@ def checking(stream: Iterable[bytes] | BinaryIO) -> Generator[int, None, Report]
         if report.rows % ROWS_AT_ONCE == 0:
             yield report.rows
     if report.rows > seen.limit:
-        message = f"Repeated examples were looked for among the first {seen.limit} only."
+        message = f"Only the first {seen.limit} rows were checked for duplicates."
         findings.note_once(seen.limit, "duplicates_not_sought", message)
     if report.rows == 0 and report.fatal is None:
         findings.add(
@@ -68,10 +68,7 @@ def check_for_training(
     training_format: str | None = None,
     type: str = "supervised",
 ) -> OloraError | None:
-    """The error that makes a job of this method.type with this file fail, or None.
-
-    Names the line and the remedy.
-    """
+    """The error with which a job of this method.type fails on this file, or None."""
     code, param = f"invalid_{role}_file", f"{role}_file"
     first = report.fatal or (report.errors[0] if report.errors else None)
     if first is not None:
@@ -107,7 +104,7 @@ def _are_alike(one: str, other: str) -> bool:
 
 
 def _other_way(found: Format | None, type: str) -> str:
-    """What to do about a format that the method does not train on."""
+    """The remedy for a format that the method does not train on."""
     lines = {
         "supervised": '{"messages": […]} or of {"prompt": …, "completion": …}',
         "dpo": '{"input": {"messages": […]}, "preferred_output": […], "non_preferred_output": […]} or of '
@@ -119,9 +116,9 @@ def _other_way(found: Format | None, type: str) -> str:
 
 
 def read_records(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
-    """(number, record) of each row: its line, element or row from 1.
+    """(number, record) of each row, numbered from 1 by line, element or row.
 
-    Raises DataError at the first row that holds no record.
+    Raises DataError at the first row without a record.
     """
     findings = Findings()
     with path.open("rb") as file:
@@ -162,7 +159,7 @@ def _check_is_new(number: int, record: dict[str, Any], seen: Seen, findings: Fin
             number,
             "$",
             "duplicate",
-            f"the example is the same as that of {noun} {earlier}, so it counts twice.",
+            f"the example is the same as in {noun} {earlier}, so it counts twice.",
             "Leave it out, unless you mean it.",
             "warning",
         )

@@ -1,1 +1,1 @@
-"""Adapted linear layers: the adapter's interface, its products, and quantised weights."""
+"""Adapted linear layers: the adapter interface, fused products, and quantised weights."""

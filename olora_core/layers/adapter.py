@@ -1,7 +1,7 @@
-"""The change of one frozen linear layer, and how it is put beside that layer without writing it.
+"""The update of one frozen linear layer, and how it is attached to the layer without changing it.
 
-`y = W x + bias + delta(x)`: W is out×in and never written. GPT-2's Conv1D stores its transpose; an adapter
-is built on out×in either way and never learns the difference, nor how W is quantised.
+`y = W x + bias + delta(x)`, where W is out×in and never written. GPT-2's Conv1D stores Wᵀ; adapters are built
+for out×in either way, and do not depend on how W is stored or quantised.
 """
 
 from collections.abc import Callable, Iterator, Mapping
@@ -21,12 +21,12 @@ Kind = Literal["linear", "conv1d"]
 
 @dataclass(frozen=True)
 class Site:
-    """One linear layer that can be adapted: where it stands and its shape."""
+    """One linear layer that can be adapted: its place in the model and its shape."""
 
     name: str
-    """Path inside the model, such as `model.layers.0.self_attn.q_proj`."""
+    """Path in the model, such as `model.layers.0.self_attn.q_proj`."""
     layer_index: int | None
-    """Number of the block within its stack, from 0; None outside the blocks."""
+    """Index of its block in the stack, from 0; None outside the blocks."""
     layer_count: int
     """Number of blocks in that stack; 0 outside the blocks."""
     kind: Kind
@@ -35,7 +35,7 @@ class Site:
 
 
 class LowRank(NamedTuple):
-    """`ΔW = B A`: B out×k, A k×in, fp32, every scale folded into B. k may be 0."""
+    """`ΔW = B A`: B out×k, A k×in, fp32, all scale in B. k may be 0."""
 
     B: Tensor
     A: Tensor
@@ -46,7 +46,7 @@ class LowRank(NamedTuple):
 
 
 class Adapter(nn.Module):
-    """The change of one linear layer. Trained tensors and buffers are fp32, whatever the base is."""
+    """The update of one linear layer. Trained tensors and buffers are fp32, whatever the base's dtype."""
 
     def __init__(self, in_features: int, out_features: int, dropout: float = 0.0) -> None:
         super().__init__()
@@ -55,19 +55,19 @@ class Adapter(nn.Module):
         self.dropout = dropout
 
     def delta(self, x: Tensor) -> Tensor:
-        """(…, in) → (…, out), computed in x's dtype. Default: `pair()` applied to x, differentiably."""
+        """`ΔW x`: (…, in) → (…, out), in x's dtype. Default: `pair()` applied to x, differentiably."""
         pair = self.pair()
         if pair is None:
             raise NotImplementedError(f"{type(self).__name__} has no pair and must define delta(x).")
-        # One draw of the dropout feeds every term of the update.
+        # Dropout is drawn once, before the product, so that every term of the update sees the same x.
         return low_rank_product(self.drop(x), pair)
 
-    def beside(self, layer: nn.Module, x: Tensor) -> Tensor:
-        """`layer(x) + delta(x)`, for the frozen layer this is the change of."""
+    def forward(self, layer: nn.Module, x: Tensor) -> Tensor:
+        """`layer(x) + delta(x)`, (…, in) → (…, out), with the frozen layer that this adapter updates."""
         return layer(x) + self.delta(x)
 
     def pair(self) -> LowRank | None:
-        """The exact low-rank form of the update; None when the method has none."""
+        """The exact low-rank form of the update, (out×k, k×in) in fp32; None if the method has none."""
         raise NotImplementedError
 
     def delta_weight(self) -> Tensor:
@@ -75,30 +75,34 @@ class Adapter(nn.Module):
         pair = self.pair()
         if pair is not None:
             return pair.B @ pair.A
+        # Row i of delta(I) is ΔW e_i, so that delta(I) is ΔWᵀ.
         eye = torch.eye(self.in_features, device=next(self.parameters()).device)
         return self.delta(eye).T
 
-    def loaded(self) -> None:
-        """Its tensors were overwritten by those of another step: what else it goes by is to follow them."""
+    def on_tensors_loaded(self) -> None:
+        """Called after saved tensors were copied in; refresh Python state that is derived from them."""
 
     def drop(self, x: Tensor) -> Tensor:
-        """x with dropout while training; leaves the global generator alone when dropout is 0."""
+        """x with dropout in training mode, same shape. Draws no random numbers if the rate is 0."""
         return F.dropout(x, self.dropout, self.training) if self.dropout else x
 
 
-def compute_dtype(x: Tensor) -> torch.dtype:
-    """The dtype a linear layer would compute in: autocast's where it is on, else x's own."""
+def autocast_dtype(x: Tensor) -> torch.dtype:
+    """The dtype a linear layer computes in: autocast's if it is enabled, otherwise x's."""
     device = x.device.type
     return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
 
 
 def low_rank_product(x: Tensor, pair: LowRank) -> Tensor:
-    """`B (A x)`: (…, in) → (…, out). The factors are cast to x's dtype only here."""
+    """`B (A x)`: (…, in) → (…, out), in x's dtype.
+
+    In this order it costs r (in + out) products a token; `(B A) x` would cost in · out.
+    """
     return F.linear(F.linear(x, pair.A.to(x.dtype)), pair.B.to(x.dtype))
 
 
 class AdaptedLinear(nn.Module):
-    """A frozen linear layer with its adapter beside it: `base(x) + delta(x)`."""
+    """A frozen linear layer with its adapter: `base(x) + delta(x)`."""
 
     def __init__(self, base: nn.Module, adapter: Adapter) -> None:
         super().__init__()
@@ -108,7 +112,7 @@ class AdaptedLinear(nn.Module):
 
     @property
     def weight(self) -> Tensor:
-        """The frozen weight; some models look at its dtype or device."""
+        """The frozen weight, because some models read its dtype or device."""
         return self.base.weight
 
     @property
@@ -116,23 +120,24 @@ class AdaptedLinear(nn.Module):
         return self.base.bias
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.adapter.beside(self.base, x) if self.enabled else self.base(x)
+        """(…, in) → (…, out); the base's own output if the adapter is disabled."""
+        return self.adapter(self.base, x) if self.enabled else self.base(x)
 
 
 def is_linear(module: nn.Module) -> bool:
-    """Whether an adapter can stand beside this module (before looking at its weight)."""
+    """Whether the module is of a kind that can be adapted, regardless of its weight."""
     return isinstance(module, nn.Linear | Conv1D)
 
 
 def is_stored_transposed(layer: nn.Module) -> bool:
-    """Whether the files hold this layer's weight as in×out. bitsandbytes turns a Conv1D's round."""
+    """Whether the checkpoint stores this layer's weight as in×out; bitsandbytes transposes a Conv1D's."""
     return isinstance(layer, Conv1D) or getattr(layer, "source_cls", None) is Conv1D
 
 
 def site_weight(module: nn.Module) -> Tensor:
-    """The layer's weight as out×in: itself, or for a Conv1D a transposed view. Read only.
+    """The layer's weight, out×in: the tensor itself or, for a Conv1D, a transposed view. Not to be written.
 
-    A quantised one is given as what it stands for, in fp32.
+    A quantised weight is dequantised to a new fp32 tensor.
     """
     if quantisation.kind_of(module) in quantisation.PACKAGES:
         return quantisation.dequantised(module)
@@ -148,19 +153,19 @@ def site_shape(module: nn.Module) -> tuple[int, ...]:
 
 
 def attach(model: nn.Module, adapters: Mapping[str, Adapter]) -> None:
-    """Puts each adapter beside the layer of its name. A layer with several names gets one for all."""
+    """Attaches each adapter to the layer of its name. A layer used in several places is replaced in all."""
     replaced = {}
     for name, adapter in adapters.items():
         layer = model.get_submodule(name)
         if not is_linear(layer):
-            raise ValueError(f"{name} is a {type(layer).__name__}; an adapter stands beside a linear layer.")
+            raise ValueError(f"{name} is a {type(layer).__name__}; only linear layers can be adapted.")
         replaced[id(layer)] = AdaptedLinear(layer, adapter)
         replaced[id(layer)].train(model.training)
     _replace(model, lambda child: replaced.get(id(child)))
 
 
 def detach(model: nn.Module) -> None:
-    """Takes all adapters away: the model is the base again, the same modules and tensors."""
+    """Removes all adapters: the model has the base's own modules again."""
     _replace(model, lambda child: child.base if isinstance(child, AdaptedLinear) else None)
 
 
@@ -174,7 +179,7 @@ def _replace(model: nn.Module, new_of: Callable[[nn.Module], nn.Module | None]) 
 
 
 def bare_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """`named_modules` of the model without its adapters, whether they are attached or not."""
+    """`named_modules` of the base: the same whether adapters are attached or not."""
     inside = None
     for name, module in model.named_modules():
         if isinstance(module, AdaptedLinear):
@@ -185,12 +190,13 @@ def bare_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
 
 
 def attached(model: nn.Module) -> list[AdaptedLinear]:
+    """The adapted layers, in model order."""
     return [module for module in model.modules() if isinstance(module, AdaptedLinear)]
 
 
 @contextmanager
 def full_precision() -> Iterator[None]:
-    """Inside, fp32 products are fp32: no TF32, no bf16 passes, whatever training was told to use."""
+    """Inside, fp32 matrix products are computed in fp32, without TF32 or bf16 passes."""
     before = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("highest")
     try:
@@ -201,7 +207,7 @@ def full_precision() -> Iterator[None]:
 
 @contextmanager
 def adapters_off(model: nn.Module) -> Iterator[None]:
-    """Inside, the model is the base, bit for bit."""
+    """Inside, the model computes as the base, bit for bit."""
     layers = attached(model)
     before = [layer.enabled for layer in layers]
     for layer in layers:
@@ -214,7 +220,7 @@ def adapters_off(model: nn.Module) -> Iterator[None]:
 
 
 def adapter_tensors(adapters: Mapping[str, Adapter]) -> dict[str, Tensor]:
-    """Every trained tensor and buffer as `<site>.<tensor>`, detached; what checkpoints and `native/` hold."""
+    """Trained tensors and buffers by `<site>.<tensor>`, detached, for checkpoints and `native/`."""
     return {
         f"{site}.{name}": tensor.detach()
         for site, adapter in adapters.items()
@@ -223,7 +229,7 @@ def adapter_tensors(adapters: Mapping[str, Adapter]) -> dict[str, Tensor]:
 
 
 def load_adapter_tensors(adapters: Mapping[str, Adapter], tensors: Mapping[str, Tensor]) -> None:
-    """The inverse of `adapter_tensors`, in place. Raises KeyError or ValueError on any mismatch."""
+    """The inverse of `adapter_tensors`, in place. Raises KeyError or ValueError if any do not match."""
     mine = adapter_tensors(adapters)
     if missing := mine.keys() ^ tensors.keys():
         raise KeyError(f"tensors that only one side has: {', '.join(sorted(missing)[:5])}")
@@ -234,4 +240,4 @@ def load_adapter_tensors(adapters: Mapping[str, Adapter], tensors: Mapping[str, 
         for name, tensor in mine.items():
             tensor.copy_(tensors[name])
     for adapter in adapters.values():
-        adapter.loaded()
+        adapter.on_tensors_loaded()

@@ -1,7 +1,7 @@
-"""Bases whose weights are held in 8 or 4 bits: how they are loaded, and what their layers hold.
+"""Bases with weights in 8 or 4 bits: how they are loaded, and how their layers store weights.
 
-Nothing writes a quantised weight, so that an adapter beside it starts at the quantised base, bit for bit. The
-packages come with the extra `gpu`, and are imported only where a base needs them.
+Quantised weights are never written, so that training starts at the quantised base, bit for bit. The packages
+come with the extra `gpu` and are imported only for a base that needs them.
 """
 
 import copy
@@ -26,7 +26,7 @@ PACKAGES = {
     "torchao-int8": "torchao",
     "torchao-fp8": "torchao",
 }
-"""Every kind of quantised base, and the package that holds its weights."""
+"""Every kind of quantised base, and the package that implements it."""
 DEVICES = ("cpu", "cuda")
 TORCHAO_TENSORS = {"Int8Tensor": "torchao-int8", "Float8Tensor": "torchao-fp8"}
 TORCHAO_CONFIGS = {"Int8WeightOnlyConfig": "torchao-int8", "Float8WeightOnlyConfig": "torchao-fp8"}
@@ -35,30 +35,30 @@ PARAM = "hyperparameters.quantization"
 
 @dataclass(frozen=True)
 class Quantised:
-    """How a base in memory came to be quantised."""
+    """How a base in memory was quantised."""
 
     kind: str
     settings: dict[str, Any]
-    """The `quantization_config` of transformers that loads the same base."""
+    """The `quantization_config` with which transformers loads the same base."""
     from_files: bool
-    """Its checkpoint holds quantised weights; there is no other base to compare with."""
+    """The checkpoint itself is quantised, so that there is no full-precision base to compare with."""
 
     @property
     def package(self) -> str:
-        """Name and version of what quantises and computes."""
+        """Name and version of the package."""
         return f"{PACKAGES[self.kind]} {version(PACKAGES[self.kind])}"
 
 
 # --- loading -----------------------------------------------------------------------------------------------
 
 
-def planned(asked: str, config: PreTrainedConfig, name: str, device: str) -> str | None:
-    """The kind that a base will have, or None for one that is loaded as ever.
+def choose_kind(asked: str, config: PreTrainedConfig, name: str, device: str) -> str | None:
+    """The kind that a base is to be loaded as; None if unquantised.
 
-    Raises SpecError when its files are quantised otherwise than asked, and ModelError when this machine
-    lacks the package or the device cannot compute it.
+    Raises SpecError if the checkpoint is quantised in another way than asked for, and ModelError if the
+    package is not installed or the device is not supported.
     """
-    in_files, method = _of_files(config)
+    in_files, method = _checkpoint_kind(config)
     if asked != "none" and method is not None and in_files != asked:
         raise SpecError(
             f"{PARAM} = '{asked}': base model '{name}' is quantised in its files already "
@@ -83,8 +83,9 @@ def planned(asked: str, config: PreTrainedConfig, name: str, device: str) -> str
     return kind
 
 
-def _of_files(config: PreTrainedConfig) -> tuple[str | None, str | None]:
-    """Our kind, and transformers' name of the method, of a checkpoint that is quantised; else None twice."""
+def _checkpoint_kind(config: PreTrainedConfig) -> tuple[str | None, str | None]:
+    """Kind and transformers' `quant_method` of a quantised checkpoint, the kind None if it is not supported;
+    (None, None) for a checkpoint that is not quantised."""
     found = getattr(config, "quantization_config", None)
     if found is None:
         return None, None
@@ -100,7 +101,7 @@ def _of_files(config: PreTrainedConfig) -> tuple[str | None, str | None]:
 
 
 def loading_config(kind: str, dtype: torch.dtype) -> BitsAndBytesConfig | TorchAoConfig:
-    """What transformers' loader is told. NF4 is QLoRA's, its scales quantised as well (arXiv 2305.14314)."""
+    """The config for transformers' loader. NF4 is QLoRA's, with double quantisation (arXiv 2305.14314)."""
     if kind == "nf4":
         return BitsAndBytesConfig(
             load_in_4bit=True,
@@ -115,10 +116,10 @@ def loading_config(kind: str, dtype: torch.dtype) -> BitsAndBytesConfig | TorchA
     return TorchAoConfig(Int8WeightOnlyConfig() if kind == "torchao-int8" else Float8WeightOnlyConfig())
 
 
-def settle(model: nn.Module, kind: str, name: str, dtype: torch.dtype) -> None:
-    """Makes the layers of a freshly loaded base compute as promised, in `dtype`, without writing themselves.
+def prepare_layers(model: nn.Module, kind: str, name: str, dtype: torch.dtype) -> None:
+    """Makes the quantised layers of a freshly loaded base compute in `dtype` and never rewrite their weights.
 
-    Raises ModelError when no layer is quantised, or one cannot be computed here.
+    Raises ModelError if no layer is quantised, or one cannot be computed on this device.
     """
     layers = dict(quantised_layers(model))
     if PACKAGES[kind] == "torchao":
@@ -127,23 +128,24 @@ def settle(model: nn.Module, kind: str, name: str, dtype: torch.dtype) -> None:
             model.set_submodule(path, layer)
     if not layers:
         raise ModelError(
-            f"Base model '{name}' has no layer that {PACKAGES[kind]} quantises as '{kind}'; torchao takes "
-            "nn.Linear alone, bitsandbytes also GPT-2's Conv1D.",
+            f"Base model '{name}' has no layer that {PACKAGES[kind]} quantises as '{kind}'; torchao supports "
+            "only nn.Linear, bitsandbytes also GPT-2's Conv1D.",
             param=PARAM,
         )
     if kind == "nf4":
         for layer in layers.values():
             layer.compute_dtype, layer.compute_type_is_set = dtype, True
             layer.weight.quant_state.dtype = dtype
-            # Else the first forward in eval mode rewrites the weight on some CPUs, and rounds its scales.
+            # Otherwise the first forward in eval mode repacks the weight on some CPUs and rounds its scales.
             layer.support_avx512bf16_for_cpu = False
+    # One layer of each shape is enough: kernels depend on the shape, not on the values.
     distinct = {(layer.out_features, layer.in_features): (path, layer) for path, layer in layers.items()}
     for path, layer in distinct.values():
-        _try_out(layer, path, kind, name, dtype)
+        _check_computes(layer, path, kind, name, dtype)
 
 
-def _try_out(layer: nn.Module, path: str, kind: str, name: str, dtype: torch.dtype) -> None:
-    """One forward and backward; and that NF4 reads its blocks right, which not every width is sure of."""
+def _check_computes(layer: nn.Module, path: str, kind: str, name: str, dtype: torch.dtype) -> None:
+    """One forward and backward; for NF4 also the dequantisation, which is wrong at some widths."""
     weight = dequantised(layer)
     x = torch.ones(2, weight.shape[1], dtype=dtype, device=weight.device, requires_grad=True)
     try:
@@ -154,7 +156,7 @@ def _try_out(layer: nn.Module, path: str, kind: str, name: str, dtype: torch.dty
             f"({str(error).splitlines()[0]}).",
             param=PARAM,
         ) from error
-    if kind == "nf4" and not torch.allclose(weight, _nf4_by_the_table(layer), rtol=1e-5, atol=1e-7):
+    if kind == "nf4" and not torch.allclose(weight, _nf4_reference(layer), rtol=1e-5, atol=1e-7):
         raise ModelError(
             f"Base model '{name}' cannot be trained as 'nf4' on {weight.device}: {path} has "
             f"{weight.shape[1]} inputs, a width for which bitsandbytes {version('bitsandbytes')} reads the "
@@ -163,8 +165,11 @@ def _try_out(layer: nn.Module, path: str, kind: str, name: str, dtype: torch.dty
         )
 
 
-def _nf4_by_the_table(layer: nn.Module) -> Tensor:
-    """What the bytes say: a table's entry a nibble, high one first, times the scale of its block."""
+def _nf4_reference(layer: nn.Module) -> Tensor:
+    """The dequantised weight, out×in, fp32, from the definition of NF4.
+
+    Each nibble, the high one first, indexes a table of 16 values; the value is scaled by its block's scale.
+    """
     state, packed = layer.weight.quant_state, layer.weight.data.view(torch.uint8).flatten()
     scales = state.absmax.float()
     if state.nested:
@@ -177,9 +182,10 @@ def _nf4_by_the_table(layer: nn.Module) -> Tensor:
 
 
 class FrozenLinear(nn.Linear):
-    """A layer of torchao's whose backward multiplies the weight out anew.
+    """A torchao layer that dequantises its weight again in the backward pass.
 
-    torchao's own keeps it from the forward on, so that a training step would hold every layer's in full.
+    torchao's own saves the dequantised weight for the backward, so that a training step would hold those of
+    all layers at once.
     """
 
     def __init__(self, layer: nn.Linear) -> None:
@@ -187,11 +193,12 @@ class FrozenLinear(nn.Linear):
         self.weight, self.bias = layer.weight, layer.bias
 
     def forward(self, x: Tensor) -> Tensor:
+        """(…, in) → (…, out)."""
         return FrozenProduct.apply(x, self)
 
 
 class FrozenProduct(torch.autograd.Function):
-    """`W x + bias` by the layer's own kernel: x (…, in) → (…, out). Only x has a gradient."""
+    """`W x + bias` by the layer's own kernel: x (…, in) → (…, out). Only x has a gradient: `dx = Wᵀ g`."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, layer: nn.Linear) -> Tensor:
@@ -207,18 +214,18 @@ class FrozenProduct(torch.autograd.Function):
 
 
 def quantised_layers(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """The linear layers whose weight is held in one of our kinds, by path."""
+    """The linear layers quantised as one of PACKAGES, by path."""
     for path, module in model.named_modules():
         if isinstance(module, nn.Linear) and kind_of(module) in PACKAGES:
             yield path, module
 
 
 def kind_of(layer: nn.Module) -> str | None:
-    """How a layer's weight is quantised: one of our kinds, another name, or None when it is not."""
+    """How a layer's weight is quantised: a key of PACKAGES, another name if unsupported, or None."""
     weight = layer._parameters.get("weight")
     if weight is None:
         return None
-    # A layer of bitsandbytes exists only where that is imported.
+    # If bitsandbytes was not imported, no layer can be one of its.
     if (bitsandbytes := sys.modules.get("bitsandbytes")) is not None:
         if isinstance(layer, bitsandbytes.nn.Linear4bit):
             return str(weight.quant_type)
@@ -230,23 +237,23 @@ def kind_of(layer: nn.Module) -> str | None:
     return TORCHAO_TENSORS.get(type(weight).__name__, type(weight).__name__)
 
 
-def obstacle(layer: nn.Module) -> str | None:
-    """Why no adapter can stand beside this layer as it is quantised, or None."""
+def why_not_adaptable(layer: nn.Module) -> str | None:
+    """Why this layer cannot be adapted as it is quantised; None if it can."""
     kind = kind_of(layer)
     if kind is None:
         return None
     if kind not in PACKAGES:
         return f"its weight is quantised ({kind})"
     if any(getattr(layer.weight, name, None) is not None for name in ("act_quant_kwargs", "act_pre_scale")):
-        return "torchao quantises its inputs as well, which lets no right gradient through"
+        return "torchao quantises its inputs as well, which makes the gradient wrong"
     if kind == "int8" and layer.state.has_fp16_weights:
-        return "its weight is quantised anew at every product (llm_int8_has_fp16_weight)"
+        return "its weight is quantised again at every product (llm_int8_has_fp16_weight)"
     return None
 
 
 @torch.no_grad()
 def dequantised(layer: nn.Module) -> Tensor:
-    """What the weight of a quantised layer stands for, out×in, fp32. A new tensor."""
+    """The dequantised weight of a quantised layer, out×in, fp32. A new tensor."""
     kind = kind_of(layer)
     if kind not in ("nf4", "int8"):
         return layer.weight.dequantize(torch.float32)
@@ -259,10 +266,11 @@ def dequantised(layer: nn.Module) -> Tensor:
     return bnb.dequantize_4bit(layer.weight.data.view(-1, 1), state)
 
 
-def held_tensors(module: nn.Module) -> dict[str, Tensor]:
-    """Every tensor that a module itself holds as parameters, by name; a quantised one in its parts.
+def stored_tensors(module: nn.Module) -> dict[str, Tensor]:
+    """The tensors of a module's own parameters, by name; a quantised weight as its parts.
 
-    What must stay as it was loaded. Numbers of one byte are given as uint8, which all devices compare.
+    They must not change while the base is loaded. One-byte dtypes are viewed as uint8, which every device
+    can compare.
     """
     held = {name: tensor.detach() for name, tensor in module.named_parameters(recurse=False)}
     kind = kind_of(module)
@@ -281,15 +289,15 @@ def held_tensors(module: nn.Module) -> dict[str, Tensor]:
 
 
 def _scales(layer: nn.Module) -> Tensor:
-    """LLM.int8's largest |weight| of each row; the first forward moves it."""
+    """LLM.int8's scales, (out,): each row's largest |weight|. The first forward moves them to `state`."""
     return layer.state.SCB if layer.weight.SCB is None else layer.weight.SCB
 
 
 def dequantise(model: nn.Module, device: torch.device) -> None:
-    """Puts a plain fp32 layer on `device` in the place of every quantised one, and moves the rest there."""
+    """Replaces every quantised layer by an fp32 nn.Linear and moves the model to `device` in fp32."""
     for path, layer in list(quantised_layers(model)):
         plain = nn.Linear(layer.in_features, layer.out_features, bias=layer.bias is not None, device="meta")
         plain.weight = nn.Parameter(dequantised(layer).to(device), requires_grad=False)
         plain.bias = layer.bias
         model.set_submodule(path, plain)
-    nn.Module.to(model, device=device, dtype=torch.float32)  # transformers' own refuses to
+    nn.Module.to(model, device=device, dtype=torch.float32)  # PreTrainedModel.to refuses a quantised model

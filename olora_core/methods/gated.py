@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor, nn
 
-from ..layers.adapter import LowRank, compute_dtype
+from ..layers.adapter import LowRank, autocast_dtype
 from ..layers.products import LowRankProduct
 from .lora import LoRAAdapter
 
@@ -17,7 +17,7 @@ class GatedAdapter(LoRAAdapter):
 
     def _product(self, x: Tensor, *frozen: Tensor | None) -> Tensor:
         # All components take part, so that a gate of 0 has a gradient and may come back.
-        dtype, gated = compute_dtype(x), self.B * self.g
+        dtype, gated = autocast_dtype(x), self.B * self.g
         with torch.no_grad():
             L, R = (self.scale * gated).to(dtype), self.A.to(dtype)
         return LowRankProduct.apply(x.to(dtype), self.A, gated, L, R, self.scale, *frozen)

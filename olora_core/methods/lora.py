@@ -7,7 +7,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from ..layers.adapter import Adapter, LowRank, Site, compute_dtype
+from ..layers.adapter import Adapter, LowRank, Site, autocast_dtype
 from ..layers.products import LowRankProduct, is_plain
 from ..specs import AdapterSpec, LoRASpec
 from .base import Method, generator
@@ -26,13 +26,13 @@ class LoRAAdapter(Adapter):
     def delta(self, x: Tensor) -> Tensor:
         return self._product(self.drop(x))
 
-    def beside(self, layer: nn.Module, x: Tensor) -> Tensor:
+    def forward(self, layer: nn.Module, x: Tensor) -> Tensor:
         if is_plain(layer, x) and not (self.dropout and self.training):
             return self._product(x, layer.weight, layer.bias)
-        return super().beside(layer, x)
+        return super().forward(layer, x)
 
     def _product(self, x: Tensor, *frozen: Tensor | None) -> Tensor:
-        dtype = compute_dtype(x)
+        dtype = autocast_dtype(x)
         with torch.no_grad():
             L, R = (factor.to(dtype) for factor in self.pair())
         return LowRankProduct.apply(x.to(dtype), self.A, self.B, L, R, self.scale, *frozen)

@@ -92,7 +92,7 @@ class MoRAAdapter(Adapter):
         self.register_buffer("kept", torch.zeros(len(self.kept_types), side, side))
         self.register_buffer("running", torch.tensor(float(type)))
 
-    def loaded(self) -> None:
+    def on_tensors_loaded(self) -> None:
         self.running_type = int(self.running)
 
     @property

@@ -53,11 +53,11 @@ class PRILoRAAdapter(LoRAAdapter):
         self.register_buffer("seen", torch.zeros(self.in_features + 1), persistent=False)
         self.register_buffer("kept", None if regrow else torch.ones_like(A))
 
-    def beside(self, layer: nn.Module, x: Tensor) -> Tensor:
+    def forward(self, layer: nn.Module, x: Tensor) -> Tensor:
         if self.training and self.at_hand.counts:
             told = squares(x.detach(), self.at_hand.is_token)
             self.pending = told if self.pending is None else self.pending + told
-        return super().beside(layer, x)
+        return super().forward(layer, x)
 
     @torch.no_grad()
     def prune(self, share: float, by_row: bool) -> None:

@@ -10,7 +10,7 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor, nn
 
-from ..layers.adapter import Adapter, LowRank, Site, compute_dtype, low_rank_product
+from ..layers.adapter import Adapter, LowRank, Site, autocast_dtype, low_rank_product
 from ..layers.products import LowRankProduct, is_plain
 from ..specs import Start
 from .lora import kaiming_uniform
@@ -46,13 +46,13 @@ class RoundsAdapter(Adapter):
     def delta(self, x: Tensor) -> Tensor:
         return self._with_finished(self._running(self.drop(x)), x)
 
-    def beside(self, layer: nn.Module, x: Tensor) -> Tensor:
+    def forward(self, layer: nn.Module, x: Tensor) -> Tensor:
         if is_plain(layer, x) and not (self.dropout and self.training):
             return self._with_finished(self._running(x, layer.weight, layer.bias), x)
-        return super().beside(layer, x)
+        return super().forward(layer, x)
 
     def _running(self, x: Tensor, *frozen: Tensor | None) -> Tensor:
-        dtype = compute_dtype(x)
+        dtype = autocast_dtype(x)
         with torch.no_grad():
             L, R = (self.scale * self.B).to(dtype), self.A.to(dtype)
         return LowRankProduct.apply(x.to(dtype), self.A, self.B, L, R, self.scale, *frozen)

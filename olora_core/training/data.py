@@ -14,7 +14,7 @@ import transformers
 from transformers import PreTrainedTokenizerBase
 
 from ..bases.loading import Base
-from ..data.example_files import Damaged, ExampleWriter, file_hash, open_examples
+from ..data.example_files import DamagedExamples, ExampleWriter, file_hash, open_examples
 from ..data.examples import Examples
 from ..data.templates import end_of_turn_tokens
 from ..data.token_cache import keep, new_entry, use
@@ -104,7 +104,7 @@ def read_file(
     entry = cache / _key(sha256, role, how)
     try:
         examples, about = open_examples(entry)
-    except Damaged:  # or not there
+    except DamagedExamples:  # or not there
         report = yield from _checked(path)
         _refuse_unfit(report, role, how, training_format)
         with new_entry(cache) as folder, ExampleWriter(folder, len(how.tokenizer)) as writer:

@@ -59,7 +59,7 @@ def evaluate(
             seen = judged(batches[position])
             if counts:
                 told[position] = seen
-                done += len(batches[position].lengths) // examples.sides * devices.count
+                done += len(batches[position].lengths) // examples.rows_per_example * devices.count
             yield Phase("evaluating", min(done, len(examples)), len(examples))
         figures += told
     devices.meet()

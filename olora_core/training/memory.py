@@ -126,7 +126,9 @@ def plan_passes(
     tokens, checkpointing = asked.micro_batch_tokens, asked.gradient_checkpointing
     if tokens == "auto" or checkpointing == "auto":
         estimate = estimate_memory(spec, base, adapters, loss, every_logit, penalty_copies, processes)
-        one = int(examples.row_tokens.max() if packing else examples.sides * examples.lengths.max())
+        one = int(
+            examples.row_tokens.max() if packing else examples.rows_per_example * examples.lengths.max()
+        )
         length = int(examples.lengths.max())
         if checkpointing == "auto":
             checkpointing = not estimate.fits(one, length) and can_checkpoint(base.model, spec)

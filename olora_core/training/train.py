@@ -15,7 +15,7 @@ from ..bases.sites import target_sites
 from ..devices import ALONE, Devices
 from ..export.adapter import export_adapter, record_certificate
 from ..export.certificate import certify, certify_merged
-from ..export.manifest import Story
+from ..export.manifest import RunRecord
 from ..export.merged import Merged, check_mergeable, export_merged
 from ..layers.adapter import adapter_tensors, load_adapter_tensors
 from ..progress import Evaluated, Finished, Note, Phase, Progress, Resolved, Samples, Saved, Step
@@ -175,11 +175,11 @@ def finish(run: Run, folder: Path) -> Iterator[Note | Phase | Samples | Finished
     yield Phase("exporting", 0, 1)
     shutil.rmtree(exported, ignore_errors=True)
     losses = [(step, loss) for step, loss, _, _ in run.history]
-    story = Story(run.asked, run.spec, run.data.hashes, metrics, losses, samples)
+    record = RunRecord(run.asked, run.spec, run.data.hashes, metrics, losses, samples)
     if merges:
-        yield rounding_note(export_merged(run.base, run.adapters, exported, story))
+        yield rounding_note(export_merged(run.base, run.adapters, exported, record))
     else:
-        export_adapter(run.base, run.adapters, exported, story)
+        export_adapter(run.base, run.adapters, exported, record)
     yield Phase("exporting", 1, 1)
     yield Phase("certifying", 0, 1)
     certified = certify_merged if merges else certify

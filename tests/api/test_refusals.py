@@ -56,7 +56,9 @@ BAD_UPLOADS = (
     BadUpload("prose", b"question,reply\na,b\n", "data_type", ("JSONL format", "Line 1", "question,reply")),
     BadUpload("csv", b'prompt,completion\na,"b\n', "data_type", ("begins on line 2", "Close every quote")),
     BadUpload("array", b'[{"text": "a"}, {"text"', "data_type", ("Element 2 is not JSON",)),
-    BadUpload("parquet", b"PAR1" + bytes(100), "data_type", ("parquet file cannot be read", "write it anew")),
+    BadUpload(
+        "parquet", b"PAR1" + bytes(100), "data_type", ("Parquet file cannot be read", "write it again")
+    ),
     BadUpload("list", b"[1, 2]\n", "data_type", ("Line 1 is not a dictionary", "each element of the list")),
     BadUpload("broken-third-line", chat_file(2) + b'{"messages": [\n', "data_type", ("Line 3", "one line")),
     BadUpload(

@@ -29,7 +29,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def _switches_end_with_the_test(monkeypatch: pytest.MonkeyPatch) -> None:
     """What an arm switches off in its own process, is on again after the test."""
-    monkeypatch.setattr(LoRAAdapter, "beside", LoRAAdapter.beside)
+    monkeypatch.setattr(LoRAAdapter, "forward", LoRAAdapter.forward)
     monkeypatch.setattr(LoRAAdapter, "delta", LoRAAdapter.delta)
     monkeypatch.setattr(
         olora_core.training.losses, "FrozenHeadLoss", olora_core.training.losses.FrozenHeadLoss

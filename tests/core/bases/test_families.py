@@ -37,7 +37,7 @@ from transformers import (
 )
 
 from olora_core.bases.loading import Base, load_base
-from olora_core.bases.sites import left_out, target_sites
+from olora_core.bases.sites import target_sites, unadapted
 from olora_core.errors import SpecError
 from olora_core.layers.adapter import detach
 from olora_core.methods import METHODS, place
@@ -68,8 +68,8 @@ class Family:
     stack: str = "model.layers"
     packed_by: Literal["segments", "positions"] = "segments"
     """What keeps packed examples apart: attention of our own, or transformers'."""
-    left_out: dict[str, list[str]] = field(default_factory=dict)
-    """Tensors that "auto" has to name as left out, by kind."""
+    unadapted: dict[str, list[str]] = field(default_factory=dict)
+    """Tensors that `unadapted` must list, by kind."""
 
     @property
     def sites(self) -> dict[str, tuple[int, int]]:
@@ -172,7 +172,7 @@ FAMILIES = {
     "Mixtral": Family(
         grouped(MixtralConfig, num_local_experts=4, **experts),
         narrow,
-        left_out=expert_tensors(0, 1),
+        unadapted=expert_tensors(0, 1),
     ),
     "Qwen2-MoE": Family(
         grouped(
@@ -183,7 +183,7 @@ FAMILIES = {
             **experts,
         ),
         narrow | gated("mlp.shared_expert", 24),
-        left_out={
+        unadapted={
             "experts": expert_tensors(0, 1)["experts"],
             "routers": [f"model.layers.{i}.mlp.{n}" for i in (0, 1) for n in QWEN2_ROUTERS],
         },
@@ -198,10 +198,10 @@ FAMILIES = {
             **experts,
         ),
         wide,
-        left_out=expert_tensors(1) | {"layers": [f"model.layers.0.{ending}" for ending in gated()]},
+        unadapted=expert_tensors(1) | {"layers": [f"model.layers.0.{ending}" for ending in gated()]},
     ),
 }
-WITH_EXPERTS = [name for name, family in FAMILIES.items() if family.left_out]
+WITH_EXPERTS = [name for name, family in FAMILIES.items() if family.unadapted]
 
 
 @dataclass(frozen=True)
@@ -348,7 +348,7 @@ def test_the_exported_factors_have_the_shapes_of_their_layers(family: Family, ra
     assert shapes == expected
 
 
-# --- what is left out --------------------------------------------------------------------------------------
+# --- what is not adapted ----------------------------------------------------------------------------------
 
 
 def test_what_auto_leaves_out_is_noted_and_recorded(family: Family, ran: Ran) -> None:
@@ -356,19 +356,19 @@ def test_what_auto_leaves_out_is_noted_and_recorded(family: Family, ran: Ran) ->
     notes = [note for note in notes if "not adapted" in note]
     manifest = json.loads((ran.adapter / "manifest.json").read_text())
     card = (ran.adapter / "README.md").read_text()
-    assert manifest["export"]["left_out"] == family.left_out
-    assert ("| left out |" in card) == bool(family.left_out)
-    assert len(notes) == len(family.left_out)
-    for names, note in zip(family.left_out.values(), notes, strict=True):
+    assert manifest["export"]["left_out"] == family.unadapted
+    assert ("| not adapted |" in card) == bool(family.unadapted)
+    assert len(notes) == len(family.unadapted)
+    for names, note in zip(family.unadapted.values(), notes, strict=True):
         assert note.startswith(f"{len(names)} ")
         assert names[0] in note
         assert names[0] in card
 
 
 def test_nothing_in_the_blocks_is_silently_skipped(family: Family, ran: Ran) -> None:
-    """Every matrix of a block is adapted or named as left out."""
+    """Every matrix of a block is adapted or listed as not adapted."""
     weights = {f"{site}.weight" for site in family.sites}
-    named = {name for names in family.left_out.values() for name in names}
+    named = {name for names in family.unadapted.values() for name in names}
     for name, tensor in ran.base.model.named_parameters():
         if name.startswith(f"{family.stack}.") and tensor.dim() > 1:
             assert name in weights or name in named or name.removesuffix(".weight") in named
@@ -395,21 +395,21 @@ def test_a_router_that_is_a_linear_layer_may_be_named(folder: Path) -> None:
     base = load_base(folder, name="tiny")
     sites = target_sites(base.model, ["shared_expert_gate"])
     assert [(site.out_features, site.in_features) for site in sites] == [(1, WIDTH)] * 2
-    assert [name for name in left_out(base.model)["routers"] if name.endswith("_gate")] != []
+    assert [name for name in unadapted(base.model)["routers"] if name.endswith("_gate")] != []
     adapter = spec_for("lora", adapter={"rank": 1}).adapter
     place(METHODS["lora"](adapter, seed=0, total_steps=1, schedule=lambda i, n: 1.0), base.model, sites)
-    assert [name for name in left_out(base.model)["routers"] if name.endswith("_gate")] == []
+    assert [name for name in unadapted(base.model)["routers"] if name.endswith("_gate")] == []
 
 
 def test_a_familys_own_linear_layer_is_adapted_only_if_it_is_one() -> None:
-    """Llama 4's router inherits from a linear layer and returns scores; Falcon's says W x in other words."""
+    """Llama 4's router inherits from a linear layer and returns scores; Falcon's only rewrites W x."""
     router = AutoModelForCausalLM.from_config(
         grouped(Llama4TextConfig, head_dim=HEAD, intermediate_size_mlp=INNER, num_local_experts=4)
     )
     with pytest.raises(SpecError, match=r"feed_forward\.router'.*it is a Llama4Router, not a linear layer"):
         target_sites(router, ["router"])
     names = [f"model.layers.{i}.feed_forward.router" for i in (0, 1)]
-    assert left_out(router)["routers"] == names
+    assert unadapted(router)["routers"] == names
     falcon = AutoModelForCausalLM.from_config(small(FalconConfig))
     assert len(target_sites(falcon, "auto")) == 2 * 4
 
@@ -439,4 +439,4 @@ def row_of(name: str, family: Family) -> str:
     adapted = dict.fromkeys(ending.rpartition(".")[2] for ending in family.layers)
     layers = ", ".join(f"`{layer}`" for layer in adapted)
     packing = {"segments": "by segment", "positions": "by a mask"}[family.packed_by]
-    return f"| {name} | {layers} | {', '.join(family.left_out) or 'nothing'} | {packing} |"
+    return f"| {name} | {layers} | {', '.join(family.unadapted) or 'nothing'} | {packing} |"

@@ -99,7 +99,7 @@ def test_weights_that_the_model_does_not_use_are_pointed_out(folder: Path) -> No
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps(config | {"num_hidden_layers": 1, "layer_types": None}))
     (note,) = load_base(folder, name="m").notes
-    assert note.startswith("9 tensors of the checkpoint have no place in the model: model.layers.1.")
+    assert note.startswith("9 tensors of the checkpoint are not used by the model: model.layers.1.")
 
 
 def test_weights_of_another_shape_are_refused(folder: Path) -> None:

@@ -19,7 +19,7 @@ from olora_core.errors import CertificateError, ModelError, SpecError
 from olora_core.export.certificate import certify
 from olora_core.layers import quantisation
 from olora_core.layers.adapter import Adapter, adapters_off, site_weight
-from olora_core.layers.quantisation import PACKAGES, held_tensors
+from olora_core.layers.quantisation import PACKAGES, stored_tensors
 from olora_core.methods import METHODS, place
 from olora_core.training.train import Evaluated, Finished, Step, train
 
@@ -70,7 +70,7 @@ def digests(model: nn.Module) -> dict[str, str]:
     return {
         f"{path}.{name}": hashlib.sha256(tensor.contiguous().view(torch.uint8).numpy().tobytes()).hexdigest()
         for path, module in model.named_modules()
-        for name, tensor in held_tensors(module).items()
+        for name, tensor in stored_tensors(module).items()
     }
 
 
@@ -134,8 +134,10 @@ def test_a_pass_keeps_no_more_for_its_backward_than_on_a_plain_base(base_folders
 
 
 def kept_bytes(base: Base, token_rows: Tensor) -> int:
-    """Of all that autograd saves of a forward, the weights themselves left out."""
-    weights = {t.untyped_storage().data_ptr() for m in base.model.modules() for t in held_tensors(m).values()}
+    """Bytes that autograd saves in a forward pass, without the weights themselves."""
+    weights = {
+        t.untyped_storage().data_ptr() for m in base.model.modules() for t in stored_tensors(m).values()
+    }
     kept: dict[int, int] = {}
 
     def keep(tensor: Tensor) -> Tensor:

@@ -9,7 +9,7 @@ from torch import nn
 from transformers import MixtralConfig, MixtralForCausalLM
 
 from olora_core.bases.loading import Base, load_base
-from olora_core.bases.sites import left_out, target_sites
+from olora_core.bases.sites import target_sites, unadapted
 from olora_core.errors import SpecError
 from olora_core.layers.adapter import attach
 from olora_core.methods.lora import LoRAAdapter
@@ -123,7 +123,7 @@ def test_fused_experts_are_refused_by_name_and_pointed_out(tmp_path: Path) -> No
         pad_token_id=0,
     )
     base = load_base(save_base(tmp_path, MixtralForCausalLM(config)), name="experts")
-    names = left_out(base.model)["experts"]
+    names = unadapted(base.model)["experts"]
     assert [name.rpartition(".")[2] for name in names] == ["gate_up_proj", "down_proj"]
     assert "2 fused expert tensors (model.layers.0." in base.notes[0]
     with pytest.raises(SpecError, match=r"down_proj'.*several experts"):

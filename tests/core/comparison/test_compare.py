@@ -13,6 +13,7 @@ import torch
 
 from olora_core.bases.loading import Base, load_base
 from olora_core.comparison.compare import compare
+from olora_core.comparison.runs import RunResult
 from olora_core.comparison.search import held_out
 from olora_core.errors import CheckpointError, SpecError
 from olora_core.layers.adapter import AdaptedLinear
@@ -128,7 +129,7 @@ def test_the_validation_file_has_no_part_in_the_search(
 def test_the_search_trains_on_the_rows_that_it_does_not_judge_by(
     llama: Base, files: tuple[Path, Path], tmp_path: Path
 ) -> None:
-    """A run over files made of just these rows comes to the loss that the search was judged by."""
+    """A run on files with just these rows has the loss of the search's trial."""
     report = report_in(told(comparison(seeds=1), llama, files, tmp_path / "compared"))
     assert report["search"] == {"learning_rates": list(RATES), "seed": 5, "trained_on": 29, "examples": 16}
     train_on, judge_by = held_out(45, 0.2, seed=5)
@@ -240,8 +241,8 @@ def test_preferences_are_compared_too(llama: Base, tmp_path: Path) -> None:
     rows = preference_rows(30)
     files = write_rows(tmp_path / "train.jsonl", rows[:20]), write_rows(tmp_path / "valid.jsonl", rows[20:])
     report = report_in(told(comparison(type="dpo", seeds=1), llama, files, tmp_path))
-    assert report["unit"] == "nats a pair"
-    assert "nats a pair" in report["verdict"]["sentence"]
+    assert report["unit"] == "nats per pair"
+    assert "nats per pair" in report["verdict"]["sentence"]
 
 
 # --- what goes wrong ---------------------------------------------------------------------------------------
@@ -322,14 +323,14 @@ def test_the_base_is_left_as_it_was(llama: Base, files: tuple[Path, Path], tmp_p
     assert not any(isinstance(module, AdaptedLinear) for module in llama.model.modules())
 
 
-# --- stopped, and on again ---------------------------------------------------------------------------------
+# --- stopping and resuming ---------------------------------------------------------------------------------
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("stage", "run_step"), [("search", 3), ("search", STEPS), ("final", 7), ("final", STEPS)]
 )
-def test_a_comparison_that_was_stopped_goes_on_to_the_same_report(
+def test_a_resumed_comparison_has_the_same_report(
     base_folders: dict[str, Path],
     files: tuple[Path, Path],
     tmp_path: Path,
@@ -378,6 +379,14 @@ def test_a_checkpoint_of_another_comparison_is_refused(
         told(comparison(seeds=1), llama, (shorter, files[1]), tmp_path / "on", resume=saved[-1].folder)
 
 
+def test_a_failed_run_is_read_back_from_the_checkpoints_of_earlier_versions() -> None:
+    """Their key for the error is `why`."""
+    failed = RunResult("lora", "search", 0.3, 5, steps=4, error="It diverged after step 4.")
+    state = json.loads(json.dumps(failed.state()))
+    assert (state["why"], "error" in state) == (failed.error, False)
+    assert RunResult.from_state(state | {"curve": ()}) == failed
+
+
 # --- what is measured --------------------------------------------------------------------------------------
 
 
@@ -398,13 +407,13 @@ def test_the_report_is_written_beside_the_page_and_says_the_same(
 def test_a_data_set_is_taken_apart_without_changing_its_rows(llama: Base, files: tuple[Path, Path]) -> None:
     spec = read_spec(model="tiny")
     data = result_of(read_data(spec, llama, *files))
-    taken = data.training.taken(np.array([3, 0, 7]))
+    taken = data.training.select(np.array([3, 0, 7]))
     assert len(taken) == 3
     for i, source in enumerate([3, 0, 7]):
         for own, whole in zip(taken.row(i), data.training.row(source), strict=True):
             assert np.array_equal(own, whole)
     assert taken.lines.tolist() == data.training.lines[[3, 0, 7]].tolist()
-    assert taken.prints.tolist() == data.training.prints[[3, 0, 7]].tolist()
+    assert taken.fingerprints.tolist() == data.training.fingerprints[[3, 0, 7]].tolist()
     assert taken.trained_lengths.tolist() == data.training.trained_lengths[[3, 0, 7]].tolist()
 
 

@@ -1,4 +1,4 @@
-"""The page of a comparison: nothing beside itself, nothing that a name could smuggle in, legible anywhere."""
+"""A comparison's page: self-contained, escaped, and legible on any screen."""
 
 import math
 import re
@@ -7,8 +7,11 @@ from typing import Any
 
 import pytest
 
+from olora_core.comparison.entrants import Entrant, Trial
 from olora_core.comparison.page import page, ticks
-from olora_core.comparison.report import Candidate, Facts, Outcome, Trial, report_of
+from olora_core.comparison.report import Setup, report_of
+from olora_core.comparison.runs import RunResult
+from olora_core.specs import ADAPTER_SPECS
 from tests.browser import Chromium, chromium
 
 STEPS = 120
@@ -24,26 +27,33 @@ ENDS = {
 SLY = '<script>alert("x")</script>'
 
 
-def candidate(label: str, end: float, seeds: int) -> Candidate:
+def entrant(label: str, end: float, seeds: int) -> Entrant:
     finals = []
     for seed in range(seeds):
         shift = 0.004 * ((seed + len(label)) % 3)
         points = [STEPS * i // 12 for i in range(13)]
         curve = [(step, end + shift + (3 - end) * math.exp(-step / 25), 0.5 + step / 400) for step in points]
         finals.append(
-            Outcome(
+            RunResult(
                 label, "final", 1e-3, seed, STEPS, curve[-1][1], None, curve, 30.0 + seed, 9000, 2**30, 16
             )
         )
     trials = [Trial(rate, 30, loss) for rate, loss in ((1e-4, 1.9), (3.2e-4, 1.7), (1e-3, 1.6), (1e-2, None))]
     trials += [Trial(rate, STEPS, loss) for rate, loss in ((3.2e-4, 1.5), (1e-3, 1.4))]
-    adapter = {"method": label.split()[0], "rank": 8}
-    return Candidate(label, adapter, 98_304, 1e-3, trials, 1e-3, finals, None)
+    return Entrant(
+        label,
+        ADAPTER_SPECS[label.split()[0]](rank=8),
+        trainable_parameters=98_304,
+        default_rate=1e-3,
+        trials=trials,
+        best_rate=1e-3,
+        finals=finals,
+    )
 
 
-def report(seeds: int = 3, model: str = "olora-tiny", **more: Candidate) -> dict[str, Any]:
+def report(seeds: int = 3, model: str = "olora-tiny", **more: Entrant) -> dict[str, Any]:
     file = {"file": "train.jsonl", "sha256": "a" * 64, "examples": 160}
-    facts = Facts(
+    setup = Setup(
         model=model,
         type="supervised",
         base_sha256="b" * 64,
@@ -60,11 +70,9 @@ def report(seeds: int = 3, model: str = "olora-tiny", **more: Candidate) -> dict
         search={"learning_rates": "auto", "seed": 0, "trained_on": 144, "examples": 16},
         versions={"olora": "0.1.0"},
     )
-    failed = Candidate(
-        "adalora", {"method": "adalora", "rank": 8}, None, None, [], None, [], "It has no step."
-    )
-    candidates = [candidate(label, end, seeds) for label, end in ENDS.items()]
-    return report_of(facts, [*candidates, failed, *more.values()])
+    failed = Entrant("adalora", ADAPTER_SPECS["adalora"](rank=8), problem="It has no step.")
+    entrants = [entrant(label, end, seeds) for label, end in ENDS.items()]
+    return report_of(setup, [*entrants, failed, *more.values()])
 
 
 @pytest.fixture
@@ -80,7 +88,7 @@ def test_it_needs_nothing_beside_itself() -> None:
 
 def test_every_text_from_outside_is_escaped() -> None:
     label = f"lora ({SLY})"
-    sly = candidate(label, 1.1, 3)
+    sly = entrant(label, 1.1, 3)
     whole = page(report(model=SLY, sly=sly))
     assert "<script" not in whole
     assert whole.count("&lt;script&gt;") > 4
@@ -99,14 +107,14 @@ def test_it_says_the_sentence_and_every_method_with_its_figures() -> None:
 
 
 def test_methods_stand_by_their_loss_and_those_without_one_last() -> None:
-    table = page(report()).partition("<h2>All figures</h2>")[2].partition("</table>")[0]
+    table = page(report()).partition("<h2>All results</h2>")[2].partition("</table>")[0]
     found = re.findall(r'<th scope="row">([^<]+)</th>', table)
     assert found == [*sorted(ENDS, key=ENDS.__getitem__), "adalora"]
 
 
 def test_a_curve_and_its_band_are_drawn_where_they_belong() -> None:
     """The y of a point, read back by the labels of the axis."""
-    chart = page(report()).partition("<h2>Validation loss while training</h2>")[2].partition("</section>")[0]
+    chart = page(report()).partition("<h2>Validation loss during training</h2>")[2].partition("</section>")[0]
     labels = re.findall(r'<span class="y" style="top:([\d.]+)%">([\d.]+)</span>', chart)
     (top, high), (bottom, low) = ((float(at), float(value)) for at, value in (labels[0], labels[-1]))
     line = re.findall(r'<polyline class="mean" style="stroke:var\(--c0\)" points="([^"]+)"', chart)[0]

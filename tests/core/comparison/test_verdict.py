@@ -64,40 +64,41 @@ def test_the_steps_to_a_loss_lie_on_straight_lines_and_count_from_the_first_cros
 
 
 def test_a_method_beyond_the_spread_is_the_one_to_take() -> None:
-    found = judge({"lora": LORA, "olora": [1.20, 1.22, 1.19]}, "lora", "nats a token")
+    found = judge({"lora": LORA, "olora": [1.20, 1.22, 1.19]}, "lora", "nats per token")
     assert found.take == found.best == "olora"
     assert found.sentence.startswith(
-        "Take olora: its final validation loss, 1.2033 nats a token, is 0.0967 below"
+        "Take olora: its final validation loss, 1.2033 nats per token, is 0.0967 below"
     )
     assert "beyond the seeds' spread" in found.sentence
 
 
 def test_a_method_within_the_spread_is_no_reason_to_leave_lora() -> None:
-    found = judge({"lora": LORA, "olora": [1.20, 1.40, 1.28]}, "lora", "nats a token")
+    found = judge({"lora": LORA, "olora": [1.20, 1.40, 1.28]}, "lora", "nats per token")
     assert (found.best, found.take) == ("olora", "lora")
     assert found.sentence.startswith("The difference is within the seeds' spread")
+    assert found.sentence.endswith("no method was measurably better than plain LoRA here.")
 
 
 def test_the_runner_up_is_told_where_it_is_not_lora() -> None:
     losses = {"lora": LORA, "pissa": [1.201, 1.219, 1.192], "olora": [1.20, 1.22, 1.19]}
-    found = judge(losses, "lora", "nats a token")
+    found = judge(losses, "lora", "nats per token")
     assert found.runner_up == "pissa"
     assert "the runner-up, pissa, is 0.0007 behind, within the seeds' spread" in found.sentence
 
 
 def test_lora_is_taken_where_it_is_the_best() -> None:
-    found = judge({"lora": LORA, "olora": [1.40, 1.41, 1.39]}, "lora", "nats a token")
+    found = judge({"lora": LORA, "olora": [1.40, 1.41, 1.39]}, "lora", "nats per token")
     assert found.take == "lora"
     assert "olora's is 0.1000 higher, beyond the seeds' spread" in found.sentence
 
 
 def test_with_one_seed_the_sentence_says_so() -> None:
-    sentence = judge({"lora": [1.3], "olora": [1.2]}, "lora", "nats a token").sentence
-    assert "one seed tells nothing of the spread" in sentence
+    sentence = judge({"lora": [1.3], "olora": [1.2]}, "lora", "nats per token").sentence
+    assert "with one seed the spread is unknown" in sentence
 
 
 def test_without_lora_the_best_is_compared_with_the_next() -> None:
-    found = judge({"pissa": [1.3, 1.31], "olora": [1.2, 1.21]}, "lora", "nats a token")
+    found = judge({"pissa": [1.3, 1.31], "olora": [1.2, 1.21]}, "lora", "nats per token")
     assert found.against_baseline is None
     assert found.sentence.startswith("Take olora")
     assert judge({"olora": [1.2, 1.3]}, "lora", "nats").sentence.startswith("Take olora: no other method")

@@ -12,7 +12,7 @@ import pytest
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from olora_core.data.example_files import Damaged, ExampleWriter, open_examples
+from olora_core.data.example_files import DamagedExamples, ExampleWriter, open_examples
 from olora_core.data.token_cache import KEPT_SECONDS, keep, new_entry, trim
 
 MIB = 2**20
@@ -105,7 +105,7 @@ def test_what_was_not_finished_is_not_opened(tmp_path: Path) -> None:
     with ExampleWriter(tmp_path, 10) as writer:
         writer.add(1, [(np.array([1, 2]), np.array([False, True]))])
         writer.examples()
-    with pytest.raises(Damaged):
+    with pytest.raises(DamagedExamples):
         open_examples(tmp_path)
 
 

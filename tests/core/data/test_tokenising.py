@@ -1,4 +1,4 @@
-"""What of a record is trained, told token by token, and how examples become batches."""
+"""Which tokens of a record are trained, and how examples become batches."""
 
 import json
 from collections.abc import Iterable

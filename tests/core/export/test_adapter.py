@@ -15,7 +15,7 @@ from olora_core.bases.loading import Base
 from olora_core.bases.sites import target_sites
 from olora_core.export.adapter import exact_pairs, export_adapter, record_certificate, truncated
 from olora_core.export.card import sparkline
-from olora_core.export.manifest import Export, Story
+from olora_core.export.manifest import Export, RunRecord
 from olora_core.layers.adapter import Adapter, LowRank
 from olora_core.methods import METHODS, place
 from olora_core.methods.lora import LoRAAdapter
@@ -65,7 +65,7 @@ def exported(
 ) -> tuple[dict[str, Adapter], Export]:
     spec = spec_for(method, **options)
     adapters = trained(base, spec)
-    return adapters, export_adapter(base, adapters, folder, Story(spec, spec))
+    return adapters, export_adapter(base, adapters, folder, RunRecord(spec, spec))
 
 
 def reloaded(base: Base, folder: Path) -> PeftModel:
@@ -245,7 +245,7 @@ def test_a_truncated_export_has_the_rank_asked_for_and_says_what_it_kept(llama: 
 def test_an_untrained_adapter_exports_as_no_change(llama: Base, tmp_path: Path) -> None:
     spec = spec_for("olora", export_rank=2)
     adapters = trained(llama, spec, size=0.0)
-    export = export_adapter(llama, adapters, tmp_path / "adapter", Story(spec, spec))
+    export = export_adapter(llama, adapters, tmp_path / "adapter", RunRecord(spec, spec))
     assert export.energy_kept == 1.0
 
 
@@ -254,8 +254,10 @@ def test_an_untrained_adapter_exports_as_no_change(llama: Base, tmp_path: Path) 
 
 def test_the_manifest_tells_where_the_adapter_comes_from(llama: Base, tmp_path: Path) -> None:
     asked, resolved = spec_for("olora"), spec_for("olora", dropout=0.1)
-    story = Story(asked, resolved, data={"training": "ab12"}, metrics={"train_loss": 0.5}, losses=[(1, 2.0)])
-    export_adapter(llama, trained(llama, resolved), tmp_path / "adapter", story)
+    record = RunRecord(
+        asked, resolved, data={"training": "ab12"}, metrics={"train_loss": 0.5}, losses=[(1, 2.0)]
+    )
+    export_adapter(llama, trained(llama, resolved), tmp_path / "adapter", record)
     manifest = json.loads((tmp_path / "adapter" / "manifest.json").read_text())
     assert manifest["base_model"] == {
         "name": "tiny-llama",
@@ -273,8 +275,8 @@ def test_the_manifest_tells_where_the_adapter_comes_from(llama: Base, tmp_path: 
 def test_the_card_says_how_to_load_it_and_shows_the_curve(llama: Base, tmp_path: Path) -> None:
     spec = spec_for("olora")
     losses = [(step, 4.0 - step / 50) for step in range(1, 101)]
-    story = Story(spec, spec, metrics={"train_loss": 2.0}, losses=losses)
-    export_adapter(llama, trained(llama, spec), tmp_path / "adapter", story)
+    record = RunRecord(spec, spec, metrics={"train_loss": 2.0}, losses=losses)
+    export_adapter(llama, trained(llama, spec), tmp_path / "adapter", record)
     card = (tmp_path / "adapter" / "README.md").read_text()
     assert card.startswith('---\nbase_model: "tiny-llama"\nlibrary_name: peft\n')
     assert "--max-lora-rank 8 " in card
@@ -299,7 +301,10 @@ def test_the_certificate_is_added_to_manifest_and_card(llama: Base, tmp_path: Pa
     record_certificate(tmp_path / "adapter", certificate)
     manifest = json.loads((tmp_path / "adapter" / "manifest.json").read_text())
     assert manifest["certificate"] == certificate
-    assert "within 1.00e-06" in (tmp_path / "adapter" / "README.md").read_text()
+    assert (
+        "largest logit difference 1.0e-06 (allowed 1.0e-03)"
+        in (tmp_path / "adapter" / "README.md").read_text()
+    )
     assert {path.name for path in (tmp_path / "adapter").iterdir()} == before
 
 
@@ -310,7 +315,7 @@ def test_a_folder_that_exists_is_not_written_over(llama: Base, tmp_path: Path) -
     spec = spec_for("lora")
     adapters = {"model.layers.0.mlp.up_proj": trained_alone()}
     with pytest.raises(OSError, match="other"):
-        export_adapter(llama, adapters, tmp_path / "other", Story(spec, spec))
+        export_adapter(llama, adapters, tmp_path / "other", RunRecord(spec, spec))
     assert [path.name for path in (tmp_path / "other").iterdir()] == ["kept"]
 
 

@@ -14,7 +14,7 @@ from olora_core.bases.loading import Base
 from olora_core.errors import CertificateError
 from olora_core.export.adapter import export_adapter
 from olora_core.export.certificate import certify
-from olora_core.export.manifest import Story
+from olora_core.export.manifest import RunRecord
 from olora_core.layers.adapter import Adapter, adapters_off, detach
 from olora_core.methods import METHODS
 
@@ -173,7 +173,7 @@ def test_a_trained_model_that_gives_no_numbers_is_caught(llama: Base, tmp_path: 
     adapters = trained(llama, spec)
     with torch.no_grad():
         next(iter(adapters.values())).B[0, 0] = float("nan")
-    export_adapter(llama, adapters, tmp_path / "adapter", Story(spec, spec))
+    export_adapter(llama, adapters, tmp_path / "adapter", RunRecord(spec, spec))
     with pytest.raises(CertificateError, match="differ by up to nan"):
         certify(llama, adapters, tmp_path / "adapter", ROWS)
 

@@ -15,7 +15,7 @@ from olora_core.bases.loading import Base, load_base
 from olora_core.bases.sites import target_sites
 from olora_core.errors import CertificateError, SpecError
 from olora_core.export.certificate import certify_merged
-from olora_core.export.manifest import Story
+from olora_core.export.manifest import RunRecord
 from olora_core.export.merged import Merged, check_mergeable, export_merged
 from olora_core.layers.adapter import Adapter, adapters_off, bare_modules
 from olora_core.methods import METHODS
@@ -35,7 +35,7 @@ def exported(
     chosen = {"method": method, "rank": 4, "alpha": 6, "export": "merged"} | OPTIONS.get(method, {})
     spec = read_spec(model="tiny", adapter=chosen | options)
     adapters = trained(base, spec, size=size)
-    return adapters, export_merged(base, adapters, folder, Story(spec, spec))
+    return adapters, export_merged(base, adapters, folder, RunRecord(spec, spec))
 
 
 def loaded(folder: Path, dtype: Any = torch.float32) -> nn.Module:
@@ -132,7 +132,10 @@ def test_what_rounding_takes_is_reported(bf16_llama: Base, tmp_path: Path, size:
     assert merged.rounding_loss > 0.01
     manifest = json.loads((tmp_path / "model" / "manifest.json").read_text())
     assert manifest["export"]["rounding_loss"] == merged.rounding_loss
-    assert f"it took {merged.rounding_loss:.2%}" in (tmp_path / "model" / "README.md").read_text()
+    assert (
+        f"Rounding lost\n{merged.rounding_loss:.2%} of the update"
+        in (tmp_path / "model" / "README.md").read_text()
+    )
 
 
 def test_in_fp32_nothing_is_lost_but_fp32s_own_rounding(llama: Base, tmp_path: Path) -> None:
@@ -168,7 +171,7 @@ def test_a_runs_owner_is_told_what_rounding_took(request, tmp_path: Path, name: 
     assert done.folder == tmp_path / "run" / "model"
     assert done.certificate["passed"]
     assert done.certificate["as_written"]["dtype"] == dtype
-    assert f"in {dtype}, they give others" in (done.folder / "README.md").read_text()
+    assert f"As stored, in {dtype}: largest logit difference" in (done.folder / "README.md").read_text()
     assert json.loads((done.folder / "manifest.json").read_text())["certificate"] == done.certificate
 
 
@@ -195,7 +198,7 @@ def test_what_was_trained_passes_and_the_rounded_files_own_figures_stand_beside(
 
 
 def largest_difference(base: Base, adapters: dict[str, Adapter], folder: Path) -> float:
-    """Of the files' logits in float64 from those of W + ΔW in float64."""
+    """Largest difference of the files' logits from the logits of W + ΔW, both in float64."""
     exact, files = loaded(base.folder).double(), loaded(folder).double()
     with torch.no_grad():
         for name, adapter in adapters.items():
@@ -275,7 +278,7 @@ def test_a_quantised_base_is_merged_into_what_its_bits_stand_for(
     assert (got - expected).abs().max() < (5e-2 if kind == "int8" else 1e-4) * expected.abs().max()
     manifest = json.loads((tmp_path / "model" / "manifest.json").read_text())
     assert manifest["export"]["dequantized"] is True
-    assert "multiplied out" in (tmp_path / "model" / "README.md").read_text()
+    assert "dequantised, not as in" in (tmp_path / "model" / "README.md").read_text()
     assert "quantization_config" not in json.loads((tmp_path / "model" / "config.json").read_text())
     certificate = certify_merged(base, adapters, tmp_path / "model", ROWS)
     assert certificate["max_abs_logit_diff"] <= 0.05 * certificate["bound"]

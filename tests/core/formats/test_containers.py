@@ -1,4 +1,4 @@
-"""The kinds of file that rows come in: told by their content, and the same report from each."""
+"""Kinds of files: detected by content, with the same report from each."""
 
 import csv
 import io
@@ -146,7 +146,7 @@ def test_chunks_of_any_size_give_the_same_report(container: str, size: int) -> N
 @pytest.mark.parametrize(
     ("data", "line", "says"),
     [
-        (b'[{"text": "a"}, {"text": "b"}', 2, "the file ends behind it"),
+        (b'[{"text": "a"}, {"text": "b"}', 2, "the file ends after it"),
         (b'[{"text": "a"}, {"text": "b', 2, "Unterminated string"),
         (b'[{"text": "a"} {"text": "b"}]', 1, "neither a comma nor the end"),
         (b'[{"text": "a"}, ]', 2, "not JSON"),
@@ -272,7 +272,7 @@ def test_lists_in_text_cells_of_a_parquet_file_are_read(tmp_path: Path) -> None:
 def test_a_parquet_file_that_is_not_whole_is_refused(keep: int) -> None:
     report = validate(io.BytesIO(as_parquet(ROWS["text"])[:keep]))
     assert report.fatal is not None
-    assert "parquet file cannot be read" in report.fatal.message
+    assert "Parquet file cannot be read" in report.fatal.message
 
 
 def test_every_damaged_byte_of_a_parquet_file_gives_a_report() -> None:

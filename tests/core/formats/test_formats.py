@@ -162,6 +162,19 @@ def test_a_very_long_line_is_named_and_takes_no_memory() -> None:
     assert peak < 3 * MAX_ROW_BYTES
 
 
+def test_a_record_in_no_known_format_is_told_what_is_expected() -> None:
+    """At most eight of its columns are named."""
+    (problem,) = report_of({"question": "a", "answer": "b"}).errors
+    assert problem.message == (
+        "Line 1: no known format: found columns question, answer; expected messages, or prompt + completion, "
+        "or instruction + output."
+    )
+    (problem,) = report_of({f"c{i}": i for i in range(9)}).errors
+    assert "found columns c0, c1, c2, c3, c4, c5, c6, c7, …; expected" in problem.message
+    (problem,) = report_of({}).errors
+    assert "found no columns; expected" in problem.message
+
+
 def test_every_error_is_counted_and_the_first_fifty_kept() -> None:
     report = report_of(*[{"messages": []}] * 120)
     assert report.error_count == 120
@@ -631,7 +644,7 @@ def test_a_repeated_example_is_named_with_the_one_it_repeats() -> None:
     report = report_of(CHAT, answer(content="other"), "", turned, CHAT)
     assert report.error_count == 0
     assert [(p.line, p.code) for p in report.warnings] == [(4, "duplicate"), (5, "duplicate")]
-    assert "same as that of line 1" in report.warnings[0].message
+    assert "same as in line 1" in report.warnings[0].message
 
 
 def test_many_examples_are_told_apart_in_little_memory() -> None:

@@ -1,4 +1,4 @@
-"""Adapters beside frozen layers: attach, detach, off."""
+"""Adapters of frozen layers: attach, detach, off."""
 
 import pytest
 import torch

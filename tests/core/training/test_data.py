@@ -41,7 +41,7 @@ def read(base: Base, rows_file: Path, cache: Path | None, **hyperparameters: Any
 
 
 def same(one: Examples, other: Examples) -> bool:
-    names = ("tokens", "trained", "offsets", "lines", "lengths", "trained_lengths", "weights", "prints")
+    names = ("tokens", "trained", "offsets", "lines", "lengths", "trained_lengths", "weights", "fingerprints")
     return one.digest == other.digest and all(
         np.array_equal(getattr(one, name), getattr(other, name)) for name in names
     )

@@ -266,7 +266,7 @@ PAIRS = {
 @pytest.mark.parametrize("spelling", PAIRS)
 def test_a_pair_is_one_prompt_with_two_trained_answers(llama: Base, tmp_path, spelling) -> None:
     examples, _ = pairs_of(tmp_path, llama, [PAIRS[spelling]])
-    assert (len(examples), examples.sides) == (1, 2)
+    assert (len(examples), examples.rows_per_example) == (1, 2)
     prompts, answers = [], []
     for tokens, trained in examples.example(0):
         first = int(trained.argmax())
