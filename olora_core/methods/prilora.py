@@ -8,18 +8,18 @@ tokens; within a row both rank alike.) B is never pruned.
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ..data.batches import MicroBatch
 from ..errors import SpecError
-from ..layers.adapter import Adapter, Site
+from ..layers.adapter import Site
 from ..specs import PRILoRASpec
-from .base import Method, Outputs, generator
+from .base import Outputs, generator
 from .lora import LoRAAdapter, kaiming_uniform
-from .lora_plus import Factors, factor_groups
+from .lora_plus import FactorsMethod
 
 SQUARES_AT_ONCE = 2**22
 
@@ -92,7 +92,7 @@ def rank_of(spec: PRILoRASpec, site: Site) -> int:
     return spec.rank_at(site.layer_index, site.layer_count)
 
 
-class PRILoRA(Method[PRILoRASpec]):
+class PRILoRA(FactorsMethod[PRILoRASpec, PRILoRAAdapter]):
     """Looks at every layer's inputs, and prunes between steps."""
 
     def __init__(self, spec: PRILoRASpec, **run: Any) -> None:
@@ -135,11 +135,8 @@ class PRILoRA(Method[PRILoRASpec]):
             at_hand=self.at_hand,
         )
 
-    def placed(self, adapters: Mapping[str, Adapter]) -> None:
-        self.adapters = list(cast(Mapping[str, PRILoRAAdapter], adapters).values())
-
-    def param_groups(self, adapters: Mapping[str, Adapter]) -> list[dict[str, Any]]:
-        return factor_groups(self, cast(Mapping[str, Factors], adapters).values(), self.spec.lora_plus_ratio)
+    def placed(self, adapters: Mapping[str, PRILoRAAdapter]) -> None:
+        self.adapters = list(adapters.values())
 
     def before_pass(self, batch: MicroBatch) -> None:
         self.at_hand.counts, self.at_hand.is_token = True, batch.is_token

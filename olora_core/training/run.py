@@ -89,7 +89,7 @@ class Run:
     spec: TrainSpec
     base: Base
     data: Data
-    method: Method
+    method: Method[Any, Any]
     adapters: dict[str, Adapter]
     optimizer: torch.optim.Optimizer
     schedule: Schedule
