@@ -90,11 +90,14 @@ class Method(Generic[SpecT, AdapterT]):
         """All adapters exist, in model order, by site name."""
 
     def before_pass(self, batch: MicroBatch) -> None:
-        """A micro-batch of the step is about to be computed; `penalty` comes after its forward."""
+        """Called before the forward of each micro-batch of a step."""
 
     def penalty(self, outputs: Outputs, reference: Callable[[], Tensor]) -> Tensor | None:
         """A scalar added to this micro-batch's loss. `reference()` gives the base's logits for the batch."""
         return None
+
+    def after_pass(self, outputs: Outputs) -> None:
+        """Called after a micro-batch's forward and `penalty`, before its backward."""
 
     def step_again(self) -> None:
         """The device ran out of memory: what this step's passes told so far is to be forgotten."""

@@ -6,7 +6,7 @@ j: n_j is its root mean square over the tokens of a step. (The paper's L2 norm g
 tokens; within a row both rank alike.) B is never pruned.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -143,7 +143,7 @@ class PRILoRA(FactorsMethod[PRILoRASpec, PRILoRAAdapter]):
         for adapter in self.adapters:
             adapter.pending = None
 
-    def penalty(self, outputs: Outputs, reference: Callable[[], Tensor]) -> None:
+    def after_pass(self, outputs: Outputs) -> None:
         self.at_hand.counts, self.at_hand.is_token = False, None
         for adapter in self.adapters:
             if adapter.pending is not None and not outputs.repeated:
