@@ -55,6 +55,7 @@ class Method(Generic[SpecT, AdapterT]):
         total_steps: int,
         schedule: Schedule,
         weight_decay: float = 0.0,
+        devices: Devices = ALONE,
     ) -> None:
         check_export(spec)
         self.spec = spec
@@ -62,12 +63,12 @@ class Method(Generic[SpecT, AdapterT]):
         self.total_steps = total_steps
         self.schedule = schedule
         self.weight_decay = weight_decay
+        self.devices = devices
+        """A process sees its own micro-batches only; `devices.sum` makes a statistic over them one over the whole
+        optimizer batch. All processes must call it, so only in `after_backward` or `after_step`."""
         self.finished_steps = 0
         self.notes: list[str] = []
         """Sentences the job's owner should read."""
-        self.sum_over_processes: Callable[[Tensor], Tensor] = lambda tensor: tensor
-        """For statistics over a whole optimizer batch, of which each device sees its micro-batches alone: the
-        sum over all devices. To be called by every process alike, so in `after_backward` or `after_step`."""
 
     @classmethod
     def trained_numbers(cls, spec: SpecT, sites: Sequence[Site], total_steps: int) -> int:

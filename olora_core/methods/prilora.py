@@ -157,7 +157,7 @@ class PRILoRA(FactorsMethod[PRILoRASpec, PRILoRAAdapter]):
     def after_backward(self, step: int) -> None:
         """X̄ follows what all devices saw in this step; a layer that saw nothing keeps its own."""
         sizes = [len(adapter.seen) for adapter in self.adapters]
-        seen = self.sum_over_processes(torch.cat([adapter.seen for adapter in self.adapters]))
+        seen = self.devices.sum(torch.cat([adapter.seen for adapter in self.adapters]))
         beta = self.spec.importance_decay if step > 1 else 0.0
         for adapter, told in zip(self.adapters, seen.split(sizes), strict=True):
             tokens = told[-1]
