@@ -64,8 +64,8 @@ class Method(Generic[SpecT, AdapterT]):
         self.schedule = schedule
         self.weight_decay = weight_decay
         self.devices = devices
-        """A process sees its own micro-batches only; `devices.sum` makes a statistic over them one over the whole
-        optimizer batch. All processes must call it, so only in `after_backward` or `after_step`."""
+        """A process sees its own micro-batches only; `devices.sum` makes a statistic over them one over the
+        whole optimizer batch. All processes must call it, so only in `after_backward` or `after_step`."""
         self.finished_steps = 0
         self.notes: list[str] = []
         """Sentences the job's owner should read."""
