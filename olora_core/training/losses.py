@@ -38,13 +38,13 @@ class TaskLoss(NamedTuple):
 class Loss(Protocol):
     """One kind of training: how a micro-batch is judged.
 
-    With `every_logit` the model builds all logits, as methods with `needs_logits` want them. Without, and
+    With `needs_logits` the model builds all logits, as methods with `needs_logits` want them. Without, and
     where the base has a plain head, that head sees only the positions that predict a trained token: the same
     values for less work.
     """
 
     def __call__(
-        self, model: PreTrainedModel, batch: MicroBatch, passes: Passes, *, every_logit: bool = False
+        self, model: PreTrainedModel, batch: MicroBatch, passes: Passes, *, needs_logits: bool = False
     ) -> TaskLoss: ...
 
 
@@ -60,24 +60,24 @@ def task_loss(
     batch: MicroBatch,
     passes: Passes,
     *,
-    every_logit: bool = False,
+    needs_logits: bool = False,
     smoothing: float = 0.0,
 ) -> TaskLoss:
     """The supervised loss. Label smoothing (arXiv 1512.00567, section 7) gives that share of each target's
     probability to the whole vocabulary evenly."""
     head = model.get_output_embeddings()
-    if passes.plain_head and not every_logit and type(head) is nn.Linear:
+    if passes.plain_head and not needs_logits and type(head) is nn.Linear:
         hidden = passes.hidden(model, batch)
         total, correct = FrozenHeadLoss.apply(hidden, head.weight, head.bias, batch.targets, smoothing)
         return TaskLoss(total, correct, batch.trained_tokens, None)
-    chosen, logits = _chosen(model, batch, passes, every_logit)
+    chosen, logits = _chosen(model, batch, passes, needs_logits)
     total = F.cross_entropy(chosen.float(), batch.targets, reduction="sum", label_smoothing=smoothing)
     correct = (chosen.detach().argmax(dim=-1) == batch.targets).sum()
     return TaskLoss(total, correct, batch.trained_tokens, logits)
 
 
 def preference_loss(
-    model: PreTrainedModel, batch: MicroBatch, passes: Passes, *, beta: float, every_logit: bool = False
+    model: PreTrainedModel, batch: MicroBatch, passes: Passes, *, beta: float, needs_logits: bool = False
 ) -> TaskLoss:
     """DPO (arXiv 2305.18290, equation 7): rows 2i and 2i + 1 hold the better and the worse answer.
 
@@ -86,8 +86,8 @@ def preference_loss(
     gives log 2 to the last bit.
     """
     with adapters_off(model), torch.no_grad():
-        reference = _answer_log_probs(_chosen(model, batch, passes, every_logit)[0], batch)
-    chosen, logits = _chosen(model, batch, passes, every_logit)
+        reference = _answer_log_probs(_chosen(model, batch, passes, needs_logits)[0], batch)
+    chosen, logits = _chosen(model, batch, passes, needs_logits)
     # (pairs, 2) log-ratios to the reference, in nats
     ratios = (_answer_log_probs(chosen, batch) - reference).view(-1, 2)
     margins = beta * (ratios[:, 0] - ratios[:, 1])
@@ -103,12 +103,12 @@ def _answer_log_probs(chosen: Tensor, batch: MicroBatch) -> Tensor:
 
 
 def _chosen(
-    model: PreTrainedModel, batch: MicroBatch, passes: Passes, every_logit: bool
+    model: PreTrainedModel, batch: MicroBatch, passes: Passes, needs_logits: bool
 ) -> tuple[Tensor, Tensor | None]:
     """(trained, vocabulary) logits of the trained tokens; and all logits where they had to be built."""
-    if every_logit or not passes.plain_head:
+    if needs_logits or not passes.plain_head:
         chosen, logits = passes.logits(model, batch)
-        return chosen, logits if every_logit else None
+        return chosen, logits if needs_logits else None
     return model.get_output_embeddings()(passes.hidden(model, batch)), None
 
 

@@ -99,7 +99,8 @@ def plan_passes(
     adapters: Mapping[str, Adapter],
     examples: Examples,
     loss: Loss,
-    every_logit: bool,
+    *,
+    needs_logits: bool,
     penalty_copies: int = 0,
     processes: int = 1,
 ) -> Plan:
@@ -125,7 +126,15 @@ def plan_passes(
         why.append(f"packing = {str(packing).lower()} (examples of one row: {reason})")
     tokens, checkpointing = asked.micro_batch_tokens, asked.gradient_checkpointing
     if tokens == "auto" or checkpointing == "auto":
-        estimate = estimate_memory(spec, base, adapters, loss, every_logit, penalty_copies, processes)
+        estimate = estimate_memory(
+            spec,
+            base,
+            adapters,
+            loss,
+            needs_logits=needs_logits,
+            penalty_copies=penalty_copies,
+            processes=processes,
+        )
         one = int(examples.row_tokens.max() if packing else examples.sides * examples.lengths.max())
         length = int(examples.lengths.max())
         if checkpointing == "auto":
@@ -194,18 +203,19 @@ def estimate_memory(
     base: Base,
     adapters: Mapping[str, Adapter],
     loss: Loss,
-    every_logit: bool,
+    *,
+    needs_logits: bool,
     penalty_copies: int = 0,
     processes: int = 1,
 ) -> Estimate:
     """Counts what is there, and adds what short passes of the base with its adapters take."""
     trained = sum(p.numel() * p.element_size() for a in adapters.values() for p in a.parameters())
     vocabulary = base.model.get_input_embeddings().weight.shape[0]
-    fused = base.passes.plain_head and not every_logit and spec.type != "dpo"
+    fused = base.passes.plain_head and not needs_logits and spec.type != "dpo"
     head = LOGIT_BYTES * vocabulary if fused else 0
-    how = (spec.adapter.model_dump_json(), spec.type, every_logit, base.model.config._attn_implementation)
+    how = (spec.adapter.model_dump_json(), spec.type, needs_logits, base.model.config._attn_implementation)
     if how not in base.pass_bytes:
-        base.pass_bytes[how] = _measured(spec, base, loss, every_logit, head)
+        base.pass_bytes[how] = _measured(spec, base, loss, needs_logits, head)
     used, free = memory_of(base.device)  # with what the libraries took for their first passes
     config = base.model.config.get_text_config()
     return Estimate(
@@ -222,7 +232,7 @@ def estimate_memory(
 
 
 def _measured(
-    spec: TrainSpec, base: Base, loss: Loss, every_logit: bool, head: int
+    spec: TrainSpec, base: Base, loss: Loss, needs_logits: bool, head: int
 ) -> tuple[float, float, float]:
     """`Estimate.passes`, from short passes as a step makes them, without the `head` bytes a token."""
     sides = 2 if spec.type == "dpo" else 1
@@ -232,7 +242,7 @@ def _measured(
         tokens = sides * length
         rows.append([1, tokens, tokens * length])
         try:
-            peak = _peak_of_a_pass(base, loss, every_logit, length, sides)
+            peak = _peak_of_a_pass(base, loss, needs_logits, length, sides)
         except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
             if not is_out_of_memory(error):
                 raise
@@ -252,7 +262,7 @@ def _probe_lengths(model: PreTrainedModel) -> tuple[int, ...]:
     return tuple(max(2, length // shrink) for length in PROBE_LENGTHS)
 
 
-def _peak_of_a_pass(base: Base, loss: Loss, every_logit: bool, length: int, sides: int) -> int:
+def _peak_of_a_pass(base: Base, loss: Loss, needs_logits: bool, length: int, sides: int) -> int:
     """Bytes that one forward and backward of `sides` rows of this length holds at most."""
     model, cuda = base.model, base.device.type == "cuda"
     trained = np.arange(length) > 0  # every token that can be
@@ -269,7 +279,7 @@ def _peak_of_a_pass(base: Base, loss: Loss, every_logit: bool, length: int, side
         before = torch.cuda.memory_allocated(base.device)
     live = LiveBytes()
     with torch.random.fork_rng(devices=[base.device] if cuda else []), live:
-        loss(model, batch.to(base.device), base.passes, every_logit=every_logit).total.backward()
+        loss(model, batch.to(base.device), base.passes, needs_logits=needs_logits).total.backward()
     model.zero_grad(set_to_none=True)
     return torch.cuda.max_memory_allocated(base.device) - before if cuda else live.peak
 

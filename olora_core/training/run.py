@@ -199,8 +199,16 @@ def start(
     devices.share(adapter_tensors(adapters).values())
     if packing == "segments":
         base.model.set_attn_implementation(attention.NAME)
-    needs = method.needs_logits, method.penalty_copies, devices.count
-    own_plan = plan_passes(spec, base, adapters, data.training, loss_of(spec), *needs)
+    own_plan = plan_passes(
+        spec,
+        base,
+        adapters,
+        data.training,
+        loss_of(spec),
+        needs_logits=method.needs_logits,
+        penalty_copies=method.penalty_copies,
+        processes=devices.count,
+    )
     plan = devices.agreed(own_plan)
     passes = plan.spec.hyperparameters
     set_checkpointing(base.model, passes.gradient_checkpointing)
@@ -212,19 +220,19 @@ def start(
         fused=True,
     )
     run = Run(
-        asked,
-        plan.spec,
-        base,
-        data,
-        method,
-        adapters,
-        optimizer,
-        schedule,
-        total_steps,
-        passes.micro_batch_tokens,
-        passes.gradient_checkpointing,
-        Randomness(spec.seed, base.device),
-        devices,
+        asked=asked,
+        spec=plan.spec,
+        base=base,
+        data=data,
+        method=method,
+        adapters=adapters,
+        optimizer=optimizer,
+        schedule=schedule,
+        total_steps=total_steps,
+        micro_batch_tokens=passes.micro_batch_tokens,
+        checkpointing=passes.gradient_checkpointing,
+        random=Randomness(spec.seed, base.device),
+        devices=devices,
     )
     return run, plan
 

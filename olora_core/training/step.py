@@ -109,7 +109,7 @@ def accumulate(run: Run, rows: np.ndarray) -> tuple[Tensor, int]:
         run.random.begin(run.step + 1, position)
         batch = batches[position].to(run.base.device)
         run.method.before_pass(batch)
-        task = run.loss(run.base.model, batch, run.base.passes, every_logit=run.method.needs_logits)
+        task = run.loss(run.base.model, batch, run.base.passes, needs_logits=run.method.needs_logits)
         outputs = Outputs(task.logits, batch.labels, task.total / task.weight, repeated=not counts)
         penalty = run.method.penalty(outputs, lambda batch=batch: base_logits(run.base, batch))
         run.method.after_pass(outputs)

@@ -149,9 +149,10 @@ def steps(
                 {"step": run.step, "total_steps": run.total_steps},
             )
             return
-        wish = yield (yield from take_step(run))
+        step = yield from take_step(run)
+        stop_request = yield step
         follows_anyway = checkpoints.follow_evaluations and is_due(run)
-        if run.devices.leads and (wish == "save" or (checkpoints.are_due and not follows_anyway)):
+        if run.devices.leads and (stop_request == "save" or (checkpoints.are_due and not follows_anyway)):
             yield checkpoints.make(run)
 
 

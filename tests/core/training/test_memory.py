@@ -110,7 +110,8 @@ def test_the_processes_of_one_job_share_a_cpus_memory(llama, monkeypatch) -> Non
     adapters = place(method, llama.model, target_sites(llama.model, "auto"))
     try:
         alone, together = (
-            estimate_memory(spec, llama, adapters, loss_of(spec), False, processes=n).free for n in (1, 2)
+            estimate_memory(spec, llama, adapters, loss_of(spec), needs_logits=False, processes=n).free
+            for n in (1, 2)
         )
     finally:
         detach(llama.model)
