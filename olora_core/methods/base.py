@@ -3,7 +3,6 @@
 Beside them, what it says of itself before any run: how many numbers it trains, and how wide it can be.
 """
 
-import hashlib
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -17,6 +16,7 @@ from ..devices import ALONE, Devices, is_part, whole
 from ..errors import SpecError
 from ..layers.adapter import Adapter, Site, attach, site_weight
 from ..progress import Phase, result_of
+from ..seeds import seed_of
 from ..specs import AdapterSpec, check_export
 
 SpecT = TypeVar("SpecT", bound=AdapterSpec)
@@ -185,5 +185,4 @@ def _threads_for(weight: Tensor) -> Iterator[None]:
 
 def generator(seed: int, step: int, name: str) -> torch.Generator:
     """A fresh CPU generator for one draw: the same in every process and every resumed run."""
-    digest = hashlib.sha256(f"{seed}/{step}/{name}".encode()).digest()
-    return torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)
+    return torch.Generator().manual_seed(seed_of(f"{seed}/{step}/{name}"))

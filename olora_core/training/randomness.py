@@ -1,9 +1,9 @@
 """The random numbers of one run, which dropout draws from torch's global generators."""
 
-import hashlib
-
 import torch
 from torch import Tensor
+
+from ..seeds import seed_of
 
 
 class Randomness:
@@ -20,8 +20,7 @@ class Randomness:
 
     def begin(self, step: int, position: int) -> None:
         """From here on, the numbers of this micro-batch. Only inside `with`."""
-        digest = hashlib.sha256(f"draws/{self.seed}/{step}/{position}".encode()).digest()
-        torch.manual_seed(int.from_bytes(digest[:8], "big") >> 1)
+        torch.manual_seed(seed_of(f"draws/{self.seed}/{step}/{position}"))
 
     def __enter__(self) -> None:
         self._outside = self._read()
