@@ -17,7 +17,7 @@ from torch import Tensor
 
 from ..errors import SpecError
 from ..layers.adapter import Site
-from ..specs import AdaLoRASpec
+from ..specs.methods.adalora import AdaLoRASpec
 from .base import Method, Outputs, generator
 from .gated import GatedAdapter
 from .orthogonality import distances, squared_distances

@@ -21,7 +21,7 @@ from torch.utils.checkpoint import checkpoint
 from ..bases.passes import LOGITS_AT_ONCE
 from ..data.batches import IGNORED
 from ..layers.adapter import Site, full_precision
-from ..specs import BALoRASpec
+from ..specs.methods.ba_lora import BALoRASpec
 from .base import Outputs
 from .lora import LoRAAdapter, lora_adapter
 from .lora_plus import FactorsMethod

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ..layers.adapter import Site
-from ..specs import COLASpec
+from ..specs.methods.cola import COLASpec
 from .base import Method, generator
 from .rounds import RoundsAdapter, forget, set_lr_factor
 

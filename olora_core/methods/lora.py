@@ -8,7 +8,8 @@ from torch import Tensor, nn
 
 from ..layers.adapter import LowRank, Site, compute_dtype
 from ..layers.products import LowRankProduct, is_plain
-from ..specs import AdapterSpec, LoRASpec
+from ..specs import AdapterSpec
+from ..specs.methods.lora import LoRASpec
 from .base import Method, generator
 from .lora_plus import FactorsAdapter, FactorsMethod
 

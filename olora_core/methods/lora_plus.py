@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 from torch import nn
 
 from ..layers.adapter import Adapter
-from ..specs import FactorsSpec
+from ..specs.methods.base import FactorsSpec
 from .base import Method
 
 FactorsSpecT = TypeVar("FactorsSpecT", bound=FactorsSpec)

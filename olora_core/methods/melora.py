@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from ..errors import SpecError
 from ..layers.adapter import LowRank, Site
-from ..specs import MELoRASpec
+from ..specs.methods.melora import MELoRASpec
 from .base import generator
 from .lora import kaiming_uniform, lora_adapter
 from .lora_plus import FactorsAdapter, FactorsMethod

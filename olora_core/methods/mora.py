@@ -19,7 +19,8 @@ from torch.nn import functional as F
 
 from ..errors import SpecError, shortened
 from ..layers.adapter import Adapter, LowRank, Site
-from ..specs import MAX_EXPORT_RANK, WHERE_TOO_WIDE, MoRASpec
+from ..specs import MAX_EXPORT_RANK, WHERE_TOO_WIDE
+from ..specs.methods.mora import MoRASpec
 from ..specs.serving import server_rank
 from .base import Method
 from .rounds import forget, ramp, set_lr_factor

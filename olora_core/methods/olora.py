@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ..errors import ModelError
 from ..layers.adapter import LowRank, Site, full_precision
-from ..specs import OLoRASpec
+from ..specs.methods.olora import OLoRASpec
 from .base import Method
 from .lora import LoRAAdapter
 from .lora_plus import FactorsMethod

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from ..layers.adapter import Site, full_precision
-from ..specs import PiSSASpec, SVDSpec
+from ..specs.methods.base import SVDSpec
+from ..specs.methods.pissa import PiSSASpec
 from .base import Method, generator
 from .lora_plus import FactorsMethod
 from .olora import OLoRAAdapter, damaged, warn_of_decay

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from ..data.batches import MicroBatch
 from ..errors import SpecError
 from ..layers.adapter import Site
-from ..specs import PRILoRASpec
+from ..specs.methods.prilora import PRILoRASpec
 from .base import Outputs, generator
 from .lora import LoRAAdapter, kaiming_uniform
 from .lora_plus import FactorsMethod

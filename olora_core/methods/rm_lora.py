@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ..layers.adapter import Site
-from ..specs import RMLoRASpec
+from ..specs.methods.rm_lora import RMLoRASpec
 from .base import Outputs, generator
 from .lora import LoRAAdapter, lora_adapter
 from .lora_plus import FactorsMethod

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from ..layers.adapter import Adapter, LowRank, Site, compute_dtype, low_rank_product
 from ..layers.products import LowRankProduct, is_plain
-from ..specs import Start
+from ..specs.methods.base import Start
 from .lora import kaiming_uniform
 
 

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ..errors import SpecError
 from ..layers.adapter import Site
-from ..specs import SoRASpec
+from ..specs.methods.sora import SoRASpec
 from .base import Method, generator
 from .gated import GatedAdapter
 from .lora import kaiming_uniform

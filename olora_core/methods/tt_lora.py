@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from ..errors import SpecError
 from ..layers.adapter import Adapter, LowRank, Site
-from ..specs import TTLoRASpec
+from ..specs.methods.tt_lora import TTLoRASpec
 from .base import Method, generator
 
 LARGEST_MODE = 16

@@ -12,7 +12,8 @@ from torch import Tensor
 
 from ..errors import SpecError
 from ..layers.adapter import Site
-from ..specs import MAX_EXPORT_RANK, WHERE_TOO_WIDE, XGBLoRASpec
+from ..specs import MAX_EXPORT_RANK, WHERE_TOO_WIDE
+from ..specs.methods.xgblora import XGBLoRASpec
 from .base import Method, generator
 from .rounds import RoundsAdapter, forget, ramp, set_lr_factor
 

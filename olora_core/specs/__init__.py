@@ -7,20 +7,7 @@ models here. `read_spec` turns loose input into a `TrainSpec`; `resolve` turns "
 from .adapters import ADAPTER_SPECS, DEFAULT_METHOD, check_export
 from .base import Spec, nearest, spec_error
 from .comparison import MAX_SEEDS, ComparedMethod, ComparisonSpec, read_comparison
-from .methods.adalora import AdaLoRASpec
-from .methods.ba_lora import BALoRASpec
-from .methods.base import AdapterSpec, FactorsSpec, Start, SVDSpec
-from .methods.cola import COLASpec
-from .methods.lora import LoRASpec
-from .methods.melora import MELoRASpec
-from .methods.mora import MoRASpec
-from .methods.olora import OLoRASpec
-from .methods.pissa import PiSSASpec
-from .methods.prilora import PRILoRASpec
-from .methods.rm_lora import RMLoRASpec
-from .methods.sora import SoRASpec
-from .methods.tt_lora import TTLoRASpec
-from .methods.xgblora import XGBLoRASpec
+from .methods.base import AdapterSpec
 from .resolving import Facts, auto_batch_size, auto_epochs, learning_rate_for, resolve
 from .serving import MAX_EXPORT_RANK, WHERE_TOO_WIDE
 from .training import (
@@ -43,29 +30,13 @@ __all__ = [
     "MAX_SEED",
     "MAX_SEEDS",
     "WHERE_TOO_WIDE",
-    "AdaLoRASpec",
     "AdapterSpec",
-    "BALoRASpec",
-    "COLASpec",
     "ComparedMethod",
     "ComparisonSpec",
-    "FactorsSpec",
     "Facts",
     "Hyperparameters",
-    "LoRASpec",
-    "MELoRASpec",
-    "MoRASpec",
-    "OLoRASpec",
-    "PRILoRASpec",
-    "PiSSASpec",
-    "RMLoRASpec",
-    "SVDSpec",
-    "SoRASpec",
     "Spec",
-    "Start",
-    "TTLoRASpec",
     "TrainSpec",
-    "XGBLoRASpec",
     "auto_batch_size",
     "auto_epochs",
     "check_export",

@@ -1,6 +1,6 @@
-"""What may be asked of each method; a new one is one class in `methods/` and one line in ADAPTER_SPECS."""
+"""The methods that a spec can name: for a new one, a class in `methods/` and a line in the union here."""
 
-from typing import Annotated
+from typing import Annotated, get_args
 
 from pydantic import Field
 
@@ -21,7 +21,7 @@ from .methods.tt_lora import TTLoRASpec
 from .methods.xgblora import XGBLoRASpec
 from .serving import MAX_EXPORT_RANK, WHERE_TOO_WIDE
 
-AnyAdapterSpec = Annotated[
+_OneMethod = (
     OLoRASpec
     | LoRASpec
     | PiSSASpec
@@ -30,28 +30,17 @@ AnyAdapterSpec = Annotated[
     | PRILoRASpec
     | TTLoRASpec
     | SoRASpec
-    | RMLoRASpec
     | AdaLoRASpec
+    | RMLoRASpec
     | COLASpec
     | XGBLoRASpec
-    | MoRASpec,
-    Field(discriminator="method"),
-]
+    | MoRASpec
+)
+AnyAdapterSpec = Annotated[_OneMethod, Field(discriminator="method")]
 ADAPTER_SPECS: dict[str, type[AdapterSpec]] = {
-    "olora": OLoRASpec,
-    "lora": LoRASpec,
-    "pissa": PiSSASpec,
-    "melora": MELoRASpec,
-    "ba_lora": BALoRASpec,
-    "prilora": PRILoRASpec,
-    "tt_lora": TTLoRASpec,
-    "sora": SoRASpec,
-    "adalora": AdaLoRASpec,
-    "rm_lora": RMLoRASpec,
-    "cola": COLASpec,
-    "xgblora": XGBLoRASpec,
-    "mora": MoRASpec,
+    spec.model_fields["method"].default: spec for spec in get_args(_OneMethod)
 }
+"""A method's spec by its name, in the order of the union."""
 DEFAULT_METHOD = "olora"
 
 

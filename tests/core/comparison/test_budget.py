@@ -9,7 +9,12 @@ from olora_core.errors import SpecError
 from olora_core.layers.adapter import Site, detach
 from olora_core.methods import METHODS, Method, place
 from olora_core.methods.xgblora import XGBLoRA
-from olora_core.specs import ADAPTER_SPECS, AdapterSpec, COLASpec, LoRASpec, MELoRASpec, MoRASpec, OLoRASpec
+from olora_core.specs import ADAPTER_SPECS, AdapterSpec
+from olora_core.specs.methods.cola import COLASpec
+from olora_core.specs.methods.lora import LoRASpec
+from olora_core.specs.methods.melora import MELoRASpec
+from olora_core.specs.methods.mora import MoRASpec
+from olora_core.specs.methods.olora import OLoRASpec
 
 from ..conftest import make_gpt2, make_llama
 

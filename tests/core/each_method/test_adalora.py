@@ -14,7 +14,8 @@ from olora_core.errors import SpecError
 from olora_core.layers.adapter import Site, adapter_tensors
 from olora_core.methods import Outputs, place
 from olora_core.methods.adalora import AdaLoRA, AdaLoRAAdapter
-from olora_core.specs import AdaLoRASpec, read_spec
+from olora_core.specs import read_spec
+from olora_core.specs.methods.adalora import AdaLoRASpec
 
 from ..conftest import make_llama
 from ..export.test_adapter import reloaded

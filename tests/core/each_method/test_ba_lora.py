@@ -23,7 +23,8 @@ from olora_core.methods.ba_lora import (
     predicting,
     spectrum_loss,
 )
-from olora_core.specs import BALoRASpec, TrainSpec, read_spec
+from olora_core.specs import TrainSpec, read_spec
+from olora_core.specs.methods.ba_lora import BALoRASpec
 from olora_core.training.memory import LiveBytes
 
 from ..runs import chat_rows, losses, spec_for, train, write_rows

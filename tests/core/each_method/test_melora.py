@@ -15,7 +15,8 @@ from olora_core.layers.adapter import Adapter, Site
 from olora_core.methods import place
 from olora_core.methods.lora import LoRAAdapter
 from olora_core.methods.melora import MELoRAAdapter
-from olora_core.specs import MELoRASpec, read_spec
+from olora_core.specs import read_spec
+from olora_core.specs.methods.melora import MELoRASpec
 
 from ..conftest import make_llama
 from ..runs import chat_rows, losses, spec_for, train, write_rows

@@ -18,7 +18,9 @@ from olora_core.methods import METHODS, Method, Outputs, place
 from olora_core.methods.base import generator
 from olora_core.methods.lora import LoRA
 from olora_core.methods.olora import OLoRA, OLoRAAdapter, qr_factors
-from olora_core.specs import ADAPTER_SPECS, LoRASpec, OLoRASpec, read_spec
+from olora_core.specs import ADAPTER_SPECS, read_spec
+from olora_core.specs.methods.lora import LoRASpec
+from olora_core.specs.methods.olora import OLoRASpec
 
 from ..conftest import make_gpt2, make_llama
 from ..runs import OPTIONS

@@ -13,7 +13,8 @@ from olora_core.errors import SpecError
 from olora_core.layers.adapter import Site, adapter_tensors, load_adapter_tensors
 from olora_core.methods import place
 from olora_core.methods.mora import MoRA, MoRAAdapter, RotationAdapter, square_side
-from olora_core.specs import MoRASpec, read_spec
+from olora_core.specs import read_spec
+from olora_core.specs.methods.mora import MoRASpec
 
 from ..conftest import make_gpt2, make_llama
 from ..runs import chat_rows, losses, spec_for, train, write_rows

@@ -14,7 +14,8 @@ from olora_core.layers.adapter import AdaptedLinear, Site
 from olora_core.methods import Outputs
 from olora_core.methods import prilora as prilora_file
 from olora_core.methods.prilora import PRILoRA, PRILoRAAdapter, squares
-from olora_core.specs import PRILoRASpec, read_spec
+from olora_core.specs import read_spec
+from olora_core.specs.methods.prilora import PRILoRASpec
 
 from ..runs import chat_rows, losses, preference_rows, spec_for, train, write_rows
 

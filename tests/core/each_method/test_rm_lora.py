@@ -13,7 +13,8 @@ from olora_core.layers.adapter import Site
 from olora_core.methods import Outputs
 from olora_core.methods.lora import LoRAAdapter
 from olora_core.methods.rm_lora import RMLoRA
-from olora_core.specs import RMLoRASpec, read_spec
+from olora_core.specs import read_spec
+from olora_core.specs.methods.rm_lora import RMLoRASpec
 
 from ..runs import chat_rows, losses, spec_for, train, write_rows
 

@@ -16,7 +16,8 @@ from olora_core.layers.adapter import Site
 from olora_core.methods import place
 from olora_core.methods.gated import GatedAdapter
 from olora_core.methods.sora import SoRA
-from olora_core.specs import SoRASpec, read_spec
+from olora_core.specs import read_spec
+from olora_core.specs.methods.sora import SoRASpec
 
 from ..conftest import make_llama
 from ..runs import Finished, chat_rows, losses, one, spec_for, train, write_rows

@@ -12,7 +12,8 @@ from torch import Tensor
 from olora_core.errors import SpecError
 from olora_core.layers.adapter import Site
 from olora_core.methods.tt_lora import TTLoRA, TTLoRAAdapter, factored
-from olora_core.specs import TrainSpec, TTLoRASpec, read_spec
+from olora_core.specs import TrainSpec, read_spec
+from olora_core.specs.methods.tt_lora import TTLoRASpec
 
 from ..runs import chat_rows, losses, spec_for, train, write_rows
 

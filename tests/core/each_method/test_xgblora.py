@@ -11,7 +11,8 @@ from olora_core.errors import SpecError
 from olora_core.layers.adapter import Site
 from olora_core.methods.rounds import RoundsAdapter
 from olora_core.methods.xgblora import XGBLoRA
-from olora_core.specs import XGBLoRASpec, read_spec
+from olora_core.specs import read_spec
+from olora_core.specs.methods.xgblora import XGBLoRASpec
 
 from ..runs import chat_rows, losses, spec_for, train, write_rows
 

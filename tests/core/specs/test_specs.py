@@ -10,15 +10,8 @@ from olora_core.errors import SpecError
 from olora_core.specs import (
     ADAPTER_ALIASES,
     ADAPTER_SPECS,
-    BALoRASpec,
     Facts,
-    LoRASpec,
-    MELoRASpec,
-    MoRASpec,
-    OLoRASpec,
-    PiSSASpec,
     TrainSpec,
-    TTLoRASpec,
     auto_batch_size,
     auto_epochs,
     known_hyperparameters,
@@ -26,6 +19,13 @@ from olora_core.specs import (
     read_spec,
     resolve,
 )
+from olora_core.specs.methods.ba_lora import BALoRASpec
+from olora_core.specs.methods.lora import LoRASpec
+from olora_core.specs.methods.melora import MELoRASpec
+from olora_core.specs.methods.mora import MoRASpec
+from olora_core.specs.methods.olora import OLoRASpec
+from olora_core.specs.methods.pissa import PiSSASpec
+from olora_core.specs.methods.tt_lora import TTLoRASpec
 
 
 def spec(hyperparameters: dict[str, Any] | None = None, adapter: dict[str, Any] | None = None) -> TrainSpec:
