@@ -231,7 +231,7 @@ def _train(
         device, devices = stack.enter_context(_devices(device))
         bar.phase("loading the base model")
         resume = newest_checkpoint(output)
-        devices.agreed((spec, folder, training, validation, output, resume))
+        devices.broadcast_object((spec, folder, training, validation, output, resume))
         base = _load(spec, folder, device, devices)
         if resume is not None:
             bar.say(f"Going on from {resume.name}.")
@@ -298,13 +298,13 @@ def _devices(device: str) -> Iterator[tuple[str, "Devices"]]:
     """The device of this process, and the processes that train together."""
     import torch
 
-    from olora_core.devices import ALONE, join
+    from olora_core.devices import SINGLE, join
 
     _, count, here = _place()
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     if count == 1:
-        yield device, ALONE
+        yield device, SINGLE
         return
     if device == "cuda":
         device = f"cuda:{here}"
@@ -317,11 +317,11 @@ def _load(spec: TrainSpec, folder: Path, device: str, devices: "Devices") -> "Ba
     from olora_core.bases.precision import compute_dtype
     from olora_core.bases.sharding import is_sharded, shard
 
-    dtype = devices.agreed(compute_dtype(spec, folder, device))
+    dtype = devices.broadcast_object(compute_dtype(spec, folder, device))
     loaded = partial(
         load_base, folder, name=spec.model, dtype=dtype, quantization=spec.hyperparameters.quantization
     )
-    if devices.agreed(is_sharded(spec, folder, device, devices.count)):
+    if devices.broadcast_object(is_sharded(spec, folder, device, devices.count)):
         return shard(loaded(device="cpu"), device, devices)
     return loaded(device=device)
 
@@ -337,7 +337,7 @@ def _follow(device: str) -> None:
     from olora_core.training.train import train as run_training
 
     with _devices(device) as (own, devices):
-        spec, folder, training, validation, output, resume = devices.agreed(None)
+        spec, folder, training, validation, output, resume = devices.broadcast_object(None)
         base = _load(spec, folder, own, devices)
         run = run_training(
             *(spec, base, training, validation, output),

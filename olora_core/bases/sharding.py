@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from ..devices import Devices, is_part
+from ..devices import Devices, is_dtensor
 from ..errors import SpecError
 from ..specs import TrainSpec
 from .loading import Base, weight_files
@@ -70,7 +70,7 @@ def _check(base: Base, block: nn.Module) -> None:
 
 def own_part(original: Tensor, resident: Tensor) -> tuple[Tensor, Tensor]:
     """The rows of `original` that this process holds of a sharded `resident`, and what it holds; or both."""
-    if not is_part(resident):
+    if not is_dtensor(resident):
         return original, resident
     mine = resident.to_local()
     rank, count = resident.device_mesh.get_local_rank(), resident.device_mesh.size()

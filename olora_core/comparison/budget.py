@@ -12,7 +12,7 @@ from ..specs import MAX_EXPORT_RANK, AdapterSpec, check_export
 
 def trained_numbers(adapter: AdapterSpec, sites: Sequence[Site], total_steps: int) -> int:
     """What a run of so many steps trains in these layers."""
-    return METHODS[adapter.method].trained_numbers(adapter, sites, total_steps)
+    return METHODS[adapter.method].trainable_parameters(adapter, sites, total_steps)
 
 
 def within_budget(adapter: AdapterSpec, budget: int, sites: Sequence[Site], total_steps: int) -> AdapterSpec:

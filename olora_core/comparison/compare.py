@@ -17,7 +17,7 @@ import torch
 from ..bases.loading import Base, check_quantization
 from ..bases.sites import target_sites
 from ..data.batches import steps_per_epoch
-from ..devices import ALONE
+from ..devices import SINGLE
 from ..errors import CheckpointError, SpecError, TrainingError
 from ..export.manifest import versions
 from ..layers.adapter import Adapter, Site
@@ -37,8 +37,8 @@ from ..specs import AdapterSpec, ComparisonSpec, Hyperparameters, TrainSpec, lea
 from ..training import checkpoint
 from ..training.checkpoint import Snapshot
 from ..training.data import Data, read_data
-from ..training.resume import Checkpoints, put, restore, snapshot
-from ..training.run import Run, borrowed, check_dtype, check_sharding, facts, start, steps_of
+from ..training.resume import Checkpoints, restore, snapshot, write_checkpoint
+from ..training.run import Run, check_dtype, check_sharding, restored_afterwards, run_facts, start, steps_of
 from ..training.step import forget_peak_memory, peak_memory
 from ..training.train import steps
 from .budget import trained_numbers, within_budget
@@ -85,7 +85,7 @@ def compare(
     """
     check_dtype(spec.training, base)
     check_quantization(spec.training, base)
-    check_sharding(spec.training, base, ALONE)
+    check_sharding(spec.training, base, SINGLE)
     data = yield from read_data(spec.training, base, training, validation, cache or folder / "tokens")
     comparison = Comparison(spec, base, data, folder, checkpoint_seconds)
     if resume is not None:
@@ -145,7 +145,7 @@ class Comparison:
         asked = spec.training.model_copy(
             update={"hyperparameters": spec.hyperparameters.model_copy(update={"learning_rate": own})}
         )
-        resolved, self.why = resolve(asked, facts(base, data, ALONE))
+        resolved, self.why = resolve(asked, run_facts(base, data, SINGLE))
         self.hyperparameters = resolved.hyperparameters
         self.total_steps = steps_of(self.hyperparameters, len(data.training))
         self.unfit: dict[str, str] = {}
@@ -213,9 +213,9 @@ class Comparison:
         passes: list[Hyperparameters] = []
         for entrant in self.entrants:
             spec = self._spec(Task(entrant, "final", entrant.own_rate, self.spec.seed, self.total_steps))
-            with borrowed(self.base):
+            with restored_afterwards(self.base):
                 try:
-                    run, plan = yield from start(spec, spec, self.base, self.data, entrant.sites, ALONE)
+                    run, plan = yield from start(spec, spec, self.base, self.data, entrant.sites, SINGLE)
                 except (SpecError, TrainingError) as error:
                     self.unfit[entrant.label] = error.message
                     continue
@@ -331,14 +331,14 @@ class Comparison:
     def _train(self, task: Task) -> Generator[ComparisonProgress, str | None, Outcome]:
         spec, label = self._spec(task), task.entrant.label
         outcome = Outcome(label, task.stage, task.learning_rate, task.seed)
-        with borrowed(self.base):
+        with restored_afterwards(self.base):
             try:
                 run, _ = yield from start(
-                    spec, spec, self.base, self._data(task.stage), task.entrant.sites, ALONE
+                    spec, spec, self.base, self._data(task.stage), task.entrant.sites, SINGLE
                 )
             except SpecError as error:  # too few steps for this method
                 return replace(outcome, why=error.message)
-            run.small_validation = None  # every evaluation is of the whole
+            run.quick_examples = None  # every evaluation is of the whole
             if self.at_hand is not None:
                 restore(run, self.at_hand, "checkpoint")
                 self.at_hand = None
@@ -426,7 +426,7 @@ class Comparison:
             "run": taken.state,
         }
         step = sum(outcome.steps for outcome in self.outcomes) + run.step
-        saved = put(self.folder, step, Snapshot(self.identity, state, taken.tensors))
+        saved = write_checkpoint(self.folder, step, Snapshot(self.identity, state, taken.tensors))
         run.saved_at = run.step
         metrics = {"step": step, "run": len(self.outcomes) + 1, "train_loss": run.history[-1][1]}
         return Saved(step, saved, metrics)

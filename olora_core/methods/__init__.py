@@ -4,7 +4,7 @@ from typing import Any
 
 from .adalora import AdaLoRA
 from .ba_lora import BALoRA
-from .base import Method, Outputs, place
+from .base import Method, Outputs, build_adapters
 from .cola import COLA
 from .lora import LoRA
 from .melora import MELoRA
@@ -33,4 +33,4 @@ METHODS: dict[str, type[Method[Any, Any]]] = {
     "mora": MoRA,
 }
 
-__all__ = ["METHODS", "Method", "Outputs", "place"]
+__all__ = ["METHODS", "Method", "Outputs", "build_adapters"]

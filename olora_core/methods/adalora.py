@@ -81,9 +81,9 @@ class AdaLoRA(Method[AdaLoRASpec, AdaLoRAAdapter]):
             )
 
     @classmethod
-    def trained_numbers(cls, spec: AdaLoRASpec, sites: Sequence[Site], total_steps: int) -> int:
+    def trainable_parameters(cls, spec: AdaLoRASpec, sites: Sequence[Site], total_steps: int) -> int:
         """And a number for each component."""
-        return super().trained_numbers(spec, sites, total_steps) + spec.rank * len(sites)
+        return super().trainable_parameters(spec, sites, total_steps) + spec.rank * len(sites)
 
     def adapter(self, weight: Tensor, site: Site) -> AdaLoRAAdapter:
         self.check_rank(site)
@@ -93,7 +93,7 @@ class AdaLoRA(Method[AdaLoRASpec, AdaLoRAAdapter]):
         B = DEVIATION * torch.randn(out_features, rank, generator=draw)
         return AdaLoRAAdapter(A, torch.zeros(rank), B, scale=self.spec.scale, dropout=self.spec.dropout)
 
-    def placed(self, adapters: Mapping[str, AdaLoRAAdapter]) -> None:
+    def on_attached(self, adapters: Mapping[str, AdaLoRAAdapter]) -> None:
         self.adapters = list(adapters.values())
 
     def penalty(self, outputs: Outputs, reference: Callable[[], Tensor]) -> Tensor | None:

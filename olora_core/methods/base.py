@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ..data.batches import MicroBatch
-from ..devices import ALONE, Devices, is_part, whole
+from ..devices import SINGLE, Devices, full_tensor, is_dtensor
 from ..errors import SpecError
 from ..layers.adapter import Adapter, Site, attach, site_weight
 from ..progress import Phase, result_of
@@ -55,7 +55,7 @@ class Method(Generic[SpecT, AdapterT]):
         total_steps: int,
         schedule: Schedule,
         weight_decay: float = 0.0,
-        devices: Devices = ALONE,
+        devices: Devices = SINGLE,
     ) -> None:
         check_export(spec)
         self.spec = spec
@@ -71,7 +71,7 @@ class Method(Generic[SpecT, AdapterT]):
         """Sentences the job's owner should read."""
 
     @classmethod
-    def trained_numbers(cls, spec: SpecT, sites: Sequence[Site], total_steps: int) -> int:
+    def trainable_parameters(cls, spec: SpecT, sites: Sequence[Site], total_steps: int) -> int:
         """How many numbers a run of so many steps trains in all of these layers, those of rounds together."""
         return sum(spec.rank * (site.in_features + site.out_features) for site in sites)
 
@@ -87,7 +87,7 @@ class Method(Generic[SpecT, AdapterT]):
         """
         raise NotImplementedError
 
-    def placed(self, adapters: Mapping[str, AdapterT]) -> None:
+    def on_attached(self, adapters: Mapping[str, AdapterT]) -> None:
         """All adapters exist, in model order, by site name."""
 
     def before_pass(self, batch: MicroBatch) -> None:
@@ -100,7 +100,7 @@ class Method(Generic[SpecT, AdapterT]):
     def after_pass(self, outputs: Outputs) -> None:
         """Called after a micro-batch's forward and `penalty`, before its backward."""
 
-    def step_again(self) -> None:
+    def on_step_retry(self) -> None:
         """The device ran out of memory: what this step's passes told so far is to be forgotten."""
 
     def after_backward(self, step: int) -> None:
@@ -146,26 +146,26 @@ class Method(Generic[SpecT, AdapterT]):
             )
 
 
-def place(method: Method[Any, AdapterT], model: nn.Module, sites: list[Site]) -> dict[str, AdapterT]:
+def build_adapters(method: Method[Any, AdapterT], model: nn.Module, sites: list[Site]) -> dict[str, AdapterT]:
     """Builds an adapter for every site, attaches them all, and returns them by site name in model order."""
-    return result_of(placing(method, model, sites))
+    return result_of(build_adapters_with_progress(method, model, sites))
 
 
-def placing(
-    method: Method[Any, AdapterT], model: nn.Module, sites: list[Site], devices: Devices = ALONE
+def build_adapters_with_progress(
+    method: Method[Any, AdapterT], model: nn.Module, sites: list[Site], devices: Devices = SINGLE
 ) -> Generator[Phase, None, dict[str, AdapterT]]:
     """`place`, saying after each adapter how many are built: a large model's take a while."""
     adapters: dict[str, AdapterT] = {}
     for built, site in enumerate(sites, 1):
         weight = site_weight(model.get_submodule(site.name))
-        if is_part(weight):
-            devices.meet()
-            weight = whole(weight)
+        if is_dtensor(weight):
+            devices.barrier()
+            weight = full_tensor(weight)
         with _threads_for(weight):
             adapters[site.name] = method.adapter(weight, site).to(weight.device)
         yield Phase("starting", built, len(sites))
     attach(model, adapters)
-    method.placed(adapters)
+    method.on_attached(adapters)
     return adapters
 
 

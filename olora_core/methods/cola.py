@@ -34,7 +34,7 @@ class COLA(Method[COLASpec, RoundsAdapter]):
             )
 
     @classmethod
-    def trained_numbers(cls, spec: COLASpec, sites: Sequence[Site], total_steps: int) -> int:
+    def trainable_parameters(cls, spec: COLASpec, sites: Sequence[Site], total_steps: int) -> int:
         ranks = links_ranks(spec, total_steps)
         return sum(sum(ranks) * (site.in_features + site.out_features) for site in sites)
 
@@ -51,7 +51,7 @@ class COLA(Method[COLASpec, RoundsAdapter]):
         draw = generator(self.seed, self.finished_steps, name)
         adapter.begin(rank, draw, init=self.spec.init, scale=self.spec.scale_of(rank))
 
-    def placed(self, adapters: Mapping[str, RoundsAdapter]) -> None:
+    def on_attached(self, adapters: Mapping[str, RoundsAdapter]) -> None:
         self.adapters = adapters
 
     def param_groups(self, adapters: Mapping[str, RoundsAdapter]) -> list[dict[str, Any]]:

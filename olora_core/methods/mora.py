@@ -196,7 +196,7 @@ class MoRA(Method[MoRASpec, MoRAAdapter | RotationAdapter]):
         self.adapters: Mapping[str, Any] = {}
 
     @classmethod
-    def trained_numbers(cls, spec: MoRASpec, sites: Sequence[Site], total_steps: int) -> int:
+    def trainable_parameters(cls, spec: MoRASpec, sites: Sequence[Site], total_steps: int) -> int:
         """One square matrix a layer, in which ReMoRA's rounds add up."""
         return sum(shape_of(spec, site)[1] ** 2 for site in sites)
 
@@ -243,7 +243,7 @@ class MoRA(Method[MoRASpec, MoRAAdapter | RotationAdapter]):
         kept = sorted({type, *self.types}) if self.restarts else ()
         return MoRAAdapter(side, site, type=type, kept_types=kept, dropout=self.spec.dropout)
 
-    def placed(self, adapters: Mapping[str, MoRAAdapter | RotationAdapter]) -> None:
+    def on_attached(self, adapters: Mapping[str, MoRAAdapter | RotationAdapter]) -> None:
         self.adapters = adapters
         if self.narrow:
             self.notes.append(

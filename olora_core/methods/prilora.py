@@ -101,7 +101,7 @@ class PRILoRA(FactorsMethod[PRILoRASpec, PRILoRAAdapter]):
         self.adapters: list[PRILoRAAdapter] = []
 
     @classmethod
-    def trained_numbers(cls, spec: PRILoRASpec, sites: Sequence[Site], total_steps: int) -> int:
+    def trainable_parameters(cls, spec: PRILoRASpec, sites: Sequence[Site], total_steps: int) -> int:
         return sum(rank_of(spec, site) * (site.in_features + site.out_features) for site in sites)
 
     @classmethod
@@ -135,7 +135,7 @@ class PRILoRA(FactorsMethod[PRILoRASpec, PRILoRAAdapter]):
             at_hand=self.at_hand,
         )
 
-    def placed(self, adapters: Mapping[str, PRILoRAAdapter]) -> None:
+    def on_attached(self, adapters: Mapping[str, PRILoRAAdapter]) -> None:
         self.adapters = list(adapters.values())
 
     def before_pass(self, batch: MicroBatch) -> None:
@@ -150,7 +150,7 @@ class PRILoRA(FactorsMethod[PRILoRASpec, PRILoRAAdapter]):
                 adapter.seen += adapter.pending
             adapter.pending = None
 
-    def step_again(self) -> None:
+    def on_step_retry(self) -> None:
         for adapter in self.adapters:
             adapter.seen.zero_()
 

@@ -29,7 +29,7 @@ class RMLoRA(FactorsMethod[RMLoRASpec, LoRAAdapter]):
             adapter.A.data = GAUSSIAN_DEVIATION * torch.randn(adapter.A.shape, generator=draw)
         return adapter
 
-    def placed(self, adapters: Mapping[str, LoRAAdapter]) -> None:
+    def on_attached(self, adapters: Mapping[str, LoRAAdapter]) -> None:
         self.adapters = adapters
 
     def penalty(self, outputs: Outputs, reference: Callable[[], Tensor]) -> Tensor | None:

@@ -59,7 +59,7 @@ class TTLoRA(Method[TTLoRASpec, TTLoRAAdapter]):
     """Plain: cores that the optimizer moves like any tensor."""
 
     @classmethod
-    def trained_numbers(cls, spec: TTLoRASpec, sites: Sequence[Site], total_steps: int) -> int:
+    def trainable_parameters(cls, spec: TTLoRASpec, sites: Sequence[Site], total_steps: int) -> int:
         """r·m of the two cores at the ends of each train, r·m·r of those between."""
         r, total = spec.rank, 0
         for site in sites:
@@ -84,7 +84,7 @@ class TTLoRA(Method[TTLoRASpec, TTLoRAAdapter]):
             G, [*H, torch.zeros(r, outs[-1], 1)], scale=self.spec.scale, dropout=self.spec.dropout
         )
 
-    def placed(self, adapters: Mapping[str, TTLoRAAdapter]) -> None:
+    def on_attached(self, adapters: Mapping[str, TTLoRAAdapter]) -> None:
         sizes = {size for a in adapters.values() for size in (a.in_features, a.out_features)}
         if unknown := sorted((self.spec.modes or {}).keys() - sizes):
             raise SpecError(

@@ -37,12 +37,12 @@ class XGBLoRA(Method[XGBLoRASpec, RoundsAdapter]):
         self.adapters: Mapping[str, RoundsAdapter] = {}
 
     @classmethod
-    def trained_numbers(cls, spec: XGBLoRASpec, sites: Sequence[Site], total_steps: int) -> int:
+    def trainable_parameters(cls, spec: XGBLoRASpec, sites: Sequence[Site], total_steps: int) -> int:
         """Of the blocks that each round draws, which is exact where all are alike."""
         layers = {site.layer_index for site in sites}
         drawn = min(len(layers), blocks_of_a_round(spec, len(layers)))
         rounds = -(-total_steps // steps_of_a_round(spec, total_steps))
-        return super().trained_numbers(spec, sites, total_steps) * rounds * drawn // len(layers)
+        return super().trainable_parameters(spec, sites, total_steps) * rounds * drawn // len(layers)
 
     @classmethod
     def widest_rank(cls, spec: XGBLoRASpec, sites: Sequence[Site], total_steps: int) -> int:
@@ -61,7 +61,7 @@ class XGBLoRA(Method[XGBLoRASpec, RoundsAdapter]):
         draw = generator(self.seed, self.finished_steps, name)
         adapter.begin(self.spec.rank, draw, init=self.spec.init, scale=self.spec.scale)
 
-    def placed(self, adapters: Mapping[str, RoundsAdapter]) -> None:
+    def on_attached(self, adapters: Mapping[str, RoundsAdapter]) -> None:
         self.adapters = adapters
         for name in adapters:
             if self.layer_of[name] is None:

@@ -8,7 +8,7 @@ from .adapters import ADAPTER_SPECS, DEFAULT_METHOD, check_export
 from .base import Spec, nearest, spec_error
 from .comparison import MAX_SEEDS, ComparedMethod, ComparisonSpec, read_comparison
 from .methods.base import AdapterSpec
-from .resolving import Facts, auto_batch_size, auto_epochs, learning_rate_for, resolve
+from .resolving import RunFacts, auto_batch_size, auto_epochs, learning_rate_for, resolve
 from .serving import MAX_EXPORT_RANK, WHERE_TOO_WIDE
 from .training import (
     ADAPTER_ALIASES,
@@ -33,8 +33,8 @@ __all__ = [
     "AdapterSpec",
     "ComparedMethod",
     "ComparisonSpec",
-    "Facts",
     "Hyperparameters",
+    "RunFacts",
     "Spec",
     "TrainSpec",
     "auto_batch_size",

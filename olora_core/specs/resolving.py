@@ -15,7 +15,7 @@ AUTO_BETA = 0.1
 
 
 @dataclass(frozen=True)
-class Facts:
+class RunFacts:
     """What "auto" depends on: known once the data are tokenised and the model's config is read."""
 
     examples: int
@@ -51,7 +51,7 @@ def learning_rate_for(adapter: AdapterSpec, hidden_size: int) -> float:
     )
 
 
-def resolve(spec: TrainSpec, facts: Facts) -> tuple[TrainSpec, list[str]]:
+def resolve(spec: TrainSpec, facts: RunFacts) -> tuple[TrainSpec, list[str]]:
     """Turns every "auto" into a number. Returns the spec and one sentence for each decision.
 
     Raises SpecError when a number that follows from the request does not fit: what is resolved keeps to the

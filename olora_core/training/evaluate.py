@@ -13,7 +13,7 @@ from ..bases.loading import Base
 from ..bases.passes import evaluating
 from ..data.batches import MicroBatch, micro_batches
 from ..data.examples import Examples
-from ..devices import ALONE, Devices
+from ..devices import SINGLE, Devices
 from ..layers.adapter import adapter_tensors
 from ..progress import Evaluated, Phase, result_of
 from .losses import Loss, task_loss
@@ -21,7 +21,7 @@ from .run import Run, not_finite
 
 ROWS_AT_ONCE = 256
 """Examples that are cut into passes together."""
-SMALL_VALIDATIONS = 20
+QUICK_EVALUATIONS = 20
 """How often a run looks at the first validation rows."""
 
 
@@ -33,7 +33,7 @@ def evaluate(
     tokens: int,
     packing: bool,
     loss_of_batch: Loss = task_loss,
-    devices: Devices = ALONE,
+    devices: Devices = SINGLE,
 ) -> Generator[Phase, None, tuple[float, float]]:
     """Mean loss (nats per trained token, or per pair) and accuracy over all examples; yields progress.
 
@@ -53,30 +53,30 @@ def evaluate(
         pad = base.tokenizer.pad_token_id or 0
         batches = micro_batches(examples, rows, size=size, tokens=tokens, packing=packing, pad_token=pad)
         told = [[0.0] * 3 for _ in batches]
-        for position, counts in devices.mine([batch.tokens for batch in batches], in_step=base.shards > 1):
+        for position, counts in devices.assign([batch.tokens for batch in batches], in_step=base.shards > 1):
             if base.shards > 1:
-                devices.meet()  # every pass over the base takes all devices
+                devices.barrier()  # every pass over the base takes all devices
             seen = judged(batches[position])
             if counts:
                 told[position] = seen
                 done += len(batches[position].lengths) // examples.sides * devices.count
             yield Phase("evaluating", min(done, len(examples)), len(examples))
         figures += told
-    devices.meet()
+    devices.barrier()
     sums = devices.sum(torch.tensor(figures, dtype=torch.float64)).tolist()
     total, correct, weight = (sum(column) for column in zip(*sums, strict=True))
     return total / weight, correct / weight
 
 
-def glance(run: Run) -> tuple[float, float] | None:
+def quick_evaluation(run: Run) -> tuple[float, float] | None:
     """Loss and accuracy over the first validation rows, at about twenty steps of a run."""
-    every = max(1, run.total_steps // SMALL_VALIDATIONS)
-    if run.small_validation is None or run.step % every:
+    every = max(1, run.total_steps // QUICK_EVALUATIONS)
+    if run.quick_examples is None or run.step % every:
         return None
-    seen = result_of(evaluation(run, run.small_validation))
+    seen = result_of(evaluation(run, run.quick_examples))
     if not math.isfinite(seen[0]):
         raise not_finite(run, f"The validation loss after step {run.step} is {seen[0]}.")
-    run.glances.append((run.step, *seen))
+    run.quick_evaluations.append((run.step, *seen))
     return seen
 
 

@@ -41,12 +41,12 @@ class Checkpoints:
 def save(run: Run, folder: Path) -> Saved:
     """Sets the run down in a folder of its own; keeps the newest two, and with early stopping the best."""
     best_step = run.best.step if run.best else None
-    saved = put(folder, run.step, snapshot(run), keep=best_step)
+    saved = write_checkpoint(folder, run.step, snapshot(run), keep=best_step)
     run.saved_at = run.step
     return Saved(run.step, saved, checkpoint_metrics(run), best_step)
 
 
-def put(folder: Path, step: int, taken: Snapshot, keep: int | None = None) -> Path:
+def write_checkpoint(folder: Path, step: int, taken: Snapshot, keep: int | None = None) -> Path:
     """Writes the checkpoint of a step; removes all but the newest two, and that of the step `keep`."""
     place = folder / "checkpoints" / checkpoint_name(step)
     saved = checkpoint.save(place, taken)
@@ -78,7 +78,7 @@ def snapshot(run: Run) -> Snapshot:
         "trained_tokens": run.trained_tokens,
         "seconds": run.seconds,
         "history": run.history,
-        "glances": run.glances,
+        "glances": run.quick_evaluations,
         "evaluations": [asdict(evaluated) for evaluated in run.evaluations],
         "evaluated_at": run.evaluated_at,
     }
@@ -88,13 +88,13 @@ def snapshot(run: Run) -> Snapshot:
     return Snapshot(run.identity, state, tensors)
 
 
-def take_up(run: Run, folder: Path) -> None:
+def resume_run(run: Run, folder: Path) -> None:
     """`restore` on every device, first on the one that tells what is wrong with a checkpoint."""
-    if not run.devices.leads:
-        run.devices.meet()
+    if not run.devices.is_main:
+        run.devices.barrier()
     restore(run, checkpoint.load(folder, run.identity), folder.name)
-    if run.devices.leads:
-        run.devices.meet()
+    if run.devices.is_main:
+        run.devices.barrier()
 
 
 def restore(run: Run, saved: Snapshot, name: str) -> None:
@@ -108,7 +108,7 @@ def restore(run: Run, saved: Snapshot, name: str) -> None:
         run.saved_at = run.step
         run.seconds, run.evaluated_at = state["seconds"], state["evaluated_at"]
         run.history = [tuple(entry) for entry in state["history"]]
-        run.glances = [tuple(entry) for entry in state["glances"]]
+        run.quick_evaluations = [tuple(entry) for entry in state["glances"]]
         run.evaluations = [Evaluated(**values) for values in state["evaluations"]]
         run.best_tensors = tensors["best"] if run.best else None
         torch.set_num_threads(state["threads"])
@@ -124,8 +124,8 @@ def checkpoint_metrics(run: Run) -> dict[str, float]:
     """What was measured at the newest step, under OpenAI's names."""
     step, loss, accuracy, _ = run.history[-1]
     metrics = {"step": step, "train_loss": loss, "train_mean_token_accuracy": accuracy}
-    if run.glances and run.glances[-1][0] == step:
-        _, metrics["valid_loss"], metrics["valid_mean_token_accuracy"] = run.glances[-1]
+    if run.quick_evaluations and run.quick_evaluations[-1][0] == step:
+        _, metrics["valid_loss"], metrics["valid_mean_token_accuracy"] = run.quick_evaluations[-1]
     if run.evaluations and run.evaluations[-1].step == step:
         metrics["full_valid_loss"] = run.evaluations[-1].loss
         metrics["full_valid_mean_token_accuracy"] = run.evaluations[-1].accuracy

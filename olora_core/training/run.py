@@ -20,9 +20,9 @@ from ..devices import Devices
 from ..errors import SpecError, TrainingError
 from ..layers.adapter import Adapter, Site, adapter_tensors, detach
 from ..methods import METHODS, Method
-from ..methods.base import Schedule, placing
+from ..methods.base import Schedule, build_adapters_with_progress
 from ..progress import Evaluated, Phase
-from ..specs import Facts, Hyperparameters, TrainSpec
+from ..specs import Hyperparameters, RunFacts, TrainSpec
 from .data import Data, context_length
 from .early_stopping import best_of
 from .losses import Loss, loss_of
@@ -31,7 +31,7 @@ from .neftune import with_noise
 from .randomness import Randomness
 from .schedule import schedule_of
 
-SMALL_VALIDATION_ROWS = 16
+QUICK_EVALUATION_ROWS = 16
 
 
 def check_dtype(spec: TrainSpec, base: Base) -> None:
@@ -59,16 +59,16 @@ def check_sharding(spec: TrainSpec, base: Base, devices: Devices) -> None:
         )
 
 
-def facts(base: Base, data: Data, devices: Devices) -> Facts:
+def run_facts(base: Base, data: Data, devices: Devices) -> RunFacts:
     dtype = "bfloat16" if base.dtype == torch.bfloat16 else "float32"
     width = base.model.config.get_text_config().hidden_size
-    return Facts(
+    return RunFacts(
         len(data.training), width, context_length(base), dtype, devices.count, sharded=base.shards > 1
     )
 
 
 @contextmanager
-def borrowed(base: Base) -> Iterator[None]:
+def restored_afterwards(base: Base) -> Iterator[None]:
     """Inside, the base may bear adapters and be set up for a run; afterwards it is as it was."""
     threads, attention_before = torch.get_num_threads(), base.model.config._attn_implementation
     try:
@@ -107,7 +107,7 @@ class Run:
     """Spent in steps, without evaluations and checkpoints."""
     history: list[tuple[int, float, float, int]] = field(default_factory=list)
     """(step, loss, accuracy, trained tokens or pairs) of each step."""
-    glances: list[tuple[int, float, float]] = field(default_factory=list)
+    quick_evaluations: list[tuple[int, float, float]] = field(default_factory=list)
     """(step, loss, accuracy) over the first validation rows."""
     evaluations: list[Evaluated] = field(default_factory=list)
     evaluated_at: int = -1
@@ -146,9 +146,9 @@ class Run:
         return steps_per_epoch(len(self.data.training), self.hyperparameters.batch_size)
 
     @cached_property
-    def small_validation(self) -> Examples | None:
+    def quick_examples(self) -> Examples | None:
         held_out = self.data.validation
-        return None if held_out is None else held_out.first(SMALL_VALIDATION_ROWS)
+        return None if held_out is None else held_out.first(QUICK_EVALUATION_ROWS)
 
     @cached_property
     def identity(self) -> dict[str, Any]:
@@ -181,7 +181,7 @@ def start(
     asked: TrainSpec, spec: TrainSpec, base: Base, data: Data, sites: list[Site], devices: Devices
 ) -> Generator[Phase, None, tuple[Run, Plan]]:
     """Puts the adapters in place, plans the passes and makes the optimizer."""
-    devices.meet()
+    devices.barrier()
     hyperparameters = spec.hyperparameters
     total_steps = steps_of(hyperparameters, len(data.training))
     schedule = schedule_of(hyperparameters)
@@ -194,9 +194,9 @@ def start(
         devices=devices,
     )
     packing = base.passes.packing  # asked before the adapters come
-    adapters = yield from placing(method, base.model, sites, devices)
+    adapters = yield from build_adapters_with_progress(method, base.model, sites, devices)
     # Devices of one kind compute the same start; these are the same bits on any.
-    devices.share(adapter_tensors(adapters).values())
+    devices.broadcast(adapter_tensors(adapters).values())
     if packing == "segments":
         base.model.set_attn_implementation(attention.NAME)
     own_plan = plan_passes(
@@ -209,7 +209,7 @@ def start(
         penalty_copies=method.penalty_copies,
         processes=devices.count,
     )
-    plan = devices.agreed(own_plan)
+    plan = devices.broadcast_object(own_plan)
     passes = plan.spec.hyperparameters
     set_checkpointing(base.model, passes.gradient_checkpointing)
     optimizer = torch.optim.AdamW(

@@ -18,7 +18,7 @@ from ..errors import TrainingError
 from ..layers.adapter import adapters_off
 from ..methods import Outputs
 from ..progress import Note, Step
-from .evaluate import glance
+from .evaluate import quick_evaluation
 from .losses import set_training
 from .memory import can_checkpoint, is_out_of_memory, set_checkpointing
 from .run import Run, not_finite
@@ -41,15 +41,15 @@ def take_step(run: Run) -> Generator[Note, None, Step]:
             if not is_out_of_memory(error):
                 raise
             if run.base.shards > 1:  # the others wait in the midst of this pass
-                raise no_room(run, step, batches_of(run, rows)) from None
+                raise out_of_memory_error(run, step, batches_of(run, rows)) from None
             is_short = True
         # One device that is short of memory is enough for all to begin again, since they share the batches.
-        if not run.devices.meet(is_short):
+        if not run.devices.barrier_any(is_short):
             break
         # Nothing has moved yet: the step begins again, with less at a time.
         run.optimizer.zero_grad(set_to_none=True)
-        run.method.step_again()
-        yield need_less(run, step, rows)
+        run.method.on_step_retry()
+        yield reduce_memory(run, step, rows)
     sums = run.devices.sum_gradients(run.parameters, sums)
     norm = nn.utils.clip_grad_norm_(run.parameters, run.hyperparameters.max_grad_norm)
     trained = int(run.data.training.trained_lengths[rows].sum())
@@ -69,7 +69,7 @@ def take_step(run: Run) -> Generator[Note, None, Step]:
     run.step, run.tokens, run.trained_tokens = step, run.tokens + tokens, run.trained_tokens + trained
     run.seconds += seconds
     run.history.append((step, mean, accuracy, weight))
-    seen = glance(run)
+    seen = quick_evaluation(run)
     return Step(
         step=step,
         total_steps=run.total_steps,
@@ -103,8 +103,8 @@ def accumulate(run: Run, rows: np.ndarray) -> tuple[Tensor, int]:
     batches = batches_of(run, rows)
     sums = torch.zeros(3, dtype=torch.float64, device=run.base.device)
     if run.base.shards > 1:
-        run.devices.meet()  # every pass over the base takes all devices
-    mine = run.devices.mine([batch.tokens for batch in batches], in_step=run.base.shards > 1)
+        run.devices.barrier()  # every pass over the base takes all devices
+    mine = run.devices.assign([batch.tokens for batch in batches], in_step=run.base.shards > 1)
     for position, counts in mine:
         run.random.begin(run.step + 1, position)
         batch = batches[position].to(run.base.device)
@@ -157,7 +157,7 @@ def fill_note(run: Run) -> Note:
     )
 
 
-def need_less(run: Run, step: int, rows: np.ndarray) -> Note:
+def reduce_memory(run: Run, step: int, rows: np.ndarray) -> Note:
     """Halves what a pass holds, or checkpoints the blocks when it holds one example already.
 
     Raises TrainingError when neither is left.
@@ -174,7 +174,7 @@ def need_less(run: Run, step: int, rows: np.ndarray) -> Note:
         set_checkpointing(run.base.model, True)
         done = "blocks are computed once more in the backward from here on"
     else:
-        raise no_room(run, step, batches)
+        raise out_of_memory_error(run, step, batches)
     # A penalty on the logits may look at a pass as a whole.
     same = "" if run.method.needs_logits else " The result does not change."
     return Note(
@@ -184,7 +184,7 @@ def need_less(run: Run, step: int, rows: np.ndarray) -> Note:
     )
 
 
-def no_room(run: Run, step: int, batches: list[MicroBatch]) -> TrainingError:
+def out_of_memory_error(run: Run, step: int, batches: list[MicroBatch]) -> TrainingError:
     largest = max(batch.input_ids.numel() for batch in batches)
     if run.base.shards > 1:
         what, remedy = "with its sharded base", "hyperparameters.micro_batch_tokens, context_length"

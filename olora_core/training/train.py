@@ -12,7 +12,7 @@ from typing import Any
 from ..bases.loading import Base, check_quantization
 from ..bases.precision import compute_dtype
 from ..bases.sites import target_sites
-from ..devices import ALONE, Devices
+from ..devices import SINGLE, Devices
 from ..export.adapter import export_adapter, record_certificate
 from ..export.certificate import certify, certify_merged
 from ..export.manifest import Story
@@ -24,8 +24,8 @@ from .data import Data, read_data
 from .early_stopping import is_over
 from .evaluate import evaluate_fully
 from .memory import Plan
-from .resume import Checkpoints, save, take_up
-from .run import Run, borrowed, check_dtype, check_sharding, facts, start
+from .resume import Checkpoints, resume_run, save
+from .run import Run, check_dtype, check_sharding, restored_afterwards, run_facts, start
 from .samples import sample
 from .step import fill_note, peak_memory, take_step
 
@@ -47,7 +47,7 @@ CERTIFICATE_ROWS, CERTIFICATE_TOKENS = 16, 4096
 TINY_MULTIPLIER = 0.01
 ROUNDING_WORTH_A_WARNING = 0.01
 
-Wishes = Generator[Progress, str | None, None]
+Training = Generator[Progress, str | None, None]
 
 
 def train(
@@ -60,8 +60,8 @@ def train(
     resume: Path | None = None,
     checkpoint_seconds: float = 60.0,
     cache: Path | None = None,
-    devices: Devices = ALONE,
-) -> Wishes:
+    devices: Devices = SINGLE,
+) -> Training:
     """Trains an adapter for `base` and exports it, certified, to `folder / "adapter"`.
 
     Where the spec asks for merged weights, the whole model is exported to `folder / "model"` instead.
@@ -78,17 +78,17 @@ def train(
     Raises OloraErrors only for expected trouble; each says what to do.
     """
     asked = spec
-    with devices.sharing():
+    with devices.ending_together():
         check_dtype(spec, base)
         check_quantization(spec, base)
         check_sharding(spec, base, devices)
         check_validation(spec, given=validation is not None)
         sites = target_sites(base.model, spec.adapter.target_modules)
         check_mergeable(spec, base, sites)
-        own_cache = folder / "tokens" if devices.leads else None
+        own_cache = folder / "tokens" if devices.is_main else None
         data = yield from read_data(spec, base, training, validation, cache or own_cache)
-        spec, why = resolve(spec, facts(base, data, devices))
-        with borrowed(base):
+        spec, why = resolve(spec, run_facts(base, data, devices))
+        with restored_afterwards(base):
             run, plan = yield from start(asked, spec, base, data, sites, devices)
             trained = sum(parameter.numel() for parameter in run.parameters)
             targets = [site.name for site in sites]
@@ -97,10 +97,10 @@ def train(
             if resume is None:
                 yield from notes(run, plan)
             else:
-                take_up(run, resume)
+                resume_run(run, resume)
             yield from steps(run, Checkpoints(partial(save, folder=folder), checkpoint_seconds))
             devices.check_equal(adapter_tensors(run.adapters).values())
-            if devices.leads:
+            if devices.is_main:
                 yield from finish(run, folder)
 
 
@@ -137,7 +137,7 @@ def steps(
     while True:
         if is_due(run) and run.evaluated_at != run.step:
             yield from evaluate_fully(run)
-            if checkpoints.follow_evaluations and run.step and run.devices.leads:
+            if checkpoints.follow_evaluations and run.step and run.devices.is_main:
                 yield checkpoints.make(run)
         if run.step == run.total_steps:
             return
@@ -152,7 +152,7 @@ def steps(
         step = yield from take_step(run)
         stop_request = yield step
         follows_anyway = checkpoints.follow_evaluations and is_due(run)
-        if run.devices.leads and (stop_request == "save" or (checkpoints.are_due and not follows_anyway)):
+        if run.devices.is_main and (stop_request == "save" or (checkpoints.are_due and not follows_anyway)):
             yield checkpoints.make(run)
 
 

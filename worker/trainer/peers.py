@@ -34,7 +34,7 @@ class Peers:
     ) -> None:
         """`spec` says dtype and sharding in so many words: what is measured is measured once."""
         folder = tempfile.mkdtemp(prefix="meeting-", dir=Path(order.folder).parent)
-        self.meeting_file = Path(folder) / "meeting"
+        self.rendezvous_file = Path(folder) / "meeting"
         self._on_loss = on_loss
         self._over = False
         message = asdict(replace(order, spec=spec.model_dump(mode="json")))
@@ -43,7 +43,7 @@ class Peers:
             subprocess.Popen(
                 [
                     *(sys.executable, "-m", "worker.trainer.peer", "--parent", str(os.getpid())),
-                    *("--rank", str(rank), "--meeting-file", str(self.meeting_file)),
+                    *("--rank", str(rank), "--rendezvous-file", str(self.rendezvous_file)),
                 ],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,

@@ -91,13 +91,13 @@ class Trainer:
         leave(1)
 
     def _train(self, order: Order) -> None:
-        from olora_core.devices import ALONE
+        from olora_core.devices import SINGLE
 
         spec = TrainSpec.model_validate(order.spec)
         if order.devices > 1:
             self._train_together(order, spec)
         else:
-            self._train_on(order, spec, self._warm_base(order, spec), ALONE)
+            self._train_on(order, spec, self._warm_base(order, spec), SINGLE)
 
     def _warm_base(self, order: Order, spec: TrainSpec) -> "Base":
         return self.base.get(Path(order.base), spec, loading=lambda: self._tell(Phase("loading", 0, 1)))
@@ -125,7 +125,7 @@ class Trainer:
         try:
             with (
                 Peers(order, plan, threads=share, on_loss=self._lost) as peers,
-                join(device, rank=0, count=order.devices, meeting_file=peers.meeting_file) as devices,
+                join(device, rank=0, count=order.devices, rendezvous_file=peers.rendezvous_file) as devices,
             ):
                 if sharding == "full":
                     self.base.drop()

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from olora_core.bases.sites import target_sites
 from olora_core.errors import SpecError
 from olora_core.layers.adapter import Site, adapter_tensors
-from olora_core.methods import Outputs, place
+from olora_core.methods import Outputs, build_adapters
 from olora_core.methods.adalora import AdaLoRA, AdaLoRAAdapter
 from olora_core.specs import read_spec
 from olora_core.specs.methods.adalora import AdaLoRASpec
@@ -31,7 +31,7 @@ FAST = {"initial_steps": 2, "final_steps": 6, "mask_interval": 2}
 
 
 def adalora(*, steps: int = 20, shapes: dict[str, tuple[int, int]] = SHAPES, **options: Any) -> AdaLoRA:
-    """A method whose adapters are placed, with random values in all tensors."""
+    """A method whose adapters are attached, with random values in all tensors."""
     method = AdaLoRA(
         AdaLoRASpec(**{"rank": 4, "alpha": 8} | options), seed=0, total_steps=steps, schedule=lambda i, n: 1.0
     )
@@ -39,7 +39,7 @@ def adalora(*, steps: int = 20, shapes: dict[str, tuple[int, int]] = SHAPES, **o
         name: method.adapter(torch.zeros(shape), Site(name, None, 0, "linear", *shape))
         for name, shape in shapes.items()
     }
-    method.placed(adapters)
+    method.on_attached(adapters)
     draw = torch.Generator().manual_seed(8)
     for adapter in adapters.values():
         for parameter in adapter.parameters():
@@ -84,7 +84,7 @@ def test_it_trains_and_prunes_as_pefts_step_by_step(token_rows: Tensor) -> None:
     )  # fmt: skip
     mine = make_llama().requires_grad_(False)
     method = AdaLoRA(spec, seed=1, total_steps=steps, schedule=lambda i, n: 1.0)
-    adapters = place(method, mine, target_sites(mine, targets))
+    adapters = build_adapters(method, mine, target_sites(mine, targets))
     layers = {name: theirs.base_model.model.get_submodule(name) for name in adapters}
     assert len(layers) == 6
     with torch.no_grad():

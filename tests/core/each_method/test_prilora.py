@@ -28,7 +28,7 @@ def prilora(*, total_steps: int = 100, **options: Any) -> tuple[PRILoRA, Adapted
     method = PRILoRA(spec, seed=0, total_steps=total_steps, schedule=lambda i, n: 1.0)
     layer = nn.Linear(IN, OUT).requires_grad_(False)
     adapter = method.adapter(layer.weight, Site("layer", None, 0, "linear", OUT, IN))
-    method.placed({"layer": adapter})
+    method.on_attached({"layer": adapter})
     draw = torch.Generator().manual_seed(7)
     with torch.no_grad():
         adapter.A.normal_(generator=draw)
@@ -147,7 +147,7 @@ def test_what_does_not_count_leaves_the_norm_alone() -> None:
     method.after_backward(1)
     before = layer.adapter.norm.clone()
     show(method, layer, 9 * x, (4,))
-    method.step_again()  # memory ran out
+    method.on_step_retry()  # memory ran out
     show(method, layer, 9 * x, (4,), repeated=True)  # it only keeps step with other devices
     layer(9 * x)  # a block's second forward, after the loss, is not even looked at
     assert layer.adapter.pending is None
@@ -178,8 +178,8 @@ class Watched(PRILoRA):
     norms: ClassVar[dict[str, Tensor]] = {}
     batches: ClassVar[list[MicroBatch]] = []
 
-    def placed(self, adapters: Any) -> None:
-        super().placed(adapters)
+    def on_attached(self, adapters: Any) -> None:
+        super().on_attached(adapters)
         self.by_name = adapters
 
     def before_pass(self, batch: MicroBatch) -> None:

@@ -10,7 +10,7 @@ from olora_core.errors import SpecError
 from olora_core.specs import (
     ADAPTER_ALIASES,
     ADAPTER_SPECS,
-    Facts,
+    RunFacts,
     TrainSpec,
     auto_batch_size,
     auto_epochs,
@@ -40,7 +40,7 @@ def refused(
     return caught.value
 
 
-FACTS = Facts(examples=100, hidden_size=192, context_length=256)
+FACTS = RunFacts(examples=100, hidden_size=192, context_length=256)
 
 
 def test_nothing_asked_is_olora_with_its_card() -> None:
@@ -233,12 +233,12 @@ def test_other_training_types_are_refused() -> None:
 def test_dpo_has_a_beta_and_supervised_training_has_none() -> None:
     asked = read_spec(model="m", type="dpo")
     assert asked.hyperparameters.beta == "auto"
-    resolved, why = resolve(asked, Facts(100, 192, 128))
+    resolved, why = resolve(asked, RunFacts(100, 192, 128))
     assert resolved.hyperparameters.beta == 0.1
     assert any("beta = 0.1" in sentence for sentence in why)
     for given in ({"beta": 2}, {"beta": 0.01}):
         assert read_spec(model="m", type="dpo", hyperparameters=given).hyperparameters.beta == given["beta"]
-    supervised, why = resolve(read_spec(model="m", hyperparameters={"beta": None}), Facts(100, 192, 128))
+    supervised, why = resolve(read_spec(model="m", hyperparameters={"beta": None}), RunFacts(100, 192, 128))
     assert supervised.hyperparameters.beta is None
     assert not any("beta" in sentence for sentence in why)
 
@@ -353,7 +353,7 @@ def test_what_was_asked_is_not_decided_again() -> None:
 
 def test_a_resolved_spec_is_left_as_it_is() -> None:
     once, _ = resolve(spec({"learning_rate_multiplier": 0.7}), FACTS)
-    assert resolve(once, Facts(5000, 4096, 512, "bfloat16")) == (once, [])
+    assert resolve(once, RunFacts(5000, 4096, 512, "bfloat16")) == (once, [])
 
 
 def test_a_pass_may_hold_the_whole_batch() -> None:
