@@ -63,7 +63,7 @@ def resolve(spec: TrainSpec, facts: RunFacts) -> tuple[TrainSpec, list[str]]:
     def decide(name: str, value: Any, reason: str) -> None:
         if getattr(asked, name) == "auto":
             chosen[name] = value
-            why.append(f"{name} = {value} ({reason})")
+            why.append(f"{name} = {value} (auto: {reason})")
 
     decide("n_epochs", auto_epochs(facts.examples), f"from {facts.examples} examples")
     decide("batch_size", auto_batch_size(facts.examples), "0.2 % of the examples, from 4 to 256")
@@ -75,17 +75,16 @@ def resolve(spec: TrainSpec, facts: RunFacts) -> tuple[TrainSpec, list[str]]:
         factor = 1.0 if asked.learning_rate_multiplier == "auto" else asked.learning_rate_multiplier
         chosen["learning_rate"] = own_rate * factor
         chosen["learning_rate_multiplier"] = factor
-        why.append(
-            f"learning_rate = {own_rate * factor:g} ({factor:g} times {spec.adapter.method}'s own rate "
-            f"{own_rate:g} for a model {facts.hidden_size} wide)"
-        )
+        default = f"{spec.adapter.title}'s default for hidden size {facts.hidden_size}"
+        reason = f"auto: {default}" if factor == 1 else f"{factor:g} times {default}"
+        why.append(f"learning_rate = {own_rate * factor:g} ({reason})")
     elif asked.learning_rate_multiplier == "auto":
         chosen["learning_rate_multiplier"] = asked.learning_rate / own_rate
     batch_size = chosen.get("batch_size", asked.batch_size)
     if asked.sharding == "auto":
         chosen["sharding"] = "full" if facts.sharded else "none"
         if facts.devices > 1:
-            why.append(f"sharding = {chosen['sharding']} (by the device's memory)")
+            why.append(f"sharding = {chosen['sharding']} (auto: by the device's memory)")
     if asked.micro_batch_size == "auto":
         chosen["micro_batch_size"] = -(-batch_size // facts.devices)
     elif asked.micro_batch_size > batch_size:

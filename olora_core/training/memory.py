@@ -122,8 +122,8 @@ def plan_passes(
             param="hyperparameters.gradient_checkpointing",
         )
     if asked.packing == "auto":
-        reason = "attention keeps them apart" if packing else "in this base model they would see each other"
-        why.append(f"packing = {str(packing).lower()} (examples of one row: {reason})")
+        reason = "keeps packed examples apart" if packing else "would let packed examples see each other"
+        why.append(f"packing = {str(packing).lower()} (auto: this base model {reason})")
     tokens, checkpointing = asked.micro_batch_tokens, asked.gradient_checkpointing
     if tokens == "auto" or checkpointing == "auto":
         estimate = estimate_memory(
@@ -139,13 +139,14 @@ def plan_passes(
         length = int(examples.lengths.max())
         if checkpointing == "auto":
             checkpointing = not estimate.fits(one, length) and can_checkpoint(base.model, spec)
-            reason = (
-                f"the longest example needs {_mb(estimate.added(one, length))}, {_mb(estimate.free)} are free"
+            needed, free = _mb(estimate.added(one, length)), _mb(estimate.free)
+            why.append(
+                f"gradient_checkpointing = {str(checkpointing).lower()} (auto: the longest example needs "
+                f"{needed}, {free} are free)"
             )
-            why.append(f"gradient_checkpointing = {str(checkpointing).lower()} ({reason})")
         if tokens == "auto":
             tokens = _tokens_of_a_pass(estimate, one, length, base.device.type, checkpointing)
-            why.append(f"micro_batch_tokens = {tokens} (what one pass holds, by the memory estimate)")
+            why.append(f"micro_batch_tokens = {tokens} (auto: from the memory estimate)")
         notes.append(_note(estimate, max(tokens, one), length, checkpointing))
     hyperparameters = asked.model_copy(
         update={"packing": packing, "micro_batch_tokens": tokens, "gradient_checkpointing": checkpointing}

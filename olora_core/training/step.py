@@ -145,9 +145,8 @@ def fill_note(run: Run) -> Note:
     packing = run.hyperparameters.packing
     return Note(
         "info",
-        f"{'Packed' if packing else 'Padded'} passes: {tokens / padded:.0%} of what they compute are the "
-        f"examples' tokens, {tokens / room:.0%} of the {run.micro_batch_tokens} they may hold; "
-        f"{len(batches) / steps:.1f} a step.",
+        f"{'Packing' if packing else 'Padding'}: {100 * tokens / padded:.0f} % real tokens, batches "
+        f"{100 * tokens / room:.0f} % full, {len(batches) / steps:.1f} forward passes per step.",
         {
             "packing": packing,
             "fill": tokens / padded,

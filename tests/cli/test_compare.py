@@ -119,7 +119,7 @@ def test_the_same_command_goes_on_after_an_interruption(through: Path, tmp_path:
         (("--learning-rates", "quick"), "--learning-rates: 'quick' is no number"),
         (("--set", "learning_rate=1"), "learning_rate cannot be chosen"),
         (("--set", "nonsense"), "is not NAME=VALUE"),
-        (("--seeds", "0"), "seeds = 0 does not fit"),
+        (("--seeds", "0"), "seeds must be at least 1 (got 0)"),
         (("--validation", "missing.jsonl"), "missing.jsonl is not a file"),
         (("--base", "no-such-model"), "no-such-model"),
     ],

@@ -11,6 +11,7 @@ from .base import AdapterSpec
 class AdaLoRASpec(AdapterSpec):
     """AdaLoRA: a falling budget of components, for which all layers compete (arXiv 2303.10512)."""
 
+    title: ClassVar[str] = "AdaLoRA"
     summary: ClassVar[str] = (
         "SVD-like updates whose components compete, over all layers, for a falling budget."
     )
@@ -63,7 +64,7 @@ class AdaLoRASpec(AdapterSpec):
     @classmethod
     def _has_its_own_scale(cls, value: bool) -> bool:
         if value:
-            raise ValueError("false, since the scale of AdaLoRA is alpha / rank; raise alpha instead")
+            raise ValueError("must be false, since the scale of AdaLoRA is alpha / rank; raise alpha instead")
         return value
 
     @field_validator("target_rank")
@@ -71,7 +72,7 @@ class AdaLoRASpec(AdapterSpec):
     def _no_more_than_there_are(cls, value: Auto | int, info: ValidationInfo) -> Auto | int:
         rank = info.data.get("rank", value)
         if value != "auto" and value > rank:
-            raise ValueError(f"at most rank, {rank}")
+            raise ValueError(f"must be at most adapter.rank = {rank}")
         return value
 
     @property

@@ -10,6 +10,7 @@ from .base import SVDSpec
 class BALoRASpec(SVDSpec):
     """BA-LoRA: PiSSA held in check by three penalties on the logits (arXiv 2408.04556, second version)."""
 
+    title: ClassVar[str] = "BA-LoRA"
     summary: ClassVar[str] = "PiSSA with penalties against drift, narrow answers and noise."
     paper: ClassVar[str] = "arXiv 2408.04556"
     cost: ClassVar[str] = (
@@ -51,7 +52,7 @@ class BALoRASpec(SVDSpec):
     def _no_svd_without_its_start(cls, init: str, others: ValidationInfo) -> str:
         default = cls.model_fields["svd_iterations"].default
         if init == "lora" and others.data.get("svd_iterations", default) != default:
-            raise ValueError("'pissa' where svd_iterations is given, for LoRA's start has no SVD")
+            raise ValueError("must be 'pissa' where svd_iterations is given: LoRA's start has no SVD")
         return init
 
     @property

@@ -15,6 +15,8 @@ Start = Literal["kaiming", "gaussian"]
 class AdapterSpec(Spec):
     """What every low-rank method shares."""
 
+    title: ClassVar[str]
+    """The name as its paper writes it."""
     summary: ClassVar[str]
     paper: ClassVar[str]
     cost: ClassVar[str]
@@ -49,12 +51,12 @@ class AdapterSpec(Spec):
     @classmethod
     def _targets_can_match(cls, value: str | tuple[str, ...]) -> str | tuple[str, ...]:
         if not value:
-            raise ValueError("'auto' or at least one module name")
+            raise ValueError("must be 'auto' or at least one module name")
         if isinstance(value, str) and value != "auto":
             try:
                 re.compile(value)
             except re.error as error:
-                raise ValueError(f"a regular expression ({error})") from None
+                raise ValueError(f"must be a valid regular expression: {error}") from None
         return value
 
     @property

@@ -10,6 +10,7 @@ from .base import RoundsSpec
 class COLASpec(RoundsSpec):
     """COLA, Chain of LoRA: one LoRA after another, each on top of those before (arXiv 2401.04151)."""
 
+    title: ClassVar[str] = "COLA"
     summary: ClassVar[str] = "A chain of LoRAs, trained one after another, whose sum has the rank of all."
     paper: ClassVar[str] = "arXiv 2401.04151"
     cost: ClassVar[str] = (
@@ -46,9 +47,9 @@ class COLASpec(RoundsSpec):
         if value is None or links is None or rank is None:
             return value
         if len(value) != links:
-            raise ValueError(f"one value for each of the {links} links")
+            raise ValueError(f"must have one value for each of the {links} links")
         if info.field_name == "link_ranks" and max(value) > rank:
-            raise ValueError(f"ranks up to adapter.rank = {rank}")
+            raise ValueError(f"must be ranks of at most adapter.rank = {rank}")
         return value
 
     @property

@@ -10,6 +10,7 @@ from .base import FactorsSpec
 class LoRASpec(FactorsSpec):
     """LoRA: a random and a zero factor beside the frozen weight (arXiv 2106.09685)."""
 
+    title: ClassVar[str] = "LoRA"
     summary: ClassVar[str] = "Two thin factors beside every frozen weight, one random, one zero."
     paper: ClassVar[str] = "arXiv 2106.09685"
     cost: ClassVar[str] = "Trains r (in + out) numbers a layer; exports a LoRA of rank r."

@@ -10,6 +10,7 @@ from .base import FactorsSpec
 class MELoRASpec(FactorsSpec):
     """MELoRA: a stack of mini LoRAs, each of one slice of inputs and outputs (arXiv 2402.17263)."""
 
+    title: ClassVar[str] = "MELoRA"
     summary: ClassVar[str] = "Mini LoRAs along the diagonal: a higher rank for the same trained numbers."
     paper: ClassVar[str] = "arXiv 2402.17263"
     cost: ClassVar[str] = (

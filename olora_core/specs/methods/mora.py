@@ -10,6 +10,7 @@ from .base import AdapterSpec
 class MoRASpec(AdapterSpec):
     """MoRA: one square matrix between two fixed foldings (arXiv 2405.12130)."""
 
+    title: ClassVar[str] = "MoRA"
     summary: ClassVar[str] = (
         "A square matrix in place of two thin factors: a far higher rank for as many trained numbers."
     )
@@ -66,21 +67,21 @@ class MoRASpec(AdapterSpec):
     @classmethod
     def _the_scale_is_one(cls, value: float) -> float:
         if value != 1:
-            raise ValueError("no alpha, since the scale of mora is 1; leave it out, or change the rate")
+            raise ValueError("must be left out: the scale of mora is 1; change the learning rate instead")
         return value
 
     @field_validator("rslora")
     @classmethod
     def _whatever_the_rank(cls, value: bool) -> bool:
         if value:
-            raise ValueError("false, since the scale of mora is 1, whatever the rank; leave it out")
+            raise ValueError("must be false, since the scale of mora is 1, whatever the rank")
         return value
 
     @field_validator("restart_every")
     @classmethod
     def _no_blocks_to_keep(cls, value: int, info: ValidationInfo) -> int:
         if value and info.data.get("type") == 6:
-            raise ValueError("0 with adapter.type = 6, which has no restarts; use another type")
+            raise ValueError("must be 0 with adapter.type = 6, which has no restarts")
         return value
 
     @field_validator("restart_types")
@@ -88,7 +89,7 @@ class MoRASpec(AdapterSpec):
     def _begin_somewhere(cls, value: tuple[int, ...], info: ValidationInfo) -> tuple[int, ...]:
         type = info.data.get("type")
         if info.data.get("restart_every") and type not in (None, *value):
-            raise ValueError(f"types among which is adapter.type = {type}, that of the first matrix")
+            raise ValueError(f"must include adapter.type = {type}, the type of the first matrix")
         return value
 
     @property

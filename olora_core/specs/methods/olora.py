@@ -10,6 +10,7 @@ from .base import FactorsSpec
 class OLoRASpec(FactorsSpec):
     """OLoRA: factors that start from the thin QR of the pretrained weight (arXiv 2406.01775)."""
 
+    title: ClassVar[str] = "OLoRA"
     summary: ClassVar[str] = "LoRA whose factors start from the QR decomposition of the pretrained weight."
     paper: ClassVar[str] = "arXiv 2406.01775"
     cost: ClassVar[str] = (

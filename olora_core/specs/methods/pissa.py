@@ -10,6 +10,7 @@ from .base import SVDSpec
 class PiSSASpec(SVDSpec):
     """PiSSA: factors that start as the principal part of the pretrained weight (arXiv 2404.02948)."""
 
+    title: ClassVar[str] = "PiSSA"
     summary: ClassVar[str] = "LoRA whose factors start from the largest singular values of the weight."
     paper: ClassVar[str] = "arXiv 2404.02948"
     cost: ClassVar[str] = (

@@ -10,6 +10,7 @@ from .base import FactorsSpec
 class PRILoRASpec(FactorsSpec):
     """PRILoRA: ranks that rise with depth, and A pruned by importance (arXiv 2401.11316)."""
 
+    title: ClassVar[str] = "PRILoRA"
     summary: ClassVar[str] = "LoRA with more rank in later layers, whose A loses its least important entries."
     paper: ClassVar[str] = "arXiv 2401.11316"
     cost: ClassVar[str] = (
@@ -58,7 +59,7 @@ class PRILoRASpec(FactorsSpec):
     def _the_last_rank_is_positive(cls, value: int | None, info: ValidationInfo) -> int | None:
         rank = info.data.get("rank")
         if value is not None and rank is not None and value >= 2 * rank:
-            raise ValueError(f"less than 2 rank = {2 * rank}, since the layers' mean rank is {rank}")
+            raise ValueError(f"must be less than 2 rank = {2 * rank}, since the layers' mean rank is {rank}")
         return value
 
     @property

@@ -11,6 +11,7 @@ from .base import FactorsSpec
 class RMLoRASpec(FactorsSpec):
     """RM-LoRA: LoRA whose factors stay near orthonormal and move a few at a time (arXiv 2407.12074)."""
 
+    title: ClassVar[str] = "RM-LoRA"
     summary: ClassVar[str] = "LoRA with near-orthonormal factors, of which a random half moves at each step."
     paper: ClassVar[str] = "arXiv 2407.12074"
     cost: ClassVar[str] = (
@@ -49,7 +50,7 @@ class RMLoRASpec(FactorsSpec):
     def _no_more_than_there_are(cls, value: Auto | int, info: ValidationInfo) -> Auto | int:
         rank = info.data.get("rank", value)
         if value != "auto" and value > rank:
-            raise ValueError(f"at most rank, {rank}")
+            raise ValueError(f"must be at most adapter.rank = {rank}")
         return value
 
     @property

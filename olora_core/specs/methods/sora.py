@@ -11,6 +11,7 @@ from .base import MAX_LEARNING_RATE, AdapterSpec
 class SoRASpec(AdapterSpec):
     """SoRA: LoRA with a gate on each component, which shrinks to exact zeros (arXiv 2311.11696)."""
 
+    title: ClassVar[str] = "SoRA"
     summary: ClassVar[str] = "LoRA with a trained gate on each component; gates that do not pay shrink to 0."
     paper: ClassVar[str] = "arXiv 2311.11696"
     cost: ClassVar[str] = (
@@ -52,5 +53,5 @@ class SoRASpec(AdapterSpec):
     @classmethod
     def _a_factor_is_given(cls, value: bool, info: ValidationInfo) -> bool:
         if value and info.data.get("threshold") == "auto":
-            raise ValueError("a threshold beside it, since auto is meant per step")
+            raise ValueError("must be false unless adapter.threshold is given: auto is meant per step")
         return value

@@ -11,6 +11,7 @@ from .base import AdapterSpec
 class TTLoRASpec(AdapterSpec):
     """TT-LoRA: LoRA whose two factors are tensor trains (arXiv 2408.01008)."""
 
+    title: ClassVar[str] = "TT-LoRA"
     summary: ClassVar[str] = "LoRA whose two factors are tensor trains, with far fewer numbers to train."
     paper: ClassVar[str] = "arXiv 2408.01008"
     cost: ClassVar[str] = (
@@ -44,7 +45,7 @@ class TTLoRASpec(AdapterSpec):
     @classmethod
     def _the_scale_is_alpha(cls, value: bool) -> bool:
         if value:
-            raise ValueError("false, since tt_lora scales by alpha itself, whatever the rank")
+            raise ValueError("must be false, since tt_lora scales by alpha itself, whatever the rank")
         return value
 
     @field_validator("modes")
@@ -52,7 +53,7 @@ class TTLoRASpec(AdapterSpec):
     def _modes_multiply(cls, value: dict[int, tuple[int, ...]] | None) -> dict[int, tuple[int, ...]] | None:
         for size, modes in (value or {}).items():
             if min(modes, default=0) < 2 or math.prod(modes) != size:
-                raise ValueError(f"numbers above 1 for {size} whose product is {size}")
+                raise ValueError(f"must give {size} factors above 1 whose product is {size}")
         return value
 
     @property

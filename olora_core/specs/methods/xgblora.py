@@ -10,6 +10,7 @@ from .base import RoundsSpec
 class XGBLoRASpec(RoundsSpec):
     """XGBLoRA: gradient boosting, with LoRAs of a few blocks as weak learners (arXiv 2410.19694)."""
 
+    title: ClassVar[str] = "XGBLoRA"
     summary: ClassVar[str] = "Many rounds of rank-1 LoRAs on a few random blocks each, which add up."
     paper: ClassVar[str] = "arXiv 2410.19694"
     cost: ClassVar[str] = (

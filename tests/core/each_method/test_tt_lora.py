@@ -196,10 +196,10 @@ def test_it_trains_and_exports_a_certified_lora(llama, tmp_path: Path) -> None:
     [
         ({"rslora": True}, "scales by alpha itself"),
         ({"modes": {768: [16, 12]}}, "whose product is 768"),
-        ({"modes": {12: [-3, -4]}}, "numbers above 1"),
-        ({"modes": {12: [12, 1]}}, "numbers above 1"),
-        ({"modes": {12: []}}, "numbers above 1"),
-        ({"modes": {"wide": [3]}}, "integer"),
+        ({"modes": {12: [-3, -4]}}, "factors above 1"),
+        ({"modes": {12: [12, 1]}}, "factors above 1"),
+        ({"modes": {12: []}}, "factors above 1"),
+        ({"modes": {"wide": [3]}}, "the name 'wide' must be a whole number"),
     ],
 )
 def test_options_that_do_not_fit_are_refused_by_name(options: dict[str, Any], says: str) -> None:
