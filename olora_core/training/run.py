@@ -1,4 +1,4 @@
-"""A run between two steps, and how it is set up."""
+"""The state of a run between two steps, and its setup."""
 
 import hashlib
 from collections.abc import Generator, Iterator
@@ -35,7 +35,7 @@ QUICK_EVALUATION_ROWS = 16
 
 
 def check_dtype(spec: TrainSpec, base: Base) -> None:
-    """The resident base must have the dtype that the run computes in."""
+    """Raises SpecError unless the loaded base has the dtype that the spec asks for."""
     names = {dtype: name for name, dtype in DTYPES.items()}
     asked = spec.hyperparameters.dtype
     if base.dtype not in names or asked not in ("auto", names[base.dtype]):
@@ -48,13 +48,13 @@ def check_dtype(spec: TrainSpec, base: Base) -> None:
 
 
 def check_sharding(spec: TrainSpec, base: Base, devices: Devices) -> None:
-    """The resident base must be spread over these devices or whole, as the run wants it."""
+    """Raises SpecError unless the loaded base is sharded over these devices, or whole, as the spec asks."""
     asked = spec.hyperparameters.sharding
     fitting = (1, devices.count) if asked == "auto" else (devices.count if asked == "full" else 1,)
     if base.shards not in fitting:
         raise SpecError(
-            f"hyperparameters.sharding = '{asked}' on {devices.count} devices, and the base model lies in "
-            f"{base.shards} part(s); load it as is_sharded(spec, folder, device, devices) says.",
+            f"hyperparameters.sharding = '{asked}' on {devices.count} devices, and the base model has "
+            f"{base.shards} shard(s); load it as is_sharded(spec, folder, device, devices) says.",
             param="hyperparameters.sharding",
         )
 
@@ -69,7 +69,7 @@ def run_facts(base: Base, data: Data, devices: Devices) -> RunFacts:
 
 @contextmanager
 def restored_afterwards(base: Base) -> Iterator[None]:
-    """Inside, the base may bear adapters and be set up for a run; afterwards it is as it was."""
+    """Inside, the base may get adapters and be set up for a run; afterwards it is as before."""
     threads, attention_before = torch.get_num_threads(), base.model.config._attn_implementation
     try:
         yield
@@ -83,7 +83,7 @@ def restored_afterwards(base: Base) -> Iterator[None]:
 
 @dataclass
 class Run:
-    """A run between two steps."""
+    """The state of a run between two steps."""
 
     asked: TrainSpec
     spec: TrainSpec
@@ -95,29 +95,29 @@ class Run:
     schedule: Schedule
     total_steps: int
     micro_batch_tokens: int
-    """Of a pass, at most; smaller than the spec's once the device ran out of memory."""
+    """Most tokens in a pass; less than the spec's after the device ran out of memory."""
     checkpointing: bool
-    """Whether the blocks keep only their inputs."""
+    """Whether gradient checkpointing is on."""
     random: Randomness
     devices: Devices
     step: int = 0
     tokens: int = 0
     trained_tokens: int = 0
     seconds: float = 0.0
-    """Spent in steps, without evaluations and checkpoints."""
+    """Time spent in steps, without evaluations and checkpoints."""
     history: list[tuple[int, float, float, int]] = field(default_factory=list)
     """(step, loss, accuracy, trained tokens or pairs) of each step."""
     quick_evaluations: list[tuple[int, float, float]] = field(default_factory=list)
-    """(step, loss, accuracy) over the first validation rows."""
+    """(step, loss, accuracy) of each quick evaluation."""
     evaluations: list[Evaluated] = field(default_factory=list)
     evaluated_at: int = -1
-    """Step of the last full evaluation, or of the last that was due without a validation file."""
+    """Step of the last full evaluation, counting those that were due without a validation file."""
     saved_at: int | None = None
     """Step of the newest checkpoint."""
     best_tensors: dict[str, Tensor] | None = None
-    """With early stopping: the adapter's, on the CPU, as of the lowest validation loss."""
+    """With early stopping: the adapter's tensors at the lowest validation loss, on the CPU."""
     order: tuple[int, np.ndarray] | None = None
-    """An epoch and its order of examples, made when a step of it asks."""
+    """An epoch and the order of its examples (examples,), computed at its first step."""
 
     @property
     def hyperparameters(self) -> Hyperparameters:
@@ -125,7 +125,7 @@ class Run:
 
     @property
     def best(self) -> Evaluated | None:
-        """With early stopping: the evaluation whose adapter is exported."""
+        """With early stopping: the evaluation of the adapter that is exported."""
         return best_of(self.evaluations) if self.hyperparameters.early_stopping_patience else None
 
     @cached_property
@@ -134,7 +134,7 @@ class Run:
 
     @cached_property
     def measure(self) -> Loss:
-        """The loss of evaluations."""
+        """The loss for evaluations."""
         return loss_of(self.spec, evaluating=True)
 
     @cached_property
@@ -152,7 +152,7 @@ class Run:
 
     @cached_property
     def identity(self) -> dict[str, Any]:
-        """What a checkpoint of this run belongs to."""
+        """What a checkpoint must have in common with the run that resumes from it."""
         held_out = self.data.validation
         return {
             "spec": hashlib.sha256(self.spec.model_dump_json(exclude_defaults=True).encode()).hexdigest(),
@@ -163,7 +163,7 @@ class Run:
         }
 
     def rows(self, step: int) -> np.ndarray:
-        """The examples of an optimizer step; the last batch of an epoch may hold fewer."""
+        """The examples of an optimizer step, (batch size,); fewer in the last step of an epoch."""
         epoch, index = divmod(step - 1, self.steps_per_epoch)
         if self.order is None or self.order[0] != epoch:
             self.order = epoch, epoch_order(len(self.data.training), seed=self.spec.seed, epoch=epoch)
@@ -172,7 +172,7 @@ class Run:
 
 
 def steps_of(hyperparameters: Hyperparameters, examples: int) -> int:
-    """Optimizer steps of a run over so many examples; nothing that it looks at is "auto" any more."""
+    """Optimizer steps of a run over this number of examples, with resolved hyperparameters."""
     whole = hyperparameters.n_epochs * steps_per_epoch(examples, hyperparameters.batch_size)
     return min(whole, hyperparameters.max_steps or whole)
 
@@ -180,7 +180,7 @@ def steps_of(hyperparameters: Hyperparameters, examples: int) -> int:
 def start(
     asked: TrainSpec, spec: TrainSpec, base: Base, data: Data, sites: list[Site], devices: Devices
 ) -> Generator[Phase, None, tuple[Run, Plan]]:
-    """Puts the adapters in place, plans the passes and makes the optimizer."""
+    """Attaches the adapters, plans the passes and makes the optimizer."""
     devices.barrier()
     hyperparameters = spec.hyperparameters
     total_steps = steps_of(hyperparameters, len(data.training))
@@ -193,9 +193,9 @@ def start(
         weight_decay=hyperparameters.weight_decay,
         devices=devices,
     )
-    packing = base.passes.packing  # asked before the adapters come
+    packing = base.passes.packing  # before the adapters are attached, since it looks at the bare model
     adapters = yield from build_adapters_with_progress(method, base.model, sites, devices)
-    # Devices of one kind compute the same start; these are the same bits on any.
+    # Devices of different kinds may round an adapter's start differently; now all have the same bits.
     devices.broadcast(adapter_tensors(adapters).values())
     if packing == "segments":
         base.model.set_attn_implementation(attention.NAME)
@@ -238,13 +238,13 @@ def start(
 
 
 def not_finite(run: Run, what: str) -> TrainingError:
-    """`what` happened; what helps, and from where the run could go on."""
-    kept = "No checkpoint had been made yet."
+    """An error that says what is not finite, what may help and which checkpoint is left."""
+    kept = "There is no checkpoint yet."
     if run.saved_at is not None:
-        kept = f"The last good checkpoint, of step {run.saved_at}, is kept."
+        kept = f"The checkpoint of step {run.saved_at} is kept."
     return TrainingError(
-        f"{what} Lower the learning rate (now {run.hyperparameters.learning_rate:g}), or look at the data of "
-        f"that step for what is out of the ordinary. {kept}",
+        f"{what} Lower the learning rate (now {run.hyperparameters.learning_rate:g}), or check the data of "
+        f"that step for unusual rows. {kept}",
         param="hyperparameters.learning_rate",
         code="not_finite",
     )

@@ -469,7 +469,7 @@ def test_a_loss_that_is_not_finite_names_the_step_and_keeps_the_last_checkpoint(
         list(progress)
     assert caught.value.code == "not_finite"
     assert "Lower the learning rate (now 0.002)" in caught.value.message
-    assert "The last good checkpoint, of step 4, is kept." in caught.value.message
+    assert "The checkpoint of step 4 is kept." in caught.value.message
     assert len(Explodes.before) == 28
     assert all(torch.equal(p, was) for p, was in zip(Explodes.parameters, Explodes.before, strict=True))
     newest = sorted((tmp_path / "run" / "checkpoints").iterdir())[-1]
