@@ -79,7 +79,7 @@ class Step:
     """Over the first rows of the validation file; only at some steps."""
     valid_accuracy: float | None = None
     reward_margin: float | None = None
-    """For pairs: the mean reward of the better answers minus that of the worse ones, times beta."""
+    """For pairs: the mean reward of the better answers minus the worse answers' mean reward."""
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""The methods on offer, by the name a spec gives."""
+"""The methods, by the name that a spec gives."""
 
 from typing import Any
 

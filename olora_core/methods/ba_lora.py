@@ -1,7 +1,7 @@
 """BA-LoRA (arXiv 2408.04556, second version): PiSSA's `delta`, and three penalties on the output logits.
 
-`L = L_task + λ1(u) L_C + λ2(u) L_D + λ3(u) L_S`, u the share of the run that is over. With Z the M×V logits
-that predict a trained token, Z_P those of the base:
+`L = L_task + λ1(u) L_C + λ2(u) L_D + λ3(u) L_S`, u the finished share of the run. With Z the M×V logits that
+predict a trained token, and Z_P the base's:
 
 - consistency, `L_C = τ² mean KL(softmax(Z_P / τ) ‖ softmax(Z / τ))`: stay near what the base knows;
 - diversity, `L_D = −mean H(softmax(the K largest of each row of Z))`: keep more than one answer likely;
@@ -29,17 +29,17 @@ from .olora import warn_of_decay
 from .pissa import svd_adapter
 
 SPECTRUM_ROWS = 256
-"""Of the M rows of Z, how many the spectrum is taken of at most, evenly spaced."""
+"""Most rows of Z, evenly spaced, from which the spectrum is computed."""
 SPECTRUM_FLOOR = 1e-6
-"""Share of ‖Z‖² below which a squared singular value is rounding."""
+"""Share of ‖Z‖² below which a squared singular value is taken for rounding error."""
 
 
 class BALoRA(FactorsMethod[BALoRASpec, LoRAAdapter]):
-    """Beside `adapter`, a penalty; it costs one pass of the base for each pass of the model."""
+    """Adds a penalty, which costs one forward of the base for each forward of the model."""
 
     def __init__(self, spec: BALoRASpec, **run: Any) -> None:
         super().__init__(spec, **run)
-        # With every λ at 0 it is the method that it starts from, at that method's cost.
+        # With every λ at 0 it is PiSSA, or LoRA, and costs no more.
         self.needs_logits = bool(spec.lambda_consistency or spec.lambda_diversity or spec.lambda_spectrum)
         self.penalty_copies = 6 if self.needs_logits else 0
         if spec.init == "pissa":
@@ -71,12 +71,12 @@ class BALoRA(FactorsMethod[BALoRASpec, LoRAAdapter]):
 
 
 def consistency_factor(over: float) -> float:
-    """λ1's: from 1 down to 0.1 along a cosine."""
+    """Factor of λ1: from 1 down to 0.1 along a cosine."""
     return 0.1 + 0.9 * (1 + math.cos(math.pi * over)) / 2
 
 
 def late_factor(over: float) -> float:
-    """λ2's and λ3's: 0 for the first fifth of the run, 1 from its first quarter on, linear between."""
+    """Factor of λ2 and λ3: 0 in the first fifth of the run, 1 from its first quarter on, linear between."""
     return min(1.0, max(0.0, (over - 0.2) / 0.05))
 
 
@@ -86,7 +86,11 @@ def predicting(logits: Tensor, labels: Tensor) -> Tensor:
 
 
 def consistency_loss(Z_P: Tensor, Z: Tensor, temperature: float) -> Tensor:
-    """L_C. fp32 probabilities of a few rows at a time, computed once more in the backward."""
+    """L_C for Z_P and Z (M, V): a scalar.
+
+    The fp32 probabilities are computed for a few rows at a time, and again in the backward: all M×V of them
+    would take more memory than the logits.
+    """
     rows = max(1, LOGITS_AT_ONCE // Z.shape[1])
     total = torch.zeros((), device=Z.device)
     for p, f in zip(Z_P.split(rows), Z.split(rows), strict=True):
@@ -103,14 +107,16 @@ def _divergence(Z_P: Tensor, Z: Tensor, temperature: float) -> Tensor:
 
 
 def diversity_loss(Z: Tensor, top_tokens: int) -> Tensor:
-    """L_D, from −ln K to 0."""
+    """L_D for Z (M, V): a scalar from −ln K to 0."""
     log_p = Z.topk(min(top_tokens, Z.shape[1]), dim=-1).values.float().log_softmax(dim=-1)
     return (log_p.exp() * log_p).sum(dim=-1).mean()
 
 
 def spectrum_loss(Z: Tensor, top: int, *, norm: str = "frobenius", center: bool = False) -> Tensor:
-    """L_S. The singular values are roots of the Gram matrix's eigenvalues, whose sums have calm gradients
-    where values lie close together.
+    """L_S for Z (M, V): a scalar, at most 0.
+
+    The singular values are computed as roots of the Gram matrix's eigenvalues, whose gradients stay bounded
+    where values are close together.
     """
     count = min(len(Z), SPECTRUM_ROWS)
     Z = Z[torch.arange(count, device=Z.device) * len(Z) // count].float()
@@ -120,7 +126,8 @@ def spectrum_loss(Z: Tensor, top: int, *, norm: str = "frobenius", center: bool 
         squares = torch.linalg.eigvalsh(Z @ Z.T)  # rising
     energy = Z.square().sum()
     there = squares > SPECTRUM_FLOOR * energy
-    # A root of 0 would have an infinite gradient, also where it is not taken.
+    # sqrt has an infinite gradient at 0, which `where` alone would turn into nan for the values it leaves
+    # out.
     values = torch.where(there, torch.where(there, squares, 1.0).sqrt(), 0.0)
     whole = energy.clamp_min(torch.finfo(energy.dtype).tiny).sqrt()
     if norm == "nuclear":

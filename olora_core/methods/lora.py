@@ -42,14 +42,17 @@ class LoRAAdapter(FactorsAdapter):
 
 
 class LoRA(FactorsMethod[LoRASpec, LoRAAdapter]):
-    """Plain: beside `adapter`, only rates of their own for A and B, where asked for (LoRA+)."""
+    """No hooks but `adapter`."""
 
     def adapter(self, weight: Tensor, site: Site) -> LoRAAdapter:
         return lora_adapter(self, site)
 
 
 def lora_adapter(method: Method[Any, Any], site: Site) -> LoRAAdapter:
-    """LoRA's start, for methods that can also begin there. Raises SpecError, naming the layer."""
+    """A LoRA adapter at its start, also for other methods that start there.
+
+    Raises SpecError, naming the layer.
+    """
     method.check_rank(site)
     spec: AdapterSpec = method.spec
     draw = generator(method.seed, method.finished_steps, site.name)
@@ -58,6 +61,6 @@ def lora_adapter(method: Method[Any, Any], site: Site) -> LoRAAdapter:
 
 
 def kaiming_uniform(*shape: int, draw: torch.Generator) -> Tensor:
-    """With a = √5, which comes down to ±1/√in for a matrix (…, in)."""
+    """(…, in) drawn uniformly from ±1/√in: Kaiming's bound with a = √5, as in nn.Linear."""
     bound = 1 / math.sqrt(shape[-1])
     return torch.empty(shape).uniform_(-bound, bound, generator=draw)

@@ -1,7 +1,7 @@
 """LoRA+ (arXiv 2402.12354): B learns faster than A, `lr_B = ratio lr_A`.
 
-B reaches the output through no further factor, A only through B; with one rate for both, a wide model's
-features hardly move. A keeps the job's rate.
+With one rate for both, the features of a wide model hardly move: A acts only through B, which starts at 0. A
+keeps the job's rate.
 """
 
 from collections.abc import Mapping

@@ -1,7 +1,7 @@
 """MELoRA (arXiv 2402.17263): `delta(x) = [s B_1 A_1 x_1 ; … ; s B_n A_n x_n]`, x cut into n equal slices x_i.
 
-Each slice of the inputs has a mini LoRA of rank r that leads to the slice of the outputs with its number. So
-the update is block diagonal, of rank n·r, with the trained numbers of one LoRA of rank r.
+A mini LoRA of rank r maps each slice of the inputs to the slice of the outputs with the same number. So the
+update is block diagonal, of rank n·r, with the trainable parameters of one LoRA of rank r.
 """
 
 import math
@@ -41,11 +41,11 @@ class MELoRAAdapter(FactorsAdapter):
 
 
 class MELoRA(FactorsMethod[MELoRASpec, FactorsAdapter]):
-    """Plain: beside `adapter`, only rates of their own for A and B, where asked for (LoRA+)."""
+    """No hooks but `adapter`."""
 
     @classmethod
     def widest_rank(cls, spec: MELoRASpec, sites: Sequence[Site], total_steps: int) -> int:
-        """That of a slice."""
+        """The largest rank that a slice allows."""
         return super().widest_rank(spec, sites, total_steps) // spec.mini_loras
 
     def adapter(self, weight: Tensor, site: Site) -> FactorsAdapter:

@@ -218,6 +218,6 @@ def test_modes_come_back_from_json() -> None:
 def test_modes_of_a_size_that_no_layer_has_are_refused(llama, tmp_path: Path) -> None:
     training = write_rows(tmp_path / "training.jsonl", chat_rows())
     spec = spec_for("tt_lora", adapter={"modes": {33: [11, 3]}})
-    with pytest.raises(SpecError, match="no adapted layer has that size; there are 16, 32, 48") as refused:
+    with pytest.raises(SpecError, match="has that size; their sizes are 16, 32, 48") as refused:
         list(train(spec, llama, training, None, tmp_path / "run"))
     assert refused.value.param == "adapter.modes"
