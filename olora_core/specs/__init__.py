@@ -1,7 +1,7 @@
-"""Everything a caller may ask for, said once and free of torch.
+"""The specs of training runs and comparisons, free of torch.
 
-The REST body, the row, the command line, the list of methods and the adapter's manifest are views of the
-models here. `read_spec` turns loose input into a `TrainSpec`; `resolve` turns "auto" into numbers.
+The request body, the row, the command line, the list of methods and the adapter's manifest are views of the
+models here. `read_spec` turns untyped input into a `TrainSpec`; `resolve` turns "auto" into numbers.
 """
 
 from .adapters import ADAPTER_SPECS, DEFAULT_METHOD, check_export

@@ -45,19 +45,19 @@ DEFAULT_METHOD = "olora"
 
 
 def check_export(spec: AdapterSpec) -> None:
-    """Refuses, before any training, an export that there is none of, and one that no server could load."""
+    """Raises SpecError for an export that this method cannot produce, or that no server can load."""
     if spec.export == "merged":
         if spec.export_rank is not None:
             raise SpecError(
-                "adapter.export_rank truncates an adapter, and adapter.export = 'merged' leaves none; leave "
+                "adapter.export_rank truncates an adapter, and adapter.export = 'merged' exports none; leave "
                 "one of the two out.",
                 param="adapter.export_rank",
             )
         return
     if not spec.has_pair:
         raise SpecError(
-            "adapter.export = 'adapter': an update of adapter.type = 6 is no LoRA of any rank that servers "
-            "load; take the whole model with adapter.export = 'merged', or another adapter.type.",
+            "adapter.export = 'adapter': an update of adapter.type = 6 is not a LoRA that servers can load; "
+            "export the whole model with adapter.export = 'merged', or use another adapter.type.",
             param="adapter.export",
         )
     if spec.export_rank is not None and spec.export_rank > MAX_EXPORT_RANK:

@@ -1,4 +1,4 @@
-"""What every spec is: a pydantic model that refuses what it does not know and names the place."""
+"""The base class of all specs, and how untyped input is read into one."""
 
 import difflib
 from collections.abc import Mapping
@@ -13,7 +13,7 @@ Auto = Literal["auto"]
 
 
 class Spec(BaseModel):
-    """Refuses unknown names and non-finite numbers; never changes once read."""
+    """Rejects unknown fields and numbers that are not finite; immutable."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
@@ -22,12 +22,16 @@ SpecT = TypeVar("SpecT", bound=Spec)
 
 
 def read(model: type[SpecT], values: Mapping[str, Any], place_of: Any) -> SpecT:
+    """Reads `values` into a spec; `place_of` gives a field's place in the request, such as "adapter".
+
+    Raises SpecError for an unknown field, with the nearest known name, and for an invalid value.
+    """
     for name, value in values.items():
         place = place_of(name)
         param = f"{place}.{name}" if place else name
         if name not in model.model_fields:
             raise SpecError(f"{param} is unknown{nearest(name, model.model_fields)}.", param=param)
-        # Python counts true as 1, pydantic too.
+        # Python takes true for 1, and so does pydantic.
         annotation = model.model_fields[name].annotation
         if isinstance(value, bool) and bool not in (annotation, *get_args(annotation)):
             raise SpecError(f"{param} must not be true or false (got {value}).", param=param)

@@ -1,4 +1,4 @@
-""" "auto" turned into numbers, once the data are tokenised and the model's config is read."""
+"""Resolving "auto", once the data are tokenised and the model's config is read."""
 
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -11,12 +11,12 @@ from .training import Hyperparameters, TrainSpec
 REFERENCE_WIDTH = 4096
 """Hidden size at which a method's `base_learning_rate` holds; see `learning_rate_for`."""
 AUTO_BETA = 0.1
-"""The value of most of the DPO paper's experiments."""
+"""The value in most experiments of the DPO paper."""
 
 
 @dataclass(frozen=True)
 class RunFacts:
-    """What "auto" depends on: known once the data are tokenised and the model's config is read."""
+    """What "auto" depends on, apart from the spec."""
 
     examples: int
     hidden_size: int
@@ -41,7 +41,7 @@ def auto_batch_size(examples: int) -> int:
 
 
 def learning_rate_for(adapter: AdapterSpec, hidden_size: int) -> float:
-    """The method's own peak rate for a model of this width.
+    """The method's default peak rate for a model of this hidden size.
 
     `base (4096 / hidden)^e`, through two anchors per method: its card's rate at width 4096, and the optimum
     measured on the shipped base at width 192 (3e-3 for LoRA and TT-LoRA, 1e-3 for OLoRA and PiSSA).
@@ -52,10 +52,10 @@ def learning_rate_for(adapter: AdapterSpec, hidden_size: int) -> float:
 
 
 def resolve(spec: TrainSpec, facts: RunFacts) -> tuple[TrainSpec, list[str]]:
-    """Turns every "auto" into a number. Returns the spec and one sentence for each decision.
+    """Resolves every "auto". Returns the spec, and a sentence for each value that was chosen.
 
-    Raises SpecError when a number that follows from the request does not fit: what is resolved keeps to the
-    bounds of what may be asked for.
+    Raises SpecError for a resolved value outside the bounds that the request must keep to, such as a learning
+    rate that a multiplier makes too high.
     """
     asked, why = spec.hyperparameters, []
     chosen: dict[str, Any] = {}

@@ -12,15 +12,15 @@ class TTLoRASpec(AdapterSpec):
     """TT-LoRA: LoRA whose two factors are tensor trains (arXiv 2408.01008)."""
 
     title: ClassVar[str] = "TT-LoRA"
-    summary: ClassVar[str] = "LoRA whose two factors are tensor trains, with far fewer numbers to train."
+    summary: ClassVar[str] = "LoRA whose two factors are tensor trains, with far fewer trainable parameters."
     paper: ClassVar[str] = "arXiv 2408.01008"
     cost: ClassVar[str] = (
-        "Trains the r×m×r numbers of each core, 4,352 in all for a 4096×4096 weight at rank 8, where LoRA "
-        "trains 65,536; exports a LoRA of rank r, as large as LoRA's."
+        "Trains r×m×r parameters per core, 4,352 in all for a 4096×4096 weight at rank 8, where LoRA trains "
+        "65,536; exports a LoRA of rank r, as large as LoRA's."
     )
     choose: ClassVar[str] = (
-        "When the trained state has to be tiny, as for many adapters kept in their native form; others have "
-        "found it behind LoRA on hard tasks."
+        "When the trained state must be tiny, as for many adapters kept in their native form; others have "
+        "found it worse than LoRA on hard tasks."
     )
     base_learning_rate: ClassVar[float] = 1e-3
     width_exponent: ClassVar[float] = 0.3590
@@ -32,13 +32,13 @@ class TTLoRASpec(AdapterSpec):
     )
     rslora: bool = Field(
         default=False,
-        description="Not of this method, whose scale does not depend on the rank.",
+        description="Not used by this method, whose scale does not depend on the rank.",
         json_schema_extra={"const": False},
     )
     modes: dict[int, tuple[int, ...]] | None = Field(
         default=None,
-        description="How a size is factored, by size, as {768: [16, 12, 4]}: in this order for a layer's "
-        "inputs, reversed for its outputs; a size that is not named, into modes of up to 16.",
+        description="Factors of layer sizes, such as {768: [16, 12, 4]}: in this order for inputs, "
+        "reversed for outputs; sizes not listed are factored into modes of up to 16.",
     )
 
     @field_validator("rslora")

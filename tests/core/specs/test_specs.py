@@ -259,7 +259,7 @@ def test_betas_that_do_not_fit_are_refused(beta) -> None:
 
 @pytest.mark.parametrize("beta", [0.1, "auto"])
 def test_beta_is_refused_by_name_without_dpo(beta) -> None:
-    with pytest.raises(SpecError, match="ask for dpo") as caught:
+    with pytest.raises(SpecError, match="or use dpo") as caught:
         read_spec(model="m", hyperparameters={"beta": beta})
     assert caught.value.param == "hyperparameters.beta"
 

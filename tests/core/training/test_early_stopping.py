@@ -171,7 +171,7 @@ def test_what_looks_at_a_validation_file_needs_one(llama: Base, files, tmp_path,
 
 
 def test_a_least_improvement_without_patience_is_refused() -> None:
-    with pytest.raises(SpecError, match="goes with early_stopping_patience"):
+    with pytest.raises(SpecError, match="needs early_stopping_patience"):
         read_spec(model="m", hyperparameters={"early_stopping_min_delta": 0.1})
 
 
