@@ -469,7 +469,7 @@ class Comparison:
             steps=self.total_steps,
             seeds=self.seeds,
             budget=self.budget,
-            yardstick=self.spec.labels[self.spec.yardstick],
+            yardstick=self.spec.labels[self.spec.baseline],
             training={
                 "file": training,
                 "sha256": data.hashes["training"],
