@@ -27,7 +27,7 @@ from torch import Tensor, nn
 
 from olora_core.layers.adapter import Site
 from olora_core.methods.olora import OLoRA, OLoRAAdapter
-from olora_core.specs import OLoRASpec
+from olora_core.specs.methods.olora import OLoRASpec
 
 SHAPES = ("768x768", "4096x4096", "11008x4096", "4096x11008")
 RANKS = (8, 32, 64)

@@ -4,7 +4,7 @@ import json
 import os
 import signal
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, closing, contextmanager
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -215,13 +215,23 @@ def _train(
         bar.phase("loading torch")
         os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # as for the service's trainer
         from olora_core.data.token_cache import trim
-        from olora_core.progress import Evaluated, Finished, Note, Phase, Resolved, Samples, Saved, Step
+        from olora_core.progress import (
+            Evaluated,
+            Finished,
+            Note,
+            Phase,
+            Resolved,
+            Samples,
+            Saved,
+            Step,
+            drive,
+        )
         from olora_core.training.train import train as run_training
 
         device, devices = stack.enter_context(_devices(device))
         bar.phase("loading the base model")
         resume = newest_checkpoint(output)
-        devices.agreed((spec, folder, training, validation, output, resume))
+        devices.broadcast_object((spec, folder, training, validation, output, resume))
         base = _load(spec, folder, device, devices)
         if resume is not None:
             bar.say(f"Going on from {resume.name}.")
@@ -233,14 +243,9 @@ def _train(
             cache=output / TOKENS,
             devices=devices,
         )
-        wish: str | None = None
+        updates = stack.enter_context(closing(drive(progress, lambda: "save" if stopping else None)))
         samples: dict[str, Any] | None = None
-        while True:
-            try:
-                news = progress.send(wish)
-            except StopIteration:
-                return True
-            wish = None
+        for news in updates:
             charts.hear(news)
             match news:
                 case Phase():
@@ -260,17 +265,16 @@ def _train(
                         tokens=news.tokens,
                         seconds=news.seconds,
                     )
-                    wish = "save" if stopping else None
                 case Evaluated():
                     bar.say(f"step {news.step}: validation loss {news.loss:.4f}")
                 case Saved() if stopping:
-                    progress.close()
                     return False
                 case Samples():
                     samples = asdict(news)
                 case Finished():
                     _summarise(bar, news)
                     show_samples(console, samples)
+    return True
 
 
 def _charts(output: Path, resume: Path | None, trackers: "list[Integration]", bar: TrainingBar) -> "Charts":
@@ -294,13 +298,13 @@ def _devices(device: str) -> Iterator[tuple[str, "Devices"]]:
     """The device of this process, and the processes that train together."""
     import torch
 
-    from olora_core.devices import ALONE, join
+    from olora_core.devices import SINGLE, join
 
     _, count, here = _place()
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     if count == 1:
-        yield device, ALONE
+        yield device, SINGLE
         return
     if device == "cuda":
         device = f"cuda:{here}"
@@ -313,11 +317,11 @@ def _load(spec: TrainSpec, folder: Path, device: str, devices: "Devices") -> "Ba
     from olora_core.bases.precision import compute_dtype
     from olora_core.bases.sharding import is_sharded, shard
 
-    dtype = devices.agreed(compute_dtype(spec, folder, device))
+    dtype = devices.broadcast_object(compute_dtype(spec, folder, device))
     loaded = partial(
         load_base, folder, name=spec.model, dtype=dtype, quantization=spec.hyperparameters.quantization
     )
-    if devices.agreed(is_sharded(spec, folder, device, devices.count)):
+    if devices.broadcast_object(is_sharded(spec, folder, device, devices.count)):
         return shard(loaded(device="cpu"), device, devices)
     return loaded(device=device)
 
@@ -333,7 +337,7 @@ def _follow(device: str) -> None:
     from olora_core.training.train import train as run_training
 
     with _devices(device) as (own, devices):
-        spec, folder, training, validation, output, resume = devices.agreed(None)
+        spec, folder, training, validation, output, resume = devices.broadcast_object(None)
         base = _load(spec, folder, own, devices)
         run = run_training(
             *(spec, base, training, validation, output),

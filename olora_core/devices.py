@@ -1,13 +1,13 @@
-"""The processes that share one run, one for each device, and the few things they say to each other.
+"""The processes that share one run, one for each device, and what they exchange.
 
-The first process leads: it alone talks to whoever drives the run, writes checkpoints and exports. The others
-follow: they run the same code on the same numbers. Each optimizer batch is cut into micro-batches as ever and
-these are dealt out; adapters are replicated, and their gradients are summed in one message, after which every
+Rank 0 is the main process: it alone reports to the caller, writes checkpoints and exports. The others run
+the same code on the same numbers. An optimizer batch is cut into micro-batches as on one device, and these
+are dealt out; adapters are replicated, and their gradients are summed in one all-reduce, after which every
 process clips, calls the method's hooks and steps alike.
 
-torch's own wrapper (DistributedDataParallel) hides a large model's gradients behind its backward pass. An
-adapter's are small. And it wants one forward through the wrapped model a step: here a loss calls decoder and
-head by themselves, a preference's loss twice, and a process may have no micro-batch at all.
+Why not torch's DistributedDataParallel: it hides a large model's gradient traffic behind the backward, and an
+adapter's gradients are small. It also wants one forward through the wrapped model in each step: here a loss
+calls decoder and head separately, a preference loss calls both twice, and a process may have no micro-batch.
 """
 
 import hashlib
@@ -22,67 +22,78 @@ from torch import Tensor, nn
 
 from .errors import OloraError, ProcessLost, TrainingError
 
-PATIENCE_SECONDS = 300.0
-"""How long one process waits for another; less than a supervisor waits for a trainer."""
+TIMEOUT_SECONDS = 300.0
+"""How long a process waits for another; less than a supervisor waits for a trainer."""
 LEAVE_SECONDS = 10.0
+"""How long the main process, leaving, waits for the others to notice."""
 
 
-class LeaderLeft(Exception):
-    """To those who follow: the leader's run was left, so theirs is over too."""
+class MainProcessLeft(Exception):
+    """Raised in the other processes when the main process has left the run, so that theirs ends too."""
 
 
 class Devices:
-    """One process on one device: everything is its own, and nothing is said."""
+    """One process on one device: every operation is the identity. See `ProcessGroup`."""
 
     rank = 0
     count = 1
 
     @property
-    def leads(self) -> bool:
+    def is_main(self) -> bool:
         return self.rank == 0
 
     @contextmanager
-    def sharing(self) -> Iterator[None]:
-        """Inside is the run: those who follow leave it when the leader does."""
+    def ending_together(self) -> Iterator[None]:
+        """Wraps the run: when the main process leaves the block, however that happens, the others do."""
         yield
 
-    def meet(self, unusual: bool = False) -> bool:
-        """Waits for all; returns whether anything is unusual for any. Raises LeaderLeft, ProcessLost.
+    def barrier(self) -> None:
+        """Waits for all processes. Raises MainProcessLeft, ProcessLost.
 
-        Stands before a message wherever the leader may have been stopped since the last one.
+        Needed before an exchange wherever the main process may have been stopped since the last one.
         """
-        return unusual
+        self.barrier_any(False)
+
+    def barrier_any(self, flag: bool) -> bool:
+        """A barrier that returns whether any process passed True."""
+        return flag
 
     def sum(self, tensor: Tensor) -> Tensor:
-        """The sum over the processes, the same bits for all."""
+        """(…) → (…): the elementwise sum over the processes, the same bits in all of them."""
         return tensor
 
     def sum_gradients(self, parameters: Sequence[nn.Parameter], numbers: Tensor) -> Tensor:
-        """Replaces every gradient by its sum over the processes; returns the sum of `numbers`, (n,) fp64."""
+        """Replaces every parameter's gradient by its sum over the processes.
+
+        Returns the sum of `numbers` (n,), fp64, which travel in the same message.
+        """
         return numbers
 
-    def mine(self, sizes: Sequence[int], *, in_step: bool = False) -> list[tuple[int, bool]]:
-        """Which of an optimizer batch's micro-batches, of so many tokens, are computed here, and whether they
-        count. With `in_step` all processes have equally many, for which some repeat one that does not count.
+    def assign(self, token_counts: Sequence[int], *, in_step: bool = False) -> list[tuple[int, bool]]:
+        """(index, counts) of the micro-batches of an optimizer batch that this process computes.
+
+        `token_counts` has an entry for each micro-batch. With `in_step` all processes get equally many: one
+        that is short repeats a micro-batch with counts=False, whose result is to be ignored.
         """
-        return [(position, True) for position in range(len(sizes))]
+        return [(index, True) for index in range(len(token_counts))]
 
-    def share(self, tensors: Iterable[Tensor]) -> None:
-        """Gives everybody the leader's values, in place."""
+    def broadcast(self, tensors: Iterable[Tensor]) -> None:
+        """Overwrites the tensors, of any shape and the same in all processes, with the main process's."""
 
-    def agreed(self, value: Any) -> Any:
-        """The leader's value; JSON-like."""
+    def broadcast_object(self, value: Any) -> Any:
+        """The main process's value, which must be picklable."""
         return value
 
     def check_equal(self, tensors: Iterable[Tensor]) -> None:
-        """Raises TrainingError when the processes do not hold the same bits."""
+        """Raises TrainingError unless all processes hold the same bits, whatever the tensors' shapes."""
 
 
-ALONE = Devices()
+SINGLE = Devices()
+"""A run on one device."""
 
 
-class SeveralDevices(Devices):
-    """A member of torch's default process group. See `join`."""
+class ProcessGroup(Devices):
+    """This process as a member of torch's default process group. See `join`."""
 
     def __init__(self) -> None:
         import torch.distributed as dist
@@ -90,82 +101,87 @@ class SeveralDevices(Devices):
         self.rank, self.count = dist.get_rank(), dist.get_world_size()
 
     @contextmanager
-    def sharing(self) -> Iterator[None]:
+    def ending_together(self) -> Iterator[None]:
         try:
             yield
-        except LeaderLeft:
+        except MainProcessLeft:
             return
         except ProcessLost:
             raise
         except BaseException as error:
-            if self.leads:
+            if self.is_main:
                 self._leave()
-            elif isinstance(error, OloraError) and self._leader_is_gone():
-                return  # the leader met the same trouble, and has told it
+            elif isinstance(error, OloraError) and self._main_left():
+                return  # the main process met the same error and has reported it
             raise
 
-    def meet(self, unusual: bool = False) -> bool:
-        left, somewhere = self._reduced(torch.tensor([0, int(unusual)]), "MAX").tolist()
+    def barrier_any(self, flag: bool) -> bool:
+        left, anywhere = self._all_reduce(torch.tensor([0, int(flag)]), "MAX").tolist()
         if left:
-            raise LeaderLeft
-        return bool(somewhere)
+            raise MainProcessLeft
+        return bool(anywhere)
 
     def _leave(self) -> None:
-        """Takes part in the others' next meeting, to tell them. They may be far from it, or gone."""
+        """Takes part in the others' next barrier to say so. They may be far from it, or gone."""
         import torch.distributed as dist
 
         try:
-            meeting = dist.all_reduce(torch.tensor([1, 0]), dist.ReduceOp.MAX, async_op=True)
-            meeting.wait(timedelta(seconds=LEAVE_SECONDS))
+            barrier = dist.all_reduce(torch.tensor([1, 0]), dist.ReduceOp.MAX, async_op=True)
+            barrier.wait(timedelta(seconds=LEAVE_SECONDS))
         except RuntimeError:
             return
 
-    def _leader_is_gone(self) -> bool:
+    def _main_left(self) -> bool:
         try:
-            self.meet()
-        except LeaderLeft:
+            self.barrier()
+        except MainProcessLeft:
             return True
         return False
 
     def sum(self, tensor: Tensor) -> Tensor:
-        return self._reduced(tensor.clone(), "SUM")
+        return self._all_reduce(tensor.clone(), "SUM")
 
     def sum_gradients(self, parameters: Sequence[nn.Parameter], numbers: Tensor) -> Tensor:
-        # What no process has a gradient of keeps none, as with one process: the optimizer passes it over.
-        if self.meet(unusual=any(p.grad is None for p in parameters)):
-            present = self._reduced(torch.tensor([p.grad is not None for p in parameters]).int(), "MAX")
+        # A parameter without a gradient in any process keeps none, as with one process: AdamW then skips it,
+        # and a gradient of zeros would still apply momentum and weight decay.
+        if self.barrier_any(any(p.grad is None for p in parameters)):
+            present = self._all_reduce(torch.tensor([p.grad is not None for p in parameters]).int(), "MAX")
             parameters = [p for p, is_there in zip(parameters, present.tolist(), strict=True) if is_there]
-        # fp64 travels as two fp32 numbers, in places of each process's own: the sum only carries them.
-        places = torch.zeros(self.count, 2, len(numbers), device=numbers.device)
-        places[self.rank, 0] = numbers
-        places[self.rank, 1] = numbers - places[self.rank, 0]
+        # The message is fp32 as the gradients are. An fp64 number travels as two fp32 ones (its rounded value
+        # and the rest), in slots that are this process's own and 0 in all others: the reduction adds zeros to
+        # them, so they arrive unchanged, and are summed in fp64 afterwards.
+        slots = torch.zeros(self.count, 2, len(numbers), device=numbers.device)
+        slots[self.rank, 0] = numbers
+        slots[self.rank, 1] = numbers - slots[self.rank, 0]
+        # One message instead of one for each tensor: an adapter has hundreds of small ones, and each
+        # all-reduce costs a round trip.
         pieces = [torch.zeros_like(p) if p.grad is None else p.grad for p in parameters]
-        message = self._reduced(torch.cat([piece.flatten() for piece in (*pieces, places)]), "SUM")
-        *sums, places = message.split([piece.numel() for piece in (*pieces, places)])
+        message = self._all_reduce(torch.cat([piece.flatten() for piece in (*pieces, slots)]), "SUM")
+        *sums, slots = message.split([piece.numel() for piece in (*pieces, slots)])
         for parameter, gradient in zip(parameters, sums, strict=True):
             parameter.grad = gradient.view_as(parameter)
-        return places.view(self.count, 2, -1).double().sum(dim=(0, 1))
+        return slots.view(self.count, 2, -1).double().sum(dim=(0, 1))
 
-    def mine(self, sizes: Sequence[int], *, in_step: bool = False) -> list[tuple[int, bool]]:
-        shares = deal(sizes, self.count)
-        own = [(position, True) for position in shares[self.rank]]
+    def assign(self, token_counts: Sequence[int], *, in_step: bool = False) -> list[tuple[int, bool]]:
+        shares = deal(token_counts, self.count)
+        own = [(index, True) for index in shares[self.rank]]
         repeated = own[-1][0] if own else 0
         missing = max(map(len, shares)) - len(own) if in_step else 0
         return own + [(repeated, False)] * missing
 
-    def share(self, tensors: Iterable[Tensor]) -> None:
+    def broadcast(self, tensors: Iterable[Tensor]) -> None:
         import torch.distributed as dist
 
-        self.meet()
-        with _losing():
+        self.barrier()
+        with _process_lost():
             for tensor in tensors:
                 dist.broadcast(tensor, src=0)
 
-    def agreed(self, value: Any) -> Any:
+    def broadcast_object(self, value: Any) -> Any:
         import torch.distributed as dist
 
         values = [value]
-        with _losing():
+        with _process_lost():
             dist.broadcast_object_list(values, src=0)
         return values[0]
 
@@ -173,26 +189,27 @@ class SeveralDevices(Devices):
         digest = hashlib.sha256()
         for tensor in tensors:
             digest.update(tensor.detach().cpu().flatten().view(torch.uint8).numpy())
-        mine = torch.zeros(self.count, dtype=torch.int64)
-        mine[self.rank] = int.from_bytes(digest.digest()[:7], "big")
-        self.meet()
-        if len(set(self.sum(mine).tolist())) > 1:
+        digests = torch.zeros(self.count, dtype=torch.int64)
+        digests[self.rank] = int.from_bytes(digest.digest()[:7], "big")  # 56 bits, so that int64 holds it
+        self.barrier()
+        if len(set(self.sum(digests).tolist())) > 1:
             raise TrainingError(
                 "The adapters of the run's devices are no longer the same; use devices of one kind, "
                 "or train on one."
             )
 
-    def _reduced(self, tensor: Tensor, how: str) -> Tensor:
+    def _all_reduce(self, tensor: Tensor, operation: str) -> Tensor:
+        """In place, and returned."""
         import torch.distributed as dist
 
-        with _losing():
-            dist.all_reduce(tensor, getattr(dist.ReduceOp, how))
+        with _process_lost():
+            dist.all_reduce(tensor, getattr(dist.ReduceOp, operation))
         return tensor
 
 
 @contextmanager
-def _losing() -> Iterator[None]:
-    """What torch says when another process is gone or silent, as our own error."""
+def _process_lost() -> Iterator[None]:
+    """Turns torch's error about a process that is gone or silent into ProcessLost."""
     try:
         yield
     except RuntimeError as error:
@@ -209,13 +226,13 @@ def join(
     *,
     rank: int | None = None,
     count: int | None = None,
-    meeting_file: Path | None = None,
-    patience_seconds: float = PATIENCE_SECONDS,
+    rendezvous_file: Path | None = None,
+    timeout_seconds: float = TIMEOUT_SECONDS,
 ) -> Iterator[Devices]:
-    """Joins the others; inside, they share what they do.
+    """Joins the process group; leaving the block leaves the group.
 
-    Without arguments, what torchrun and `accelerate launch` put into the environment says who they are. With
-    `meeting_file`, a path that does not exist yet and that all of them see, they find each other there.
+    Rank and count come from the environment, as torchrun and `accelerate launch` set it, or with
+    `rendezvous_file` from the arguments: a path that does not exist yet and that all processes see.
 
     Raises ProcessLost when the others do not come.
     """
@@ -225,39 +242,39 @@ def join(
     if on_gpu:
         torch.cuda.set_device(device)
     where: dict[str, Any] = {}
-    if meeting_file is not None and rank is not None and count is not None:
-        where = {"store": dist.FileStore(str(meeting_file), count), "rank": rank, "world_size": count}
-    with _losing():
-        # The meetings are about numbers that the host knows: they never wait for a GPU.
+    if rendezvous_file is not None and rank is not None and count is not None:
+        where = {"store": dist.FileStore(str(rendezvous_file), count), "rank": rank, "world_size": count}
+    with _process_lost():
+        # Barriers exchange numbers that the host knows: over gloo, they never wait for a GPU.
         dist.init_process_group(
-            "cpu:gloo,cuda:nccl" if on_gpu else "gloo", timeout=timedelta(seconds=patience_seconds), **where
+            "cpu:gloo,cuda:nccl" if on_gpu else "gloo", timeout=timedelta(seconds=timeout_seconds), **where
         )
     try:
-        yield SeveralDevices()
+        yield ProcessGroup()
     finally:
         dist.destroy_process_group()
 
 
-def deal(sizes: Sequence[int], count: int) -> list[list[int]]:
-    """Who computes which micro-batch: for each of `count` processes, positions in `sizes` (tokens), rising.
+def deal(token_counts: Sequence[int], count: int) -> list[list[int]]:
+    """Balances micro-batches over `count` processes: for each, the rising indices of those it computes.
 
-    The largest goes first, to whoever has least so far.
+    The largest goes first, to the process with the fewest tokens so far.
     """
     shares: list[list[int]] = [[] for _ in range(count)]
     loads = [0] * count
-    for position in sorted(range(len(sizes)), key=lambda i: (-sizes[i], i)):
+    for index in sorted(range(len(token_counts)), key=lambda i: (-token_counts[i], i)):
         least = loads.index(min(loads))
-        shares[least].append(position)
-        loads[least] += sizes[position]
+        shares[least].append(index)
+        loads[least] += token_counts[index]
     return [sorted(share) for share in shares]
 
 
-def is_part(weight: Tensor) -> bool:
+def is_dtensor(weight: Tensor) -> bool:
     """Whether this process holds only its rows of the weight (a DTensor, whose import takes its time)."""
     return hasattr(weight, "full_tensor")
 
 
-def whole(part: Tensor) -> Tensor:
-    """The whole weight, for which every process must ask at once."""
+def full_tensor(part: Tensor) -> Tensor:
+    """The whole weight, out×in, from the rows that each process holds; all processes must call it at once."""
     gathered: Tensor = part.full_tensor()  # type: ignore[attr-defined]
     return gathered

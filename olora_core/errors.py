@@ -1,12 +1,12 @@
-"""What can go wrong, in words a user can act on.
+"""Expected errors, each with a message that the user can act on.
 
 OloraError
-├── SpecError          the request asks for something that does not exist or does not fit
-├── DataError          a training or validation file cannot be trained on
+├── SpecError          the request names something unknown or has an invalid value
+├── DataError          a training or validation file cannot be used
 ├── ModelError         the base model cannot be loaded or adapted
 ├── CheckpointError    a checkpoint is missing, damaged or belongs to another run
 ├── TrainingError      the run itself went wrong (a loss that is not finite)
-├── ProcessLost        one of the processes that share a run ended or hangs
+├── ProcessLost        another process of this run ended or hangs
 └── CertificateError   the exported adapter does not give the trained model's logits
 """
 
@@ -14,7 +14,7 @@ from collections.abc import Sequence
 
 
 class OloraError(Exception):
-    """An expected trouble: `code` for programs, `message` for people, `param` for the place."""
+    """An expected error: `code` for programs, `message` for people, `param` for the field it is about."""
 
     code = "error"
     param: str | None = None
@@ -27,13 +27,13 @@ class OloraError(Exception):
 
 
 class SpecError(OloraError):
-    """The request asks for something that does not exist or does not fit."""
+    """The request names something unknown or has an invalid value."""
 
     code = "invalid_request"
 
 
 class DataError(OloraError):
-    """A training or validation file cannot be trained on; the message names the line."""
+    """A training or validation file cannot be used; the message names the line."""
 
     code = "invalid_training_file"
 
@@ -58,7 +58,7 @@ class TrainingError(OloraError):
 
 
 class ProcessLost(OloraError):
-    """One of the processes that share a run ended or hangs; another attempt may go well."""
+    """Another process of this run ended or hangs; another attempt may succeed."""
 
     code = "process_lost"
 
@@ -70,5 +70,6 @@ class CertificateError(OloraError):
 
 
 def shortened(names: Sequence[str], most: int = 4) -> str:
+    """The first names of a list and the number of the others: `a, b and 7 more`."""
     more = f" and {len(names) - most} more" if len(names) > most else ""
     return ", ".join(names[:most]) + more

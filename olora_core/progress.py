@@ -1,6 +1,7 @@
-"""What a training run says while it runs, and a comparison of many. Whoever drives them records it."""
+"""What a training run or a comparison yields while it runs, for the caller to record."""
 
-from collections.abc import Generator
+from collections.abc import Callable, Generator
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, TypedDict, TypeVar
@@ -20,12 +21,12 @@ PhaseName = Literal[
 ]
 
 Stage = Literal["search", "final"]
-"""Of a comparison: which rate is best, and how good the method is at it."""
+"""The stages of a comparison: finding each method's learning rate, and the runs that are reported."""
 
 
 @dataclass(frozen=True)
 class Phase:
-    """A sign of life from a part of the run that is no training step."""
+    """Progress in a part of the run that is not a training step."""
 
     name: PhaseName
     done: int
@@ -37,7 +38,7 @@ Level = Literal["info", "warn", "error"]
 
 @dataclass(frozen=True)
 class Note:
-    """A sentence for the job's owner."""
+    """A message to the job's owner."""
 
     level: Level
     message: str
@@ -46,7 +47,7 @@ class Note:
 
 @dataclass(frozen=True)
 class Resolved:
-    """Every "auto" is a number now."""
+    """The spec with every "auto" resolved."""
 
     spec: TrainSpec
     why: list[str]
@@ -58,35 +59,35 @@ class Resolved:
 
 @dataclass(frozen=True)
 class Step:
-    """One optimizer step, told after it. `loss` is nats per trained token or pair, without any penalty."""
+    """A finished optimizer step. `loss` is in nats per trained token or pair, without any penalty."""
 
     step: int
     total_steps: int
     epoch: float
-    """Passes over the data so far, this step included."""
+    """Passes over the data so far, including this step."""
     loss: float
     accuracy: float
-    """Share of this step's trained tokens that the model would have chosen itself, or of its pairs whose
-    better answer has gained more on the base than the worse one."""
+    """Share of this step's trained tokens that were the model's likeliest, or of its pairs with a positive
+    reward margin."""
     trained_tokens: int
     tokens: int
-    """Without padding."""
+    """All tokens of the step, without padding."""
     learning_rate: float
     grad_norm: float
     """Before clipping."""
     seconds: float
     memory_bytes: int
-    """Peak so far: of the device, or of this process on a CPU."""
+    """Peak so far, of the device or on a CPU of this process."""
     valid_loss: float | None = None
-    """Over a small, fixed part of the validation file."""
+    """Over the first rows of the validation file; only at some steps."""
     valid_accuracy: float | None = None
     reward_margin: float | None = None
-    """Of pairs: mean of beta times that gain's lead."""
+    """For pairs: the mean reward of the better answers minus the worse answers' mean reward."""
 
 
 @dataclass(frozen=True)
 class Evaluated:
-    """The whole validation file, after `step` optimizer steps."""
+    """An evaluation of the whole validation file, after `step` optimizer steps."""
 
     step: int
     loss: float
@@ -101,25 +102,25 @@ class Saved:
     folder: Path
     metrics: dict[str, float]
     best_step: int | None = None
-    """With early stopping: the step whose checkpoint must be kept, for no validation loss was lower."""
+    """With early stopping: the step with the lowest validation loss, whose checkpoint must be kept."""
 
 
 class Sample(TypedDict):
-    """One row's answers."""
+    """The answers to one row."""
 
     line: int
-    """Of the file."""
+    """Line number in the file."""
     prompt: str
     """As the model reads it, special tokens included; the end of a long one."""
     reference: str
-    """What the file answers; of a pair, the better answer."""
+    """The answer in the file; of a pair, the better one."""
     base: str
     tuned: str
 
 
 @dataclass(frozen=True)
 class Samples:
-    """What the base and the tuned model answer to a few rows."""
+    """Answers of the base and of the tuned model to a few rows."""
 
     rows: list[Sample]
     file: Literal["validation", "training"]
@@ -127,10 +128,10 @@ class Samples:
 
 @dataclass(frozen=True)
 class Finished:
-    """What was trained is exported and certified."""
+    """The export is written and certified."""
 
     folder: Path
-    """Named `adapter`, or `model` where the whole one was asked for."""
+    """Named `adapter`, or `model` for merged weights."""
     certificate: dict[str, Any]
     metrics: dict[str, Any]
     trained_tokens: int
@@ -139,16 +140,16 @@ class Finished:
 
 @dataclass(frozen=True)
 class ComparedStep:
-    """One optimizer step of one run of a comparison. Totals are as planned now; a search may add runs."""
+    """One optimizer step of one run of a comparison. The totals are estimates: a search may add runs."""
 
     step: int
-    """Over all runs so far; it never falls."""
+    """Counted over all runs so far; it never falls."""
     total_steps: int
     method: str
     """The compared method's label."""
     stage: Stage
     learning_rate: float
-    """The run's peak."""
+    """The run's peak rate."""
     seed: int
     run: int
     runs: int
@@ -159,7 +160,7 @@ class ComparedStep:
 
 @dataclass(frozen=True)
 class RunFinished:
-    """One run of a comparison is over."""
+    """One run of a comparison has ended."""
 
     run: int
     runs: int
@@ -169,14 +170,14 @@ class RunFinished:
     seed: int
     steps: int
     loss: float | None
-    """Nats over the search split, or over the validation file; None when it was not finite."""
+    """In nats, over the search split or the validation file; None when the run failed."""
     seconds: float
-    """Spent in steps."""
+    """Time spent in steps."""
 
 
 @dataclass(frozen=True)
 class Compared:
-    """The comparison is done: `folder` holds comparison.html and comparison.json, `report` is the latter."""
+    """The comparison has ended. `folder` holds comparison.html and comparison.json, which is `report`."""
 
     folder: Path
     report: dict[str, Any]
@@ -185,10 +186,31 @@ class Compared:
 Progress = Phase | Note | Resolved | Step | Evaluated | Saved | Samples | Finished
 ComparisonProgress = Phase | Note | ComparedStep | RunFinished | Saved | Compared
 ResultT = TypeVar("ResultT")
+UpdateT = TypeVar("UpdateT")
+
+
+def drive(
+    run: Generator[UpdateT, str | None, None], stop_request: Callable[[], str | None]
+) -> Generator[UpdateT, None, None]:
+    """Yields the updates of a training run or a comparison; closing this generator closes the run.
+
+    After each optimizer step, calls `stop_request` and sends the result to the run: after "save" the next
+    update is a Saved.
+    """
+    with closing(run):
+        answer = None
+        while True:
+            try:
+                update = run.send(answer)
+            except StopIteration:
+                return
+            yield update
+            # Only a step takes an answer: other updates may come from plain iterators.
+            answer = stop_request() if isinstance(update, Step | ComparedStep) else None
 
 
 def result_of(work: Generator[Any, None, ResultT]) -> ResultT:
-    """What a generator returns, for callers to whom its progress says nothing."""
+    """What a generator returns, for callers that ignore its progress."""
     while True:
         try:
             next(work)

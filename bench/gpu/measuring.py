@@ -15,13 +15,13 @@ from bench.olora_init import finish
 from olora_core.bases.loading import Base
 from olora_core.bases.sites import target_sites
 from olora_core.data.examples import Examples
-from olora_core.devices import ALONE
+from olora_core.devices import SINGLE
 from olora_core.errors import TrainingError
 from olora_core.progress import Step, result_of
 from olora_core.specs import read_spec, resolve
 from olora_core.training.data import Data
 from olora_core.training.memory import is_out_of_memory
-from olora_core.training.run import Run, borrowed, facts, start
+from olora_core.training.run import Run, restored_afterwards, run_facts, start
 from olora_core.training.step import forget_peak_memory, peak_memory, take_step
 
 from .report import Report, Task
@@ -137,11 +137,11 @@ def prepared(
     adapter = {"method": method, "rank": RANK, "alpha": ALPHA}
     asked = read_spec(model=base.name, hyperparameters=hyperparameters, adapter=adapter, seed=SEED)
     data = Data(examples, None, {}, [])
-    spec, _ = resolve(asked, facts(base, data, ALONE))
+    spec, _ = resolve(asked, run_facts(base, data, SINGLE))
     sites = target_sites(base.model, asked.adapter.target_modules)
-    with borrowed(base):
+    with restored_afterwards(base):
         began = time.perf_counter()
-        started, _ = result_of(start(asked, spec, base, data, sites, ALONE))
+        started, _ = result_of(start(asked, spec, base, data, sites, SINGLE))
         finish(base.device.type)
         yield started, time.perf_counter() - began
 

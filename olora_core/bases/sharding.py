@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from ..devices import Devices, is_part
+from ..devices import Devices, is_dtensor
 from ..errors import SpecError
 from ..specs import TrainSpec
 from .loading import Base, weight_files
@@ -73,7 +73,7 @@ def own_part(original: Tensor, resident: Tensor) -> tuple[Tensor, Tensor]:
 
     Both unchanged if `resident` is not sharded.
     """
-    if not is_part(resident):
+    if not is_dtensor(resident):
         return original, resident
     mine = resident.to_local()
     rank, count = resident.device_mesh.get_local_rank(), resident.device_mesh.size()

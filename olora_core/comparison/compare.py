@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from ..bases.loading import Base, check_quantization
-from ..devices import ALONE
+from ..devices import SINGLE
 from ..errors import CheckpointError, SpecError, TrainingError
 from ..progress import (
     Compared,
@@ -24,13 +24,14 @@ from ..progress import (
     Saved,
     Stage,
     Step,
+    drive,
 )
 from ..specs import ComparisonSpec, Hyperparameters, resolve
 from ..training import checkpoint
 from ..training.checkpoint import Snapshot
 from ..training.data import Data, read_data
-from ..training.resume import Checkpoints, put, snapshot
-from ..training.run import Run, borrowed, check_dtype, check_sharding, facts, start, steps_of
+from ..training.resume import Checkpoints, snapshot, write_checkpoint
+from ..training.run import Run, check_dtype, check_sharding, restored_afterwards, run_facts, start, steps_of
 from .entrants import Entrant, Trial, default_rate, enter, plan_from, untrainable
 from .page import page
 from .report import report_of, setup_of
@@ -64,7 +65,7 @@ def compare(
     """
     check_dtype(spec.training, base)
     check_quantization(spec.training, base)
-    check_sharding(spec.training, base, ALONE)
+    check_sharding(spec.training, base, SINGLE)
     data = yield from read_data(spec.training, base, training, validation, cache or folder / "tokens")
     comparison = Comparison(spec, base, data, folder, checkpoint_seconds)
     if resume is not None:
@@ -103,7 +104,7 @@ class Comparison:
         asked = spec.training.model_copy(
             update={"hyperparameters": spec.hyperparameters.model_copy(update={"learning_rate": rate})}
         )
-        resolved, self.why = resolve(asked, facts(base, data, ALONE))
+        resolved, self.why = resolve(asked, run_facts(base, data, SINGLE))
         total_steps = steps_of(resolved.hyperparameters, len(data.training))
         self.terms = Terms(spec, base, data, search_data, resolved.hyperparameters, total_steps)
         self.budget, self.entrants = enter(spec, base, total_steps)
@@ -132,10 +133,10 @@ class Comparison:
                 continue
             planned = entrant.run("final", entrant.default_rate, self.spec.seed, self.terms.total_steps)
             spec = self.terms.train_spec(planned)
-            with borrowed(self.terms.base):
+            with restored_afterwards(self.terms.base):
                 try:
                     run, plan = yield from start(
-                        spec, spec, self.terms.base, self.terms.data, entrant.sites, ALONE
+                        spec, spec, self.terms.base, self.terms.data, entrant.sites, SINGLE
                     )
                 except (SpecError, TrainingError) as error:
                     self.entrants[i] = untrainable(self.spec, i, error.message)
@@ -248,15 +249,10 @@ class Comparison:
         done = sum(result.steps for result in self.results)
         number = len(self.results) + 1
         interrupted, self.interrupted = self.interrupted, None
-        with closing(train_run(self.terms, planned, self.checkpoints, interrupted)) as run:
-            stop_request: str | None = None
-            while True:
-                try:
-                    update = run.send(stop_request)
-                except StopIteration as end:
-                    result: RunResult = end.value
-                    return result
-                stop_request = None
+        stop_request: str | None = None
+        run = train_run(self.terms, planned, self.checkpoints, interrupted)
+        with closing(drive(run, lambda: stop_request)) as updates:
+            for update in updates:
                 if isinstance(update, Step):
                     stop_request = yield ComparedStep(
                         step=done + update.step,
@@ -271,8 +267,11 @@ class Comparison:
                         run_steps=update.total_steps,
                         loss=update.loss,
                     )
+                elif isinstance(update, RunResult):
+                    result = update  # the last update of every run
                 elif isinstance(update, Phase | Note | Saved):
                     yield update
+        return result
 
     # --- checkpoints -----------------------------------------------------------------------------------
 
@@ -298,7 +297,7 @@ class Comparison:
             "run": unfinished.state,
         }
         step = sum(result.steps for result in self.results) + run.step
-        saved = put(self.folder, step, Snapshot(self.identity, state, unfinished.tensors))
+        saved = write_checkpoint(self.folder, step, Snapshot(self.identity, state, unfinished.tensors))
         run.saved_at = run.step
         metrics = {"step": step, "run": len(self.results) + 1, "train_loss": run.history[-1][1]}
         return Saved(step, saved, metrics)

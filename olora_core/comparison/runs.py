@@ -8,7 +8,7 @@ import torch
 
 from ..bases.loading import Base
 from ..data.batches import steps_per_epoch
-from ..devices import ALONE
+from ..devices import SINGLE
 from ..errors import SpecError, TrainingError
 from ..layers.adapter import Adapter, Site
 from ..progress import Evaluated, Note, Phase, Saved, Stage, Step
@@ -16,7 +16,7 @@ from ..specs import AdapterSpec, ComparisonSpec, Hyperparameters, TrainSpec
 from ..training.checkpoint import Snapshot
 from ..training.data import Data
 from ..training.resume import Checkpoints, restore
-from ..training.run import borrowed, start
+from ..training.run import restored_afterwards, start
 from ..training.step import forget_peak_memory, peak_memory
 from ..training.train import steps
 
@@ -117,19 +117,20 @@ class Terms:
 
 def train_run(
     terms: Terms, planned: PlannedRun, checkpoints: Checkpoints, interrupted: Snapshot | None
-) -> Generator[Phase | Note | Step | Evaluated | Saved, str | None, RunResult]:
-    """Trains one run, from the snapshot `interrupted` if there is one, and returns its result.
+) -> Generator[Phase | Note | Step | Evaluated | Saved | RunResult, str | None, None]:
+    """Trains one run, from the snapshot `interrupted` if there is one; its result is the last update.
 
     Raises TrainingError only for failures that are not the method's own; see `failure`.
     """
     base, spec = terms.base, terms.train_spec(planned)
     result = RunResult(planned.method, planned.stage, planned.learning_rate, planned.seed)
-    with borrowed(base):
+    with restored_afterwards(base):
         try:
-            run, _ = yield from start(spec, spec, base, terms.data_of(planned.stage), planned.sites, ALONE)
+            run, _ = yield from start(spec, spec, base, terms.data_of(planned.stage), planned.sites, SINGLE)
         except SpecError as error:  # the rung has too few steps for this method
-            return replace(result, error=error.message)
-        run.small_validation = None  # only full evaluations, the same for every method
+            yield replace(result, error=error.message)
+            return
+        run.quick_examples = None  # only full evaluations, the same for every method
         if interrupted is not None:
             restore(run, interrupted, "checkpoint")
         forget_peak_memory(base.device)
@@ -141,7 +142,7 @@ def train_run(
         else:
             curve = [(each.step, each.loss, each.accuracy) for each in run.evaluations]
             result = replace(result, loss=curve[-1][1], curve=curve)
-        return replace(
+        yield replace(
             result,
             steps=run.step,
             seconds=run.seconds,

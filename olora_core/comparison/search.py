@@ -5,7 +5,6 @@ half; the last two rates train in full (Jamieson and Talwalkar, arXiv 1502.07943
 thus costs less than five full runs, and every method is compared at a rate that suits it.
 """
 
-import hashlib
 import math
 from collections.abc import Generator, Sequence
 from dataclasses import dataclass
@@ -13,6 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from ..errors import DataError
+from ..seeds import seed_of
 from ..specs.methods.base import MAX_LEARNING_RATE
 
 FACTORS = (0.1, 0.32, 1.0, 3.2, 10.0)
@@ -37,8 +37,7 @@ def held_out(examples: int, share: float, seed: int) -> tuple[np.ndarray, np.nda
             "A comparison needs at least two training rows: it holds some out to choose learning rates."
         )
     count = min(max(FEWEST_ROWS, round(share * examples)), MOST_ROWS, examples // 2)
-    digest = hashlib.sha256(f"search/{seed}".encode()).digest()
-    order = np.random.default_rng(int.from_bytes(digest[:8], "big")).permutation(examples)
+    order = np.random.default_rng(seed_of(f"search/{seed}", bits=64)).permutation(examples)
     return np.sort(order[count:]), np.sort(order[:count])
 
 

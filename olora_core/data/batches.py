@@ -1,12 +1,12 @@
 """Examples to micro-batches, in an order that (seed, epoch) determines."""
 
-import hashlib
 from dataclasses import dataclass, fields, replace
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from ..seeds import seed_of
 from .examples import Examples
 
 IGNORED = -100
@@ -72,9 +72,8 @@ class MicroBatch:
 
 
 def epoch_order(examples: int, *, seed: int, epoch: int) -> np.ndarray:
-    """(examples,) int64: a permutation, the order of one epoch. Depends on the arguments only."""
-    digest = hashlib.sha256(f"order/{seed}/{epoch}".encode()).digest()
-    generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)
+    """(examples,) the order of one pass over the data; a function of its arguments alone."""
+    generator = torch.Generator().manual_seed(seed_of(f"order/{seed}/{epoch}"))
     return torch.randperm(examples, generator=generator).numpy()
 
 

@@ -1,4 +1,4 @@
-"""The product of a frozen layer and a low-rank change, in as few passes over memory as it takes."""
+"""The product of a frozen layer and a low-rank update, in as few passes over memory as possible."""
 
 from typing import Any
 
@@ -10,11 +10,12 @@ from torch.nn import functional as F
 class LowRankProduct(torch.autograd.Function):
     """`W x + bias + L (R x)`, or `L (R x)` alone where W is None: x (…, in) → (…, out), W out×in.
 
-    What is trained is A (r×in) and B (out×r). L and R, cast to x's dtype, are made of them: `s B` and `A`, or
-    for a change that started elsewhere `[s B0 | s (B−B0)]` and `[A−A0 ; A]`. Either way the gradients are
-    `dA = (s Bᵀ g) xᵀ` and `dB = s g (A x)ᵀ`, where `s Bᵀ g` is the sum of `Lᵀ g`'s parts of r rows each and
-    `A x` the last part of `R x`. Autograd would form them part by part, keep x once more for W, and go over
-    the output once for each sum.
+    A (r×in) and B (out×r) are trained. L (out×k) and R (k×in), in x's dtype, are made of them without
+    autograd: `s B` and `A` with k = r, or for an update that starts elsewhere `[s B0 | s (B−B0)]` and
+    `[A−A0 ; A]` with k = 2r. Either way the gradients are `dA = (s Bᵀ g) xᵀ` and `dB = s g (A x)ᵀ`.
+
+    Why by hand: autograd would treat the parts of L and R separately, keep x a second time for W, and pass
+    over the output once for each sum.
     """
 
     @staticmethod
@@ -29,8 +30,9 @@ class LowRankProduct(torch.autograd.Function):
         W: Tensor | None = None,
         bias: Tensor | None = None,
     ) -> Tensor:
-        flat = x.flatten(0, -2)
-        h = flat @ R.T
+        flat = x.flatten(0, -2)  # (tokens, in)
+        h = flat @ R.T  # (tokens, k)
+        # The update is added into the frozen product's own output: no second buffer of (tokens, out).
         y = h @ L.T if W is None else F.linear(flat, W, bias).addmm_(h, L.T)
         ctx.save_for_backward(flat, h, L, R, W)
         ctx.r, ctx.scale, ctx.shape = A.shape[0], scale, x.shape
@@ -40,18 +42,22 @@ class LowRankProduct(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
         x, h, L, R, W = ctx.saved_tensors
-        g = g.flatten(0, -2)
-        gh = g @ L
+        g = g.flatten(0, -2)  # (tokens, out)
+        gh = g @ L  # (tokens, k), the gradient of h, for both dx and dA
         dx = None
-        if ctx.needs_input_grad[0]:
+        if ctx.needs_input_grad[0]:  # not in the first layer that is adapted, when the embeddings are frozen
             dx = (gh @ R if W is None else (g @ W).addmm_(gh, R)).view(ctx.shape)
+        # L's k columns are blocks of r that add up to s B: `s B0 + s (B − B0)`, or s B alone. So the blocks
+        # of gh add up to `g s B`, which is what dA needs, whatever the start was.
         dA = gh.view(len(gh), -1, ctx.r).sum(dim=1).T @ x
+        # The last r rows of R are A in either form, so the last r columns of h are `A x`.
         dB = g.T @ h[:, -ctx.r :]
+        # The scale is applied after the cast to B's fp32: s dB in bf16 would be rounded twice.
         return dx, dA.to(ctx.dtypes[0]), dB.to(ctx.dtypes[1]) * ctx.scale, *(None,) * 5
 
 
 def is_plain(layer: nn.Module, x: Tensor) -> bool:
-    """Whether the layer's product is `W x + bias` with tensors of x's dtype, so that it can be fused."""
+    """Whether the layer can be fused for x (…, in): `W x + bias` with plain tensors of x's dtype."""
     return (
         type(layer) is nn.Linear
         and type(layer.weight.data) is Tensor

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import BitsAndBytesConfig, PreTrainedConfig, TorchAoConfig
 
-from ..devices import is_part
+from ..devices import is_dtensor
 from ..errors import ModelError, SpecError
 
 PACKAGES = {
@@ -231,7 +231,7 @@ def kind_of(layer: nn.Module) -> str | None:
             return str(weight.quant_type)
         if isinstance(layer, bitsandbytes.nn.Linear8bitLt):
             return "int8"
-    if type(weight) in (Tensor, nn.Parameter) or is_part(weight):
+    if type(weight) in (Tensor, nn.Parameter) or is_dtensor(weight):
         is_plain = weight.is_floating_point() and weight.element_size() > 1
         return None if is_plain else str(weight.dtype)
     return TORCHAO_TENSORS.get(type(weight).__name__, type(weight).__name__)

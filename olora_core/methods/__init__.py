@@ -1,10 +1,10 @@
-"""The methods on offer, by the name a spec gives."""
+"""The methods, by the name that a spec gives."""
 
 from typing import Any
 
 from .adalora import AdaLoRA
 from .ba_lora import BALoRA
-from .base import Method, Outputs, place
+from .base import Method, Outputs, build_adapters
 from .cola import COLA
 from .lora import LoRA
 from .melora import MELoRA
@@ -17,7 +17,7 @@ from .sora import SoRA
 from .tt_lora import TTLoRA
 from .xgblora import XGBLoRA
 
-METHODS: dict[str, type[Method[Any]]] = {
+METHODS: dict[str, type[Method[Any, Any]]] = {
     "olora": OLoRA,
     "lora": LoRA,
     "pissa": PiSSA,
@@ -33,4 +33,4 @@ METHODS: dict[str, type[Method[Any]]] = {
     "mora": MoRA,
 }
 
-__all__ = ["METHODS", "Method", "Outputs", "place"]
+__all__ = ["METHODS", "Method", "Outputs", "build_adapters"]

@@ -1,23 +1,24 @@
 """AdaLoRA (arXiv 2303.10512): `delta(x) = c P (λ ∘ Q x)`; a falling budget keeps the best components.
 
 P, λ and Q are `B`, `g` and `A` here; c = α / (r + 1e-5), r the rank at the start. Each entry w of the three
-has an importance I = |w ∂L/∂w|, w after the step and the gradient before it, of which are kept
+has an importance I = |w ∂L/∂w|, w after the step and the gradient before it, with the running means
 
     Ī ← β1 Ī + (1 − β1) I        Ū ← β2 Ū + (1 − β2) |I − Ī|        s(w) = Ī Ū
 
-and a component i is worth s(λ_i) + mean_j s(P_ji) + mean_j s(Q_ij). At a masking, the best of all layers
-together keep their λ, as many as the budget says; the others' is set to 0, and may come back before the next.
+and the score of component i is s(λ_i) + mean_j s(P_ji) + mean_j s(Q_ij). At a masking, the components with
+the highest scores over all layers, as many as the budget allows, keep their λ. The others' is set to 0, from
+where training may move it again until the next masking.
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..errors import SpecError
-from ..layers.adapter import Adapter, Site
-from ..specs import AdaLoRASpec
+from ..layers.adapter import Site
+from ..specs.methods.adalora import AdaLoRASpec
 from .base import Method, Outputs, generator
 from .gated import GatedAdapter
 from .orthogonality import distances, squared_distances
@@ -27,7 +28,7 @@ TRAINED = ("A", "g", "B")
 
 
 class AdaLoRAAdapter(GatedAdapter):
-    """Beside what is trained: Ī and Ū of each entry, and the components that are kept at the end."""
+    """A, g and B are trained. Buffers hold Ī and Ū of their entries, and the final mask `pattern` (r,)."""
 
     pattern: Tensor
 
@@ -43,7 +44,7 @@ class AdaLoRAAdapter(GatedAdapter):
         return [getattr(self, f"{name}_{kind}") for name in TRAINED]
 
     def worth(self) -> Tensor:
-        """(r,): what each component is worth."""
+        """(r,): the score of each component."""
         of_A, of_g, of_B = (
             importance * uncertainty
             for importance, uncertainty in zip(
@@ -53,8 +54,8 @@ class AdaLoRAAdapter(GatedAdapter):
         return of_g + of_B.mean(dim=0) + of_A.mean(dim=1)
 
 
-class AdaLoRA(Method[AdaLoRASpec]):
-    """Up to `initial_steps` all components are trained, then the budget falls; it is spent at `frozen_at`."""
+class AdaLoRA(Method[AdaLoRASpec, AdaLoRAAdapter]):
+    """All components are trained up to `initial_steps`; then the budget falls, until step `frozen_at`."""
 
     def __init__(self, spec: AdaLoRASpec, **run: Any) -> None:
         super().__init__(spec, **run)
@@ -64,9 +65,9 @@ class AdaLoRA(Method[AdaLoRASpec]):
         """T − t_f, the step of the last masking."""
         if self.frozen_at <= max(1, self.initial_steps):
             raise SpecError(
-                f"AdaLoRA has no step to choose components in: this run has {steps}, the first "
+                f"AdaLoRA has no step left to choose components in: of this run's {steps} steps the first "
                 f"{self.initial_steps} keep all (adapter.initial_steps), the last {steps - self.frozen_at} "
-                "keep what was chosen (adapter.final_steps), and at least one must come before the choice. "
+                "keep those chosen (adapter.final_steps), and at least one must come before the choice. "
                 "Lower these, or train for more steps.",
                 param="adapter.final_steps",
             )
@@ -76,13 +77,13 @@ class AdaLoRA(Method[AdaLoRASpec]):
         if self.mask_interval > window:
             raise SpecError(
                 f"adapter.mask_interval = {interval} is more than the {window} steps in which the budget "
-                "falls; use at most as many.",
+                f"falls; use at most {window}.",
                 param="adapter.mask_interval",
             )
 
     @classmethod
     def trainable_parameters(cls, spec: AdaLoRASpec, sites: Sequence[Site], total_steps: int) -> int:
-        """And a number for each component."""
+        """A LoRA's, and one gate for each component."""
         return super().trainable_parameters(spec, sites, total_steps) + spec.rank * len(sites)
 
     def adapter(self, weight: Tensor, site: Site) -> AdaLoRAAdapter:
@@ -93,8 +94,8 @@ class AdaLoRA(Method[AdaLoRASpec]):
         B = DEVIATION * torch.randn(out_features, rank, generator=draw)
         return AdaLoRAAdapter(A, torch.zeros(rank), B, scale=self.spec.scale, dropout=self.spec.dropout)
 
-    def placed(self, adapters: Mapping[str, Adapter]) -> None:
-        self.adapters = list(cast(Mapping[str, AdaLoRAAdapter], adapters).values())
+    def on_attached(self, adapters: Mapping[str, AdaLoRAAdapter]) -> None:
+        self.adapters = list(adapters.values())
 
     def penalty(self, outputs: Outputs, reference: Callable[[], Tensor]) -> Tensor | None:
         if not self.spec.orthogonality:
@@ -117,7 +118,7 @@ class AdaLoRA(Method[AdaLoRASpec]):
             self._mask([a.pattern for a in self.adapters])
 
     def budget(self, step: int) -> int:
-        """Components that all layers together may keep at this step."""
+        """Number of components that all layers together keep at this step."""
         start, end = (rank * len(self.adapters) for rank in (self.spec.rank, self.spec.target))
         if step <= self.initial_steps:
             return start
@@ -125,7 +126,7 @@ class AdaLoRA(Method[AdaLoRASpec]):
         return int(end + (start - end) * left**3)
 
     def _measure(self) -> None:
-        """Ī and Ū of every entry, by this step's gradient."""
+        """Updates Ī and Ū of every entry from this step's gradient."""
         trained = [getattr(a, name) for a in self.adapters for name in TRAINED]
         # A layer that no example of this step reached has no gradient.
         gradients = [torch.zeros_like(w) if w.grad is None else w.grad for w in trained]
@@ -139,9 +140,9 @@ class AdaLoRA(Method[AdaLoRASpec]):
         torch._foreach_lerp_(uncertainty, now, 1 - self.spec.beta2)
 
     def _best(self, budget: int) -> list[Tensor]:
-        """(r,) for each layer: 1 for the components that are among the best of all layers, else 0."""
+        """(r,) for each layer: 1 for components among the `budget` best of all layers, else 0."""
         worth = torch.stack([a.worth() for a in self.adapters])
-        # Equals stand in the layers' order: a threshold would cut all or none of them.
+        # Sorted, with ties in the layers' order, since a threshold would keep all or none of equal scores.
         order = worth.flatten().argsort(descending=True, stable=True)
         kept = torch.zeros_like(worth)
         kept.view(-1)[order[:budget]] = 1
@@ -152,7 +153,7 @@ class AdaLoRA(Method[AdaLoRASpec]):
             adapter.g.masked_fill_(pattern == 0, 0.0)
 
     def _freeze(self, patterns: list[Tensor]) -> None:
-        """The last masking: what it keeps stays, and nothing is measured any more."""
+        """The last masking: its choice is final, and scores are no longer updated."""
         self._mask(patterns)
         for adapter, pattern in zip(self.adapters, patterns, strict=True):
             adapter.pattern.copy_(pattern)

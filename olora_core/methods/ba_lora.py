@@ -1,7 +1,7 @@
 """BA-LoRA (arXiv 2408.04556, second version): PiSSA's `delta`, and three penalties on the output logits.
 
-`L = L_task + λ1(u) L_C + λ2(u) L_D + λ3(u) L_S`, u the share of the run that is over. With Z the M×V logits
-that predict a trained token, Z_P those of the base:
+`L = L_task + λ1(u) L_C + λ2(u) L_D + λ3(u) L_S`, u the finished share of the run. With Z the M×V logits that
+predict a trained token, and Z_P the base's:
 
 - consistency, `L_C = τ² mean KL(softmax(Z_P / τ) ‖ softmax(Z / τ))`: stay near what the base knows;
 - diversity, `L_D = −mean H(softmax(the K largest of each row of Z))`: keep more than one answer likely;
@@ -11,8 +11,8 @@ This is the form for language models; the paper has another one for classifiers.
 """
 
 import math
-from collections.abc import Callable, Mapping
-from typing import Any, cast
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -20,26 +20,26 @@ from torch.utils.checkpoint import checkpoint
 
 from ..bases.passes import LOGITS_AT_ONCE
 from ..data.batches import IGNORED
-from ..layers.adapter import Adapter, Site, full_precision
-from ..specs import BALoRASpec
-from .base import Method, Outputs
+from ..layers.adapter import Site, full_precision
+from ..specs.methods.ba_lora import BALoRASpec
+from .base import Outputs
 from .lora import LoRAAdapter, lora_adapter
-from .lora_plus import Factors, factor_groups
+from .lora_plus import FactorsMethod
 from .olora import warn_of_decay
 from .pissa import svd_adapter
 
 SPECTRUM_ROWS = 256
-"""Of the M rows of Z, how many the spectrum is taken of at most, evenly spaced."""
+"""Most rows of Z, evenly spaced, from which the spectrum is computed."""
 SPECTRUM_FLOOR = 1e-6
-"""Share of ‖Z‖² below which a squared singular value is rounding."""
+"""Share of ‖Z‖² below which a squared singular value is taken for rounding error."""
 
 
-class BALoRA(Method[BALoRASpec]):
-    """Beside `adapter`, a penalty; it costs one pass of the base for each pass of the model."""
+class BALoRA(FactorsMethod[BALoRASpec, LoRAAdapter]):
+    """Adds a penalty, which costs one forward of the base for each forward of the model."""
 
     def __init__(self, spec: BALoRASpec, **run: Any) -> None:
         super().__init__(spec, **run)
-        # With every λ at 0 it is the method that it starts from, at that method's cost.
+        # With every λ at 0 it is PiSSA, or LoRA, and costs no more.
         self.needs_logits = bool(spec.lambda_consistency or spec.lambda_diversity or spec.lambda_spectrum)
         self.penalty_copies = 6 if self.needs_logits else 0
         if spec.init == "pissa":
@@ -47,9 +47,6 @@ class BALoRA(Method[BALoRASpec]):
 
     def adapter(self, weight: Tensor, site: Site) -> LoRAAdapter:
         return lora_adapter(self, site) if self.spec.init == "lora" else svd_adapter(self, weight, site)
-
-    def param_groups(self, adapters: Mapping[str, Adapter]) -> list[dict[str, Any]]:
-        return factor_groups(self, cast(Mapping[str, Factors], adapters).values(), self.spec.lora_plus_ratio)
 
     def penalty(self, outputs: Outputs, reference: Callable[[], Tensor]) -> Tensor | None:
         spec, over = self.spec, self.finished_steps / self.total_steps
@@ -74,12 +71,12 @@ class BALoRA(Method[BALoRASpec]):
 
 
 def consistency_factor(over: float) -> float:
-    """λ1's: from 1 down to 0.1 along a cosine."""
+    """Factor of λ1: from 1 down to 0.1 along a cosine."""
     return 0.1 + 0.9 * (1 + math.cos(math.pi * over)) / 2
 
 
 def late_factor(over: float) -> float:
-    """λ2's and λ3's: 0 for the first fifth of the run, 1 from its first quarter on, linear between."""
+    """Factor of λ2 and λ3: 0 in the first fifth of the run, 1 from its first quarter on, linear between."""
     return min(1.0, max(0.0, (over - 0.2) / 0.05))
 
 
@@ -89,7 +86,11 @@ def predicting(logits: Tensor, labels: Tensor) -> Tensor:
 
 
 def consistency_loss(Z_P: Tensor, Z: Tensor, temperature: float) -> Tensor:
-    """L_C. fp32 probabilities of a few rows at a time, computed once more in the backward."""
+    """L_C for Z_P and Z (M, V): a scalar.
+
+    The fp32 probabilities are computed for a few rows at a time, and again in the backward: all M×V of them
+    would take more memory than the logits.
+    """
     rows = max(1, LOGITS_AT_ONCE // Z.shape[1])
     total = torch.zeros((), device=Z.device)
     for p, f in zip(Z_P.split(rows), Z.split(rows), strict=True):
@@ -106,14 +107,16 @@ def _divergence(Z_P: Tensor, Z: Tensor, temperature: float) -> Tensor:
 
 
 def diversity_loss(Z: Tensor, top_tokens: int) -> Tensor:
-    """L_D, from −ln K to 0."""
+    """L_D for Z (M, V): a scalar from −ln K to 0."""
     log_p = Z.topk(min(top_tokens, Z.shape[1]), dim=-1).values.float().log_softmax(dim=-1)
     return (log_p.exp() * log_p).sum(dim=-1).mean()
 
 
 def spectrum_loss(Z: Tensor, top: int, *, norm: str = "frobenius", center: bool = False) -> Tensor:
-    """L_S. The singular values are roots of the Gram matrix's eigenvalues, whose sums have calm gradients
-    where values lie close together.
+    """L_S for Z (M, V): a scalar, at most 0.
+
+    The singular values are computed as roots of the Gram matrix's eigenvalues, whose gradients stay bounded
+    where values are close together.
     """
     count = min(len(Z), SPECTRUM_ROWS)
     Z = Z[torch.arange(count, device=Z.device) * len(Z) // count].float()
@@ -123,7 +126,8 @@ def spectrum_loss(Z: Tensor, top: int, *, norm: str = "frobenius", center: bool 
         squares = torch.linalg.eigvalsh(Z @ Z.T)  # rising
     energy = Z.square().sum()
     there = squares > SPECTRUM_FLOOR * energy
-    # A root of 0 would have an infinite gradient, also where it is not taken.
+    # sqrt has an infinite gradient at 0, which `where` alone would turn into nan for the values it leaves
+    # out.
     values = torch.where(there, torch.where(there, squares, 1.0).sqrt(), 0.0)
     whole = energy.clamp_min(torch.finfo(energy.dtype).tiny).sqrt()
     if norm == "nuclear":

@@ -1,9 +1,8 @@
-"""What a method may do to a training run: one required hook, and nine that do nothing unless defined.
+"""The interface of a method: one required hook, `adapter`, and optional ones that a training run calls.
 
-Beside them, what it says of itself before any run: how many numbers it trains, and how wide it can be.
+Two class methods answer before any run: how many parameters the method trains, and how large its rank can be.
 """
 
-import hashlib
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -13,38 +12,43 @@ import torch
 from torch import Tensor, nn
 
 from ..data.batches import MicroBatch
-from ..devices import ALONE, Devices, is_part, whole
+from ..devices import SINGLE, Devices, full_tensor, is_dtensor
 from ..errors import SpecError
 from ..layers.adapter import Adapter, Site, attach, site_weight
 from ..progress import Phase, result_of
+from ..seeds import seed_of
 from ..specs import AdapterSpec, check_export
 
 SpecT = TypeVar("SpecT", bound=AdapterSpec)
+AdapterT = TypeVar("AdapterT", bound=Adapter)
 Schedule = Callable[[int, int], float]
 """`schedule(i, n)`: the job's learning-rate multiplier at step i = 1…n of n, warm-up included."""
 
 SMALL_WEIGHT = 2**18
-"""Numbers in a weight whose decomposition gains nothing from threads."""
+"""Up to this many entries, the decomposition of a weight gains nothing from threads."""
 
 
 @dataclass(frozen=True)
 class Outputs:
-    """One micro-batch's forward. `logits` is None when a chunked loss never built them."""
+    """The results of one micro-batch's forward."""
 
     logits: Tensor | None
+    """(rows, length, vocabulary); None unless the method has `needs_logits`."""
     labels: Tensor
+    """(rows, length) int64, IGNORED where a token is not trained."""
     loss: Tensor
+    """Scalar: the mean over the trained tokens, or pairs, of this micro-batch."""
     repeated: bool = False
-    """Whether this pass only keeps step with other devices; nothing of it is counted."""
+    """True for a pass that only keeps step with other devices, and must not be counted."""
 
 
-class Method(Generic[SpecT]):
+class Method(Generic[SpecT, AdapterT]):
     """One object per run. Steps are optimizer steps, counted from 1."""
 
     needs_logits: bool = False
-    """Whether `penalty` reads the logits, so that a loss that never builds them cannot be used."""
+    """Whether `penalty` reads the logits, which the loss otherwise need not build."""
     penalty_copies: int = 0
-    """For the memory estimate: tensors of the logits' size that `penalty` and its backward hold at once."""
+    """For the memory estimate: how many tensors as large as the logits `penalty` and its backward hold."""
 
     def __init__(
         self,
@@ -54,6 +58,7 @@ class Method(Generic[SpecT]):
         total_steps: int,
         schedule: Schedule,
         weight_decay: float = 0.0,
+        devices: Devices = SINGLE,
     ) -> None:
         check_export(spec)
         self.spec = spec
@@ -61,59 +66,67 @@ class Method(Generic[SpecT]):
         self.total_steps = total_steps
         self.schedule = schedule
         self.weight_decay = weight_decay
+        self.devices = devices
+        """A process sees its own micro-batches only; `devices.sum` makes a statistic over them one over the
+        whole optimizer batch. All processes must call it, so only in `after_backward` or `after_step`."""
         self.finished_steps = 0
         self.notes: list[str] = []
-        """Sentences the job's owner should read."""
-        self.sum_over_processes: Callable[[Tensor], Tensor] = lambda tensor: tensor
-        """For statistics over a whole optimizer batch, of which each device sees its micro-batches alone: the
-        sum over all devices. To be called by every process alike, so in `after_backward` or `after_step`."""
+        """Warnings for the job's owner."""
 
     @classmethod
     def trainable_parameters(cls, spec: SpecT, sites: Sequence[Site], total_steps: int) -> int:
-        """How many a run of `total_steps` steps has in these layers, those of all its rounds together."""
+        """Trainable parameters of a run of `total_steps` in all of these layers, over all rounds."""
         return sum(spec.rank * (site.in_features + site.out_features) for site in sites)
 
     @classmethod
     def widest_rank(cls, spec: SpecT, sites: Sequence[Site], total_steps: int) -> int:
-        """The largest rank at which every one of these layers holds its adapter."""
+        """The largest rank that all of these layers allow."""
         return min(min(site.in_features, site.out_features) for site in sites)
 
-    def adapter(self, weight: Tensor, site: Site) -> Adapter:
-        """Builds the adapter of one layer. `weight` is W as out×in, in the base's dtype; read only.
+    def adapter(self, weight: Tensor, site: Site) -> AdapterT:
+        """Builds the adapter of one layer. `weight` is W (out×in) in the base's dtype, and must not be
+        written.
 
-        Raises SpecError, naming the layer, when the spec does not fit it.
+        Raises SpecError, naming the layer, when the spec is invalid for it.
         """
         raise NotImplementedError
 
-    def placed(self, adapters: Mapping[str, Adapter]) -> None:
-        """All adapters exist, in model order, by site name."""
+    def on_attached(self, adapters: Mapping[str, AdapterT]) -> None:
+        """Called once all adapters are attached; `adapters` are by site name, in model order."""
 
     def before_pass(self, batch: MicroBatch) -> None:
-        """A micro-batch of the step is about to be computed; `penalty` comes after its forward."""
+        """Called before the forward of each micro-batch of a step."""
 
     def penalty(self, outputs: Outputs, reference: Callable[[], Tensor]) -> Tensor | None:
-        """A scalar added to this micro-batch's loss. `reference()` gives the base's logits for the batch."""
+        """A scalar to add to the loss, or None; a step averages it over its micro-batches.
+
+        `reference()` computes the base's logits (rows, length, vocabulary), at the cost of another forward.
+        """
         return None
 
-    def step_again(self) -> None:
-        """The device ran out of memory: what this step's passes told so far is to be forgotten."""
+    def after_pass(self, outputs: Outputs) -> None:
+        """Called after a micro-batch's forward and `penalty`, before its backward."""
+
+    def on_step_retry(self) -> None:
+        """Called when memory ran out and the step is repeated: discard what its passes have collected."""
 
     def after_backward(self, step: int) -> None:
-        """Gradients are complete (accumulated, reduced, clipped); weights have not moved."""
+        """Called before the update, with gradients accumulated, summed over the devices and clipped."""
 
     def after_step(self, step: int, optimizer: torch.optim.Optimizer) -> None:
-        """Weights have moved, gradients are still there. A method that defines this calls it here too."""
+        """Called after the update, while the gradients are still there. Overrides must call this one."""
         self.finished_steps = step
 
-    def param_groups(self, adapters: Mapping[str, Adapter]) -> list[dict[str, Any]]:
-        """Optimizer groups: `params`, `weight_decay`, and how the loop writes their rate before each step:
-        base rate × `lr_multiplier` × schedule × `lr_factor`; with `lr_by: "method"` the schedule is left out.
-        Where a group has `lr_peak`, that stands in for the job's base rate.
+    def param_groups(self, adapters: Mapping[str, AdapterT]) -> list[dict[str, Any]]:
+        """The optimizer's parameter groups, see `group`.
+
+        Before each step the loop sets a group's rate to job's peak rate × `lr_multiplier` × schedule ×
+        `lr_factor`. With `lr_by: "method"` the schedule is left out; `lr_peak` replaces the job's peak rate.
         """
         return [self.group(p for adapter in adapters.values() for p in adapter.parameters())]
 
     def group(self, params: Any, **changes: Any) -> dict[str, Any]:
-        """One optimizer group with the defaults of all methods."""
+        """A parameter group with the defaults of all methods, updated by `changes`."""
         return {
             "params": [p for p in params if p.requires_grad],
             "weight_decay": self.weight_decay,
@@ -123,14 +136,17 @@ class Method(Generic[SpecT]):
         } | changes
 
     def state_dict(self) -> dict[str, Any]:
-        """What a resumed run needs beside the adapters' own tensors. JSON-able."""
+        """What resuming takes beside the adapters' tensors, as JSON."""
         return {"finished_steps": self.finished_steps}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         self.finished_steps = int(state["finished_steps"])
 
     def check_rank(self, site: Site) -> None:
-        """A factor wider than its layer only wastes parameters (and PEFT would silently shrink it)."""
+        """Raises SpecError for a rank above the layer's own, which would waste parameters.
+
+        PEFT lowers such a rank without saying so.
+        """
         limit = min(site.out_features, site.in_features)
         if self.spec.rank > limit:
             raise SpecError(
@@ -141,33 +157,35 @@ class Method(Generic[SpecT]):
             )
 
 
-def place(method: Method, model: nn.Module, sites: list[Site]) -> dict[str, Adapter]:
-    """Builds an adapter for every site, attaches them all, and returns them by site name in model order."""
-    return result_of(placing(method, model, sites))
+def build_adapters(method: Method[Any, AdapterT], model: nn.Module, sites: list[Site]) -> dict[str, AdapterT]:
+    """Builds and attaches an adapter for every site; returns them by site name, in model order."""
+    return result_of(build_adapters_with_progress(method, model, sites))
 
 
-def placing(
-    method: Method, model: nn.Module, sites: list[Site], devices: Devices = ALONE
-) -> Generator[Phase, None, dict[str, Adapter]]:
-    """`place`, saying after each adapter how many are built: a large model's take a while."""
-    adapters = {}
+def build_adapters_with_progress(
+    method: Method[Any, AdapterT], model: nn.Module, sites: list[Site], devices: Devices = SINGLE
+) -> Generator[Phase, None, dict[str, AdapterT]]:
+    """`build_adapters`, yielding progress after each adapter: those of a large model take a while."""
+    adapters: dict[str, AdapterT] = {}
     for built, site in enumerate(sites, 1):
         weight = site_weight(model.get_submodule(site.name))
-        if is_part(weight):
-            devices.meet()
-            weight = whole(weight)
+        if is_dtensor(weight):
+            devices.barrier()
+            weight = full_tensor(weight)
         with _threads_for(weight):
             adapters[site.name] = method.adapter(weight, site).to(weight.device)
         yield Phase("starting", built, len(sites))
     attach(model, adapters)
-    method.placed(adapters)
+    method.on_attached(adapters)
     return adapters
 
 
 @contextmanager
 def _threads_for(weight: Tensor) -> Iterator[None]:
-    """Inside, a small weight has one thread: on shared cores, threads that wait for each other inside a
-    decomposition this short make it a hundred times slower.
+    """Inside, torch has one thread if the weight is small.
+
+    On shared cores, threads that wait for each other in so short a decomposition make it a hundred times
+    slower.
     """
     threads = torch.get_num_threads()
     if weight.numel() <= SMALL_WEIGHT:
@@ -179,6 +197,5 @@ def _threads_for(weight: Tensor) -> Iterator[None]:
 
 
 def generator(seed: int, step: int, name: str) -> torch.Generator:
-    """A fresh CPU generator for one draw: the same in every process and every resumed run."""
-    digest = hashlib.sha256(f"{seed}/{step}/{name}".encode()).digest()
-    return torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)
+    """A new CPU generator for one draw, the same in every process and in a resumed run."""
+    return torch.Generator().manual_seed(seed_of(f"{seed}/{step}/{name}"))

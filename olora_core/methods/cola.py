@@ -11,14 +11,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..layers.adapter import Adapter, Site
-from ..specs import COLASpec
+from ..layers.adapter import Site
+from ..specs.methods.cola import COLASpec
 from .base import Method, generator
 from .rounds import RoundsAdapter, forget, set_lr_factor
 
 
-class COLA(Method[COLASpec]):
-    """Ties a link at each knot, and runs the job's schedule anew over every link."""
+class COLA(Method[COLASpec, RoundsAdapter]):
+    """Starts a new link at each knot, and restarts the job's schedule for it."""
 
     def __init__(self, spec: COLASpec, **run: Any) -> None:
         super().__init__(spec, **run)
@@ -30,7 +30,7 @@ class COLA(Method[COLASpec]):
         if links < spec.links:
             self.notes.append(
                 f"adapter.links = {spec.links} is more than the job's {self.total_steps} step(s); it trains "
-                f"{links} link(s) of a step each."
+                f"{links} link(s) of one step each."
             )
 
     @classmethod
@@ -51,10 +51,10 @@ class COLA(Method[COLASpec]):
         draw = generator(self.seed, self.finished_steps, name)
         adapter.begin(rank, draw, init=self.spec.init, scale=self.spec.scale_of(rank))
 
-    def placed(self, adapters: Mapping[str, Any]) -> None:
+    def on_attached(self, adapters: Mapping[str, RoundsAdapter]) -> None:
         self.adapters = adapters
 
-    def param_groups(self, adapters: Mapping[str, Adapter]) -> list[dict[str, Any]]:
+    def param_groups(self, adapters: Mapping[str, RoundsAdapter]) -> list[dict[str, Any]]:
         (group,) = super().param_groups(adapters)
         if self.spec.lr_restart == "link":
             group |= {"lr_by": "method", "lr_factor": self.schedule(1, self.knots[0])}
@@ -72,7 +72,7 @@ class COLA(Method[COLASpec]):
             set_lr_factor(optimizer, self.schedule(step + 1 - begun, self.knots[link] - begun))
 
     def tie(self, link: int, optimizer: torch.optim.Optimizer) -> None:
-        """Keeps the finished link, and begins that one."""
+        """Keeps the finished link and begins link number `link`, from 0."""
         for name, adapter in self.adapters.items():
             adapter.keep()
             self.begin(name, adapter, link)
@@ -80,12 +80,12 @@ class COLA(Method[COLASpec]):
 
 
 def links_ranks(spec: COLASpec, total_steps: int) -> tuple[int, ...]:
-    """Of the links that a run trains; each has a step at least."""
+    """Ranks of the links that a run trains; each link has at least one step."""
     return spec.ranks[: min(spec.links, total_steps)]
 
 
 def knots(shares: tuple[float, ...], steps: int) -> list[int]:
-    """Where each link ends, the last at `steps`: in proportion to the shares, a step at least."""
+    """The last step of each link: in proportion to the shares, with at least one step for each."""
     ends = [round(steps * part / sum(shares)) for part in accumulate(shares)]
     for i, end in enumerate(ends):
         before, behind = (ends[i - 1] if i else 0), len(ends) - 1 - i

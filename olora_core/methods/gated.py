@@ -1,4 +1,4 @@
-"""A trained number between two factors for each of their components: `delta(x) = c B (g ∘ A x)`."""
+"""A pair of factors with a trained gate for each component: `delta(x) = c B (g ∘ A x)`."""
 
 import torch
 from torch import Tensor, nn

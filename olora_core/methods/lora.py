@@ -1,20 +1,20 @@
 """LoRA (arXiv 2106.09685): `delta(x) = s B A x`, A random, B zero, s = α/r (rsLoRA, 2312.03732: α/√r)."""
 
 import math
-from collections.abc import Mapping
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ..layers.adapter import Adapter, LowRank, Site, autocast_dtype
+from ..layers.adapter import LowRank, Site, autocast_dtype
 from ..layers.products import LowRankProduct, is_plain
-from ..specs import AdapterSpec, LoRASpec
+from ..specs import AdapterSpec
+from ..specs.methods.lora import LoRASpec
 from .base import Method, generator
-from .lora_plus import Factors, factor_groups
+from .lora_plus import FactorsAdapter, FactorsMethod
 
 
-class LoRAAdapter(Adapter):
+class LoRAAdapter(FactorsAdapter):
     """A (r×in) and B (out×r) are trained."""
 
     def __init__(self, A: Tensor, B: Tensor, *, scale: float, dropout: float = 0.0) -> None:
@@ -41,18 +41,18 @@ class LoRAAdapter(Adapter):
         return LowRank(self.scale * self.B, self.A)
 
 
-class LoRA(Method[LoRASpec]):
-    """Plain: beside `adapter`, only rates of their own for A and B, where asked for (LoRA+)."""
+class LoRA(FactorsMethod[LoRASpec, LoRAAdapter]):
+    """No hooks but `adapter`."""
 
     def adapter(self, weight: Tensor, site: Site) -> LoRAAdapter:
         return lora_adapter(self, site)
 
-    def param_groups(self, adapters: Mapping[str, Adapter]) -> list[dict[str, Any]]:
-        return factor_groups(self, cast(Mapping[str, Factors], adapters).values(), self.spec.lora_plus_ratio)
 
+def lora_adapter(method: Method[Any, Any], site: Site) -> LoRAAdapter:
+    """A LoRA adapter at its start, also for other methods that start there.
 
-def lora_adapter(method: Method[Any], site: Site) -> LoRAAdapter:
-    """LoRA's start, for methods that can also begin there. Raises SpecError, naming the layer."""
+    Raises SpecError, naming the layer.
+    """
     method.check_rank(site)
     spec: AdapterSpec = method.spec
     draw = generator(method.seed, method.finished_steps, site.name)
@@ -61,6 +61,6 @@ def lora_adapter(method: Method[Any], site: Site) -> LoRAAdapter:
 
 
 def kaiming_uniform(*shape: int, draw: torch.Generator) -> Tensor:
-    """With a = √5, which comes down to ±1/√in for a matrix (…, in)."""
+    """(…, in) drawn uniformly from ±1/√in: Kaiming's bound with a = √5, as in nn.Linear."""
     bound = 1 / math.sqrt(shape[-1])
     return torch.empty(shape).uniform_(-bound, bound, generator=draw)

@@ -1,25 +1,24 @@
 """MELoRA (arXiv 2402.17263): `delta(x) = [s B_1 A_1 x_1 ; … ; s B_n A_n x_n]`, x cut into n equal slices x_i.
 
-Each slice of the inputs has a mini LoRA of rank r that leads to the slice of the outputs with its number. So
-the update is block diagonal, of rank n·r, with the trainable parameters of one LoRA of rank r.
+A mini LoRA of rank r maps each slice of the inputs to the slice of the outputs with the same number. So the
+update is block diagonal, of rank n·r, with the trainable parameters of one LoRA of rank r.
 """
 
 import math
-from collections.abc import Mapping, Sequence
-from typing import Any, cast
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
 
 from ..errors import SpecError
-from ..layers.adapter import Adapter, LowRank, Site
-from ..specs import MELoRASpec
-from .base import Method, generator
+from ..layers.adapter import LowRank, Site
+from ..specs.methods.melora import MELoRASpec
+from .base import generator
 from .lora import kaiming_uniform, lora_adapter
-from .lora_plus import Factors, factor_groups
+from .lora_plus import FactorsAdapter, FactorsMethod
 
 
-class MELoRAAdapter(Adapter):
+class MELoRAAdapter(FactorsAdapter):
     """A (n×r×in/n) and B (n×out/n×r) are trained."""
 
     def __init__(self, A: Tensor, B: Tensor, *, scale: float, dropout: float = 0.0) -> None:
@@ -41,15 +40,15 @@ class MELoRAAdapter(Adapter):
         return LowRank(torch.block_diag(*(self.scale * self.B)), torch.block_diag(*self.A))
 
 
-class MELoRA(Method[MELoRASpec]):
-    """Plain: beside `adapter`, only rates of their own for A and B, where asked for (LoRA+)."""
+class MELoRA(FactorsMethod[MELoRASpec, FactorsAdapter]):
+    """No hooks but `adapter`."""
 
     @classmethod
     def widest_rank(cls, spec: MELoRASpec, sites: Sequence[Site], total_steps: int) -> int:
-        """That of a slice."""
+        """The largest rank that a slice allows."""
         return super().widest_rank(spec, sites, total_steps) // spec.mini_loras
 
-    def adapter(self, weight: Tensor, site: Site) -> Adapter:
+    def adapter(self, weight: Tensor, site: Site) -> FactorsAdapter:
         n, rank = self.spec.mini_loras, self.spec.rank
         if n == 1:
             return lora_adapter(self, site)
@@ -59,9 +58,6 @@ class MELoRA(Method[MELoRASpec]):
         A = kaiming_uniform(n, rank, in_width, draw=draw)
         B = torch.zeros(n, out_width, rank)
         return MELoRAAdapter(A, B, scale=self.spec.scale, dropout=self.spec.dropout)
-
-    def param_groups(self, adapters: Mapping[str, Adapter]) -> list[dict[str, Any]]:
-        return factor_groups(self, cast(Mapping[str, Factors], adapters).values(), self.spec.lora_plus_ratio)
 
     def _check_slices(self, site: Site) -> None:
         n, rank = self.spec.mini_loras, self.spec.rank

@@ -1,13 +1,13 @@
 """MoRA (arXiv 2405.12130): `delta(x) = D M C drop(x)`, with a trained square matrix M (r̂×r̂).
 
 C (r̂×in) and D (out×r̂) are fixed matrices of zeros and ones: C folds the inputs into r̂ sums, D unfolds r̂
-numbers over the outputs. r̂² is about r (in + out), as many parameters as LoRA, for an update of rank r̂.
+numbers over the outputs. r̂² is about r (in + out): as many parameters as LoRA's make an update of rank r̂.
 
 Type 6: `delta(x) = [M R_0 x_0 ; M R_1 x_1 ; …]`, x cut into blocks x_j of r̂, and R_j the rotation of rotary
 position embeddings, at position j. Such an update has any rank, and no pair.
 
 ReMoRA: `delta(x) = Σ_t D_t M_t C_t x + D M C drop(x)`. Every F steps M joins what is kept of its type t, and
-one of the next type begins at 0. All that was kept of one type adds up to one matrix.
+one of the next type begins at 0. All kept matrices of one type add up to one.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -19,13 +19,14 @@ from torch.nn import functional as F
 
 from ..errors import SpecError, shortened
 from ..layers.adapter import Adapter, LowRank, Site
-from ..specs import MAX_EXPORT_RANK, WHERE_TOO_WIDE, MoRASpec
+from ..specs import MAX_EXPORT_RANK, WHERE_TOO_WIDE
+from ..specs.methods.mora import MoRASpec
 from ..specs.serving import server_rank
 from .base import Method
 from .rounds import forget, ramp, set_lr_factor
 
 UNREMARKABLE_RANK = 16
-"""The widest LoRA that vLLM loads unless it is told otherwise."""
+"""The highest LoRA rank that vLLM loads by default."""
 
 
 # --- C and D -----------------------------------------------------------------------------------------------
@@ -49,14 +50,14 @@ def summed_neighbours(x: Tensor, side: int) -> Tensor:
 
 
 def tiled(h: Tensor, size: int) -> Tensor:
-    """(…, side) → (…, size): over and over, the last time only as far as there is room."""
+    """(…, side) → (…, size): h repeated, and cut at `size`."""
     times, rest = divmod(size, h.shape[-1])
     pieces = [h] * times + ([h[..., :rest]] if rest else [])
     return torch.cat(pieces, dim=-1) if len(pieces) > 1 else pieces[0]
 
 
 def repeated(h: Tensor, size: int) -> Tensor:
-    """(…, side) → (…, size): each number beside itself, the first size mod side of them once more."""
+    """(…, side) → (…, size): each number repeated in place, the first size mod side of them once more."""
     side = h.shape[-1]
     times, longer = divmod(size, side)
     first, rest = h.split([longer, side - longer], dim=-1)
@@ -77,11 +78,11 @@ FOLDS: dict[int, tuple[Fold, Fold]] = {
 
 
 class MoRAAdapter(Adapter):
-    """M (r̂×r̂) is trained. `kept` (types×r̂×r̂) holds what earlier rounds left, one matrix a type."""
+    """M (r̂×r̂) is trained. `kept` (types×r̂×r̂) holds the sums of earlier rounds' matrices by type."""
 
     kept: Tensor
     running: Tensor
-    """M's type, as a tensor that is saved with M."""
+    """M's type, scalar, as a tensor so that it is saved with M."""
 
     def __init__(
         self, side: int, site: Site, *, type: int, kept_types: Sequence[int], dropout: float
@@ -102,13 +103,13 @@ class MoRAAdapter(Adapter):
 
     @property
     def pair_rank(self) -> int:
-        """k of `pair()`: r̂ for each kind of C in use."""
+        """k of `pair()`: r̂ for each different C in use."""
         return self.side * len({FOLDS[type][0] for type in (self.running_type, *self.kept_types)})
 
     def delta(self, x: Tensor) -> Tensor:
         y = self._product(self.running_type, self.M, self.drop(x))
         for type, M in zip(self.kept_types, self.kept, strict=True):
-            y = y + self._product(type, M, x)  # part of the weight by now, so without dropout
+            y = y + self._product(type, M, x)  # frozen like the weight, so without dropout
         return y
 
     def _product(self, type: int, M: Tensor, x: Tensor) -> Tensor:
@@ -127,7 +128,7 @@ class MoRAAdapter(Adapter):
         return LowRank(B, torch.cat([self._C(fold) for fold in by_fold]))
 
     def _C(self, fold: Fold) -> Tensor:
-        """r̂×in, row by row the gradient of a sum. (Folding the unit vectors would need in×in.)"""
+        """C, r̂×in, as the gradients of its r̂ sums: folding unit vectors would need an in×in matrix."""
         x = torch.zeros(self.side, self.in_features, dtype=self.M.dtype, device=self.M.device)
         sums = torch.eye(self.side, dtype=x.dtype, device=x.device)
         with torch.enable_grad():
@@ -136,7 +137,7 @@ class MoRAAdapter(Adapter):
 
     @torch.no_grad()
     def restart(self, type: int) -> None:
-        """Keeps M, and begins one of that type at 0, in the tensor that is there."""
+        """Adds M to `kept`, and starts one of that type at 0 in the same tensor."""
         self.kept[self.kept_types.index(self.running_type)] += self.M
         self.M.zero_()
         self.running_type = type
@@ -144,7 +145,7 @@ class MoRAAdapter(Adapter):
 
 
 class RotationAdapter(Adapter):
-    """M (r̂×r̂, r̂ even) is trained. cos and sin (blocks×r̂) of each block's angles are no part of the state."""
+    """M (r̂×r̂, r̂ even) is trained. cos and sin (blocks×r̂) of each block's angles are not saved."""
 
     cos: Tensor
     sin: Tensor
@@ -177,8 +178,8 @@ class RotationAdapter(Adapter):
 # --- the method --------------------------------------------------------------------------------------------
 
 
-class MoRA(Method[MoRASpec]):
-    """Plain, but for ReMoRA's restarts."""
+class MoRA(Method[MoRASpec, MoRAAdapter | RotationAdapter]):
+    """No hooks but `adapter`, and `after_step` for ReMoRA's restarts."""
 
     def __init__(self, spec: MoRASpec, **run: Any) -> None:
         super().__init__(spec, **run)
@@ -187,21 +188,21 @@ class MoRA(Method[MoRASpec]):
         cycle = spec.restart_types
         first = cycle.index(spec.type) if self.restarts else 0
         self.types = [cycle[(first + i) % len(cycle)] for i in range(1, len(self.restarts) + 1)]
-        """Of the matrix that begins at each restart."""
+        """The type of the matrix that begins at each restart."""
         self.narrow: list[str] = []
-        """Layers that cannot hold the matrix they are due."""
+        """Layers too small for the matrix that the rank asks for."""
         self.unturned: list[str] = []
-        """Layers of a run of type 6 that are of type 1."""
+        """Layers that use type 1 in a run of type 6."""
         self.adapters: Mapping[str, Any] = {}
 
     @classmethod
     def trainable_parameters(cls, spec: MoRASpec, sites: Sequence[Site], total_steps: int) -> int:
-        """One square matrix a layer, in which ReMoRA's rounds add up."""
+        """One square matrix for each layer, which ReMoRA's rounds train again."""
         return sum(shape_of(spec, site)[1] ** 2 for site in sites)
 
     @classmethod
     def widest_rank(cls, spec: MoRASpec, sites: Sequence[Site], total_steps: int) -> int:
-        """At which servers load the widest pair: as wide as its matrix, for each kind of C in use."""
+        """The largest rank whose exported pair servers can load: r̂ wide for each different C in use."""
         types = (spec.type, *spec.restart_types) if spec.restart_every else (spec.type,)
         kinds = len({FOLDS[type][0] for type in types if type in FOLDS})
 
@@ -216,7 +217,7 @@ class MoRA(Method[MoRASpec]):
         every = self.spec.restart_every
         if not every:
             return range(0)
-        # The first round goes through the warm-up, whose end is where the schedule no longer rises.
+        # The first round lasts at least as long as the warm-up, which ends where the schedule stops rising.
         rates = (self.schedule(i, self.total_steps) for i in range(1, self.total_steps + 1))
         warm_up, highest = 0, next(rates)
         for rate in rates:
@@ -242,23 +243,23 @@ class MoRA(Method[MoRASpec]):
         kept = sorted({type, *self.types}) if self.restarts else ()
         return MoRAAdapter(side, site, type=type, kept_types=kept, dropout=self.spec.dropout)
 
-    def placed(self, adapters: Mapping[str, Any]) -> None:
+    def on_attached(self, adapters: Mapping[str, MoRAAdapter | RotationAdapter]) -> None:
         self.adapters = adapters
         if self.narrow:
             self.notes.append(
-                f"adapter.rank = {self.spec.rank} is due a wider matrix than {len(self.narrow)} layers "
-                f"({shortened(self.narrow)}) can hold; theirs is as wide as they are."
+                f"adapter.rank = {self.spec.rank} asks for a larger matrix than {len(self.narrow)} layers "
+                f"({shortened(self.narrow)}) can hold; theirs is as large as the layer allows."
             )
         if self.unturned:
             self.notes.append(
                 f"{len(self.unturned)} layers ({shortened(self.unturned)}) have fewer outputs than inputs, "
-                "of which type 6 would ignore most; they are of type 1."
+                "most of which type 6 would ignore; they use type 1."
             )
         if self.spec.export == "adapter":
             self._check_width(*max(self.adapters.items(), key=lambda item: item[1].pair_rank))
 
     def _check_width(self, name: str, widest: MoRAAdapter) -> None:
-        """Refuses, or points out, how wide the exported pair will be."""
+        """Raises SpecError for an exported pair that no server can load; notes one that needs an option."""
         width = widest.pair_rank
         if self.spec.is_too_wide(width):
             side = MAX_EXPORT_RANK * widest.side // width
@@ -289,7 +290,7 @@ class MoRA(Method[MoRASpec]):
 
 
 def shape_of(spec: MoRASpec, site: Site) -> tuple[int, int]:
-    """(type, r̂) of a layer: r̂ at most what it holds, and type 1 where type 6 would ignore inputs."""
+    """(type, r̂) of a layer: r̂ at most the layer's own rank, and type 1 where type 6 would ignore inputs."""
     side = min(square_side(spec.rank, site), site.out_features, site.in_features)
     if spec.type != 6:
         return spec.type, side
@@ -297,5 +298,5 @@ def shape_of(spec: MoRASpec, site: Site) -> tuple[int, int]:
 
 
 def square_side(rank: int, site: Site) -> int:
-    """r̂, the nearest whole number to √(r (in + out))."""
+    """r̂: √(r (in + out)), rounded."""
     return int((rank * (site.in_features + site.out_features)) ** 0.5 + 0.5)

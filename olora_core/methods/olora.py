@@ -1,22 +1,21 @@
 """OLoRA (arXiv 2406.01775): `delta(x) = s (B A x − B0 A0 x)`, B0 = Q_r and A0 = R_r from the QR of W.
 
-The paper subtracts `s B0 A0` from W; here it is subtracted inside delta, so that W stays as it is. Delta is
-evaluated as `s (B0 (A−A0) x + (B−B0) A x)`: the same function, but it does not cancel in low precision and
-is exactly 0 at the start, in any dtype.
+The paper subtracts `s B0 A0` from W; here delta subtracts it, so that W is never written. Delta is evaluated
+as `s (B0 (A−A0) x + (B−B0) A x)`: the same function, but exactly 0 at the start in any dtype, and free of
+cancellation between two large products in low precision.
 """
 
-from collections.abc import Mapping
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..errors import ModelError
-from ..layers.adapter import Adapter, LowRank, Site, full_precision
-from ..specs import OLoRASpec
+from ..layers.adapter import LowRank, Site, full_precision
+from ..specs.methods.olora import OLoRASpec
 from .base import Method
 from .lora import LoRAAdapter
-from .lora_plus import Factors, factor_groups
+from .lora_plus import FactorsMethod
 
 
 class OLoRAAdapter(LoRAAdapter):
@@ -36,8 +35,8 @@ class OLoRAAdapter(LoRAAdapter):
         return LowRank(B, torch.cat([self.A - self.A0, self.A]))
 
 
-class OLoRA(Method[OLoRASpec]):
-    """Plain: beside `adapter`, only rates of their own for A and B, where asked for (LoRA+)."""
+class OLoRA(FactorsMethod[OLoRASpec, OLoRAAdapter]):
+    """No hooks but `adapter`."""
 
     def __init__(self, spec: OLoRASpec, **run: Any) -> None:
         super().__init__(spec, **run)
@@ -46,20 +45,17 @@ class OLoRA(Method[OLoRASpec]):
     def adapter(self, weight: Tensor, site: Site) -> OLoRAAdapter:
         self.check_rank(site)
         B0, A0 = qr_factors(weight, self.spec.rank)
-        if not A0.sum().isfinite():  # every number of W went into A0
+        if not A0.sum().isfinite():  # every entry of W went into A0
             raise damaged(site)
         return OLoRAAdapter(A0, B0, scale=self.spec.scale, dropout=self.spec.dropout)
 
-    def param_groups(self, adapters: Mapping[str, Adapter]) -> list[dict[str, Any]]:
-        return factor_groups(self, cast(Mapping[str, Factors], adapters).values(), self.spec.lora_plus_ratio)
 
-
-def warn_of_decay(method: Method[Any], name: str) -> None:
-    """For methods whose factors start as a part of W."""
+def warn_of_decay(method: Method[Any, Any], name: str) -> None:
+    """Adds a warning for methods whose factors start as a part of W."""
     if method.weight_decay:
         method.notes.append(
-            f"weight_decay = {method.weight_decay:g} pulls {name}'s factors to 0, which takes away "
-            "pretrained weight; 0 is the better choice."
+            f"weight_decay = {method.weight_decay:g} pulls {name}'s factors to 0 and so removes "
+            "pretrained weight; use 0."
         )
 
 

@@ -1,4 +1,4 @@
-"""How far factors are from orthonormal: the penalty that AdaLoRA and RM-LoRA add to the loss."""
+"""The distance of factors from orthonormal, which AdaLoRA and RM-LoRA add to the loss."""
 
 from collections.abc import Iterable
 
@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 TINY = 1e-12
-"""Under the root, which has no gradient at 0."""
+"""Added under the root, which has no gradient at 0."""
 
 
 def squared_distances(factors: Iterable[tuple[Tensor, Tensor]]) -> Tensor:
@@ -17,5 +17,5 @@ def squared_distances(factors: Iterable[tuple[Tensor, Tensor]]) -> Tensor:
 
 
 def distances(factors: Iterable[tuple[Tensor, Tensor]]) -> Tensor:
-    """The norms themselves."""
+    """‖A Aᵀ − I‖ and ‖Bᵀ B − I‖ of every pair: (2 × pairs,)."""
     return (squared_distances(factors) + TINY).sqrt()

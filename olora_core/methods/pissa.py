@@ -1,28 +1,28 @@
 """PiSSA (arXiv 2404.02948): `delta(x) = s (B A x − B0 A0 x)`, `s B0 A0` the best rank-r part of W by its SVD.
 
 With `W ≈ U_r S_r V_rᵀ`: `B0 = U_r S_r^½ / √s` and `A0 = S_r^½ V_rᵀ / √s`. The paper subtracts that part from
-W; as in OLoRA, it is subtracted inside delta, so that W stays as it is and the start is exact, however
-inexact the SVD is.
+W. As in OLoRA, delta subtracts it here, so that W is never written and the start is exact even where the SVD
+is not.
 """
 
-from collections.abc import Mapping
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..layers.adapter import Adapter, Site, full_precision
-from ..specs import PiSSASpec, SVDSpec
+from ..layers.adapter import Site, full_precision
+from ..specs.methods.base import SVDSpec
+from ..specs.methods.pissa import PiSSASpec
 from .base import Method, generator
-from .lora_plus import Factors, factor_groups
+from .lora_plus import FactorsMethod
 from .olora import OLoRAAdapter, damaged, warn_of_decay
 
 OVERSAMPLING = 8
-"""Columns that the randomised SVD takes beyond the rank, so that close singular values come apart."""
+"""Columns that the randomised SVD has beyond the rank, to separate close singular values."""
 
 
-class PiSSA(Method[PiSSASpec]):
-    """Plain: beside `adapter`, only rates of their own for A and B, where asked for (LoRA+)."""
+class PiSSA(FactorsMethod[PiSSASpec, OLoRAAdapter]):
+    """No hooks but `adapter`."""
 
     def __init__(self, spec: PiSSASpec, **run: Any) -> None:
         super().__init__(spec, **run)
@@ -31,12 +31,12 @@ class PiSSA(Method[PiSSASpec]):
     def adapter(self, weight: Tensor, site: Site) -> OLoRAAdapter:
         return svd_adapter(self, weight, site)
 
-    def param_groups(self, adapters: Mapping[str, Adapter]) -> list[dict[str, Any]]:
-        return factor_groups(self, cast(Mapping[str, Factors], adapters).values(), self.spec.lora_plus_ratio)
 
+def svd_adapter(method: Method[Any, Any], weight: Tensor, site: Site) -> OLoRAAdapter:
+    """An adapter that starts from the SVD of `weight` (out×in).
 
-def svd_adapter(method: Method[Any], weight: Tensor, site: Site) -> OLoRAAdapter:
-    """The difference form from the SVD's factors. Raises SpecError or ModelError, naming the layer."""
+    Raises SpecError or ModelError, naming the layer.
+    """
     method.check_rank(site)
     if not weight.sum(dtype=torch.float64).isfinite():
         raise damaged(site)
@@ -67,7 +67,7 @@ def _randomised_svd(
     G = torch.randn(W.shape[1], min(columns, *W.shape), generator=draw, dtype=W.dtype).to(W.device)
     Q, _ = torch.linalg.qr(W @ G)
     for _ in range(iterations):
-        # An orthonormal basis at every turn: else the first singular vector drowns the others.
+        # Orthonormalised in every iteration, else all columns would turn into the first singular vector.
         Q, _ = torch.linalg.qr(W.T @ Q)
         Q, _ = torch.linalg.qr(W @ Q)
     U, S, Vt = torch.linalg.svd(Q.T @ W, full_matrices=False)

@@ -1,35 +1,36 @@
 """PRILoRA (arXiv 2401.11316): `delta(x) = s_l B A x`, the rank rising with depth, A pruned while it trains.
 
-Block l of L has rank `r_l`, on a straight line from r_s to r_f. Every K steps each row of A loses the share p
-of its entries with the least `S_ij = |A_ij| X̄_j`, where `X̄ ← β X̄ + (1−β) n` follows the size of input feature
-j: n_j is its root mean square over the tokens of a step. (The paper's L2 norm grows with the number of
-tokens; within a row both rank alike.) B is never pruned.
+Block l of L has rank `r_l`, on a straight line from r_s to r_f. Every K steps the share p of each row of A
+with the smallest `S_ij = |A_ij| X̄_j` is set to 0, where `X̄ ← β X̄ + (1−β) n` is a running mean of the size
+of input feature j: n_j is its root mean square over the tokens of a step. (The paper's L2 norm grows with the
+number of tokens, but orders the entries of a row alike.) B is never pruned.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ..data.batches import MicroBatch
 from ..errors import SpecError
-from ..layers.adapter import Adapter, Site
-from ..specs import PRILoRASpec
-from .base import Method, Outputs, generator
+from ..layers.adapter import Site
+from ..specs.methods.prilora import PRILoRASpec
+from .base import Outputs, generator
 from .lora import LoRAAdapter, kaiming_uniform
-from .lora_plus import Factors, factor_groups
+from .lora_plus import FactorsMethod
 
 SQUARES_AT_ONCE = 2**22
+"""Squared entries of an input that are held in fp32 at once."""
 
 
 @dataclass
 class Pass:
-    """What the adapters of a run know of the pass at hand."""
+    """The current forward pass, shared by the adapters of a run."""
 
     counts: bool = False
-    """Whether inputs are looked at; not in a block's second forward, while the gradient is found."""
+    """Whether inputs are measured: not in the backward, where checkpointed blocks run forward again."""
     is_token: Tensor | None = None
     """(rows, length) bool; None where nothing is padded."""
 
@@ -39,29 +40,29 @@ class PRILoRAAdapter(LoRAAdapter):
 
     norm: Tensor
     seen: Tensor
-    """(in + 1): sums of squares of each input feature over this step's tokens, and how many those are."""
+    """(in + 1,): each input feature's sum of squares over this step's tokens, and the number of tokens."""
     kept: Tensor | None
-    """Like A, 1 where it was not pruned; None where pruned entries may grow again."""
+    """A's shape, 1 where A is not pruned; None when pruned entries may grow again."""
 
     def __init__(
-        self, A: Tensor, B: Tensor, *, scale: float, dropout: float, regrow: bool, at_hand: Pass
+        self, A: Tensor, B: Tensor, *, scale: float, dropout: float, regrow: bool, current: Pass
     ) -> None:
         super().__init__(A, B, scale=scale, dropout=dropout)
-        self.at_hand = at_hand
+        self.current = current
         self.pending: Tensor | None = None
         self.register_buffer("norm", torch.zeros(self.in_features))
         self.register_buffer("seen", torch.zeros(self.in_features + 1), persistent=False)
         self.register_buffer("kept", None if regrow else torch.ones_like(A))
 
-    def forward(self, layer: nn.Module, x: Tensor) -> Tensor:
-        if self.training and self.at_hand.counts:
-            told = squares(x.detach(), self.at_hand.is_token)
-            self.pending = told if self.pending is None else self.pending + told
-        return super().forward(layer, x)
+    def beside(self, layer: nn.Module, x: Tensor) -> Tensor:
+        if self.training and self.current.counts:
+            seen = squares(x.detach(), self.current.is_token)
+            self.pending = seen if self.pending is None else self.pending + seen
+        return super().beside(layer, x)
 
     @torch.no_grad()
     def prune(self, share: float, by_row: bool) -> None:
-        """Zeroes the least important entries of A, of equal ones those that come first."""
+        """Sets the least important entries of A to 0, among equal ones the first."""
         importance = self.A.abs() * self.norm
         groups = importance if by_row else importance.view(1, -1)
         least = groups.argsort(dim=1, stable=True)[:, : int(share * groups.shape[1])]
@@ -71,16 +72,17 @@ class PRILoRAAdapter(LoRAAdapter):
 
 
 def squares(x: Tensor, is_token: Tensor | None) -> Tensor:
-    """x (…, in) → (in + 1): each feature's sum of squares over the tokens, and their number; fp32.
+    """x (…, in) → (in + 1,) fp32: each feature's sum of squares over the tokens, and the number of tokens.
 
-    A layer that sees tokens in an order of its own, as an expert does, is taken to see no padding.
+    `is_token` (rows, length) marks what is not padding. It is ignored for a layer that sees the tokens in
+    another arrangement, as an expert does.
     """
     flat = x.flatten(0, -2)
     if is_token is None or is_token.numel() != len(flat):
         weights = torch.ones(len(flat), device=x.device)
     else:
         weights = is_token.flatten().float()
-    # In pieces, since fp32 squares of all tokens at once would need more memory than the layer itself.
+    # In chunks, since fp32 squares of all tokens at once would need more memory than the layer itself.
     rows = max(1, SQUARES_AT_ONCE // flat.shape[1])
     sums = torch.zeros(flat.shape[1], device=x.device)
     for piece, counts in zip(flat.split(rows), weights.split(rows), strict=True):
@@ -92,12 +94,12 @@ def rank_of(spec: PRILoRASpec, site: Site) -> int:
     return spec.rank_at(site.layer_index, site.layer_count)
 
 
-class PRILoRA(Method[PRILoRASpec]):
-    """Looks at every layer's inputs, and prunes between steps."""
+class PRILoRA(FactorsMethod[PRILoRASpec, PRILoRAAdapter]):
+    """Measures every layer's inputs during the passes, and prunes after steps."""
 
     def __init__(self, spec: PRILoRASpec, **run: Any) -> None:
         super().__init__(spec, **run)
-        self.at_hand = Pass()
+        self.current = Pass()
         self.adapters: list[PRILoRAAdapter] = []
 
     @classmethod
@@ -106,7 +108,7 @@ class PRILoRA(Method[PRILoRASpec]):
 
     @classmethod
     def widest_rank(cls, spec: PRILoRASpec, sites: Sequence[Site], total_steps: int) -> int:
-        """The last block's is the largest, at most twice the mean."""
+        """Found by trying, since the last block's rank can be up to twice the mean."""
         widest = super().widest_rank(spec, sites, total_steps)
 
         def fits(rank: int) -> bool:
@@ -121,8 +123,8 @@ class PRILoRA(Method[PRILoRASpec]):
         if rank > limit:
             raise SpecError(
                 f"adapter.rank = {self.spec.rank} gives layer '{site.name}' ({site.out_features}×"
-                f"{site.in_features}) rank {rank}, and it can hold at most {limit}; lower it, or leave that "
-                "layer out of adapter.target_modules.",
+                f"{site.in_features}) rank {rank}, and it can hold at most {limit}; use a lower rank, or "
+                "leave that layer out of adapter.target_modules.",
                 param="adapter.rank",
             )
         draw = generator(self.seed, self.finished_steps, site.name)
@@ -132,41 +134,38 @@ class PRILoRA(Method[PRILoRASpec]):
             scale=self.spec.scale_at(rank),
             dropout=self.spec.dropout,
             regrow=self.spec.regrow,
-            at_hand=self.at_hand,
+            current=self.current,
         )
 
-    def placed(self, adapters: Mapping[str, Adapter]) -> None:
-        self.adapters = list(cast(Mapping[str, PRILoRAAdapter], adapters).values())
-
-    def param_groups(self, adapters: Mapping[str, Adapter]) -> list[dict[str, Any]]:
-        return factor_groups(self, cast(Mapping[str, Factors], adapters).values(), self.spec.lora_plus_ratio)
+    def on_attached(self, adapters: Mapping[str, PRILoRAAdapter]) -> None:
+        self.adapters = list(adapters.values())
 
     def before_pass(self, batch: MicroBatch) -> None:
-        self.at_hand.counts, self.at_hand.is_token = True, batch.is_token
+        self.current.counts, self.current.is_token = True, batch.is_token
         for adapter in self.adapters:
             adapter.pending = None
 
-    def penalty(self, outputs: Outputs, reference: Callable[[], Tensor]) -> None:
-        self.at_hand.counts, self.at_hand.is_token = False, None
+    def after_pass(self, outputs: Outputs) -> None:
+        self.current.counts, self.current.is_token = False, None
         for adapter in self.adapters:
             if adapter.pending is not None and not outputs.repeated:
                 adapter.seen += adapter.pending
             adapter.pending = None
 
-    def step_again(self) -> None:
+    def on_step_retry(self) -> None:
         for adapter in self.adapters:
             adapter.seen.zero_()
 
     def after_backward(self, step: int) -> None:
-        """X̄ follows what all devices saw in this step; a layer that saw nothing keeps its own."""
+        """Updates X̄ from the inputs on all devices; a layer that saw no token keeps its X̄."""
         sizes = [len(adapter.seen) for adapter in self.adapters]
-        seen = self.sum_over_processes(torch.cat([adapter.seen for adapter in self.adapters]))
+        seen = self.devices.sum(torch.cat([adapter.seen for adapter in self.adapters]))
         beta = self.spec.importance_decay if step > 1 else 0.0
-        for adapter, told in zip(self.adapters, seen.split(sizes), strict=True):
-            tokens = told[-1]
-            now = (told[:-1] / tokens.clamp(min=1)).sqrt()
-            follows = beta * adapter.norm + (1 - beta) * now
-            adapter.norm.copy_(torch.where(tokens > 0, follows, adapter.norm))
+        for adapter, of_layer in zip(self.adapters, seen.split(sizes), strict=True):
+            tokens = of_layer[-1]
+            now = (of_layer[:-1] / tokens.clamp(min=1)).sqrt()
+            updated = beta * adapter.norm + (1 - beta) * now
+            adapter.norm.copy_(torch.where(tokens > 0, updated, adapter.norm))
             adapter.seen.zero_()
 
     def after_step(self, step: int, optimizer: torch.optim.Optimizer) -> None:

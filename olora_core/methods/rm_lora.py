@@ -1,27 +1,26 @@
-"""RM-LoRA (arXiv 2407.12074): `delta(x) = s B A x`, factors held near orthonormal, moved p of r a step.
+"""RM-LoRA (arXiv 2407.12074): `delta(x) = s B A x`, factors kept near orthonormal, p of r components a step.
 
 Added to the loss: `λ mean(‖A Aᵀ − I‖, ‖Bᵀ B − I‖)` over all layers. From the second step on all but p rows of
 A's gradient and p columns of B's are 0, drawn anew for each layer and step.
 """
 
 from collections.abc import Callable, Mapping
-from typing import Any, cast
 
 import torch
 from torch import Tensor
 
-from ..layers.adapter import Adapter, Site
-from ..specs import RMLoRASpec
-from .base import Method, Outputs, generator
+from ..layers.adapter import Site
+from ..specs.methods.rm_lora import RMLoRASpec
+from .base import Outputs, generator
 from .lora import LoRAAdapter, lora_adapter
-from .lora_plus import factor_groups
+from .lora_plus import FactorsMethod
 from .orthogonality import distances, squared_distances
 
 GAUSSIAN_DEVIATION = 0.02
 
 
-class RMLoRA(Method[RMLoRASpec]):
-    """The gradient is masked, the weights are not: AdamW's momentum still moves what was masked."""
+class RMLoRA(FactorsMethod[RMLoRASpec, LoRAAdapter]):
+    """Masks the gradient and not the weights: AdamW's momentum still moves masked entries."""
 
     def adapter(self, weight: Tensor, site: Site) -> LoRAAdapter:
         adapter = lora_adapter(self, site)
@@ -30,12 +29,8 @@ class RMLoRA(Method[RMLoRASpec]):
             adapter.A.data = GAUSSIAN_DEVIATION * torch.randn(adapter.A.shape, generator=draw)
         return adapter
 
-    def placed(self, adapters: Mapping[str, Adapter]) -> None:
-        self.adapters = cast(Mapping[str, LoRAAdapter], adapters)
-
-    def param_groups(self, adapters: Mapping[str, Adapter]) -> list[dict[str, Any]]:
-        plain = cast(Mapping[str, LoRAAdapter], adapters).values()
-        return factor_groups(self, plain, self.spec.lora_plus_ratio)
+    def on_attached(self, adapters: Mapping[str, LoRAAdapter]) -> None:
+        self.adapters = adapters
 
     def penalty(self, outputs: Outputs, reference: Callable[[], Tensor]) -> Tensor | None:
         if not self.spec.orthogonality:
@@ -47,16 +42,16 @@ class RMLoRA(Method[RMLoRASpec]):
     def after_backward(self, step: int) -> None:
         if step == 1 or self.spec.moved == self.spec.rank:
             return
-        # (layers, 2, r) for A and B, made on the CPU and sent to the device in one piece
+        # (layers, 2, r), made on the CPU for all layers, so that it takes one transfer to the device.
         drawn = torch.stack([self.mask(step, name) for name in self.adapters])
         adapters = list(self.adapters.values())
         for adapter, (of_A, of_B) in zip(adapters, drawn.to(adapters[0].A.device), strict=True):
             for gradient, mask in ((adapter.A.grad, of_A[:, None]), (adapter.B.grad, of_B)):
-                if gradient is not None:  # a layer that no example of this step reached
+                if gradient is not None:  # None for a layer that no example of this step reached
                     gradient.mul_(mask)
 
     def mask(self, step: int, name: str) -> Tensor:
-        """(2, r): 1 for the rows of A, and the columns of B, that move at this step; else 0."""
+        """(2, r): 1 for the rows of A and for the columns of B that get a gradient at this step, else 0."""
         draw = generator(self.seed, step, name)
         mask = torch.zeros(2, self.spec.rank)
         mask[0, torch.randperm(self.spec.rank, generator=draw)[: self.spec.moved]] = 1

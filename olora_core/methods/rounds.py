@@ -1,8 +1,8 @@
-"""Methods that train one pair of factors after another: a finished pair is kept, a fresh one takes its place.
+"""Methods that train one pair of factors after another and keep the finished ones.
 
-`delta(x) = B_fin A_fin x + s B A drop(x)`. Finished pairs are frozen numbers beside W, where the papers merge
-them into it. Fresh values are written into the same tensors, and the optimizer forgets all of the old ones:
-moments that outlive them steer the new pair, and a step counter that does makes its first step too large.
+`delta(x) = B_fin A_fin x + s B A drop(x)`. Finished pairs are frozen beside W, where the papers merge them
+into it. A new pair is written into the same tensors, and the optimizer's state for them is dropped: old
+moments would steer the new pair, and an old step counter would make its first step too large.
 """
 
 from collections.abc import Iterable
@@ -12,23 +12,25 @@ from torch import Tensor, nn
 
 from ..layers.adapter import Adapter, LowRank, Site, autocast_dtype, low_rank_product
 from ..layers.products import LowRankProduct, is_plain
-from ..specs import Start
+from ..specs.methods.base import Start
 from .lora import kaiming_uniform
 
 
 class RoundsAdapter(Adapter):
-    """A (r×in) and B (out×r) are trained. B_fin (out×K) and A_fin (K×in) hold the finished pairs, zero until
-    they are filled; K is final once the adapter is placed. All that changes with a round is a buffer.
+    """A (r×in) and B (out×r) are trained. B_fin (out×K) and A_fin (K×in) hold the finished pairs.
+
+    They are 0 until filled, and K is fixed once the adapter is attached. Everything that changes with a round
+    is a buffer, so that checkpoints hold it.
     """
 
     A_fin: Tensor
     B_fin: Tensor
     filled: Tensor
-    """Columns of B_fin that are."""
+    """Number of columns of B_fin in use, scalar."""
     scale: Tensor
-    """s of the running pair; 0 while the layer sits a round out."""
+    """s of the running pair, scalar; 0 while the layer is not trained."""
     width: Tensor
-    """Rank of the running pair; rows of A from there on are 0 and stay so, since their gradients are 0."""
+    """Rank of the running pair, scalar. Further rows of A are 0 and stay so, since their gradients are 0."""
 
     def __init__(self, rank: int, site: Site, *, dropout: float, finished: int = 0) -> None:
         super().__init__(site.in_features, site.out_features, dropout)
@@ -39,7 +41,7 @@ class RoundsAdapter(Adapter):
         self.make_room(finished)
 
     def make_room(self, width: int) -> None:
-        """For that many columns of finished pairs."""
+        """Allocates `width` columns for finished pairs."""
         self.register_buffer("A_fin", self.A.new_zeros(width, self.in_features))
         self.register_buffer("B_fin", self.B.new_zeros(self.out_features, width))
 
@@ -58,18 +60,18 @@ class RoundsAdapter(Adapter):
         return LowRankProduct.apply(x.to(dtype), self.A, self.B, L, R, self.scale, *frozen)
 
     def _with_finished(self, y: Tensor, x: Tensor) -> Tensor:
-        """A finished pair is a part of the weight by now, so it sees x without dropout."""
+        """Adds the finished pairs' product, without dropout since they are frozen like the weight."""
         return y + low_rank_product(x, LowRank(self.B_fin, self.A_fin)) if len(self.A_fin) else y
 
     def pair(self) -> LowRank:
-        """`[B_fin | s B] [A_fin ; A]` without what is still empty."""
+        """`[B_fin | s B] [A_fin ; A]`, without unused columns."""
         filled, width = int(self.filled), int(self.width)
         B = torch.cat([self.B_fin[:, :filled], self.scale * self.B[:, :width]], dim=1)
         return LowRank(B, torch.cat([self.A_fin[:filled], self.A[:width]]))
 
     @torch.no_grad()
     def keep(self, rate: float = 1.0) -> None:
-        """Puts the running pair, times `rate`, behind the finished ones."""
+        """Appends the running pair, times `rate`, to the finished ones."""
         filled, width = int(self.filled), int(self.width)
         self.B_fin[:, filled : filled + width] = rate * self.scale * self.B[:, :width]
         self.A_fin[filled : filled + width] = self.A[:width]
@@ -77,7 +79,7 @@ class RoundsAdapter(Adapter):
 
     @torch.no_grad()
     def begin(self, rank: int, draw: torch.Generator, *, init: Start, scale: float) -> None:
-        """A fresh pair of at most r, A drawn and B = 0, in the tensors that are there."""
+        """Starts a new pair of rank `rank`, at most r, in the same tensors: A drawn, B = 0."""
         shape = rank, self.in_features
         if init == "kaiming":
             A = kaiming_uniform(*shape, draw=draw)
@@ -91,17 +93,17 @@ class RoundsAdapter(Adapter):
 
 
 def forget(optimizer: torch.optim.Optimizer, parameters: Iterable[nn.Parameter]) -> None:
-    """As if the optimizer had never seen these: no moments, no step counter."""
+    """Drops the optimizer's state for these parameters: moments and step counter."""
     for parameter in parameters:
         optimizer.state.pop(parameter, None)
 
 
 def ramp(position: int, steps: int) -> float:
-    """Multiplier of the rate at step 1, 2, … of a round: rises in a straight line to 1, at `steps`."""
+    """Factor of the rate at step 1, 2, … of a round: rises linearly to 1 at `steps`."""
     return min(1.0, position / max(1, steps))
 
 
 def set_lr_factor(optimizer: torch.optim.Optimizer, factor: float) -> None:
-    """Of every group, for the next step."""
+    """Sets every group's `lr_factor` from the next step on."""
     for group in optimizer.param_groups:
         group["lr_factor"] = factor

@@ -5,32 +5,32 @@ term. The authors' code shrinks twice, so that all |g| < 2ξ vanish; this is the
 """
 
 from collections.abc import Mapping, Sequence
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..errors import SpecError
-from ..layers.adapter import Adapter, Site
-from ..specs import SoRASpec
+from ..layers.adapter import Site
+from ..specs.methods.sora import SoRASpec
 from .base import Method, generator
 from .gated import GatedAdapter
 from .lora import kaiming_uniform
 
 TRAVEL = 0.5
-"""By how much a gate shrinks over a whole run that never pushes back; it starts at 0.67 in the median.
+"""How far the threshold alone moves a gate over a whole run; a gate's median starting value is 0.67.
 
-On the shipped base this leaves about the share of components that the paper reports, 70 %. The authors' run
-on STS-B travels 4.3, 20 epochs long; in a job's few epochs B cannot make up for what such gates lose.
+On the shipped base this keeps about 70 % of the components, as in the paper. In the authors' run on STS-B, 20
+epochs long, it is 4.3; in a job's few epochs B cannot compensate for gates that shrink so much.
 """
 RATE_OF_THRESHOLD = 2.5
-"""Adam moves a gate by about its rate: one that does not exceed the threshold holds no gate at all."""
+"""Adam moves a gate by about its learning rate, so a rate below the threshold could keep no gate from 0."""
 FACTOR_DECAY = 0.1
-"""Without it A and B would grow as g shrinks."""
+"""Keeps A and B from growing as g shrinks."""
 
 
-class SoRA(Method[SoRASpec]):
-    """Gates have a rate of their own and no decay; A and B have decay."""
+class SoRA(Method[SoRASpec, GatedAdapter]):
+    """Gates have their own learning rate and no weight decay; A and B have weight decay."""
 
     def __init__(self, spec: SoRASpec, **run: Any) -> None:
         super().__init__(spec, **run)
@@ -50,15 +50,15 @@ class SoRA(Method[SoRASpec]):
             )
         steps_of_a_gate = 1.0 if spec.threshold_times_rate else self.gate_rate
         if steps_of_a_gate is not None and self.threshold and self.threshold >= steps_of_a_gate:
-            told = "1" if spec.threshold_times_rate else f"the gates' learning rate {steps_of_a_gate:g}"
+            limit = "1" if spec.threshold_times_rate else f"the gates' learning rate {steps_of_a_gate:g}"
             self.notes.append(
-                f"adapter.threshold = {self.threshold:g} is not below {told}: every gate shrinks faster than "
-                "training can move it, and all will be 0 in the end. Lower it."
+                f"adapter.threshold = {self.threshold:g} is not below {limit}: every gate shrinks faster "
+                "than training can move it, and all will be 0 in the end. Lower it."
             )
 
     @classmethod
     def trainable_parameters(cls, spec: SoRASpec, sites: Sequence[Site], total_steps: int) -> int:
-        """And a number for each component."""
+        """A LoRA's, and one gate for each component."""
         return super().trainable_parameters(spec, sites, total_steps) + spec.rank * len(sites)
 
     def adapter(self, weight: Tensor, site: Site) -> GatedAdapter:
@@ -70,8 +70,8 @@ class SoRA(Method[SoRASpec]):
         B = torch.zeros(out_features, rank)
         return GatedAdapter(A, g, B, scale=self.spec.scale, dropout=self.spec.dropout)
 
-    def param_groups(self, adapters: Mapping[str, Adapter]) -> list[dict[str, Any]]:
-        gated = cast(Mapping[str, GatedAdapter], adapters).values()
+    def param_groups(self, adapters: Mapping[str, GatedAdapter]) -> list[dict[str, Any]]:
+        gated = adapters.values()
         own_rate = {} if self.gate_rate is None else {"lr_peak": self.gate_rate}
         return [
             self.group((p for a in gated for p in (a.A, a.B)), weight_decay=self.factor_decay),

@@ -4,8 +4,8 @@ in = Π m_k and out = Π n_k; i_1 is the fastest digit of i, o_q that of o. The 
 at the ends). All input digits come before all output digits, so one bond of width r joins the two halves, and
 ΔW = α H G is exactly a LoRA of rank r, whose factors G (r×in) and H (out×r) are contracted before each use.
 
-The start is our own: the last core is 0, and the others give G the variance of LoRA's A. (The authors start
-away from 0.)
+The start is our own: the last core is 0, and the others give G the variance of LoRA's A. (The authors' start
+is not 0.)
 """
 
 from collections.abc import Mapping, Sequence
@@ -16,14 +16,14 @@ from torch import Tensor, nn
 
 from ..errors import SpecError
 from ..layers.adapter import Adapter, LowRank, Site
-from ..specs import TTLoRASpec
+from ..specs.methods.tt_lora import TTLoRASpec
 from .base import Method, generator
 
 LARGEST_MODE = 16
 
 
 class TTLoRAAdapter(Adapter):
-    """The cores G (of the inputs) and H (of the outputs) are trained."""
+    """The cores G of the inputs and H of the outputs are trained, each (bond, mode, bond)."""
 
     def __init__(self, G: Sequence[Tensor], H: Sequence[Tensor], *, scale: float, dropout: float) -> None:
         super().__init__(prod(core.shape[1] for core in G), prod(core.shape[1] for core in H), dropout)
@@ -32,13 +32,13 @@ class TTLoRAAdapter(Adapter):
         self.H = nn.ParameterList(H)
 
     def pair(self) -> LowRank:
-        """`(α H, G)`, contracted in the cores' own precision: long products of small numbers."""
+        """`(α H, G)`, contracted in fp32 also under autocast: long products of small numbers."""
         with torch.autocast(self.G[0].device.type, enabled=False):
             return LowRank(self.scale * contracted_outputs([*self.H]), contracted_inputs([*self.G]))
 
 
 def contracted_inputs(cores: Sequence[Tensor]) -> Tensor:
-    """G, r×in: each further digit is slower than those before it."""
+    """G, r×in, from cores (bond, m, bond); each further core holds a slower digit of the input."""
     known = cores[0][0]  # (m_1, r)
     for core in cores[1:]:
         _, mode, next_bond = core.shape
@@ -48,19 +48,19 @@ def contracted_inputs(cores: Sequence[Tensor]) -> Tensor:
 
 
 def contracted_outputs(cores: Sequence[Tensor]) -> Tensor:
-    """H, out×r: from the last core, whose digit is the fastest."""
+    """H, out×r, from cores (bond, n, bond), contracted from the last, which holds the fastest digit."""
     known = cores[-1][..., 0]  # (r, n_q)
     for core in reversed(cores[:-1]):
         known = (core.flatten(0, 1) @ known).view(len(core), -1)
     return known.T
 
 
-class TTLoRA(Method[TTLoRASpec]):
-    """Plain: cores that the optimizer moves like any tensor."""
+class TTLoRA(Method[TTLoRASpec, TTLoRAAdapter]):
+    """No hooks but `adapter`, and a check of the sizes once all layers are known."""
 
     @classmethod
     def trainable_parameters(cls, spec: TTLoRASpec, sites: Sequence[Site], total_steps: int) -> int:
-        """r·m of the two cores at the ends of each train, r·m·r of those between."""
+        """r·m for the core at the outer end of each train, r·m·r for the others."""
         r, total = spec.rank, 0
         for site in sites:
             for size in (site.in_features, site.out_features):
@@ -84,25 +84,25 @@ class TTLoRA(Method[TTLoRASpec]):
             G, [*H, torch.zeros(r, outs[-1], 1)], scale=self.spec.scale, dropout=self.spec.dropout
         )
 
-    def placed(self, adapters: Mapping[str, Adapter]) -> None:
+    def on_attached(self, adapters: Mapping[str, TTLoRAAdapter]) -> None:
         sizes = {size for a in adapters.values() for size in (a.in_features, a.out_features)}
         if unknown := sorted((self.spec.modes or {}).keys() - sizes):
             raise SpecError(
-                f"adapter.modes names {unknown[0]}, and no adapted layer has that size; there are "
+                f"adapter.modes names {unknown[0]}, and no adapted layer has that size; their sizes are "
                 f"{', '.join(map(str, sorted(sizes)))}.",
                 param="adapter.modes",
             )
 
 
 def modes_of(spec: TTLoRASpec, size: int) -> tuple[int, ...]:
-    """Of an input of this size; an output's are the same in reverse."""
+    """The modes of an input of this size; an output's are the same in reverse."""
     return (spec.modes or {}).get(size) or factored(size)
 
 
 def factored(size: int) -> tuple[int, ...]:
-    """Modes of up to 16, larger only where a prime is, the largest first: 768 is 16 · 12 · 4.
+    """The default modes of a size, the largest first: 768 is 16 · 12 · 4.
 
-    Prime factors, the largest first, each into the first mode that has room for it.
+    Each prime factor, the largest first, goes into the first mode that it does not take above 16.
     """
     modes: list[int] = []
     for prime in prime_factors(size):
@@ -115,7 +115,7 @@ def factored(size: int) -> tuple[int, ...]:
 
 
 def prime_factors(size: int) -> list[int]:
-    """The largest first."""
+    """The prime factors, the largest first."""
     found, divisor = [], 2
     while divisor * divisor <= size:
         if size % divisor:

@@ -1,7 +1,7 @@
 """XGBLoRA (arXiv 2410.19694): `delta(x) = Σ_t ρ s b_t a_tᵀ x + s b aᵀ drop(x)`, boosting with weak LoRAs.
 
-In each round of κ steps a few blocks, drawn at random, train a booster of rank r (1 in the paper) on top of
-all finished ones; then it is kept, and the next round draws anew.
+In each round of κ steps a few randomly drawn blocks train a booster of rank r (1 in the paper) on top of all
+finished ones. It is then kept, and the next round draws other blocks.
 """
 
 from collections.abc import Mapping, Sequence
@@ -12,15 +12,16 @@ from torch import Tensor
 
 from ..errors import SpecError
 from ..layers.adapter import Site
-from ..specs import MAX_EXPORT_RANK, WHERE_TOO_WIDE, XGBLoRASpec
+from ..specs import MAX_EXPORT_RANK, WHERE_TOO_WIDE
+from ..specs.methods.xgblora import XGBLoRASpec
 from .base import Method, generator
 from .rounds import RoundsAdapter, forget, ramp, set_lr_factor
 
 MAX_ROUNDS = 256
 
 
-class XGBLoRA(Method[XGBLoRASpec]):
-    """Keeps the boosters at each round's end, and draws the next round's blocks."""
+class XGBLoRA(Method[XGBLoRASpec, RoundsAdapter]):
+    """At the end of each round, keeps the boosters and draws the next round's blocks."""
 
     def __init__(self, spec: XGBLoRASpec, **run: Any) -> None:
         super().__init__(spec, **run)
@@ -28,7 +29,7 @@ class XGBLoRA(Method[XGBLoRASpec]):
         self.ramp_steps = spec.ramp_steps or max(1, min(10, self.round_steps // 10))
         if self.total_steps > MAX_ROUNDS * self.round_steps:
             raise SpecError(
-                f"adapter.steps_per_round = {self.round_steps} makes more than {MAX_ROUNDS} rounds of the "
+                f"adapter.steps_per_round = {self.round_steps} gives more than {MAX_ROUNDS} rounds for the "
                 f"job's {self.total_steps} steps; use at least {-(-self.total_steps // MAX_ROUNDS)}.",
                 param="adapter.steps_per_round",
             )
@@ -37,7 +38,7 @@ class XGBLoRA(Method[XGBLoRASpec]):
 
     @classmethod
     def trainable_parameters(cls, spec: XGBLoRASpec, sites: Sequence[Site], total_steps: int) -> int:
-        """Of the blocks that each round draws, which is exact where all are alike."""
+        """Over all rounds, of the blocks that each draws; exact if all blocks are of one size."""
         layers = {site.layer_index for site in sites}
         drawn = min(len(layers), blocks_of_a_round(spec, len(layers)))
         rounds = -(-total_steps // steps_of_a_round(spec, total_steps))
@@ -45,7 +46,7 @@ class XGBLoRA(Method[XGBLoRASpec]):
 
     @classmethod
     def widest_rank(cls, spec: XGBLoRASpec, sites: Sequence[Site], total_steps: int) -> int:
-        """At which servers load what comes of a layer that every round draws."""
+        """The largest rank whose export servers can load for a layer that every round draws."""
         rounds = -(-total_steps // steps_of_a_round(spec, total_steps))
         return min(super().widest_rank(spec, sites, total_steps), MAX_EXPORT_RANK // rounds)
 
@@ -60,7 +61,7 @@ class XGBLoRA(Method[XGBLoRASpec]):
         draw = generator(self.seed, self.finished_steps, name)
         adapter.begin(self.spec.rank, draw, init=self.spec.init, scale=self.spec.scale)
 
-    def placed(self, adapters: Mapping[str, Any]) -> None:
+    def on_attached(self, adapters: Mapping[str, RoundsAdapter]) -> None:
         self.adapters = adapters
         for name in adapters:
             if self.layer_of[name] is None:
@@ -90,7 +91,7 @@ class XGBLoRA(Method[XGBLoRASpec]):
         return {layers[i] for i in order[:count].tolist()}
 
     def sit_out(self, drawn: set[int]) -> None:
-        """All other blocks' boosters have no part in the round: their scale is 0, so their gradient is."""
+        """Excludes all other blocks from the round: with scale 0 their gradient is 0."""
         for name, adapter in self.adapters.items():
             if self.layer_of[name] not in drawn:
                 adapter.scale.zero_()
@@ -114,5 +115,5 @@ def steps_of_a_round(spec: XGBLoRASpec, total_steps: int) -> int:
 
 
 def blocks_of_a_round(spec: XGBLoRASpec, blocks: int) -> int:
-    """How many of so many are drawn; more than there are stands for all."""
+    """The number of blocks that a round draws from `blocks`; a larger one means all."""
     return spec.layers_per_round or -(-blocks // 3)

@@ -1,6 +1,6 @@
-"""What may be asked of each method; a new one is one class in `methods/` and one line in ADAPTER_SPECS."""
+"""The methods that a spec can name: for a new one, a class in `methods/` and a line in the union here."""
 
-from typing import Annotated
+from typing import Annotated, get_args
 
 from pydantic import Field
 
@@ -21,7 +21,7 @@ from .methods.tt_lora import TTLoRASpec
 from .methods.xgblora import XGBLoRASpec
 from .serving import MAX_EXPORT_RANK, WHERE_TOO_WIDE
 
-AnyAdapterSpec = Annotated[
+_OneMethod = (
     OLoRASpec
     | LoRASpec
     | PiSSASpec
@@ -30,45 +30,34 @@ AnyAdapterSpec = Annotated[
     | PRILoRASpec
     | TTLoRASpec
     | SoRASpec
-    | RMLoRASpec
     | AdaLoRASpec
+    | RMLoRASpec
     | COLASpec
     | XGBLoRASpec
-    | MoRASpec,
-    Field(discriminator="method"),
-]
+    | MoRASpec
+)
+AnyAdapterSpec = Annotated[_OneMethod, Field(discriminator="method")]
 ADAPTER_SPECS: dict[str, type[AdapterSpec]] = {
-    "olora": OLoRASpec,
-    "lora": LoRASpec,
-    "pissa": PiSSASpec,
-    "melora": MELoRASpec,
-    "ba_lora": BALoRASpec,
-    "prilora": PRILoRASpec,
-    "tt_lora": TTLoRASpec,
-    "sora": SoRASpec,
-    "adalora": AdaLoRASpec,
-    "rm_lora": RMLoRASpec,
-    "cola": COLASpec,
-    "xgblora": XGBLoRASpec,
-    "mora": MoRASpec,
+    spec.model_fields["method"].default: spec for spec in get_args(_OneMethod)
 }
+"""A method's spec by its name, in the order of the union."""
 DEFAULT_METHOD = "olora"
 
 
 def check_export(spec: AdapterSpec) -> None:
-    """Refuses, before any training, an export that there is none of, and one that no server could load."""
+    """Raises SpecError for an export that this method cannot produce, or that no server can load."""
     if spec.export == "merged":
         if spec.export_rank is not None:
             raise SpecError(
-                "adapter.export_rank truncates an adapter, and adapter.export = 'merged' leaves none; leave "
+                "adapter.export_rank truncates an adapter, and adapter.export = 'merged' exports none; leave "
                 "one of the two out.",
                 param="adapter.export_rank",
             )
         return
     if not spec.has_pair:
         raise SpecError(
-            "adapter.export = 'adapter': an update of adapter.type = 6 is no LoRA of any rank that servers "
-            "load; take the whole model with adapter.export = 'merged', or another adapter.type.",
+            "adapter.export = 'adapter': an update of adapter.type = 6 is not a LoRA that servers can load; "
+            "export the whole model with adapter.export = 'merged', or use another adapter.type.",
             param="adapter.export",
         )
     if spec.export_rank is not None and spec.export_rank > MAX_EXPORT_RANK:

@@ -1,4 +1,4 @@
-"""A comparison: several methods on the same data, and how loose input becomes its spec."""
+"""The spec of a comparison of several methods on the same data, and how untyped input is read into it."""
 
 from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, cast
@@ -23,66 +23,72 @@ from .training import (
 MAX_SEEDS = 20
 EVERY_METHOD = "all"
 DECIDED = {
-    "learning_rate": "the rate is searched for every method; learning_rates says among which",
-    "learning_rate_multiplier": "the rate is searched for every method; learning_rates says among which",
-    "early_stopping_patience": "all runs of a comparison take the same steps",
-    "early_stopping_min_delta": "all runs of a comparison take the same steps",
+    "learning_rate": "a comparison searches each method's rate among learning_rates",
+    "learning_rate_multiplier": "a comparison searches each method's rate among learning_rates",
+    "early_stopping_patience": "all runs of a comparison take the same number of steps",
+    "early_stopping_min_delta": "all runs of a comparison take the same number of steps",
     "eval_steps": "a comparison evaluates every method after the same steps, about twelve times",
-    "samples": "a comparison has no model answer",
+    "samples": "a comparison generates no sample answers",
 }
-"""Hyperparameters that are not the caller's here, and why."""
+"""Hyperparameters that a comparison decides itself, and why."""
 
 
 class ComparedMethod(Spec):
-    """One of the methods that are compared."""
+    """One method of a comparison."""
 
     adapter: AnyAdapterSpec
     match_budget: bool = Field(
-        default=True, description="Choose the rank that meets the budget best, instead of the adapter's own."
+        default=True,
+        description="Choose the rank that comes closest to the budget, instead of the adapter's.",
     )
 
     @property
     def is_plain_lora(self) -> bool:
-        """LoRA as its paper has it, of whatever rank: what the others are measured by."""
+        """Whether this is LoRA as in its paper, of any rank: the baseline."""
         adapter = self.adapter
         return isinstance(adapter, LoRASpec) and adapter.lora_plus_ratio == 1 and not adapter.rslora
 
     @property
     def options(self) -> dict[str, Any]:
-        """What the caller has chosen beside the method's name."""
+        """The options that differ from the method's defaults; and the rank, if it was given."""
         chosen = self.adapter.model_dump(exclude_defaults=True, exclude={"method"})
         return chosen if self.match_budget else {"rank": self.adapter.rank} | chosen
 
 
 class ComparisonSpec(Spec):
-    """One comparison, without its files."""
+    """A comparison, without its files."""
 
     model: str = Field(min_length=1, description="Id of the base model.")
     type: TrainingType = "supervised"
-    methods: tuple[ComparedMethod, ...] = Field(min_length=1, description="Plain LoRA is one of them.")
+    methods: tuple[ComparedMethod, ...] = Field(
+        min_length=1, description="The methods to compare, plain LoRA among them."
+    )
     budget: Auto | Annotated[int, Field(ge=1)] = Field(
         default="auto",
-        description="Trainable parameters of each method; auto: as many as LoRA, of rank 8 unless given.",
+        description="Trainable parameters of each method; auto: those of LoRA, at rank 8 unless given.",
     )
     hyperparameters: Hyperparameters = Field(default_factory=Hyperparameters)
     learning_rates: Auto | tuple[Annotated[float, Field(gt=0, le=MAX_LEARNING_RATE)], ...] = Field(
         default="auto",
-        description="Peak rates to try for every method; auto: 0.1, 0.32, 1, 3.2 and 10 times its own.",
+        description="Peak rates to try for every method; auto: 0.1, 0.32, 1, 3.2 and 10 times its default.",
     )
     seeds: int = Field(default=3, ge=1, le=MAX_SEEDS, description="Runs of each method at its best rate.")
     seed: int = Field(
         default=0,
         ge=0,
         le=MAX_SEED,
-        description="The first one, which the search has too; the others follow.",
+        description="First random seed, also used by the search; the others count up from it.",
     )
     search_share: float = Field(
-        default=0.1, gt=0, le=0.5, description="Of the training rows, held out to judge the rates by."
+        default=0.1,
+        gt=0,
+        le=0.5,
+        description="Share of the training rows that is held out to choose the learning rates.",
     )
 
     @property
     def labels(self) -> tuple[str, ...]:
-        """A name for each of the methods: its own, with its options where it is there more than once."""
+        """A label for each method: its name, with its options if the name occurs more than once."""
         names = [compared.adapter.method for compared in self.methods]
         return tuple(
             _label(compared) if names.count(name) > 1 else name
@@ -91,12 +97,12 @@ class ComparisonSpec(Spec):
 
     @property
     def baseline(self) -> int:
-        """Which of the methods is plain LoRA, the first where there are several."""
+        """The index of plain LoRA among the methods, the first if there are several."""
         return next(i for i, compared in enumerate(self.methods) if compared.is_plain_lora)
 
     @property
     def training(self) -> TrainSpec:
-        """One of the runs, for whoever loads the base model."""
+        """The spec of one of the runs, from which the base model can be loaded."""
         return TrainSpec(
             model=self.model,
             type=self.type,
@@ -124,11 +130,11 @@ def read_comparison(
     search_share: Any = 0.1,
     prefix: str = "hyperparameters",
 ) -> ComparisonSpec:
-    """Reads loose input into a spec. A method is its name or an adapter object; "all" stands for every one.
+    """Reads untyped input into a spec. A method is a name or an adapter object; "all" is every method.
 
-    `prefix` is the caller's name for `hyperparameters`, so that an error's `param` fits.
+    `prefix` is the request's name for `hyperparameters`, for the `param` of errors.
 
-    Raises SpecError, naming the place, what is allowed and the nearest known name.
+    Raises SpecError with the field, the values it takes and the nearest known name.
     """
     shared = _without_what_is_decided(hyperparameters or {}, prefix)
     training = read_spec(model=model, type=type, hyperparameters=shared, seed=seed, prefix=prefix)
@@ -146,23 +152,25 @@ def read_comparison(
     }
     spec = read(ComparisonSpec, values, lambda name: "")
     if spec.seed + spec.seeds - 1 > MAX_SEED:
-        raise SpecError(f"seed + seeds must stay below {MAX_SEED + 2}.", param="seed")
+        raise SpecError(
+            f"seed + seeds must be less than {MAX_SEED + 2} (got {spec.seed + spec.seeds}).", param="seed"
+        )
     return spec
 
 
 def _without_what_is_decided(given: Mapping[str, Any], prefix: str) -> dict[str, Any]:
-    """The loop's options alone. Raises SpecError for those that the comparison decides itself."""
+    """The training options that the caller may choose. Raises SpecError for the others."""
     options = {name for spec in ADAPTER_SPECS.values() for name in spec.model_fields}
     for name, value in given.items():
         target = HYPERPARAMETER_ALIASES.get(name, name)
         if target in DECIDED and value != Hyperparameters.model_fields[target].default:
             raise SpecError(
-                f"{prefix}.{name} cannot be chosen: {DECIDED[target]}. Leave it out.",
+                f"{prefix}.{name} must be left out: {DECIDED[target]}.",
                 param=f"{prefix}.{name}",
             )
         if ADAPTER_ALIASES.get(name, name) in options:
             raise SpecError(
-                f"{prefix}.{name} belongs to a method: give it there, as "
+                f"{prefix}.{name} is an option of a method: pass it there, such as "
                 f'{{"method": "olora", "{ADAPTER_ALIASES.get(name, name)}": …}} among the methods.',
                 param=f"{prefix}.{name}",
             )
@@ -174,7 +182,7 @@ def _without_what_is_decided(given: Mapping[str, Any], prefix: str) -> dict[str,
 def _compared(
     methods: Sequence[str | Mapping[str, Any]] | str, model: str, type: str
 ) -> tuple[ComparedMethod, ...]:
-    """In the caller's order, each once; plain LoRA behind them where it is missing."""
+    """The methods in the request's order, each once, with plain LoRA appended if it is missing."""
     asked = [methods] if isinstance(methods, str) else methods
     if not isinstance(asked, Sequence) or not asked:
         raise SpecError(
@@ -190,7 +198,8 @@ def _compared(
         compared = _method(method, place, model, type)
         if compared in found:
             raise SpecError(
-                f"{place} is the same as one before it ({_label(compared)}); leave it out, or change it.",
+                f"{place} repeats an earlier method ({_label(compared)}); leave it out, or change its "
+                "options.",
                 param=place,
             )
         found.append(compared)
@@ -202,16 +211,14 @@ def _compared(
 
 
 def _method(method: Any, place: str, model: str, type: str) -> ComparedMethod:
-    """Raises SpecError, naming the place."""
+    """Reads one method. Raises SpecError, naming the place."""
     values = {"method": method} if isinstance(method, str) else method
     if not isinstance(values, Mapping) or "method" not in values:
-        raise SpecError(
-            f"{place} must be a method's name, or an adapter object that has one as its method.", param=place
-        )
+        raise SpecError(f"{place} must be a method's name, or an adapter object with a method.", param=place)
     name = values["method"]
     if not isinstance(name, str) or name not in ADAPTER_SPECS:
         raise SpecError(
-            f"{place}: there is no method {name!r}{nearest(str(name), ADAPTER_SPECS)}. "
+            f"{place}: method {name!r} is unknown{nearest(str(name), ADAPTER_SPECS)}. "
             f"Available: {', '.join(ADAPTER_SPECS)}.",
             param=place,
         )
@@ -234,7 +241,7 @@ def _method(method: Any, place: str, model: str, type: str) -> ComparedMethod:
 
 
 def _rates(rates: Any) -> Any:
-    """Rising. Raises SpecError for what are no rates."""
+    """The rates in rising order. Raises SpecError for anything else."""
     if rates == "auto":
         return rates
     numbers = [rates] if isinstance(rates, int | float) else rates
@@ -249,8 +256,8 @@ def _rates(rates: Any) -> Any:
         or len(set(numbers)) < len(numbers)
     ):
         raise SpecError(
-            f'learning_rates must be "auto", or different rates above 0 and up to {MAX_LEARNING_RATE:g}, as '
-            f"[0.0001, 0.0003, 0.001]; not {rates!r}.",
+            f"learning_rates must be 'auto' or different numbers above 0 and at most {MAX_LEARNING_RATE:g}, "
+            f"such as [0.0001, 0.0003, 0.001] (got {rates!r}).",
             param="learning_rates",
         )
     return tuple(sorted(float(rate) for rate in numbers))

@@ -1,4 +1,4 @@
-""" "auto" turned into numbers, once the data are tokenised and the model's config is read."""
+"""Resolving "auto", once the data are tokenised and the model's config is read."""
 
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -11,12 +11,12 @@ from .training import Hyperparameters, TrainSpec
 REFERENCE_WIDTH = 4096
 """Hidden size at which a method's `base_learning_rate` holds; see `learning_rate_for`."""
 AUTO_BETA = 0.1
-"""The value of most of the DPO paper's experiments."""
+"""The value in most experiments of the DPO paper."""
 
 
 @dataclass(frozen=True)
-class Facts:
-    """What "auto" depends on: known once the data are tokenised and the model's config is read."""
+class RunFacts:
+    """What "auto" depends on, apart from the spec."""
 
     examples: int
     hidden_size: int
@@ -41,7 +41,7 @@ def auto_batch_size(examples: int) -> int:
 
 
 def learning_rate_for(adapter: AdapterSpec, hidden_size: int) -> float:
-    """The method's own peak rate for a model of this width.
+    """The method's default peak rate for a model of this hidden size.
 
     `base (4096 / hidden)^e`, through two anchors per method: its card's rate at width 4096, and the optimum
     measured on the shipped base at width 192 (3e-3 for LoRA and TT-LoRA, 1e-3 for OLoRA and PiSSA).
@@ -51,11 +51,11 @@ def learning_rate_for(adapter: AdapterSpec, hidden_size: int) -> float:
     )
 
 
-def resolve(spec: TrainSpec, facts: Facts) -> tuple[TrainSpec, list[str]]:
-    """Turns every "auto" into a number. Returns the spec and one sentence for each decision.
+def resolve(spec: TrainSpec, facts: RunFacts) -> tuple[TrainSpec, list[str]]:
+    """Resolves every "auto". Returns the spec, and a sentence for each value that was chosen.
 
-    Raises SpecError when a number that follows from the request does not fit: what is resolved keeps to the
-    bounds of what may be asked for.
+    Raises SpecError for a resolved value outside the bounds that the request must keep to, such as a learning
+    rate that a multiplier makes too high.
     """
     asked, why = spec.hyperparameters, []
     chosen: dict[str, Any] = {}
@@ -63,7 +63,7 @@ def resolve(spec: TrainSpec, facts: Facts) -> tuple[TrainSpec, list[str]]:
     def decide(name: str, value: Any, reason: str) -> None:
         if getattr(asked, name) == "auto":
             chosen[name] = value
-            why.append(f"{name} = {value} ({reason})")
+            why.append(f"{name} = {value} (auto: {reason})")
 
     decide("n_epochs", auto_epochs(facts.examples), f"from {facts.examples} examples")
     decide("batch_size", auto_batch_size(facts.examples), "0.2 % of the examples, from 4 to 256")
@@ -75,17 +75,16 @@ def resolve(spec: TrainSpec, facts: Facts) -> tuple[TrainSpec, list[str]]:
         factor = 1.0 if asked.learning_rate_multiplier == "auto" else asked.learning_rate_multiplier
         chosen["learning_rate"] = own_rate * factor
         chosen["learning_rate_multiplier"] = factor
-        why.append(
-            f"learning_rate = {own_rate * factor:g} ({factor:g} times {spec.adapter.method}'s own rate "
-            f"{own_rate:g} for a model {facts.hidden_size} wide)"
-        )
+        default = f"{spec.adapter.title}'s default for hidden size {facts.hidden_size}"
+        reason = f"auto: {default}" if factor == 1 else f"{factor:g} times {default}"
+        why.append(f"learning_rate = {own_rate * factor:g} ({reason})")
     elif asked.learning_rate_multiplier == "auto":
         chosen["learning_rate_multiplier"] = asked.learning_rate / own_rate
     batch_size = chosen.get("batch_size", asked.batch_size)
     if asked.sharding == "auto":
         chosen["sharding"] = "full" if facts.sharded else "none"
         if facts.devices > 1:
-            why.append(f"sharding = {chosen['sharding']} (by the device's memory)")
+            why.append(f"sharding = {chosen['sharding']} (auto: by the device's memory)")
     if asked.micro_batch_size == "auto":
         chosen["micro_batch_size"] = -(-batch_size // facts.devices)
     elif asked.micro_batch_size > batch_size:

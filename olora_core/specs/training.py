@@ -1,4 +1,4 @@
-"""One training run: the loop's options, and how loose input becomes a spec."""
+"""The spec of one training run, and how untyped input is read into it."""
 
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal, cast, get_args
@@ -17,7 +17,7 @@ Quantization = Literal["none", "nf4", "int8", "torchao-int8", "torchao-fp8"]
 
 
 class Hyperparameters(Spec):
-    """How to train; OpenAI's three names first, then ours."""
+    """How to train: OpenAI's three hyperparameters first, then ours."""
 
     n_epochs: Auto | Annotated[int, Field(ge=1, le=50)] = Field(
         default="auto", description="Passes over the data."
@@ -26,47 +26,49 @@ class Hyperparameters(Spec):
         default="auto", description="Examples in one optimizer step."
     )
     learning_rate_multiplier: Auto | Annotated[float, Field(gt=0)] = Field(
-        default="auto", description="Times the method's own rate for a model of this size."
+        default="auto", description="Multiplies the method's default rate for a model of this size."
     )
     learning_rate: Auto | Annotated[float, Field(gt=0, le=MAX_LEARNING_RATE)] = Field(
         default="auto", description="Absolute peak rate, instead of the multiplier."
     )
     schedule: Literal["linear", "cosine", "constant"] = Field(
-        default="linear", description="How the rate falls after the warm-up."
+        default="linear", description="How the learning rate falls after the warm-up."
     )
     warmup_ratio: float = Field(default=0.03, ge=0, le=1, description="Share of the steps that warm up.")
     weight_decay: float = Field(default=0.0, ge=0, le=1, description="AdamW's decoupled weight decay.")
-    max_grad_norm: float = Field(default=1.0, gt=0, description="The gradient's norm is clipped to this.")
+    max_grad_norm: float = Field(default=1.0, gt=0, description="The gradient norm is clipped to this value.")
     neftune_alpha: float = Field(
         default=0.0,
         ge=0,
         le=1000,
-        description="Noise on the embedded tokens while training, supervised only; 0 is none "
+        description="Noise on the embedded tokens in training, supervised only; 0 turns it off "
         "(NEFTune, arXiv 2310.05914).",
     )
     context_length: Auto | Annotated[int, Field(ge=16, le=MAX_CONTEXT)] = Field(
-        default="auto", description="Tokens of an example that are kept; auto: the model's own context."
+        default="auto",
+        description="Longest example in tokens, longer ones are cut; auto: the model's context length.",
     )
     max_steps: int | None = Field(default=None, ge=1, description="Stop after this many optimizer steps.")
     eval_steps: int | None = Field(
         default=None,
         ge=1,
-        description="Evaluate the whole validation file also every so many steps; null: at epochs' ends.",
+        description="Also evaluate the whole validation file after every this many steps; null: only after "
+        "each epoch.",
     )
     early_stopping_patience: int | None = Field(
         default=None,
         ge=1,
-        description="Stop after so many evaluations in a row without a lower validation loss, and export the "
-        "adapter of the lowest one; null: never.",
+        description="Stop after this many evaluations in a row without a lower validation loss, and export "
+        "the adapter with the lowest; null: never.",
     )
     early_stopping_min_delta: float = Field(
-        default=0.0, ge=0, description="By how much a validation loss must be lower to count as lower."
+        default=0.0, ge=0, description="How much lower a validation loss must be to count as an improvement."
     )
     samples: int = Field(
         default=4,
         ge=0,
         le=16,
-        description="Rows that the base and the tuned model answer at the end, for people.",
+        description="Rows for which sample answers of the base and of the tuned model are shown.",
     )
     micro_batch_size: Auto | Annotated[int, Field(ge=1, le=256)] = Field(
         default="auto",
@@ -78,11 +80,12 @@ class Hyperparameters(Spec):
     )
     packing: Auto | bool = Field(
         default="auto",
-        description="Lay a pass's examples end to end in one row, unpadded; auto: where that is exact.",
+        description="Concatenate the examples of a pass in one row, without padding; auto: where that is "
+        "exact.",
     )
     gradient_checkpointing: Auto | bool = Field(
         default="auto",
-        description="Compute each block once more in the backward to save memory; auto: only if it must be.",
+        description="Recompute each block in the backward to save memory; auto: only if needed.",
     )
     label_smoothing: float = Field(
         default=0.0,
@@ -91,19 +94,19 @@ class Hyperparameters(Spec):
         description="Share of each target's probability that is spread evenly (arXiv 1512.00567).",
     )
     dtype: Literal["auto", "float32", "bfloat16"] = Field(
-        default="auto", description="Compute precision; auto times both on the device at hand."
+        default="auto", description="Compute precision; auto measures which is faster on this device."
     )
     quantization: Quantization = Field(
         default="none",
-        description="How the frozen base holds its weights: nf4, int8 (bitsandbytes), torchao-int8, "
-        "torchao-fp8, or none: as its files do.",
+        description="Quantisation of the frozen base: nf4, int8 (bitsandbytes), torchao-int8, torchao-fp8, "
+        "or none: as in its files.",
     )
     sharding: Auto | Literal["none", "full"] = Field(
         default="auto",
-        description="On several devices: spread the base over them (full), or keep it whole on each.",
+        description="On several devices: shard the base over them (full), or keep a copy on each (none).",
     )
     beta: Auto | Annotated[float, Field(gt=0, le=2)] | None = Field(
-        default=None, description="dpo alone: how firmly the model is held to the base; auto is 0.1."
+        default=None, description="For dpo: how strongly the model is kept near the base; auto is 0.1."
     )
 
 
@@ -111,7 +114,7 @@ TrainingType = Literal["supervised", "dpo"]
 
 
 class TrainSpec(Spec):
-    """One training run, without its files: what the core is asked for."""
+    """A training run, without its files."""
 
     model: str = Field(min_length=1, description="Id of the base model.")
     type: TrainingType = Field(
@@ -124,12 +127,12 @@ class TrainSpec(Spec):
 
 
 def check_validation(spec: TrainSpec, *, given: bool, prefix: str = "hyperparameters") -> None:
-    """Refuses options that look at a validation file where none is `given`."""
+    """Raises SpecError for options that need a validation file when none is `given`."""
     for name in ("early_stopping_patience", "eval_steps"):
         if getattr(spec.hyperparameters, name) is not None and not given:
             raise SpecError(
-                f"{prefix}.{name} looks at the validation loss, and there is no validation_file; "
-                "give one, or leave the option out.",
+                f"{prefix}.{name} needs the validation loss, and there is no validation_file; pass one, or "
+                "leave the option out.",
                 param=f"{prefix}.{name}",
             )
 
@@ -153,12 +156,12 @@ def read_spec(
     seed: int = 0,
     prefix: str = "hyperparameters",
 ) -> TrainSpec:
-    """Reads loose input into a spec.
+    """Reads untyped input into a spec.
 
-    `hyperparameters` may also carry the adapter's options (`rank`, `lora_r`, …), as callers of hosted
-    services send them. `prefix` is the caller's name for that object, so that an error's `param` fits.
+    `hyperparameters` can also have the adapter's options (`rank`, `lora_r`, …), as clients of hosted services
+    send them. `prefix` is the request's name for that object, for the `param` of errors.
 
-    Raises SpecError, naming the place, what is allowed and the nearest known name.
+    Raises SpecError with the field, the values it takes and the nearest known name.
     """
     if type not in get_args(TrainingType):
         raise SpecError(
@@ -174,27 +177,27 @@ def read_spec(
     multiplier = training_values.get("learning_rate_multiplier", "auto")
     if multiplier != "auto" and training_values.get("learning_rate", "auto") != "auto":
         raise SpecError(
-            "learning_rate and learning_rate_multiplier exclude each other; give one of them.",
+            "learning_rate and learning_rate_multiplier exclude each other; pass only one.",
             param=f"{prefix}.learning_rate",
         )
     if type == "dpo" and training_values.get("beta") is None:
         training_values["beta"] = "auto"
     if type != "dpo" and training_values.get("beta") is not None:
         raise SpecError(
-            f"{prefix}.beta is for method.type 'dpo', and this is '{type}'; leave it out, or ask for dpo.",
+            f"{prefix}.beta is for method.type 'dpo', and this is '{type}'; leave it out, or use dpo.",
             param=f"{prefix}.beta",
         )
     chosen = read(Hyperparameters, training_values, lambda name: prefix)
     if type == "dpo" and chosen.neftune_alpha:
         raise SpecError(
             f"{prefix}.neftune_alpha is for method.type 'supervised': dpo compares the model with the base, "
-            "and noise on one side of a comparison is an error in it. Leave it out, or set it to 0.",
+            "and noise on one side would distort the comparison. Leave it out, or set it to 0.",
             param=f"{prefix}.neftune_alpha",
         )
     if chosen.early_stopping_min_delta and chosen.early_stopping_patience is None:
         raise SpecError(
-            f"{prefix}.early_stopping_min_delta goes with early_stopping_patience, which says after how many "
-            "evaluations to stop; give that too, or leave this out.",
+            f"{prefix}.early_stopping_min_delta needs early_stopping_patience, the number of evaluations "
+            "after which to stop; pass that too, or leave this out.",
             param=f"{prefix}.early_stopping_min_delta",
         )
     method = adapter_values.setdefault("method", DEFAULT_METHOD)
@@ -223,11 +226,11 @@ def _route_hyperparameter(
     places: dict[str, str],
     prefix: str,
 ) -> None:
-    """Puts one hyperparameter where it belongs: with the loop's options, or with the adapter's."""
+    """Puts one hyperparameter with the training options, or with the adapter's."""
     if name == "lora":
         if value is not True:
             raise SpecError(
-                f"{prefix}.lora: full fine-tuning is not offered, an adapter is always trained; "
+                f"{prefix}.lora: full fine-tuning is not available, an adapter is always trained; "
                 "leave 'lora' out or set it to true.",
                 param=f"{prefix}.lora",
             )
@@ -247,17 +250,17 @@ def _route_hyperparameter(
 
 
 def _put(values: dict[str, Any], key: str, value: Any, place: str) -> None:
-    """An option may stand in two places, with one value."""
+    """Adds a value. Raises SpecError when the option has another value already, from another place."""
     if key in values and values[key] != value:
         raise SpecError(
-            f"{place} = {value!r} contradicts {key} = {values[key]!r} given elsewhere; give it once.",
+            f"{place} = {value!r} contradicts {key} = {values[key]!r} given elsewhere; pass it once.",
             param=place,
         )
     values[key] = value
 
 
 def known_hyperparameters() -> list[str]:
-    """Every name that a hyperparameters object may carry, aliases included."""
+    """Every name that a hyperparameters object can have, with aliases."""
     options = {name for spec in ADAPTER_SPECS.values() for name in spec.model_fields if name != "method"}
     return [
         *Hyperparameters.model_fields,
@@ -270,5 +273,5 @@ def known_hyperparameters() -> list[str]:
 
 def _read_seed(seed: Any) -> int:
     if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed <= MAX_SEED:
-        raise SpecError(f"seed must be an integer from 0 to {MAX_SEED}, not {seed!r}.", param="seed")
+        raise SpecError(f"seed must be a whole number from 0 to {MAX_SEED} (got {seed!r}).", param="seed")
     return seed

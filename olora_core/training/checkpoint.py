@@ -1,7 +1,8 @@
-"""Checkpoints: a run set down so completely that it goes on as if it had never stopped.
+"""Checkpoints, complete enough that a resumed run gives the same bytes as one that never stopped.
 
-A folder of safetensors and JSON, never pickle. It is written beside its place, flushed, and renamed; its
-manifest, with the SHA-256 of every other file, comes last. Without a right manifest it is no checkpoint.
+A checkpoint is a folder of safetensors and JSON, never pickle. It is written under another name, flushed and
+renamed. Its manifest, with the SHA-256 of every other file, is written last; without a valid one, the folder
+is not a checkpoint.
 """
 
 import hashlib
@@ -26,18 +27,18 @@ MANIFEST, STATE = "manifest.json", "state.json"
 
 @dataclass
 class Snapshot:
-    """Everything a run needs to go on."""
+    """Everything that resuming a run takes."""
 
     identity: dict[str, Any]
-    """What the run is of: spec, data, base, dtype. A run only goes on with the same."""
+    """Spec, data, base and dtype of the run. Only a run with the same identity can be resumed from it."""
     state: dict[str, Any]
-    """JSON-able: position in the data, the method's and optimizer's numbers, what was measured so far."""
+    """JSON: the position in the data, the numbers of method and optimizer, the measurements so far."""
     tensors: dict[str, dict[str, Tensor]] = field(default_factory=dict)
-    """By file: `adapter`, `optimizer`; with early stopping `best`, the adapter to export."""
+    """By file name: `adapter`, `optimizer` and with early stopping `best`, the adapter to export."""
 
 
 def save(folder: Path, snapshot: Snapshot) -> Path:
-    """Writes a checkpoint to `folder`, which appears complete or not at all, and returns it."""
+    """Writes a checkpoint to `folder`, atomically, and returns the folder."""
     part = folder.with_name(f".{folder.name}.part")
     shutil.rmtree(part, ignore_errors=True)
     part.mkdir(parents=True)
@@ -57,21 +58,21 @@ def save(folder: Path, snapshot: Snapshot) -> Path:
 
 
 def load(folder: Path, identity: Mapping[str, Any]) -> Snapshot:
-    """Reads a checkpoint back after verifying every byte of it.
+    """Reads a checkpoint after verifying the digest of every file.
 
-    Raises CheckpointError when it is missing, damaged, or of a run with another identity.
+    Raises CheckpointError when it is missing, damaged, or belongs to a run with another identity.
     """
     manifest = _read_json(folder / MANIFEST)
     if manifest.get("format") != FORMAT:
         raise CheckpointError(
-            f"Checkpoint '{folder.name}' has format {manifest.get('format')!r}, and this program reads "
-            f"{FORMAT}; start the run anew."
+            f"Checkpoint '{folder.name}' has format {manifest.get('format')!r}, and this version reads "
+            f"format {FORMAT}; restart the run from the beginning."
         )
     for name, digest in manifest["files"].items():
         if not (folder / name).is_file():
             raise _damaged(folder, f"{name} is missing")
         if _digest(folder / name) != digest:
-            raise _damaged(folder, f"{name} is not what was written")
+            raise _damaged(folder, f"{name} has changed since it was written")
     _check_identity(folder, manifest["identity"], identity)
     try:
         tensors = {
@@ -85,12 +86,13 @@ def load(folder: Path, identity: Mapping[str, Any]) -> Snapshot:
 
 
 def _check_identity(folder: Path, found: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
-    """The same keys with the same values, or an error that names what differs."""
+    """Raises CheckpointError, naming the first difference, unless keys and values are the same."""
     for key in wanted.keys() | found.keys():
         if found.get(key) != wanted.get(key):
             raise CheckpointError(
                 f"Checkpoint '{folder.name}' belongs to another run: its {key} is {_short(found.get(key))}, "
-                f"this run's is {_short(wanted.get(key))}. Resume with the same, or start the run anew."
+                f"this run's is {_short(wanted.get(key))}. Resume with the same, or restart from the "
+                "beginning."
             )
 
 
@@ -101,7 +103,8 @@ def _short(value: Any) -> str:
 
 def _damaged(folder: Path, what: str) -> CheckpointError:
     return CheckpointError(
-        f"Checkpoint '{folder.name}' is damaged: {what}. Resume from an earlier one, or start the run anew."
+        f"Checkpoint '{folder.name}' is damaged: {what}. Resume from an earlier one, or restart the run from "
+        "the beginning."
     )
 
 
@@ -117,7 +120,7 @@ def _read_json(path: Path) -> dict[str, Any]:
     except (OSError, ValueError) as error:
         raise _damaged(path.parent, f"{path.name} cannot be read ({error})") from None
     if not isinstance(value, dict):
-        raise _damaged(path.parent, f"{path.name} holds no object")
+        raise _damaged(path.parent, f"{path.name} does not hold an object")
     return value
 
 
@@ -138,7 +141,10 @@ def _flush(path: Path) -> None:
 
 
 def optimizer_state(optimizer: torch.optim.Optimizer) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """An optimizer's state as tensors by `<parameter>.<name>`, and the rest as JSON."""
+    """An optimizer's state as tensors by `<parameter>.<name>`, and the rest as JSON.
+
+    Moments have their parameter's shape, step counters are scalars.
+    """
     whole = optimizer.state_dict()
     tensors: dict[str, Tensor] = {}
     numbers: dict[str, dict[str, Any]] = {}
@@ -164,5 +170,5 @@ def load_optimizer_state(
 
 
 def _with_tuples(group: Mapping[str, Any]) -> dict[str, Any]:
-    """JSON made a list of AdamW's betas."""
+    """Turns AdamW's betas back into a tuple, which JSON made a list."""
     return {k: tuple(v) if isinstance(v, list) and k != "params" else v for k, v in group.items()}

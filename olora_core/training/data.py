@@ -1,4 +1,4 @@
-"""The files of one run, checked and tokenised with the base's own tokenizer and template, once."""
+"""The files of one run, checked and tokenised once with the base's tokenizer and chat template."""
 
 import hashlib
 import json
@@ -24,9 +24,9 @@ from ..progress import Note, Phase
 from ..specs import MAX_CONTEXT, TrainSpec
 
 UNKNOWN_CONTEXT = 2048
-"""Tokens kept of an example when neither model nor tokenizer names a limit."""
+"""Context length when neither the model nor the tokenizer gives one."""
 VERSION = 1
-"""Of how examples are made of records; another number makes every cached file anew."""
+"""Version of how records become examples; raising it invalidates every cached file."""
 Role = Literal["training", "validation"]
 
 
@@ -53,11 +53,11 @@ class Reading:
 
 @dataclass(frozen=True)
 class Tokenised:
-    """One file."""
+    """One tokenised file."""
 
     examples: Examples
     report: Report
-    """Its format and container; the findings are told in `notes`."""
+    """The format and container; findings are in `notes`."""
     notes: list[Note]
     sha256: str
 
@@ -65,9 +65,9 @@ class Tokenised:
 def read_data(
     spec: TrainSpec, base: Base, training: Path, validation: Path | None, cache: Path | None = None
 ) -> Generator[Phase, None, Data]:
-    """Checks and tokenises the files, or finds them tokenised in the folder `cache`.
+    """Checks and tokenises the files, or takes them from the folder `cache`.
 
-    What is returned stays readable when the folder is gone. It grows until its owner trims it.
+    The result stays readable after the folder is deleted. The folder grows until the caller trims it.
     """
     kept = spec.hyperparameters.context_length
     how = Reading(
@@ -99,7 +99,7 @@ def _folder(cache: Path | None) -> Iterator[Path]:
 def read_file(
     path: Path, role: Role, how: Reading, cache: Path, training_format: str | None = None
 ) -> Generator[Phase, None, Tokenised]:
-    """Raises DataError, naming the line, for what cannot be trained on."""
+    """Raises DataError, naming the line, for a file that cannot be used."""
     sha256 = file_hash(path)
     entry = cache / _key(sha256, role, how)
     try:
@@ -127,7 +127,7 @@ def read_file(
 
 
 def _checked(path: Path) -> Generator[Phase, None, Report]:
-    """The file's structural check."""
+    """Checks the file's structure."""
     size = path.stat().st_size
     with path.open("rb") as file:
         steps = checking(file)
@@ -153,7 +153,7 @@ def _brief(report: Report) -> dict[str, Any]:
 
 
 def _key(sha256: str, role: Role, how: Reading) -> str:
-    """The name of what the tokens depend on: the file, and everything that reads it."""
+    """The cache entry's name: a digest of the file and of everything else that the tokens depend on."""
     tokenizer = how.tokenizer
     core = getattr(tokenizer, "backend_tokenizer", None)
     parts = [
@@ -170,9 +170,9 @@ def _key(sha256: str, role: Role, how: Reading) -> str:
 
 
 def context_length(base: Base) -> int:
-    """The longest example that the model can read."""
+    """The longest example, in tokens, that the model can read."""
     limit = getattr(base.model.config.get_text_config(), "max_position_embeddings", None)
     if limit:
         return min(limit, MAX_CONTEXT)
-    named = base.tokenizer.model_max_length  # a huge number when nobody named one
+    named = base.tokenizer.model_max_length  # a huge number when the tokenizer has none
     return named if named <= 2**20 else UNKNOWN_CONTEXT

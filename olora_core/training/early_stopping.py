@@ -1,6 +1,6 @@
-"""Early stopping: what the evaluations of the whole validation file so far say about going on.
+"""Early stopping, decided from the evaluations of the whole validation file so far.
 
-Everything follows from their list, so that a resumed run decides as an unbroken one.
+Everything is a function of their list, so that a resumed run decides as an uninterrupted one.
 """
 
 import math
@@ -11,15 +11,15 @@ from ..specs import Hyperparameters
 
 
 def best_of(evaluations: Sequence[Evaluated]) -> Evaluated | None:
-    """The lowest loss after any training, the earlier one of two equals."""
+    """The evaluation with the lowest loss after a training step; the earlier of two equals."""
     return min((e for e in evaluations if e.step), key=lambda e: e.loss, default=None)
 
 
 def is_over(evaluations: Sequence[Evaluated], hyperparameters: Hyperparameters) -> bool:
     """Whether `early_stopping_patience` evaluations in a row have brought no improvement.
 
-    An improvement is lower than the last one by more than `early_stopping_min_delta`; the first evaluation
-    after any training is one.
+    An improvement is a loss lower than the last improvement's by more than `early_stopping_min_delta`; the
+    first evaluation after a training step counts as one.
     """
     patience, least = hyperparameters.early_stopping_patience, math.inf
     waited = 0

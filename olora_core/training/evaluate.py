@@ -1,6 +1,6 @@
-"""How good a model is on examples it does not train on.
+"""The loss and accuracy of a model on examples that it is not trained on.
 
-A run measures on its way: a glance at a few rows, and the whole validation file.
+A run has two kinds of evaluation: quick ones over the first rows of the validation file, and full ones.
 """
 
 import math
@@ -13,16 +13,16 @@ from ..bases.loading import Base
 from ..bases.passes import evaluating
 from ..data.batches import MicroBatch, micro_batches
 from ..data.examples import Examples
-from ..devices import ALONE, Devices
+from ..devices import SINGLE, Devices
 from ..layers.adapter import adapter_tensors
 from ..progress import Evaluated, Phase, result_of
 from .losses import Loss, task_loss
 from .run import Run, not_finite
 
 ROWS_AT_ONCE = 256
-"""Examples that are cut into passes together."""
-SMALL_VALIDATIONS = 20
-"""How often a run looks at the first validation rows."""
+"""Number of examples that are cut into forward passes together."""
+QUICK_EVALUATIONS = 20
+"""Number of quick evaluations in a run, about."""
 
 
 def evaluate(
@@ -33,55 +33,58 @@ def evaluate(
     tokens: int,
     packing: bool,
     loss_of_batch: Loss = task_loss,
-    devices: Devices = ALONE,
+    devices: Devices = SINGLE,
 ) -> Generator[Phase, None, tuple[float, float]]:
     """Mean loss (nats per trained token, or per pair) and accuracy over all examples; yields progress.
 
-    The micro-batches are dealt over the devices, and the figures are those of one device.
+    `size` and `tokens` limit a forward pass. The micro-batches are shared out over the devices; the result is
+    the same as on one.
     """
 
-    def judged(batch: MicroBatch) -> list[float]:
-        # Set for each batch, since whoever drives a generator may do other things between two of them.
+    def sums_of(batch: MicroBatch) -> list[float]:
+        # Eval mode is set for each batch, since the caller may do other things between two of them.
         with evaluating(base.model), torch.no_grad():
             loss = loss_of_batch(base.model, batch.to(base.device), base.passes)
         return [loss.total.item(), float(loss.correct), float(loss.weight)]
 
     done = 0
-    figures: list[list[float]] = []  # sum of losses, hits, weight of each micro-batch; zeros if another's
+    # (loss, correct, weight) of each micro-batch, in order; zeros for those of other processes. Summing the
+    # rows over the processes adds zeros only, so the total has the same bits on any number of devices.
+    sums: list[list[float]] = []
     for start in range(0, len(examples), ROWS_AT_ONCE):
         rows = np.arange(start, min(start + ROWS_AT_ONCE, len(examples)))
         pad = base.tokenizer.pad_token_id or 0
         batches = micro_batches(examples, rows, size=size, tokens=tokens, packing=packing, pad_token=pad)
-        told = [[0.0] * 3 for _ in batches]
-        for position, counts in devices.mine([batch.tokens for batch in batches], in_step=base.shards > 1):
+        own = [[0.0] * 3 for _ in batches]
+        for position, counts in devices.assign([batch.tokens for batch in batches], in_step=base.shards > 1):
             if base.shards > 1:
-                devices.meet()  # every pass over the base takes all devices
-            seen = judged(batches[position])
+                devices.barrier()  # every pass gathers the base's shards from all processes
+            result = sums_of(batches[position])
             if counts:
-                told[position] = seen
+                own[position] = result
                 done += len(batches[position].lengths) // examples.rows_per_example * devices.count
             yield Phase("evaluating", min(done, len(examples)), len(examples))
-        figures += told
-    devices.meet()
-    sums = devices.sum(torch.tensor(figures, dtype=torch.float64)).tolist()
-    total, correct, weight = (sum(column) for column in zip(*sums, strict=True))
+        sums += own
+    devices.barrier()
+    everywhere = devices.sum(torch.tensor(sums, dtype=torch.float64)).tolist()
+    total, correct, weight = (sum(column) for column in zip(*everywhere, strict=True))
     return total / weight, correct / weight
 
 
-def glance(run: Run) -> tuple[float, float] | None:
-    """Loss and accuracy over the first validation rows, at about twenty steps of a run."""
-    every = max(1, run.total_steps // SMALL_VALIDATIONS)
-    if run.small_validation is None or run.step % every:
+def quick_evaluation(run: Run) -> tuple[float, float] | None:
+    """Loss and accuracy over the first validation rows; None at most steps, or without a validation file."""
+    every = max(1, run.total_steps // QUICK_EVALUATIONS)
+    if run.quick_examples is None or run.step % every:
         return None
-    seen = result_of(evaluation(run, run.small_validation))
-    if not math.isfinite(seen[0]):
-        raise not_finite(run, f"The validation loss after step {run.step} is {seen[0]}.")
-    run.glances.append((run.step, *seen))
-    return seen
+    loss, accuracy = result_of(evaluation(run, run.quick_examples))
+    if not math.isfinite(loss):
+        raise not_finite(run, f"The validation loss after step {run.step} is {loss}.")
+    run.quick_evaluations.append((run.step, loss, accuracy))
+    return loss, accuracy
 
 
 def evaluate_fully(run: Run) -> Generator[Phase | Evaluated, None, None]:
-    """The whole validation file, if there is one."""
+    """Evaluates the whole validation file, if there is one; keeps the adapter if it is the best so far."""
     run.evaluated_at = run.step
     if run.data.validation is not None:
         loss, accuracy = yield from evaluation(run, run.data.validation)
@@ -96,6 +99,7 @@ def evaluate_fully(run: Run) -> Generator[Phase | Evaluated, None, None]:
 
 
 def evaluation(run: Run, examples: Examples) -> Generator[Phase, None, tuple[float, float]]:
+    """`evaluate` with the run's base, loss and limits of a forward pass."""
     return evaluate(
         run.base,
         examples,

@@ -1,7 +1,8 @@
-"""What a run needs of the device's memory, and how large its micro-batches may be.
+"""How much memory a run needs, and how large its micro-batches can be.
 
-What is in memory already is read off, gradients and moments are counted, and what a pass keeps for its
-backward is measured on short rows and scaled: the same for every family, method and loss.
+Memory in use is read from the device, gradients and moments are counted, and what a forward pass keeps for
+its backward is measured on short rows and scaled. So the same code serves every model family, method and
+loss.
 """
 
 import resource
@@ -31,53 +32,55 @@ from .losses import Loss, set_training
 
 PROBE_LENGTHS = (32, 64, 128)
 IDEAL_TOKENS = {"cpu": 2048, "cuda": 16384}
-"""Tokens of a pass beyond which a device gains no more speed."""
+"""Tokens of a pass from which on more tokens make a device no faster."""
 CPU_TOKENS, CPU_BYTES = 512, 192 * 2**20
-"""From so many tokens on, a CPU gains a few per cent by more: no pass is larger that takes more bytes."""
+"""On a CPU a pass has more tokens than this only if it stays below these bytes: it gains a few per cent."""
 USABLE = 0.8
-"""Share of the free memory that is planned for; the rest is for fragments and for others."""
+"""Share of the free memory that a plan uses; the rest is for fragmentation and for other processes."""
 LOGIT_BYTES = 10
-"""A logit in its own dtype, its gradient likewise, and once in fp32."""
+"""For each logit: its value and its gradient in the model's dtype, and one fp32 copy."""
 HEAD_BYTES = LOGIT_BYTES * LOGITS_AT_ONCE
 CPU_SLACK = 1.25
-"""glibc keeps pieces between tensors of many sizes; measured."""
+"""Bytes that glibc takes for each byte requested, measured: it fragments between tensors of many sizes."""
 PLAIN = (Tensor, nn.Parameter)
-"""Tensors with a storage of their own."""
+"""Types of tensors that have their own storage."""
 MEGABYTE = 2**20
 
 
 @dataclass(frozen=True)
 class Estimate:
-    """Bytes of one process on one device."""
+    """Memory of one process on one device, in bytes."""
 
     used: int
-    """By everything that is there before the first step: the base, the adapters, the libraries."""
+    """In use before the first step: the base, the adapters, the libraries."""
     free: int
-    """What the device could still give."""
+    """Still available on the device."""
     optimizer: int
     """Gradients and AdamW's two moments."""
     passes: tuple[float, float, float]
-    """A pass of T tokens in rows of L takes a + b T + c T L bytes at its peak, beside the head's."""
+    """(a, b, c): a pass of T tokens in rows of length L peaks at a + b T + c T L bytes, without the head."""
     layers: int
+    """Number of blocks."""
     layer_input: int
-    """Bytes a token: what a checkpointed layer keeps."""
+    """Bytes per token that a block keeps under gradient checkpointing."""
     head: int
-    """Bytes a token of logits while the loss holds them."""
+    """Bytes per token of logits, while the loss holds them."""
     penalty: int
-    """Bytes a token of what the method's penalty holds."""
+    """Bytes per token that the method's penalty holds."""
     slack: float
-    """What the allocator takes for a byte that is asked for."""
+    """Bytes that the allocator takes for each byte requested."""
 
     def activations(self, tokens: int, length: int, *, checkpointing: bool = False) -> int:
-        """The peak of one forward and backward."""
+        """Peak of one forward and backward pass of `tokens` in rows of `length`."""
         a, b, c = self.passes
         whole = a + b * tokens + c * tokens * length
         if checkpointing:
+            # One block at a time keeps its activations; every block keeps its input.
             whole = whole / max(1, self.layers) + tokens * self.layer_input * self.layers
         return int(self.slack * (whole + min(self.head * tokens, HEAD_BYTES) + self.penalty * tokens))
 
     def added(self, tokens: int, length: int, *, checkpointing: bool = False) -> int:
-        """By training, to what is used."""
+        """Peak of a training step, on top of what is in use."""
         return self.optimizer + self.activations(tokens, length, checkpointing=checkpointing)
 
     def fits(self, tokens: int, length: int, *, checkpointing: bool = False) -> bool:
@@ -86,7 +89,7 @@ class Estimate:
 
 @dataclass(frozen=True)
 class Plan:
-    """A spec in which every "auto" about passes is a value, and why."""
+    """The spec with packing, micro-batches and checkpointing resolved, and the reasons."""
 
     spec: TrainSpec
     why: list[str]
@@ -99,14 +102,15 @@ def plan_passes(
     adapters: Mapping[str, Adapter],
     examples: Examples,
     loss: Loss,
-    every_logit: bool,
+    *,
+    needs_logits: bool,
     penalty_copies: int = 0,
     processes: int = 1,
 ) -> Plan:
-    """Chooses packing, the tokens of a pass and gradient checkpointing, as far as they are "auto".
+    """Chooses packing, the tokens of a pass and gradient checkpointing where they are "auto".
 
-    The base bears the adapters. `processes` train this job together; on a CPU they share its memory.
-    Raises SpecError for what was asked for and this base cannot do.
+    The adapters must be attached to the base. `processes` is the number that train this job; on a CPU they
+    share its memory. Raises SpecError for an option that this base does not support.
     """
     asked, why, notes = spec.hyperparameters, [], []
     packing = base.passes.packing is not None if asked.packing == "auto" else asked.packing
@@ -121,24 +125,33 @@ def plan_passes(
             param="hyperparameters.gradient_checkpointing",
         )
     if asked.packing == "auto":
-        reason = "attention keeps them apart" if packing else "in this base model they would see each other"
-        why.append(f"packing = {str(packing).lower()} (examples of one row: {reason})")
+        reason = "keeps packed examples apart" if packing else "would let packed examples see each other"
+        why.append(f"packing = {str(packing).lower()} (auto: this base model {reason})")
     tokens, checkpointing = asked.micro_batch_tokens, asked.gradient_checkpointing
     if tokens == "auto" or checkpointing == "auto":
-        estimate = estimate_memory(spec, base, adapters, loss, every_logit, penalty_copies, processes)
+        estimate = estimate_memory(
+            spec,
+            base,
+            adapters,
+            loss,
+            needs_logits=needs_logits,
+            penalty_copies=penalty_copies,
+            processes=processes,
+        )
         one = int(
             examples.row_tokens.max() if packing else examples.rows_per_example * examples.lengths.max()
         )
         length = int(examples.lengths.max())
         if checkpointing == "auto":
             checkpointing = not estimate.fits(one, length) and can_checkpoint(base.model, spec)
-            reason = (
-                f"the longest example needs {_mb(estimate.added(one, length))}, {_mb(estimate.free)} are free"
+            needed, free = _mb(estimate.added(one, length)), _mb(estimate.free)
+            why.append(
+                f"gradient_checkpointing = {str(checkpointing).lower()} (auto: the longest example needs "
+                f"{needed}, {free} are free)"
             )
-            why.append(f"gradient_checkpointing = {str(checkpointing).lower()} ({reason})")
         if tokens == "auto":
             tokens = _tokens_of_a_pass(estimate, one, length, base.device.type, checkpointing)
-            why.append(f"micro_batch_tokens = {tokens} (what one pass holds, by the memory estimate)")
+            why.append(f"micro_batch_tokens = {tokens} (auto: from the memory estimate)")
         notes.append(_note(estimate, max(tokens, one), length, checkpointing))
     hyperparameters = asked.model_copy(
         update={"packing": packing, "micro_batch_tokens": tokens, "gradient_checkpointing": checkpointing}
@@ -147,7 +160,7 @@ def plan_passes(
 
 
 def _tokens_of_a_pass(estimate: Estimate, one: int, length: int, device: str, checkpointing: bool) -> int:
-    """As many as are fast and fit; `one` are those of the longest example, which has to."""
+    """The most tokens that are fast and fit; those of the longest example (`one`) have to."""
 
     def is_too_large(tokens: int) -> bool:
         if not estimate.fits(tokens, length, checkpointing=checkpointing):
@@ -162,7 +175,7 @@ def _tokens_of_a_pass(estimate: Estimate, one: int, length: int, device: str, ch
 
 
 def _note(estimate: Estimate, tokens: int, length: int, checkpointing: bool) -> Note:
-    """The estimate, for the job's events."""
+    """The estimate as an event of the job."""
     activations = estimate.activations(tokens, length, checkpointing=checkpointing)
     data = {
         "used_bytes": estimate.used,
@@ -179,9 +192,7 @@ def _note(estimate: Estimate, tokens: int, length: int, checkpointing: bool) -> 
     )
     if estimate.fits(tokens, length, checkpointing=checkpointing):
         return Note("info", sentence, data)
-    return Note(
-        "warn", f"{sentence} That may not be enough: a smaller context_length or rank needs less.", data
-    )
+    return Note("warn", f"{sentence} That may not be enough; lower context_length or adapter.rank.", data)
 
 
 def _mb(number: float) -> str:
@@ -196,19 +207,20 @@ def estimate_memory(
     base: Base,
     adapters: Mapping[str, Adapter],
     loss: Loss,
-    every_logit: bool,
+    *,
+    needs_logits: bool,
     penalty_copies: int = 0,
     processes: int = 1,
 ) -> Estimate:
-    """Counts what is there, and adds what short passes of the base with its adapters take."""
+    """Estimates a step's memory; the first call for a base and method measures three short passes."""
     trained = sum(p.numel() * p.element_size() for a in adapters.values() for p in a.parameters())
     vocabulary = base.model.get_input_embeddings().weight.shape[0]
-    fused = base.passes.plain_head and not every_logit and spec.type != "dpo"
+    fused = base.passes.plain_head and not needs_logits and spec.type != "dpo"
     head = LOGIT_BYTES * vocabulary if fused else 0
-    how = (spec.adapter.model_dump_json(), spec.type, every_logit, base.model.config._attn_implementation)
+    how = (spec.adapter.model_dump_json(), spec.type, needs_logits, base.model.config._attn_implementation)
     if how not in base.pass_bytes:
-        base.pass_bytes[how] = _measured(spec, base, loss, every_logit, head)
-    used, free = memory_of(base.device)  # with what the libraries took for their first passes
+        base.pass_bytes[how] = _measured(spec, base, loss, needs_logits, head)
+    used, free = memory_of(base.device)  # after the passes, for which the libraries allocate too
     config = base.model.config.get_text_config()
     return Estimate(
         used=used,
@@ -224,9 +236,9 @@ def estimate_memory(
 
 
 def _measured(
-    spec: TrainSpec, base: Base, loss: Loss, every_logit: bool, head: int
+    spec: TrainSpec, base: Base, loss: Loss, needs_logits: bool, head: int
 ) -> tuple[float, float, float]:
-    """`Estimate.passes`, from short passes as a step makes them, without the `head` bytes a token."""
+    """`Estimate.passes`, fitted to short passes as in a step, without the head's `head` bytes per token."""
     sides = 2 if spec.type == "dpo" else 1
     set_training(base.model, spec)
     rows, peaks = [], []
@@ -234,13 +246,13 @@ def _measured(
         tokens = sides * length
         rows.append([1, tokens, tokens * length])
         try:
-            peak = _peak_of_a_pass(base, loss, every_logit, length, sides)
+            peak = _peak_of_a_pass(base, loss, needs_logits, length, sides)
         except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
             if not is_out_of_memory(error):
                 raise
             raise TrainingError(
-                f"Not even {tokens} tokens of a pass fit into the device's memory beside base and adapter. "
-                "Lower adapter.rank, or use a larger device or a smaller base.",
+                f"A forward pass of only {tokens} tokens does not fit into the device's memory beside base "
+                "and adapter. Lower adapter.rank, or use a larger device or a smaller base.",
                 code="out_of_memory",
             ) from None
         peaks.append(max(0, peak - min(head * tokens, HEAD_BYTES)))
@@ -254,8 +266,8 @@ def _probe_lengths(model: PreTrainedModel) -> tuple[int, ...]:
     return tuple(max(2, length // shrink) for length in PROBE_LENGTHS)
 
 
-def _peak_of_a_pass(base: Base, loss: Loss, every_logit: bool, length: int, sides: int) -> int:
-    """Bytes that one forward and backward of `sides` rows of this length holds at most."""
+def _peak_of_a_pass(base: Base, loss: Loss, needs_logits: bool, length: int, sides: int) -> int:
+    """Bytes at the peak of one forward and backward of an example with `sides` rows of this length."""
     model, cuda = base.model, base.device.type == "cuda"
     trained = np.arange(length) > 0  # every token that can be
     example = Examples(
@@ -271,13 +283,13 @@ def _peak_of_a_pass(base: Base, loss: Loss, every_logit: bool, length: int, side
         before = torch.cuda.memory_allocated(base.device)
     live = LiveBytes()
     with torch.random.fork_rng(devices=[base.device] if cuda else []), live:
-        loss(model, batch.to(base.device), base.passes, every_logit=every_logit).total.backward()
+        loss(model, batch.to(base.device), base.passes, needs_logits=needs_logits).total.backward()
     model.zero_grad(set_to_none=True)
     return torch.cuda.max_memory_allocated(base.device) - before if cuda else live.peak
 
 
 class LiveBytes(TorchDispatchMode):
-    """Counts the bytes of all tensors made inside that are alive at once; a CPU keeps no such count."""
+    """Measures the peak of the bytes of tensors made inside, which torch does not do for a CPU."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -301,7 +313,7 @@ class LiveBytes(TorchDispatchMode):
 
 
 def memory_of(device: torch.device) -> tuple[int, int]:
-    """Bytes in use by this process, and bytes that it could still have."""
+    """Bytes in use by this process, and bytes still available to it."""
     if device.type == "cuda":
         free, _ = torch.cuda.mem_get_info(device)
         allocated = torch.cuda.memory_allocated(device)
@@ -313,7 +325,7 @@ def memory_of(device: torch.device) -> tuple[int, int]:
 
 
 def _control_group_rest() -> list[int]:
-    """What this process's control group may still take, where it has a limit."""
+    """What is left of this process's control group limit, if it has one."""
     folder = Path("/sys/fs/cgroup")
     try:
         limit, now = ((folder / f"memory.{name}").read_text().strip() for name in ("max", "current"))
@@ -323,7 +335,7 @@ def _control_group_rest() -> list[int]:
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Also as a CPU says it."""
+    """Whether memory ran out, on a GPU or on a CPU, whose allocator raises a RuntimeError."""
     return isinstance(error, torch.OutOfMemoryError | MemoryError) or "can't allocate memory" in str(error)
 
 
@@ -331,15 +343,15 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 
 def can_checkpoint(model: PreTrainedModel, spec: TrainSpec) -> bool:
-    """Whether the blocks of this base can be computed once more in the backward."""
+    """Whether this base supports gradient checkpointing for this type of training."""
     blocks = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
-    # For DPO a block is told that it trains (see `set_training`), and then must not drop anything itself.
+    # In DPO a checkpointed block is set to training mode (see `set_training`), so it must have no dropout.
     drops = any(isinstance(rate := getattr(block, "dropout", 0), float) and rate for block in blocks)
     return bool(model.supports_gradient_checkpointing and blocks) and not (drops and spec.type == "dpo")
 
 
 def set_checkpointing(model: PreTrainedModel, wanted: bool) -> None:
-    """Whether the blocks keep only their inputs, and are computed once more in the backward."""
+    """Turns gradient checkpointing on or off: blocks then keep only their inputs and recompute the rest."""
     # What transformers called "gradient checkpointing" is "activation checkpointing" in its later versions.
     name = "activation" if hasattr(model, "activation_checkpointing_enable") else "gradient"
     if wanted:

@@ -1,9 +1,8 @@
-"""NEFTune (arXiv 2310.05914): uniform noise on embedded tokens while training, `alpha / sqrt(L d)` at most.
+"""NEFTune (arXiv 2310.05914): uniform noise on embedded tokens in training, of at most `alpha / sqrt(L d)`.
 
 L is the number of an example's tokens, without padding, and d the width of an embedding. The base is never
-written: a hook adds the noise, and is there for the training forward alone, so that an evaluation, a
-certificate, an answer and the base as a method's reference never see it. It draws from torch's global
-generators, which in a run are that run's own.
+written: a hook adds the noise during the training forward only, so that evaluations, certificates, answers
+and a method's reference pass never see it. It draws from torch's global generators, which `Randomness` seeds.
 """
 
 from typing import Any
@@ -18,7 +17,7 @@ from .losses import Loss, TaskLoss
 
 
 def with_noise(loss: Loss, alpha: float) -> Loss:
-    """The same loss, of noisy embeddings where the model is in training mode."""
+    """The same loss with noisy embeddings while the model is in training mode."""
     if not alpha:
         return loss
 
@@ -39,7 +38,7 @@ def with_noise(loss: Loss, alpha: float) -> Loss:
 
 
 def noise(embedded: Tensor, batch: MicroBatch, alpha: float) -> Tensor:
-    """(rows, length, d) noise in the dtype of `embedded`, each example's by its own length."""
+    """Noise for `embedded` (rows, length, d), in its shape and dtype, scaled by each example's length."""
     lengths = batch.lengths if batch.position_ids is None else batch.segments
     bounds = alpha / np.sqrt(np.array(lengths, dtype=np.float64) * embedded.shape[-1])
     if batch.position_ids is None:

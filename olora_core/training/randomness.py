@@ -1,17 +1,17 @@
-"""The random numbers of one run, which dropout draws from torch's global generators."""
-
-import hashlib
+"""The random numbers of one run, drawn by dropout from torch's global generators."""
 
 import torch
 from torch import Tensor
 
+from ..seeds import seed_of
+
 
 class Randomness:
-    """Makes each micro-batch's numbers a function of (seed, step, its place in the optimizer batch).
+    """Seeds torch's generators for each micro-batch from (seed, step, index in the optimizer batch).
 
-    So they depend neither on what was drawn before, hence a checkpoint holds no state of a generator, nor on
-    which of several devices computes the micro-batch. What a driver draws between two steps changes nothing,
-    and the driver's own numbers are left alone.
+    So the numbers depend neither on earlier draws, and a checkpoint holds no generator's state, nor on the
+    device that computes the micro-batch. Entering saves the caller's generator states and leaving restores
+    them, so that draws of the caller between two steps change nothing and are not changed.
     """
 
     def __init__(self, seed: int, device: torch.device) -> None:
@@ -19,9 +19,8 @@ class Randomness:
         self.device = device
 
     def begin(self, step: int, position: int) -> None:
-        """From here on, the numbers of this micro-batch. Only inside `with`."""
-        digest = hashlib.sha256(f"draws/{self.seed}/{step}/{position}".encode()).digest()
-        torch.manual_seed(int.from_bytes(digest[:8], "big") >> 1)
+        """Seeds the generators for a micro-batch. Only inside `with`."""
+        torch.manual_seed(seed_of(f"draws/{self.seed}/{step}/{position}"))
 
     def __enter__(self) -> None:
         self._outside = self._read()

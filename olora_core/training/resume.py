@@ -1,4 +1,4 @@
-"""A run's checkpoints: what of it is set down, and how it is taken up again."""
+"""Saving a run to checkpoints, and resuming it from one."""
 
 import shutil
 import time
@@ -17,11 +17,12 @@ from .memory import set_checkpointing
 from .run import Run, not_finite
 
 LOCAL_CHECKPOINTS = 2
+"""Checkpoints of a run that stay in its folder, beside the best one."""
 
 
 @dataclass
 class Checkpoints:
-    """How a run is set down, and when: after so many seconds, and after every evaluation or not."""
+    """How and when a run is saved: after `seconds`, and with `follow_evaluations` after every evaluation."""
 
     save: Callable[[Run], Saved]
     seconds: float
@@ -39,15 +40,15 @@ class Checkpoints:
 
 
 def save(run: Run, folder: Path) -> Saved:
-    """Sets the run down in a folder of its own; keeps the newest two, and with early stopping the best."""
+    """Writes a checkpoint of the run; keeps the newest two, and with early stopping the best."""
     best_step = run.best.step if run.best else None
-    saved = put(folder, run.step, snapshot(run), keep=best_step)
+    saved = write_checkpoint(folder, run.step, snapshot(run), keep=best_step)
     run.saved_at = run.step
     return Saved(run.step, saved, checkpoint_metrics(run), best_step)
 
 
-def put(folder: Path, step: int, taken: Snapshot, keep: int | None = None) -> Path:
-    """Writes the checkpoint of a step; removes all but the newest two, and that of the step `keep`."""
+def write_checkpoint(folder: Path, step: int, taken: Snapshot, keep: int | None = None) -> Path:
+    """Writes the checkpoint of a step; removes all others but the newest two and step `keep`."""
     place = folder / "checkpoints" / checkpoint_name(step)
     saved = checkpoint.save(place, taken)
     for older in sorted(place.parent.glob("step-*"))[:-LOCAL_CHECKPOINTS]:
@@ -61,7 +62,7 @@ def checkpoint_name(step: int | None) -> str:
 
 
 def snapshot(run: Run) -> Snapshot:
-    """Raises TrainingError for an adapter from which no run could go on."""
+    """The run's state. Raises TrainingError if the adapter is not finite."""
     if not all(tensor.isfinite().all() for tensor in adapter_tensors(run.adapters).values()):
         raise not_finite(run, f"The adapter is not finite after step {run.step}.")
     moments, groups = checkpoint.optimizer_state(run.optimizer)
@@ -78,7 +79,7 @@ def snapshot(run: Run) -> Snapshot:
         "trained_tokens": run.trained_tokens,
         "seconds": run.seconds,
         "history": run.history,
-        "glances": run.glances,
+        "glances": run.quick_evaluations,
         "evaluations": [asdict(evaluated) for evaluated in run.evaluations],
         "evaluated_at": run.evaluated_at,
     }
@@ -88,17 +89,20 @@ def snapshot(run: Run) -> Snapshot:
     return Snapshot(run.identity, state, tensors)
 
 
-def take_up(run: Run, folder: Path) -> None:
-    """`restore` on every device, first on the one that tells what is wrong with a checkpoint."""
-    if not run.devices.leads:
-        run.devices.meet()
+def resume_run(run: Run, folder: Path) -> None:
+    """Restores the run from a checkpoint's folder in every process. Raises CheckpointError.
+
+    The main process is first, since it alone reports an error.
+    """
+    if not run.devices.is_main:
+        run.devices.barrier()
     restore(run, checkpoint.load(folder, run.identity), folder.name)
-    if run.devices.leads:
-        run.devices.meet()
+    if run.devices.is_main:
+        run.devices.barrier()
 
 
 def restore(run: Run, saved: Snapshot, name: str) -> None:
-    """Takes the run up where the checkpoint of that name set it down."""
+    """Restores the run from a snapshot; `name` is for error messages. Raises CheckpointError."""
     state, tensors = saved.state, saved.tensors
     try:
         load_adapter_tensors(run.adapters, tensors["adapter"])
@@ -108,7 +112,7 @@ def restore(run: Run, saved: Snapshot, name: str) -> None:
         run.saved_at = run.step
         run.seconds, run.evaluated_at = state["seconds"], state["evaluated_at"]
         run.history = [tuple(entry) for entry in state["history"]]
-        run.glances = [tuple(entry) for entry in state["glances"]]
+        run.quick_evaluations = [tuple(entry) for entry in state["glances"]]
         run.evaluations = [Evaluated(**values) for values in state["evaluations"]]
         run.best_tensors = tensors["best"] if run.best else None
         torch.set_num_threads(state["threads"])
@@ -116,16 +120,16 @@ def restore(run: Run, saved: Snapshot, name: str) -> None:
         set_checkpointing(run.base.model, run.checkpointing)
     except (KeyError, ValueError, TypeError) as error:
         raise CheckpointError(
-            f"Checkpoint '{name}' does not fit this run: {error}. Start the run anew."
+            f"Checkpoint '{name}' does not fit this run: {error}. Restart it from the beginning."
         ) from None
 
 
 def checkpoint_metrics(run: Run) -> dict[str, float]:
-    """What was measured at the newest step, under OpenAI's names."""
+    """Measurements of the newest step, under OpenAI's names."""
     step, loss, accuracy, _ = run.history[-1]
     metrics = {"step": step, "train_loss": loss, "train_mean_token_accuracy": accuracy}
-    if run.glances and run.glances[-1][0] == step:
-        _, metrics["valid_loss"], metrics["valid_mean_token_accuracy"] = run.glances[-1]
+    if run.quick_evaluations and run.quick_evaluations[-1][0] == step:
+        _, metrics["valid_loss"], metrics["valid_mean_token_accuracy"] = run.quick_evaluations[-1]
     if run.evaluations and run.evaluations[-1].step == step:
         metrics["full_valid_loss"] = run.evaluations[-1].loss
         metrics["full_valid_mean_token_accuracy"] = run.evaluations[-1].accuracy

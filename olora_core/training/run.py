@@ -1,4 +1,4 @@
-"""A run between two steps, and how it is set up."""
+"""The state of a run between two steps, and its setup."""
 
 import hashlib
 from collections.abc import Generator, Iterator
@@ -20,9 +20,9 @@ from ..devices import Devices
 from ..errors import SpecError, TrainingError
 from ..layers.adapter import Adapter, Site, adapter_tensors, detach
 from ..methods import METHODS, Method
-from ..methods.base import Schedule, placing
+from ..methods.base import Schedule, build_adapters_with_progress
 from ..progress import Evaluated, Phase
-from ..specs import Facts, Hyperparameters, TrainSpec
+from ..specs import Hyperparameters, RunFacts, TrainSpec
 from .data import Data, context_length
 from .early_stopping import best_of
 from .losses import Loss, loss_of
@@ -31,11 +31,11 @@ from .neftune import with_noise
 from .randomness import Randomness
 from .schedule import schedule_of
 
-SMALL_VALIDATION_ROWS = 16
+QUICK_EVALUATION_ROWS = 16
 
 
 def check_dtype(spec: TrainSpec, base: Base) -> None:
-    """The resident base must have the dtype that the run computes in."""
+    """Raises SpecError unless the loaded base has the dtype that the spec asks for."""
     names = {dtype: name for name, dtype in DTYPES.items()}
     asked = spec.hyperparameters.dtype
     if base.dtype not in names or asked not in ("auto", names[base.dtype]):
@@ -48,28 +48,28 @@ def check_dtype(spec: TrainSpec, base: Base) -> None:
 
 
 def check_sharding(spec: TrainSpec, base: Base, devices: Devices) -> None:
-    """The resident base must be spread over these devices or whole, as the run wants it."""
+    """Raises SpecError unless the loaded base is sharded over these devices, or whole, as the spec asks."""
     asked = spec.hyperparameters.sharding
     fitting = (1, devices.count) if asked == "auto" else (devices.count if asked == "full" else 1,)
     if base.shards not in fitting:
         raise SpecError(
-            f"hyperparameters.sharding = '{asked}' on {devices.count} devices, and the base model lies in "
-            f"{base.shards} part(s); load it as is_sharded(spec, folder, device, devices) says.",
+            f"hyperparameters.sharding = '{asked}' on {devices.count} devices, and the base model has "
+            f"{base.shards} shard(s); load it as is_sharded(spec, folder, device, devices) says.",
             param="hyperparameters.sharding",
         )
 
 
-def facts(base: Base, data: Data, devices: Devices) -> Facts:
+def run_facts(base: Base, data: Data, devices: Devices) -> RunFacts:
     dtype = "bfloat16" if base.dtype == torch.bfloat16 else "float32"
     width = base.model.config.get_text_config().hidden_size
-    return Facts(
+    return RunFacts(
         len(data.training), width, context_length(base), dtype, devices.count, sharded=base.shards > 1
     )
 
 
 @contextmanager
-def borrowed(base: Base) -> Iterator[None]:
-    """Inside, the base may bear adapters and be set up for a run; afterwards it is as it was."""
+def restored_afterwards(base: Base) -> Iterator[None]:
+    """Inside, the base may get adapters and be set up for a run; afterwards it is as before."""
     threads, attention_before = torch.get_num_threads(), base.model.config._attn_implementation
     try:
         yield
@@ -83,41 +83,41 @@ def borrowed(base: Base) -> Iterator[None]:
 
 @dataclass
 class Run:
-    """A run between two steps."""
+    """The state of a run between two steps."""
 
     asked: TrainSpec
     spec: TrainSpec
     base: Base
     data: Data
-    method: Method
+    method: Method[Any, Any]
     adapters: dict[str, Adapter]
     optimizer: torch.optim.Optimizer
     schedule: Schedule
     total_steps: int
     micro_batch_tokens: int
-    """Of a pass, at most; smaller than the spec's once the device ran out of memory."""
+    """Most tokens in a pass; less than the spec's after the device ran out of memory."""
     checkpointing: bool
-    """Whether the blocks keep only their inputs."""
+    """Whether gradient checkpointing is on."""
     random: Randomness
     devices: Devices
     step: int = 0
     tokens: int = 0
     trained_tokens: int = 0
     seconds: float = 0.0
-    """Spent in steps, without evaluations and checkpoints."""
+    """Time spent in steps, without evaluations and checkpoints."""
     history: list[tuple[int, float, float, int]] = field(default_factory=list)
     """(step, loss, accuracy, trained tokens or pairs) of each step."""
-    glances: list[tuple[int, float, float]] = field(default_factory=list)
-    """(step, loss, accuracy) over the first validation rows."""
+    quick_evaluations: list[tuple[int, float, float]] = field(default_factory=list)
+    """(step, loss, accuracy) of each quick evaluation."""
     evaluations: list[Evaluated] = field(default_factory=list)
     evaluated_at: int = -1
-    """Step of the last full evaluation, or of the last that was due without a validation file."""
+    """Step of the last full evaluation, counting those that were due without a validation file."""
     saved_at: int | None = None
     """Step of the newest checkpoint."""
     best_tensors: dict[str, Tensor] | None = None
-    """With early stopping: the adapter's, on the CPU, as of the lowest validation loss."""
+    """With early stopping: the adapter's tensors at the lowest validation loss, on the CPU."""
     order: tuple[int, np.ndarray] | None = None
-    """An epoch and its order of examples, made when a step of it asks."""
+    """An epoch and the order of its examples (examples,), computed at its first step."""
 
     @property
     def hyperparameters(self) -> Hyperparameters:
@@ -125,7 +125,7 @@ class Run:
 
     @property
     def best(self) -> Evaluated | None:
-        """With early stopping: the evaluation whose adapter is exported."""
+        """With early stopping: the evaluation of the adapter that is exported."""
         return best_of(self.evaluations) if self.hyperparameters.early_stopping_patience else None
 
     @cached_property
@@ -134,7 +134,7 @@ class Run:
 
     @cached_property
     def measure(self) -> Loss:
-        """The loss of evaluations."""
+        """The loss for evaluations."""
         return loss_of(self.spec, evaluating=True)
 
     @cached_property
@@ -146,13 +146,13 @@ class Run:
         return steps_per_epoch(len(self.data.training), self.hyperparameters.batch_size)
 
     @cached_property
-    def small_validation(self) -> Examples | None:
+    def quick_examples(self) -> Examples | None:
         held_out = self.data.validation
-        return None if held_out is None else held_out.first(SMALL_VALIDATION_ROWS)
+        return None if held_out is None else held_out.first(QUICK_EVALUATION_ROWS)
 
     @cached_property
     def identity(self) -> dict[str, Any]:
-        """What a checkpoint of this run belongs to."""
+        """What a checkpoint must have in common with the run that resumes from it."""
         held_out = self.data.validation
         return {
             "spec": hashlib.sha256(self.spec.model_dump_json(exclude_defaults=True).encode()).hexdigest(),
@@ -163,7 +163,7 @@ class Run:
         }
 
     def rows(self, step: int) -> np.ndarray:
-        """The examples of an optimizer step; the last batch of an epoch may hold fewer."""
+        """The examples of an optimizer step, (batch size,); fewer in the last step of an epoch."""
         epoch, index = divmod(step - 1, self.steps_per_epoch)
         if self.order is None or self.order[0] != epoch:
             self.order = epoch, epoch_order(len(self.data.training), seed=self.spec.seed, epoch=epoch)
@@ -172,7 +172,7 @@ class Run:
 
 
 def steps_of(hyperparameters: Hyperparameters, examples: int) -> int:
-    """Optimizer steps of a run over so many examples; nothing that it looks at is "auto" any more."""
+    """Optimizer steps of a run over this number of examples, with resolved hyperparameters."""
     whole = hyperparameters.n_epochs * steps_per_epoch(examples, hyperparameters.batch_size)
     return min(whole, hyperparameters.max_steps or whole)
 
@@ -180,8 +180,8 @@ def steps_of(hyperparameters: Hyperparameters, examples: int) -> int:
 def start(
     asked: TrainSpec, spec: TrainSpec, base: Base, data: Data, sites: list[Site], devices: Devices
 ) -> Generator[Phase, None, tuple[Run, Plan]]:
-    """Puts the adapters in place, plans the passes and makes the optimizer."""
-    devices.meet()
+    """Attaches the adapters, plans the passes and makes the optimizer."""
+    devices.barrier()
     hyperparameters = spec.hyperparameters
     total_steps = steps_of(hyperparameters, len(data.training))
     schedule = schedule_of(hyperparameters)
@@ -191,17 +191,25 @@ def start(
         total_steps=total_steps,
         schedule=schedule,
         weight_decay=hyperparameters.weight_decay,
+        devices=devices,
     )
-    method.sum_over_processes = devices.sum
-    packing = base.passes.packing  # asked before the adapters come
-    adapters = yield from placing(method, base.model, sites, devices)
-    # Devices of one kind compute the same start; these are the same bits on any.
-    devices.share(adapter_tensors(adapters).values())
+    packing = base.passes.packing  # before the adapters are attached, since it looks at the bare model
+    adapters = yield from build_adapters_with_progress(method, base.model, sites, devices)
+    # Devices of different kinds may round an adapter's start differently; now all have the same bits.
+    devices.broadcast(adapter_tensors(adapters).values())
     if packing == "segments":
         base.model.set_attn_implementation(attention.NAME)
-    needs = method.needs_logits, method.penalty_copies, devices.count
-    own_plan = plan_passes(spec, base, adapters, data.training, loss_of(spec), *needs)
-    plan = devices.agreed(own_plan)
+    own_plan = plan_passes(
+        spec,
+        base,
+        adapters,
+        data.training,
+        loss_of(spec),
+        needs_logits=method.needs_logits,
+        penalty_copies=method.penalty_copies,
+        processes=devices.count,
+    )
+    plan = devices.broadcast_object(own_plan)
     passes = plan.spec.hyperparameters
     set_checkpointing(base.model, passes.gradient_checkpointing)
     optimizer = torch.optim.AdamW(
@@ -212,31 +220,31 @@ def start(
         fused=True,
     )
     run = Run(
-        asked,
-        plan.spec,
-        base,
-        data,
-        method,
-        adapters,
-        optimizer,
-        schedule,
-        total_steps,
-        passes.micro_batch_tokens,
-        passes.gradient_checkpointing,
-        Randomness(spec.seed, base.device),
-        devices,
+        asked=asked,
+        spec=plan.spec,
+        base=base,
+        data=data,
+        method=method,
+        adapters=adapters,
+        optimizer=optimizer,
+        schedule=schedule,
+        total_steps=total_steps,
+        micro_batch_tokens=passes.micro_batch_tokens,
+        checkpointing=passes.gradient_checkpointing,
+        random=Randomness(spec.seed, base.device),
+        devices=devices,
     )
     return run, plan
 
 
 def not_finite(run: Run, what: str) -> TrainingError:
-    """`what` happened; what helps, and from where the run could go on."""
-    kept = "No checkpoint had been made yet."
+    """An error that says what is not finite, what may help and which checkpoint is left."""
+    kept = "There is no checkpoint yet."
     if run.saved_at is not None:
-        kept = f"The last good checkpoint, of step {run.saved_at}, is kept."
+        kept = f"The checkpoint of step {run.saved_at} is kept."
     return TrainingError(
-        f"{what} Lower the learning rate (now {run.hyperparameters.learning_rate:g}), or look at the data of "
-        f"that step for what is out of the ordinary. {kept}",
+        f"{what} Lower the learning rate (now {run.hyperparameters.learning_rate:g}), or check the data of "
+        f"that step for unusual rows. {kept}",
         param="hyperparameters.learning_rate",
         code="not_finite",
     )

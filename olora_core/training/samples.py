@@ -1,7 +1,7 @@
-"""What the base and the tuned model answer to the first rows, for people to look at.
+"""Sample answers of the base and of the tuned model to the first rows, for people to compare.
 
-Both answer at the end of the run: the base is never written, so it says what it said before. Prompts are
-taken from the tokenised examples, whatever their format, and both read them as they were in training.
+Both answer at the end of the run, which is possible because the base is never written. Prompts are taken from
+the tokenised examples, so they have any file format's, and are exactly those of training.
 """
 
 import math
@@ -25,7 +25,7 @@ from .data import Data, context_length
 
 NEW_TOKENS = 64
 SECONDS = 60.0
-"""No further row is begun after this long, and no answer goes on."""
+"""After this time no further row is started, and a running answer is cut."""
 ROWS_LOOKED_AT = 256
 SHOWN_CHARACTERS = 1000
 
@@ -33,14 +33,14 @@ SHOWN_CHARACTERS = 1000
 def sample(base: Base, data: Data, count: int) -> Generator[Phase | Note, None, Samples | None]:
     """The answers to the first `count` rows with a prompt, of the validation file if there is one.
 
-    None where no row has a prompt. Never fails a run, which has all it came for.
+    None if no row has a prompt. An error here never fails the run, whose training is complete.
     """
     examples, file = (data.validation, "validation") if data.validation else (data.training, "training")
     until, rows = time.monotonic() + SECONDS, []
     for done, (line, prompt, reference) in enumerate(islice(_questions(examples), count)):
         yield Phase("sampling", done, count)
         if time.monotonic() > until:
-            yield Note("info", f"The sample answers took long; {done} of {count} were generated.")
+            yield Note("info", f"Sample answers took too long; {done} of {count} were generated.")
             break
         try:
             rows.append(_sample(base, line, prompt, reference, until))
@@ -53,9 +53,9 @@ def sample(base: Base, data: Data, count: int) -> Generator[Phase | Note, None, 
 
 
 def _questions(examples: Examples) -> Iterator[tuple[int, np.ndarray, np.ndarray]]:
-    """Line, prompt and last trained answer of each row; of a pair, the better one.
+    """Line number, prompt (tokens,) and last trained answer (tokens,) of each row; of a pair, the better one.
 
-    A row that is trained from its second token on is a text without a prompt.
+    Rows without a prompt, which are trained from their second token on, are left out.
     """
     for i in range(min(ROWS_LOOKED_AT, len(examples))):
         tokens, trained = examples.example(i)[0]
@@ -92,7 +92,7 @@ def _tail(text: str) -> str:
 
 
 def generate(base: Base, messages: list[dict[str, Any]], max_new_tokens: int) -> str:
-    """What the model answers to a conversation, likeliest token by likeliest token."""
+    """The model's answer to a conversation, by greedy decoding."""
     if not base.tokenizer.chat_template:
         raise ModelError(
             f"Base model '{base.name}' has no chat template, so it cannot answer a conversation."
@@ -104,9 +104,9 @@ def generate(base: Base, messages: list[dict[str, Any]], max_new_tokens: int) ->
 
 
 def answer(base: Base, prompt: list[int], max_new_tokens: int, *, until: float = math.inf) -> str:
-    """What the model makes of these tokens, likeliest token by likeliest token, until that monotonic time.
+    """The model's continuation of `prompt` by greedy decoding, until the monotonic time `until`.
 
-    The habits of the base's own generation config (sampling, penalties) are left aside.
+    The sampling and penalties of the base's own generation config are ignored.
     """
     ends = end_of_turn_tokens(base.tokenizer, base.model.generation_config.eos_token_id)
     how = GenerationConfig(

@@ -1,4 +1,4 @@
-"""How the learning rate rises and falls over a run."""
+"""Learning-rate schedules."""
 
 import math
 from functools import partial
@@ -13,7 +13,7 @@ def schedule_of(hyperparameters: Hyperparameters) -> Schedule:
 
 
 def _multiplier(kind: str, warmup_ratio: float, i: int, n: int) -> float:
-    """transformers' schedules: i − 1 finished steps, so a run with warm-up begins at rate 0.
+    """As in transformers, a function of the i − 1 finished steps, so a run with warm-up begins at rate 0.
 
     The warm-up takes ceil(warmup_ratio n) steps, but leaves at least one step at the peak.
     """

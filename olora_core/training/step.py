@@ -1,4 +1,4 @@
-"""One optimizer step: its passes, their gradients, and what happens when memory or numbers run out."""
+"""One optimizer step: its forward and backward passes, and what happens when memory runs out."""
 
 import ctypes
 import math
@@ -18,13 +18,13 @@ from ..errors import TrainingError
 from ..layers.adapter import adapters_off
 from ..methods import Outputs
 from ..progress import Note, Step
-from .evaluate import glance
+from .evaluate import quick_evaluation
 from .losses import set_training
 from .memory import can_checkpoint, is_out_of_memory, set_checkpointing
 from .run import Run, not_finite
 
 FILL_STEPS = 20
-"""Steps whose passes are looked at to say how full they are."""
+"""Steps from which `fill_note` is computed."""
 
 
 def take_step(run: Run) -> Generator[Note, None, Step]:
@@ -32,29 +32,16 @@ def take_step(run: Run) -> Generator[Note, None, Step]:
     began, step, rows = time.perf_counter(), run.step + 1, run.rows(run.step + 1)
     rate = write_learning_rates(run, step)
     set_training(run.base.model, run.spec)
-    while True:
-        is_short = False
-        try:
-            with run.random:
-                sums, tokens = accumulate(run, rows)
-        except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
-            if not is_out_of_memory(error):
-                raise
-            if run.base.shards > 1:  # the others wait in the midst of this pass
-                raise no_room(run, step, batches_of(run, rows)) from None
-            is_short = True
-        # One device that is short of memory is enough for all to begin again, since they share the batches.
-        if not run.devices.meet(is_short):
-            break
-        # Nothing has moved yet: the step begins again, with less at a time.
-        run.optimizer.zero_grad(set_to_none=True)
-        run.method.step_again()
-        yield need_less(run, step, rows)
+    sums, tokens = yield from accumulate_within_memory(run, step, rows)
+    # Summed, not averaged over the devices: every loss was divided by the weight of the whole batch already.
     sums = run.devices.sum_gradients(run.parameters, sums)
+    # Clipped after the sum, so that the norm is the whole batch's on any number of devices, and before
+    # `after_backward`, so that the hook sees the gradients that the optimizer will use.
     norm = nn.utils.clip_grad_norm_(run.parameters, run.hyperparameters.max_grad_norm)
     trained = int(run.data.training.trained_lengths[rows].sum())
     weight = int(run.data.training.weights[rows].sum())
-    # The one wait for the device in a step: a step that is not finite must not move the weights.
+    # The step's only wait for the device, with all numbers in one transfer. It cannot come after the
+    # optimizer: a step that is not finite must not move the weights, or no checkpoint could be written.
     *means, grad_norm = torch.cat([sums / weight, norm.double()[None]]).tolist()
     mean, accuracy, margin = means
     if not (math.isfinite(mean) and math.isfinite(grad_norm)):
@@ -69,7 +56,7 @@ def take_step(run: Run) -> Generator[Note, None, Step]:
     run.step, run.tokens, run.trained_tokens = step, run.tokens + tokens, run.trained_tokens + trained
     run.seconds += seconds
     run.history.append((step, mean, accuracy, weight))
-    seen = glance(run)
+    seen = quick_evaluation(run)
     return Step(
         step=step,
         total_steps=run.total_steps,
@@ -88,8 +75,34 @@ def take_step(run: Run) -> Generator[Note, None, Step]:
     )
 
 
+def accumulate_within_memory(
+    run: Run, step: int, rows: np.ndarray
+) -> Generator[Note, None, tuple[Tensor, int]]:
+    """`accumulate`, repeated with smaller passes for as long as a device runs out of memory.
+
+    Nothing has moved before the optimizer steps, so a repeated attempt gives the step's own result.
+    """
+    while True:
+        is_short = False
+        try:
+            with run.random:
+                result = accumulate(run, rows)
+        except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
+            if not is_out_of_memory(error):
+                raise
+            if run.base.shards > 1:  # the other processes wait inside this pass, and would wait forever
+                raise out_of_memory_error(run, step, batches_of(run, rows)) from None
+            is_short = True
+        # All retry when one must: they cut the batch into the same micro-batches and share them out.
+        if not run.devices.barrier_any(is_short):
+            return result
+        run.optimizer.zero_grad(set_to_none=True)
+        run.method.on_step_retry()
+        yield reduce_memory(run, step, rows)
+
+
 def write_learning_rates(run: Run, step: int) -> float:
-    """Sets every group's rate for this step, anew; returns the job's own."""
+    """Sets every group's rate for this step; returns the job's own rate, without a group's factors."""
     peak, multiplier = run.hyperparameters.learning_rate, run.schedule(step, run.total_steps)
     for group in run.optimizer.param_groups:
         scheduled = 1.0 if group["lr_by"] == "method" else multiplier
@@ -98,25 +111,33 @@ def write_learning_rates(run: Run, step: int) -> float:
 
 
 def accumulate(run: Run, rows: np.ndarray) -> tuple[Tensor, int]:
-    """Gradients of one optimizer batch. Returns (3,) fp64, the sums of loss, hits and margin; and tokens."""
+    """Adds up the gradients of this process's share of an optimizer batch; `rows` (batch size,) are examples.
+
+    Returns (3,) fp64, the sums over its share of the loss in nats, of `TaskLoss.correct` and of the margin;
+    and the number of tokens in the whole batch.
+    """
     weight = int(run.data.training.weights[rows].sum())
     batches = batches_of(run, rows)
     sums = torch.zeros(3, dtype=torch.float64, device=run.base.device)
     if run.base.shards > 1:
-        run.devices.meet()  # every pass over the base takes all devices
-    mine = run.devices.mine([batch.tokens for batch in batches], in_step=run.base.shards > 1)
-    for position, counts in mine:
+        run.devices.barrier()  # every pass gathers the base's shards from all processes
+    assigned = run.devices.assign([batch.tokens for batch in batches], in_step=run.base.shards > 1)
+    for position, counts in assigned:
         run.random.begin(run.step + 1, position)
         batch = batches[position].to(run.base.device)
         run.method.before_pass(batch)
-        task = run.loss(run.base.model, batch, run.base.passes, every_logit=run.method.needs_logits)
-        penalty = run.method.penalty(
-            Outputs(task.logits, batch.labels, task.total / task.weight, repeated=not counts),
-            lambda batch=batch: base_logits(run.base, batch),
-        )
+        task = run.loss(run.base.model, batch, run.base.passes, needs_logits=run.method.needs_logits)
+        outputs = Outputs(task.logits, batch.labels, task.total / task.weight, repeated=not counts)
+        penalty = run.method.penalty(outputs, lambda batch=batch: base_logits(run.base, batch))
+        run.method.after_pass(outputs)
+        # Divided by the weight of the whole batch, not of the micro-batch: the gradients then add up to those
+        # of one large batch, however it was cut. A penalty has no such weight, so it is averaged over the
+        # passes.
         loss = task.total / weight
         if penalty is not None:
             loss = loss + penalty / len(batches)
+        # A repeated pass adds zeros to the gradients. Its backward must run: with a sharded base it takes
+        # part in the gathering of weights that the other processes wait for.
         (loss if counts else 0 * loss).backward()
         if not counts:
             continue
@@ -126,6 +147,7 @@ def accumulate(run: Run, rows: np.ndarray) -> tuple[Tensor, int]:
 
 
 def batches_of(run: Run, rows: np.ndarray) -> list[MicroBatch]:
+    """The micro-batches of all processes for an optimizer batch; `rows` (batch size,) are its examples."""
     return micro_batches(
         run.data.training,
         rows,
@@ -137,7 +159,7 @@ def batches_of(run: Run, rows: np.ndarray) -> list[MicroBatch]:
 
 
 def fill_note(run: Run) -> Note:
-    """How full the passes of the first steps are."""
+    """How full the forward passes of the first steps are."""
     steps = min(FILL_STEPS, run.total_steps)
     batches = [batch for step in range(1, steps + 1) for batch in batches_of(run, run.rows(step))]
     tokens = sum(batch.tokens for batch in batches)
@@ -146,9 +168,8 @@ def fill_note(run: Run) -> Note:
     packing = run.hyperparameters.packing
     return Note(
         "info",
-        f"{'Packed' if packing else 'Padded'} passes: {tokens / padded:.0%} of what they compute are the "
-        f"examples' tokens, {tokens / room:.0%} of the {run.micro_batch_tokens} they may hold; "
-        f"{len(batches) / steps:.1f} a step.",
+        f"{'Packing' if packing else 'Padding'}: {100 * tokens / padded:.0f} % real tokens, batches "
+        f"{100 * tokens / room:.0f} % full, {len(batches) / steps:.1f} forward passes per step.",
         {
             "packing": packing,
             "fill": tokens / padded,
@@ -158,10 +179,10 @@ def fill_note(run: Run) -> Note:
     )
 
 
-def need_less(run: Run, step: int, rows: np.ndarray) -> Note:
-    """Halves what a pass holds, or checkpoints the blocks when it holds one example already.
+def reduce_memory(run: Run, step: int, rows: np.ndarray) -> Note:
+    """Halves the tokens of a pass, or turns on gradient checkpointing when a pass holds one example already.
 
-    Raises TrainingError when neither is left.
+    Raises TrainingError when both have been done.
     """
     if run.base.device.type == "cuda":
         torch.cuda.empty_cache()
@@ -169,23 +190,23 @@ def need_less(run: Run, step: int, rows: np.ndarray) -> Note:
     largest = max(batch.input_ids.numel() for batch in batches)
     if len(batches) < len(rows):
         run.micro_batch_tokens = max(16, min(run.micro_batch_tokens, largest) // 2)
-        done = f"passes hold at most {run.micro_batch_tokens} tokens from here on, and gradients accumulate"
+        done = f"a forward pass now holds at most {run.micro_batch_tokens} tokens"
     elif not run.checkpointing and can_checkpoint(run.base.model, run.spec):
         run.checkpointing = True
         set_checkpointing(run.base.model, True)
-        done = "blocks are computed once more in the backward from here on"
+        done = "gradient checkpointing is now on"
     else:
-        raise no_room(run, step, batches)
-    # A penalty on the logits may look at a pass as a whole.
+        raise out_of_memory_error(run, step, batches)
+    # A penalty on the logits may be a function of the whole pass, such as BA-LoRA's spectrum.
     same = "" if run.method.needs_logits else " The result does not change."
     return Note(
         "warn",
-        f"Step {step} ran out of memory and begins again: {done}.{same}",
+        f"Step {step} ran out of memory and is repeated: {done}.{same}",
         {"step": step, "micro_batch_tokens": run.micro_batch_tokens, "checkpointing": run.checkpointing},
     )
 
 
-def no_room(run: Run, step: int, batches: list[MicroBatch]) -> TrainingError:
+def out_of_memory_error(run: Run, step: int, batches: list[MicroBatch]) -> TrainingError:
     largest = max(batch.input_ids.numel() for batch in batches)
     if run.base.shards > 1:
         what, remedy = "with its sharded base", "hyperparameters.micro_batch_tokens, context_length"
@@ -200,25 +221,25 @@ def no_room(run: Run, step: int, batches: list[MicroBatch]) -> TrainingError:
 
 @torch.no_grad()
 def base_logits(base: Base, batch: MicroBatch) -> Tensor:
-    """What the base says of a batch: adapters off, eval mode."""
+    """The base's logits for a micro-batch, (rows, length, vocabulary): adapters off, eval mode."""
     with adapters_off(base.model), evaluating(base.model):
         return base.passes.logits(base.model, batch)[1]
 
 
 def forget_peak_memory(device: torch.device) -> None:
-    """From here on `peak_memory` tells of what comes; where the system does not allow that, of all so far."""
+    """Resets what `peak_memory` returns; without effect where the system does not allow it."""
     if device.type == "cuda":
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats(device)
         return
     with suppress(OSError, AttributeError):
-        # What earlier runs have freed lies about in glibc's heap, and would count as used.
+        # Memory that earlier runs freed stays in glibc's heap, where it would count as used.
         ctypes.CDLL(None).malloc_trim(0)
         Path("/proc/self/clear_refs").write_text("5")
 
 
 def peak_memory(device: torch.device) -> int:
-    """Bytes: the device's peak, or on a CPU this process's own, which ru_maxrss mixes with its parent's."""
+    """Bytes at the peak: of the device, or on a CPU of this process (ru_maxrss includes its parent's)."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     lines = dict(line.split(":") for line in Path("/proc/self/status").read_text().splitlines())

@@ -1,6 +1,6 @@
-"""One training run, as a generator: whoever iterates records what it says, and stops it by leaving.
+"""One training run, as a generator: the caller records its updates, and stops the run by closing it.
 
-Reading order is the order of events: `train` at the top, then what it calls.
+The functions stand in the order of events: `train`, then what it calls.
 """
 
 import shutil
@@ -12,7 +12,7 @@ from typing import Any
 from ..bases.loading import Base, check_quantization
 from ..bases.precision import compute_dtype
 from ..bases.sites import target_sites
-from ..devices import ALONE, Devices
+from ..devices import SINGLE, Devices
 from ..export.adapter import export_adapter, record_certificate
 from ..export.certificate import certify, certify_merged
 from ..export.manifest import RunRecord
@@ -24,8 +24,8 @@ from .data import Data, read_data
 from .early_stopping import is_over
 from .evaluate import evaluate_fully
 from .memory import Plan
-from .resume import Checkpoints, save, take_up
-from .run import Run, borrowed, check_dtype, check_sharding, facts, start
+from .resume import Checkpoints, resume_run, save
+from .run import Run, check_dtype, check_sharding, restored_afterwards, run_facts, start
 from .samples import sample
 from .step import fill_note, peak_memory, take_step
 
@@ -47,7 +47,7 @@ CERTIFICATE_ROWS, CERTIFICATE_TOKENS = 16, 4096
 TINY_MULTIPLIER = 0.01
 ROUNDING_WORTH_A_WARNING = 0.01
 
-Wishes = Generator[Progress, str | None, None]
+Training = Generator[Progress, str | None, None]
 
 
 def train(
@@ -60,35 +60,35 @@ def train(
     resume: Path | None = None,
     checkpoint_seconds: float = 60.0,
     cache: Path | None = None,
-    devices: Devices = ALONE,
-) -> Wishes:
+    devices: Devices = SINGLE,
+) -> Training:
     """Trains an adapter for `base` and exports it, certified, to `folder / "adapter"`.
 
-    Where the spec asks for merged weights, the whole model is exported to `folder / "model"` instead.
+    With `adapter.export = "merged"` the whole model is exported to `folder / "model"` instead.
 
-    `base` is loaded in `compute_dtype(spec, …)` and bears no adapter. While the loop runs, Finished included,
-    it answers as the tuned model; when the loop is left, however that happens, it is as it was. `folder` is
-    scratch and holds the checkpoints. Tokenised files are kept in `cache`, where another run on the same data
-    finds them; without it, in `folder`. Sending "save" at a Step makes a Saved the next thing said. With
-    `resume`, a checkpoint's folder, the run goes on exactly there.
+    `base` must be loaded in `compute_dtype(spec, …)` and have no adapter attached. Until the generator is
+    closed or exhausted the base has the adapter; afterwards, also after an error, it is as before. `folder`
+    is scratch space and holds the checkpoints. Tokenised files are cached in `cache`, or without it in
+    `folder`. Sending "save" at a Step makes the next update a Saved. With `resume`, the folder of a
+    checkpoint, the run continues from there and gives the same bytes as one that was never interrupted.
 
-    On several `devices` each process calls this with the same arguments and iterates to the end; only the
-    first one's progress, wishes and leaving matter, and only it writes. When it leaves, the others end.
+    With several `devices`, each process calls this with the same arguments and iterates to the end. Only the
+    main process's updates and stop requests count, and only it writes; when it leaves, the others end.
 
-    Raises OloraErrors only for expected trouble; each says what to do.
+    Raises OloraErrors for expected trouble, each with a message that says what to do.
     """
     asked = spec
-    with devices.sharing():
+    with devices.ending_together():
         check_dtype(spec, base)
         check_quantization(spec, base)
         check_sharding(spec, base, devices)
         check_validation(spec, given=validation is not None)
         sites = target_sites(base.model, spec.adapter.target_modules)
         check_mergeable(spec, base, sites)
-        own_cache = folder / "tokens" if devices.leads else None
+        own_cache = folder / "tokens" if devices.is_main else None
         data = yield from read_data(spec, base, training, validation, cache or own_cache)
-        spec, why = resolve(spec, facts(base, data, devices))
-        with borrowed(base):
+        spec, why = resolve(spec, run_facts(base, data, devices))
+        with restored_afterwards(base):
             run, plan = yield from start(asked, spec, base, data, sites, devices)
             trained = sum(parameter.numel() for parameter in run.parameters)
             targets = [site.name for site in sites]
@@ -97,15 +97,15 @@ def train(
             if resume is None:
                 yield from notes(run, plan)
             else:
-                take_up(run, resume)
+                resume_run(run, resume)
             yield from steps(run, Checkpoints(partial(save, folder=folder), checkpoint_seconds))
             devices.check_equal(adapter_tensors(run.adapters).values())
-            if devices.leads:
+            if devices.is_main:
                 yield from finish(run, folder)
 
 
 def notes(run: Run, plan: Plan) -> Iterator[Note]:
-    """What the owner should know before the first step."""
+    """Notes for the owner before the first step."""
     yield from run.data.notes
     yield from plan.notes
     yield fill_note(run)
@@ -115,7 +115,7 @@ def notes(run: Run, plan: Plan) -> Iterator[Note]:
     if multiplier != "auto" and multiplier < TINY_MULTIPLIER:
         yield Note(
             "warn",
-            f"learning_rate_multiplier = {multiplier:g} multiplies the method's own rate, to "
+            f"learning_rate_multiplier = {multiplier:g} multiplies the method's default rate, to "
             f"{run.hyperparameters.learning_rate:g}; for an absolute rate use learning_rate.",
         )
 
@@ -124,7 +124,7 @@ def notes(run: Run, plan: Plan) -> Iterator[Note]:
 
 
 def evaluation_is_due(run: Run) -> bool:
-    """At the very start, at epochs' ends, at the last step, and every `eval_steps`."""
+    """True before the first step, at the end of each epoch, at the last step, and every `eval_steps`."""
     every = run.hyperparameters.eval_steps
     at_epoch_end = run.step % run.steps_per_epoch == 0 or run.step == run.total_steps
     return at_epoch_end or (every is not None and run.step % every == 0)
@@ -133,11 +133,11 @@ def evaluation_is_due(run: Run) -> bool:
 def steps(
     run: Run, checkpoints: Checkpoints, is_due: Callable[[Run], bool] = evaluation_is_due
 ) -> Generator[Note | Phase | Step | Evaluated | Saved, str | None, None]:
-    """Steps, with the whole validation file whenever it `is_due`, and checkpoints."""
+    """The training loop: steps, full evaluations whenever `is_due`, and checkpoints."""
     while True:
         if is_due(run) and run.evaluated_at != run.step:
             yield from evaluate_fully(run)
-            if checkpoints.follow_evaluations and run.step and run.devices.leads:
+            if checkpoints.follow_evaluations and run.step and run.devices.is_main:
                 yield checkpoints.make(run)
         if run.step == run.total_steps:
             return
@@ -145,13 +145,14 @@ def steps(
             yield Note(
                 "info",
                 f"{run.hyperparameters.early_stopping_patience} evaluations in a row have not lowered the "
-                f"validation loss; the training stops after step {run.step} of {run.total_steps}.",
+                f"validation loss; training stops after step {run.step} of {run.total_steps}.",
                 {"step": run.step, "total_steps": run.total_steps},
             )
             return
-        wish = yield (yield from take_step(run))
+        step = yield from take_step(run)
+        stop_request = yield step
         follows_anyway = checkpoints.follow_evaluations and is_due(run)
-        if run.devices.leads and (wish == "save" or (checkpoints.are_due and not follows_anyway)):
+        if run.devices.is_main and (stop_request == "save" or (checkpoints.are_due and not follows_anyway)):
             yield checkpoints.make(run)
 
 
@@ -159,13 +160,13 @@ def steps(
 
 
 def finish(run: Run, folder: Path) -> Iterator[Note | Phase | Samples | Finished]:
-    """Has both models answer, exports what was trained and lets it pass only with a certificate."""
+    """Generates sample answers, exports the adapter and certifies it."""
     run.base.model.eval()
     yield from take_the_best(run)
     samples = None
-    if run.base.shards > 1:  # the others, whom every pass takes, have ended
+    if run.base.shards > 1:  # a pass needs all processes, and the others have ended
         if run.hyperparameters.samples:
-            yield Note("info", "The base is sharded over several devices, so it answers no sample rows.")
+            yield Note("info", "There are no sample answers, since the base is sharded over several devices.")
     else:
         samples = yield from sample(run.base, run.data, run.hyperparameters.samples)
     if samples:
@@ -192,37 +193,38 @@ def finish(run: Run, folder: Path) -> Iterator[Note | Phase | Samples | Finished
 
 
 def rounding_note(merged: Merged) -> Note:
-    """What the weights' dtype took of the update; in bf16 it may be much of a small one."""
+    """How much of the update is lost by rounding to the weights' dtype; in bf16 this can be a large share."""
     level = "warn" if merged.rounding_loss > ROUNDING_WORTH_A_WARNING else "info"
     sentence = (
         f"Merged and rounded to {merged.dtype}, the weights lose {merged.rounding_loss:.2%} of the update."
     )
     if level == "warn":
-        sentence += " An adapter, adapter.export = 'adapter', loses nothing."
+        sentence += " An adapter (adapter.export = 'adapter') loses nothing."
     return Note(level, sentence, {"rounding_loss": merged.rounding_loss})
 
 
 def take_the_best(run: Run) -> Iterator[Note]:
-    """With early stopping: back to the adapter of the lowest validation loss."""
+    """With early stopping, restores the adapter with the lowest validation loss."""
     best = run.best
     if best is None:
         return
     load_adapter_tensors(run.adapters, run.best_tensors or {})
-    told = (
-        f"The adapter of step {best.step} is exported: its validation loss, {best.loss:.4f}, is the lowest."
+    yield Note(
+        "info",
+        f"The adapter of step {best.step} is exported: it has the lowest validation loss, {best.loss:.4f}.",
+        {"step": best.step, "valid_loss": best.loss},
     )
-    yield Note("info", told, {"step": best.step, "valid_loss": best.loss})
     before = run.evaluations[0]
     if not best.loss < before.loss:
         yield Note(
             "warn",
-            f"The base's own validation loss, {before.loss:.4f}, is not above it: on these rows the training "
-            "has not helped. Lower the learning rate, or look at the data.",
+            f"The base's own validation loss, {before.loss:.4f}, is not higher: on these rows training has "
+            "not helped. Lower the learning rate, or check the data.",
         )
 
 
 def certificate_rows(data: Data) -> list[list[int]]:
-    """The first held-out rows, or training rows where nothing is held out."""
+    """Tokens of the first validation rows, or of training rows without a validation file."""
     examples, rows, tokens = data.validation or data.training, [], 0
     for i in range(min(CERTIFICATE_ROWS, len(examples))):
         row = examples.row(i)[0].tolist()
@@ -234,7 +236,7 @@ def certificate_rows(data: Data) -> list[list[int]]:
 
 
 def final_metrics(run: Run) -> dict[str, Any]:
-    """What the job and the model card keep of the run."""
+    """The run's metrics for the job and the model card."""
     last_epoch = run.history[-((run.step - 1) % run.steps_per_epoch + 1) :]
     weight = sum(weight for *_, weight in last_epoch)
     before, after = (run.evaluations[0], run.evaluations[-1]) if run.evaluations else (None, None)

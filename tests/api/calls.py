@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 
 from starlette.testclient import TestClient
 
-from olora_core.specs import Facts, TrainSpec, resolve
+from olora_core.specs import RunFacts, TrainSpec, resolve
 from store import claims, comparisons, fine_tuned, jobs, progress
 from store.comparisons import EndedRun
 from store.session import make_engine, sessions
@@ -150,7 +150,7 @@ class Attempt:
             return claims.claim(session, owner="test", lease_seconds=300)
 
     def resolved(self) -> TrainSpec:
-        facts = Facts(examples=12, hidden_size=192, context_length=256)
+        facts = RunFacts(examples=12, hidden_size=192, context_length=256)
         return resolve(self.claim.spec, facts)[0]
 
     def train(self, steps: int = 3) -> None:

@@ -300,8 +300,8 @@ BAD_BODIES = (
     ),
     bad("rates", {"learning_rates": "best"}, "learning_rates"),
     bad("rate-0", {"learning_rates": [0]}, "learning_rates"),
-    bad("seeds-0", {"seeds": 0}, "seeds", "greater than or equal to 1"),
-    bad("seeds-21", {"seeds": 21}, "seeds", "less than or equal to 20"),
+    bad("seeds-0", {"seeds": 0}, "seeds", "at least 1"),
+    bad("seeds-21", {"seeds": 21}, "seeds", "at most 20"),
     bad("seed", {"seed": -1}, "seed"),
     bad("budget", {"budget": 0}, "budget"),
     bad("share", {"search_share": 1.5}, "search_share"),
@@ -311,9 +311,7 @@ BAD_BODIES = (
         {"method": {"type": "dpo", "dpo": {"hyperparameters": {"lr": 1e-3}}}},
         "method.dpo.hyperparameters.lr",
     ),
-    bad(
-        "epochs-0", {"hyperparameters": {"n_epochs": 0}}, "hyperparameters.n_epochs", "greater than or equal"
-    ),
+    bad("epochs-0", {"hyperparameters": {"n_epochs": 0}}, "hyperparameters.n_epochs", "at least 1"),
     bad(
         "stopping",
         {"hyperparameters": {"early_stopping_patience": 2}},

@@ -114,12 +114,12 @@ def test_the_same_command_goes_on_after_an_interruption(through: Path, tmp_path:
 @pytest.mark.parametrize(
     ("more", "sentence"),
     [
-        (("--methods", "olora, lara"), "there is no method 'lara' (did you mean 'lora'?)"),
+        (("--methods", "olora, lara"), "method 'lara' is unknown (did you mean 'lora'?)"),
         (("--methods", "olora, {"), "is no list such as"),
         (("--learning-rates", "quick"), "--learning-rates: 'quick' is no number"),
-        (("--set", "learning_rate=1"), "learning_rate cannot be chosen"),
+        (("--set", "learning_rate=1"), "learning_rate must be left out"),
         (("--set", "nonsense"), "is not NAME=VALUE"),
-        (("--seeds", "0"), "seeds = 0 does not fit"),
+        (("--seeds", "0"), "seeds must be at least 1 (got 0)"),
         (("--validation", "missing.jsonl"), "missing.jsonl is not a file"),
         (("--base", "no-such-model"), "no-such-model"),
     ],

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from olora_core.bases.loading import Base, load_base
 from olora_core.bases.sharding import own_part, shard
-from olora_core.devices import ALONE, Devices, join
+from olora_core.devices import SINGLE, Devices, join
 from olora_core.errors import OloraError
 from olora_core.layers.adapter import Site, adapters_off, attached
 from olora_core.methods import METHODS, Outputs
@@ -42,7 +42,7 @@ class Penalised(LoRA):
         return outputs.loss.square()
 
     def after_backward(self, step: int) -> None:
-        self.seen_by_step.append(float(self.sum_over_processes(self.seen)))
+        self.seen_by_step.append(float(self.devices.sum(self.seen)))
         self.seen = torch.zeros(())
 
 
@@ -82,11 +82,11 @@ def _method(case: dict[str, Any], devices: Devices) -> type[LoRA]:
     if case.get("idle"):
         return Idle
     if case.get("short"):
-        return Short if devices.count == 1 else LoRA if devices.leads else ShortFollower
+        return Short if devices.count == 1 else LoRA if devices.is_main else ShortFollower
     return LoRA
 
 
-def run_case(case: dict[str, Any], devices: Devices = ALONE) -> dict[str, Any]:
+def run_case(case: dict[str, Any], devices: Devices = SINGLE) -> dict[str, Any]:
     """Trains one case and returns what there is to compare; with `stop_after` only to a checkpoint there."""
     spec = TrainSpec.model_validate(case["spec"])
     base = load_base(Path(case["base"]), name="tiny")
@@ -112,7 +112,7 @@ def run_case(case: dict[str, Any], devices: Devices = ALONE) -> dict[str, Any]:
                         layer.adapter.idle.tolist() for layer in attached(base.model) if case.get("idle")
                     ]
                     if news.step == case.get("stop_after"):
-                        if devices.leads:
+                        if devices.is_main:
                             saved = progress.send("save")
                             assert isinstance(saved, Saved)
                             said["saved"] = str(saved.folder)
@@ -161,7 +161,7 @@ def _off(base: Base, devices: Devices) -> bool:
 class Pair:
     """The two processes, from the outside."""
 
-    def __init__(self, folder: Path, patience_seconds: float = 60.0) -> None:
+    def __init__(self, folder: Path, timeout_seconds: float = 60.0) -> None:
         environment = os.environ | {
             "OMP_NUM_THREADS": "1",
             "PYTHONPATH": str(ROOT),
@@ -171,7 +171,7 @@ class Pair:
         logs = [(folder / f"{rank}.log").open("wb") for rank in (0, 1)]
         self.processes = [
             subprocess.Popen(
-                [*arguments, str(rank), str(folder / "meeting"), str(patience_seconds)],
+                [*arguments, str(rank), str(folder / "meeting"), str(timeout_seconds)],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=log,
@@ -216,10 +216,10 @@ class Pair:
 
 
 def main() -> None:
-    rank, meeting_file, patience = sys.argv[1:]
+    rank, rendezvous_file, patience = sys.argv[1:]
     torch.set_num_threads(1)
     with join(
-        "cpu", rank=int(rank), count=2, meeting_file=Path(meeting_file), patience_seconds=float(patience)
+        "cpu", rank=int(rank), count=2, rendezvous_file=Path(rendezvous_file), timeout_seconds=float(patience)
     ) as devices:
         for line in sys.stdin:
             sys.stdout.write(json.dumps(run_case(json.loads(line), devices)) + "\n")

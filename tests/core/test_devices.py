@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from olora_core.devices import deal
-from olora_core.specs import Facts, resolve
+from olora_core.specs import RunFacts, resolve
 
 from .pair import Pair, run_case
 from .runs import chat_rows, preference_rows, spec_for, write_rows
@@ -219,14 +219,14 @@ def test_micro_batches_are_dealt_evenly_and_each_once() -> None:
 def test_an_automatic_micro_batch_leaves_none_without_work() -> None:
     asked = spec_for(batch_size=8, micro_batch_size="auto")
     for devices, size in ((1, 8), (2, 4), (3, 3), (16, 1)):
-        spec, _ = resolve(asked, Facts(100, 32, 128, devices=devices))
+        spec, _ = resolve(asked, RunFacts(100, 32, 128, devices=devices))
         assert spec.hyperparameters.micro_batch_size == size
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("by", [signal.SIGKILL, signal.SIGSTOP])
 def test_a_process_that_dies_or_hangs_ends_the_run_with_a_sentence(base_folders, files, tmp_path, by) -> None:
-    pair = Pair(tmp_path, patience_seconds=4)
+    pair = Pair(tmp_path, timeout_seconds=4)
     case = case_of("lora", base_folders, files)
     case["spec"]["hyperparameters"]["n_epochs"] = 50
     pair.begin(case | {"folder": str(tmp_path / "warm"), "stop_after": 1})

@@ -12,7 +12,7 @@ from sqlalchemy import select
 
 from olora_core.errors import DataError
 from olora_core.progress import Note
-from olora_core.specs import Facts, resolve
+from olora_core.specs import RunFacts, resolve
 from store import claims, files, fine_tuned, jobs, progress
 from store.errors import FileUnusable, JobStateError, LeaseLost, NotFound, UnknownCursor
 from store.events import events_since, list_events
@@ -230,8 +230,8 @@ def test_what_the_first_attempt_resolved_the_second_one_keeps(sessions: Sessions
     making.job(sessions)
     first = making.claimed(sessions)
     assert not first.resolved
-    resolved, _ = resolve(making.SPEC, Facts(examples=40, hidden_size=192, context_length=256))
-    other, _ = resolve(making.SPEC, Facts(examples=4000, hidden_size=192, context_length=256))
+    resolved, _ = resolve(making.SPEC, RunFacts(examples=40, hidden_size=192, context_length=256))
+    other, _ = resolve(making.SPEC, RunFacts(examples=4000, hidden_size=192, context_length=256))
     with sessions.begin() as session:
         progress.record(session, first, resolved=resolved)
         progress.record(session, first, resolved=other)

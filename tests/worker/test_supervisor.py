@@ -294,7 +294,7 @@ def test_early_stopping_ends_a_job_and_keeps_its_best_checkpoint(
     stored = {key.rpartition("/")[0] for key in service.storage.list(f"jobs/{job_id}")}
     assert stored == {*(c.storage_key for c in kept.values()), f"jobs/{job_id}/results/a1"}
     messages = [event.message for event in service.events(job_id)]
-    assert any(f"the training stops after step {job.step} of 320" in message for message in messages)
+    assert any(f"training stops after step {job.step} of 320" in message for message in messages)
     assert any(f"The adapter of step {best} is exported" in message for message in messages)
     rows = list(csv.DictReader(io.StringIO(service.result(job_id, 0).decode())))
     evaluated = [int(row["step"]) for row in rows if row["full_valid_loss"]]
@@ -482,7 +482,7 @@ def test_a_job_that_is_no_longer_finite_fails_at_once_and_keeps_its_last_good_ch
     assert job.error is not None
     assert (job.error["code"], job.error["param"]) == ("not_finite", "hyperparameters.learning_rate")
     assert "Step 3 is not finite and was not applied" in job.error["message"]
-    assert "The last good checkpoint, of step 2, is kept." in job.error["message"]
+    assert "The checkpoint of step 2 is kept." in job.error["message"]
     assert service.events(job_id)[-1].message == f"The job failed: {job.error['message']}"
 
     with service.write() as session:

@@ -21,7 +21,7 @@ from .warm_base import shared_base
 logger = logging.getLogger("olora.peer")
 
 
-def follow(order: Order, rank: int, meeting_file: Path) -> None:
+def follow(order: Order, rank: int, rendezvous_file: Path) -> None:
     import torch
 
     from olora_core.devices import join
@@ -29,7 +29,7 @@ def follow(order: Order, rank: int, meeting_file: Path) -> None:
 
     spec = TrainSpec.model_validate(order.spec)
     device = f"cuda:{rank}" if torch.cuda.is_available() else "cpu"
-    with join(device, rank=rank, count=order.devices, meeting_file=meeting_file) as devices:
+    with join(device, rank=rank, count=order.devices, rendezvous_file=rendezvous_file) as devices:
         run = train(
             spec,
             shared_base(order, spec, device, devices),
@@ -48,7 +48,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Started by the trainer; not for the command line.")
     parser.add_argument("--parent", type=int, required=True)
     parser.add_argument("--rank", type=int, required=True)
-    parser.add_argument("--meeting-file", type=Path, required=True)
+    parser.add_argument("--rendezvous-file", type=Path, required=True)
     options = parser.parse_args()
     die_with_parent(options.parent)
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
@@ -59,7 +59,7 @@ def main() -> None:
         sent.flush()
 
     try:
-        follow(Order(**json.loads(received.readline())), options.rank, options.meeting_file)
+        follow(Order(**json.loads(received.readline())), options.rank, options.rendezvous_file)
     except ProcessLost as error:
         send(crashed={"message": error.message})
     except OloraError as error:

@@ -36,7 +36,7 @@ class Peers:
     ) -> None:
         """`spec` has dtype and sharding resolved, so that peers do not probe again."""
         folder = tempfile.mkdtemp(prefix="meeting-", dir=Path(order.folder).parent)
-        self.meeting_file = Path(folder) / "meeting"
+        self.rendezvous_file = Path(folder) / "meeting"
         self._on_loss = on_loss
         self._over = False
         message = asdict(replace(order, spec=spec.model_dump(mode="json")))
@@ -45,7 +45,7 @@ class Peers:
             subprocess.Popen(
                 [
                     *(sys.executable, "-m", "worker.trainer.peer", "--parent", str(os.getpid())),
-                    *("--rank", str(rank), "--meeting-file", str(self.meeting_file)),
+                    *("--rank", str(rank), "--rendezvous-file", str(self.rendezvous_file)),
                 ],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,

@@ -26,6 +26,7 @@ from olora_core.progress import (
     Progress,
     Saved,
     Step,
+    drive,
 )
 from olora_core.specs import ComparisonSpec, TrainSpec
 
@@ -88,13 +89,13 @@ class Trainer:
         leave(1)
 
     def _train(self, order: Order) -> None:
-        from olora_core.devices import ALONE
+        from olora_core.devices import SINGLE
 
         spec = TrainSpec.model_validate(order.spec)
         if order.devices > 1:
             self._train_together(order, spec)
         else:
-            self._train_on(order, spec, self._warm_base(order, spec), ALONE)
+            self._train_on(order, spec, self._warm_base(order, spec), SINGLE)
 
     def _warm_base(self, order: Order, spec: TrainSpec) -> "Base":
         return self.base.get(Path(order.base), spec, loading=lambda: self._send(Phase("loading", 0, 1)))
@@ -122,7 +123,7 @@ class Trainer:
         try:
             with (
                 Peers(order, plan, threads=share, on_loss=self._lost) as peers,
-                join(device, rank=0, count=order.devices, meeting_file=peers.meeting_file) as devices,
+                join(device, rank=0, count=order.devices, rendezvous_file=peers.rendezvous_file) as devices,
             ):
                 if sharding == "full":
                     self.base.drop()
@@ -176,23 +177,23 @@ class Trainer:
 
     def _drive(self, run: Work) -> None:
         stepped = False
-        with closing(run):
-            for progress in run:
+        request = lambda: "save" if self.channel.stop_request() == "release" else None  # noqa: E731
+        with closing(drive(run, request)) as updates:
+            for progress in updates:
                 self._send(progress)
                 stepped = stepped or isinstance(progress, Step | ComparedStep)
                 stop_request = self.channel.stop_request()
-                if stop_request is not None and self._stops(run, progress, stop_request, stepped):
+                if stop_request is not None and self._stops(progress, stop_request, stepped):
                     self.channel.send(stopped={"request": stop_request})
                     return
 
-    def _stops(self, run: Work, progress: Update, stop_request: StopRequest, stepped: bool) -> bool:
+    def _stops(self, progress: Update, stop_request: StopRequest, stepped: bool) -> bool:
         """Whether the job can be left here: a release does not throw away what the last steps learned."""
         match progress:
             case Finished() | Compared():
                 return False
             case Step() | ComparedStep() if stop_request == "release":
-                self._send(run.send("save"))
-                return True
+                return False  # the checkpoint comes first
             case Saved() | Phase("sampling" | "exporting" | "certifying"):
                 return True
             case _:

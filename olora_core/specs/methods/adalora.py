@@ -11,17 +11,18 @@ from .base import AdapterSpec
 class AdaLoRASpec(AdapterSpec):
     """AdaLoRA: a falling budget of components, for which all layers compete (arXiv 2303.10512)."""
 
+    title: ClassVar[str] = "AdaLoRA"
     summary: ClassVar[str] = (
         "SVD-like updates whose components compete, over all layers, for a falling budget."
     )
     paper: ClassVar[str] = "arXiv 2303.10512"
     cost: ClassVar[str] = (
-        "Trains r (in + out + 1) numbers a layer and keeps two more for each of them; exports a LoRA as wide "
-        "as the largest number of components that a layer has kept, at most r."
+        "Trains r (in + out + 1) parameters per layer and keeps two statistics for each; exports a LoRA "
+        "whose rank is the largest number of components that a layer keeps, at most r."
     )
     choose: ClassVar[str] = (
-        "When a small adapter should spend its rank where it matters, in a run long enough to find out: it "
-        "fits more slowly than LoRA."
+        "When a small adapter should use its rank where it matters most, in a run long enough to find out: "
+        "it learns more slowly than LoRA."
     )
     base_learning_rate: ClassVar[float] = 1e-3
     width_exponent: ClassVar[float] = 0.8850
@@ -32,7 +33,7 @@ class AdaLoRASpec(AdapterSpec):
         default=16,
         gt=0,
         le=65536,
-        description="The update is scaled by alpha / rank, also once fewer are left.",
+        description="The update is scaled by alpha / rank, also when fewer components are left.",
     )
     target_rank: Auto | Annotated[int, Field(ge=1, le=4096)] = Field(
         default="auto",
@@ -49,21 +50,26 @@ class AdaLoRASpec(AdapterSpec):
         default="auto",
         description="Delta T, steps from one masking to the next; auto: a hundredth of the run's, up to 10.",
     )
-    beta1: float = Field(default=0.85, gt=0, lt=1, description="How slowly the smoothed importance moves.")
-    beta2: float = Field(default=0.85, gt=0, lt=1, description="How slowly its uncertainty moves.")
+    beta1: float = Field(default=0.85, gt=0, lt=1, description="Decay of the running mean of the importance.")
+    beta2: float = Field(
+        default=0.85, gt=0, lt=1, description="Decay of the running mean of its uncertainty."
+    )
     orthogonality: float = Field(
-        default=0.1, ge=0, le=1024, description="gamma, the weight of the penalty; 0 is none."
+        default=0.1,
+        ge=0,
+        le=1024,
+        description="gamma, the weight of the orthogonality penalty; 0 turns it off.",
     )
     orthogonality_norm: Literal["plain", "squared_sum"] = Field(
         default="plain",
-        description="Frobenius norms from orthonormal are averaged as they are, or squared and summed.",
+        description="Frobenius distances from orthonormal are averaged (plain), or squared and summed.",
     )
 
     @field_validator("rslora")
     @classmethod
     def _has_its_own_scale(cls, value: bool) -> bool:
         if value:
-            raise ValueError("false, since the scale of AdaLoRA is alpha / rank; raise alpha instead")
+            raise ValueError("must be false, since the scale of AdaLoRA is alpha / rank; raise alpha instead")
         return value
 
     @field_validator("target_rank")
@@ -71,15 +77,15 @@ class AdaLoRASpec(AdapterSpec):
     def _no_more_than_there_are(cls, value: Auto | int, info: ValidationInfo) -> Auto | int:
         rank = info.data.get("rank", value)
         if value != "auto" and value > rank:
-            raise ValueError(f"at most rank, {rank}")
+            raise ValueError(f"must be at most adapter.rank = {rank}")
         return value
 
     @property
     def target(self) -> int:
-        """target_rank as a number; the paper's budget starts at one and a half times its end."""
+        """target_rank as a number; in the paper the budget starts at 1.5 times its end."""
         return max(1, 2 * self.rank // 3) if self.target_rank == "auto" else self.target_rank
 
     @property
     def scale(self) -> float:
-        """c, as the reference divides."""
+        """c, with the small constant of the reference implementation."""
         return self.alpha / (self.rank + 1e-5)

@@ -8,15 +8,16 @@ from .base import SVDSpec
 
 
 class BALoRASpec(SVDSpec):
-    """BA-LoRA: PiSSA held in check by three penalties on the logits (arXiv 2408.04556, second version)."""
+    """BA-LoRA: PiSSA with three penalties on the logits (arXiv 2408.04556, second version)."""
 
+    title: ClassVar[str] = "BA-LoRA"
     summary: ClassVar[str] = "PiSSA with penalties against drift, narrow answers and noise."
     paper: ClassVar[str] = "arXiv 2408.04556"
     cost: ClassVar[str] = (
-        "Trains r (in + out) numbers a layer, with one more pass of the base and all logits for each pass; "
-        "exports a LoRA of rank 2r, or r with LoRA's start."
+        "Trains r (in + out) parameters per layer, with another forward of the base and all logits for each "
+        "forward; exports a LoRA of rank 2r, or r with LoRA's start."
     )
-    choose: ClassVar[str] = "When data are few or noisy and the model must not drift from what it knows."
+    choose: ClassVar[str] = "For little or noisy data, when the model must not drift from what it knows."
     base_learning_rate: ClassVar[float] = 2e-5
     width_exponent: ClassVar[float] = 0.8850
 
@@ -37,13 +38,13 @@ class BALoRASpec(SVDSpec):
         default=0.005, ge=0, description="λ3: weight of the largest singular values; from a fifth of the run."
     )
     temperature: float = Field(default=2.0, gt=0, le=100, description="τ of the divergence from the base.")
-    top_tokens: int = Field(default=20, ge=2, description="K: of how many tokens the entropy is taken.")
+    top_tokens: int = Field(default=20, ge=2, description="K: number of tokens in the entropy.")
     top_singular_values: int = Field(default=10, ge=1, description="k: how many singular values are summed.")
     spectrum_norm: Literal["frobenius", "nuclear"] = Field(
-        default="frobenius", description="The norm of the logits that the sum is a share of."
+        default="frobenius", description="The norm of the logits by which the sum is divided."
     )
     center_logits: bool = Field(
-        default=False, description="Subtract each row's mean before the singular values are taken."
+        default=False, description="Subtract each row's mean before the singular values are computed."
     )
 
     @field_validator("init")
@@ -51,7 +52,7 @@ class BALoRASpec(SVDSpec):
     def _no_svd_without_its_start(cls, init: str, others: ValidationInfo) -> str:
         default = cls.model_fields["svd_iterations"].default
         if init == "lora" and others.data.get("svd_iterations", default) != default:
-            raise ValueError("'pissa' where svd_iterations is given, for LoRA's start has no SVD")
+            raise ValueError("must be 'pissa' where svd_iterations is given: LoRA's start has no SVD")
         return init
 
     @property

@@ -1,4 +1,4 @@
-"""What the specs of several methods share."""
+"""The base classes of the methods' specs."""
 
 import re
 from typing import Any, ClassVar, Literal
@@ -13,15 +13,18 @@ Start = Literal["kaiming", "gaussian"]
 
 
 class AdapterSpec(Spec):
-    """What every low-rank method shares."""
+    """The options and texts that all methods have."""
 
+    title: ClassVar[str]
+    """The name as its paper writes it."""
     summary: ClassVar[str]
     paper: ClassVar[str]
     cost: ClassVar[str]
-    """What it trains and what it exports, as a sentence. W is out×in."""
+    """What it trains and what it exports, as sentences. W is out×in."""
     choose: ClassVar[str]
-    """When it is the one to take, as a sentence."""
+    """When to choose it, as a sentence."""
     base_learning_rate: ClassVar[float]
+    """The peak rate at hidden size 4096; see `learning_rate_for`."""
     width_exponent: ClassVar[float]
 
     method: str
@@ -41,7 +44,7 @@ class AdapterSpec(Spec):
     )
     export: Literal["adapter", "merged"] = Field(
         default="adapter",
-        description="What is left at the end: a LoRA for the untouched base, or the whole model, the update "
+        description="What is exported: a LoRA for the unchanged base, or the whole model with the update "
         "merged into its weights.",
     )
 
@@ -49,12 +52,12 @@ class AdapterSpec(Spec):
     @classmethod
     def _targets_can_match(cls, value: str | tuple[str, ...]) -> str | tuple[str, ...]:
         if not value:
-            raise ValueError("'auto' or at least one module name")
+            raise ValueError("must be 'auto' or at least one module name")
         if isinstance(value, str) and value != "auto":
             try:
                 re.compile(value)
             except re.error as error:
-                raise ValueError(f"a regular expression ({error})") from None
+                raise ValueError(f"must be a valid regular expression: {error}") from None
         return value
 
     @property
@@ -64,9 +67,9 @@ class AdapterSpec(Spec):
 
     @property
     def pair_rank(self) -> int:
-        """k of the exact pair `ΔW = B A` (B out×k, A k×in) that an adapter of this method exports at most.
+        """k, the rank of the exact pair `ΔW = B A` (B out×k, A k×in) that is exported, at most.
 
-        Where k depends on the layers, at least this: the method checks it once they are known.
+        Where k depends on the layers this is a lower bound, and the method checks k once they are known.
         """
         return self.rank
 
@@ -76,12 +79,12 @@ class AdapterSpec(Spec):
         return True
 
     def is_too_wide(self, pair_rank: int) -> bool:
-        """Whether a pair of that rank would be exported, and no server could load it."""
+        """Whether a pair of this rank would be exported that no server can load."""
         return self.export == "adapter" and self.export_rank is None and pair_rank > MAX_EXPORT_RANK
 
     @classmethod
     def options(cls) -> dict[str, Any]:
-        """The JSON schema of an `adapter` object of this method: every option with default and meaning."""
+        """The JSON schema of an `adapter` object of this method, with defaults and descriptions."""
         schema = cls.model_json_schema()
         options = {
             name: {key: value for key, value in option.items() if key != "title"}
@@ -91,7 +94,7 @@ class AdapterSpec(Spec):
 
 
 class FactorsSpec(AdapterSpec):
-    """What methods share that train two plain factors, A (r×in) and B (out×r)."""
+    """The options of methods that train two plain factors, A (r×in) and B (out×r)."""
 
     lora_plus_ratio: float = Field(
         default=1.0,
@@ -102,20 +105,22 @@ class FactorsSpec(AdapterSpec):
 
 
 class SVDSpec(FactorsSpec):
-    """What methods share whose factors start from the SVD of the pretrained weight."""
+    """The options of methods whose factors start from the SVD of the pretrained weight."""
 
     svd_iterations: int | None = Field(
         default=16,
         ge=0,
         le=64,
-        description="Power iterations of the randomised SVD; null: an exact SVD, far slower on large layers.",
+        description="Power iterations of the randomised SVD; null: an exact SVD, much slower on large "
+        "layers.",
     )
 
 
 class RoundsSpec(AdapterSpec):
-    """What methods share that train one pair of factors after another."""
+    """The options of methods that train one pair of factors after another."""
 
     init: Start = Field(
         default="kaiming",
-        description="How A of every pair is drawn: evenly up to 1/sqrt(in), or normally, deviation 1/rank.",
+        description="How A of every pair is drawn: uniformly up to 1/sqrt(in), or normally with deviation "
+        "1/rank.",
     )

@@ -10,15 +10,16 @@ from .base import RoundsSpec
 class COLASpec(RoundsSpec):
     """COLA, Chain of LoRA: one LoRA after another, each on top of those before (arXiv 2401.04151)."""
 
+    title: ClassVar[str] = "COLA"
     summary: ClassVar[str] = "A chain of LoRAs, trained one after another, whose sum has the rank of all."
     paper: ClassVar[str] = "arXiv 2401.04151"
     cost: ClassVar[str] = (
-        "Trains r (in + out) numbers a layer at a time and keeps the finished links frozen beside them; "
-        "exports a LoRA of the links' ranks together, 3r by default."
+        "Trains r (in + out) parameters per layer at a time, with the finished links frozen beside them; "
+        "exports a LoRA whose rank is the sum of the links', 3r by default."
     )
     choose: ClassVar[str] = (
-        "For an update of higher rank with the optimizer's memory of one small LoRA, on jobs of some hundred "
-        "steps and more."
+        "For an update of higher rank with the optimizer memory of one small LoRA, in jobs of some hundred "
+        "steps or more."
     )
     base_learning_rate: ClassVar[float] = 5e-4
     width_exponent: ClassVar[float] = 0.8850
@@ -28,15 +29,15 @@ class COLASpec(RoundsSpec):
     alpha: float = Field(
         default=16, gt=0, le=65536, description="A link's update is scaled by alpha / its rank."
     )
-    links: int = Field(default=3, ge=1, le=64, description="M, how many LoRAs are trained. 1 is LoRA.")
+    links: int = Field(default=3, ge=1, le=64, description="M, the number of LoRAs; 1 is LoRA itself.")
     link_shares: tuple[Annotated[float, Field(gt=0)], ...] | None = Field(
-        default=None, description="Shares of the steps that the links get, as [3, 2]; null: equal ones."
+        default=None, description="Each link's share of the steps, such as [3, 2]; null: equal shares."
     )
     link_ranks: tuple[Annotated[int, Field(ge=1)], ...] | None = Field(
         default=None, description="Rank of each link, at most `rank`; null: `rank` for all."
     )
     lr_restart: Literal["link", "never"] = Field(
-        default="link", description="Run the learning-rate schedule anew, warm-up included, over each link."
+        default="link", description="Restart the learning-rate schedule, with its warm-up, for each link."
     )
 
     @field_validator("link_shares", "link_ranks")
@@ -46,9 +47,9 @@ class COLASpec(RoundsSpec):
         if value is None or links is None or rank is None:
             return value
         if len(value) != links:
-            raise ValueError(f"one value for each of the {links} links")
+            raise ValueError(f"must have one value for each of the {links} links")
         if info.field_name == "link_ranks" and max(value) > rank:
-            raise ValueError(f"ranks up to adapter.rank = {rank}")
+            raise ValueError(f"must be ranks of at most adapter.rank = {rank}")
         return value
 
     @property
@@ -61,7 +62,7 @@ class COLASpec(RoundsSpec):
 
     @property
     def pair_rank(self) -> int:
-        """Of all links."""
+        """The sum over the links."""
         return sum(self.ranks)
 
     def scale_of(self, rank: int) -> float:

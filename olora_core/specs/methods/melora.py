@@ -10,13 +10,16 @@ from .base import FactorsSpec
 class MELoRASpec(FactorsSpec):
     """MELoRA: a stack of mini LoRAs, each of one slice of inputs and outputs (arXiv 2402.17263)."""
 
-    summary: ClassVar[str] = "Mini LoRAs along the diagonal: a higher rank for the same trainable parameters."
+    title: ClassVar[str] = "MELoRA"
+    summary: ClassVar[str] = "Mini LoRAs along the diagonal: a higher rank with as many trainable parameters."
     paper: ClassVar[str] = "arXiv 2402.17263"
     cost: ClassVar[str] = (
-        "Trains r (in + out) numbers a layer, however many mini LoRAs share them; exports a LoRA of rank n r "
-        "that is mostly zeros."
+        "Trains r (in + out) parameters per layer, whatever the number of mini LoRAs; exports a LoRA of rank "
+        "n r that is mostly zeros."
     )
-    choose: ClassVar[str] = "When very few numbers may be trained and a LoRA of as few has too low a rank."
+    choose: ClassVar[str] = (
+        "For a very small number of trainable parameters, with which a LoRA would have too low a rank."
+    )
     base_learning_rate: ClassVar[float] = 3e-4
     width_exponent: ClassVar[float] = 0.8850
 
@@ -27,7 +30,8 @@ class MELoRASpec(FactorsSpec):
         default=8,
         ge=1,
         le=512,
-        description="n, how many mini LoRAs a layer has; divides its inputs and its outputs. 1 is LoRA.",
+        description="n, the number of mini LoRAs in a layer; must divide its inputs and its outputs. 1 is "
+        "LoRA.",
     )
 
     @property

@@ -10,10 +10,11 @@ from .base import FactorsSpec
 class OLoRASpec(FactorsSpec):
     """OLoRA: factors that start from the thin QR of the pretrained weight (arXiv 2406.01775)."""
 
+    title: ClassVar[str] = "OLoRA"
     summary: ClassVar[str] = "LoRA whose factors start from the QR decomposition of the pretrained weight."
     paper: ClassVar[str] = "arXiv 2406.01775"
     cost: ClassVar[str] = (
-        "Trains r (in + out) numbers a layer and keeps as many frozen beside them; exports a LoRA of rank 2r."
+        "Trains r (in + out) parameters per layer and keeps as many frozen; exports a LoRA of rank 2r."
     )
     choose: ClassVar[str] = (
         "The default: training starts in directions that the pretrained weight already has, at a lower "

@@ -10,13 +10,14 @@ from .base import SVDSpec
 class PiSSASpec(SVDSpec):
     """PiSSA: factors that start as the principal part of the pretrained weight (arXiv 2404.02948)."""
 
+    title: ClassVar[str] = "PiSSA"
     summary: ClassVar[str] = "LoRA whose factors start from the largest singular values of the weight."
     paper: ClassVar[str] = "arXiv 2404.02948"
     cost: ClassVar[str] = (
-        "Trains r (in + out) numbers a layer and keeps as many frozen beside them; exports a LoRA of rank 2r."
+        "Trains r (in + out) parameters per layer and keeps as many frozen; exports a LoRA of rank 2r."
     )
     choose: ClassVar[str] = (
-        "As OLoRA, where a weight's energy lies in few singular values; its start takes longer than OLoRA's."
+        "Like OLoRA, when few singular values hold most of a weight; its start takes longer to compute."
     )
     base_learning_rate: ClassVar[float] = 1e-4
     width_exponent: ClassVar[float] = 0.7525

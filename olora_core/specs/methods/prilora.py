@@ -10,15 +10,16 @@ from .base import FactorsSpec
 class PRILoRASpec(FactorsSpec):
     """PRILoRA: ranks that rise with depth, and A pruned by importance (arXiv 2401.11316)."""
 
+    title: ClassVar[str] = "PRILoRA"
     summary: ClassVar[str] = "LoRA with more rank in later layers, whose A loses its least important entries."
     paper: ClassVar[str] = "arXiv 2401.11316"
     cost: ClassVar[str] = (
-        "Trains r_l (in + out) numbers in layer l, as many as LoRA of rank r in all, of which half of A ends "
-        "as zeros; exports a LoRA of the last layer's rank, 1.5 r."
+        "Trains r_l (in + out) parameters in layer l, in all as many as a LoRA of rank r; half of A is 0 "
+        "in the end. Exports a LoRA of the last layer's rank, 1.5 r."
     )
     choose: ClassVar[str] = (
-        "When later layers are thought to have more to learn than early ones, for LoRA's number of trained "
-        "values. It needs some hundred steps to prune more than once or twice."
+        "When later layers should learn more than early ones, with LoRA's number of trainable parameters. It "
+        "takes some hundred steps to prune more than once or twice."
     )
     base_learning_rate: ClassVar[float] = 5e-4
     width_exponent: ClassVar[float] = 0.8850
@@ -37,20 +38,22 @@ class PRILoRASpec(FactorsSpec):
     scale_by: Literal["layer_rank", "rank"] = Field(
         default="layer_rank", description="Divide alpha by the layer's own rank, or by the mean rank."
     )
-    prune_share: float = Field(default=0.5, ge=0, lt=1, description="Share of A that a pruning zeroes.")
+    prune_share: float = Field(default=0.5, ge=0, lt=1, description="Share of A that each pruning sets to 0.")
     prune_every: int = Field(default=40, ge=1, description="Steps from one pruning to the next.")
     prune_group: Literal["row", "matrix"] = Field(
-        default="row", description="Among which entries of A the least important are sought."
+        default="row",
+        description="Prune the least important entries of each row of A, or of the whole matrix.",
     )
     prune_at_end: bool = Field(default=True, description="Prune after the last step too.")
     regrow: bool = Field(
-        default=True, description="Train pruned entries on, so that they may grow until the next pruning."
+        default=True,
+        description="Keep training pruned entries, so that they can grow until the next pruning.",
     )
     importance_decay: float = Field(
         default=0.9,
         ge=0,
         lt=1,
-        description="Share that the running norm of a layer's inputs keeps each step.",
+        description="Decay of the running mean of a layer's input norms.",
     )
 
     @field_validator("first_rank")
@@ -58,12 +61,12 @@ class PRILoRASpec(FactorsSpec):
     def _the_last_rank_is_positive(cls, value: int | None, info: ValidationInfo) -> int | None:
         rank = info.data.get("rank")
         if value is not None and rank is not None and value >= 2 * rank:
-            raise ValueError(f"less than 2 rank = {2 * rank}, since the layers' mean rank is {rank}")
+            raise ValueError(f"must be less than 2 rank = {2 * rank}, since the layers' mean rank is {rank}")
         return value
 
     @property
     def end_ranks(self) -> tuple[int, int]:
-        """Of the first and of the last layer."""
+        """The ranks of the first and of the last layer."""
         first = self.first_rank or max(1, self.rank // 2)
         return first, 2 * self.rank - first
 
@@ -72,8 +75,7 @@ class PRILoRASpec(FactorsSpec):
         return max(self.end_ranks)
 
     def rank_at(self, layer: int | None, layers: int) -> int:
-        """Rank of block `layer` of `layers`, on a straight line between the ends, to the nearest; outside
-        the blocks the mean."""
+        """Rank of block number `layer` of `layers`, interpolated and rounded; outside the blocks the mean."""
         if layer is None or layers < 2:
             return self.rank
         first, last = self.end_ranks

@@ -11,15 +11,16 @@ from .base import FactorsSpec
 class RMLoRASpec(FactorsSpec):
     """RM-LoRA: LoRA whose factors stay near orthonormal and move a few at a time (arXiv 2407.12074)."""
 
+    title: ClassVar[str] = "RM-LoRA"
     summary: ClassVar[str] = "LoRA with near-orthonormal factors, of which a random half moves at each step."
     paper: ClassVar[str] = "arXiv 2407.12074"
     cost: ClassVar[str] = (
-        "Trains r (in + out) numbers a layer, of which the gradient reaches p (in + out) at a step; exports "
-        "a LoRA of rank r."
+        "Trains r (in + out) parameters per layer, of which p (in + out) get a gradient at each step; "
+        "exports a LoRA of rank r."
     )
     choose: ClassVar[str] = (
-        "For little data, where LoRA overfits: the mask curbs that, and the penalty keeps the update from "
-        "using fewer directions than it has."
+        "For little data, where LoRA overfits: the mask reduces that, and the penalty makes the update use "
+        "all of its directions."
     )
     base_learning_rate: ClassVar[float] = 2.3e-4  # the authors' 1e-3, for a model 768 wide
     width_exponent: ClassVar[float] = 0.8850
@@ -28,20 +29,24 @@ class RMLoRASpec(FactorsSpec):
     rank: int = Field(default=8, ge=1, le=4096, description="r, the width of the trained factors.")
     moved_rank: Auto | Annotated[int, Field(ge=1, le=4096)] = Field(
         default="auto",
-        description="p, the rows of A and columns of B that a step's gradient reaches; auto: half the rank.",
+        description="p, the rows of A and columns of B that get a gradient at a step; auto: half the rank.",
     )
     variant: Literal["v1", "v2"] = Field(
-        default="v1", description="v1: the same p for A and B; v2: drawn for each of them."
+        default="v1", description="v1: the same p components for A and B; v2: drawn separately."
     )
     orthogonality: float = Field(
-        default=0.1, ge=0, le=1024, description="lambda, the weight of the penalty; 0 is none."
+        default=0.1,
+        ge=0,
+        le=1024,
+        description="lambda, the weight of the orthogonality penalty; 0 turns it off.",
     )
     orthogonality_norm: Literal["plain", "squared"] = Field(
-        default="plain", description="Frobenius norms from orthonormal are averaged as they are, or squared."
+        default="plain",
+        description="Frobenius distances from orthonormal are averaged as they are, or squared.",
     )
     init: Literal["kaiming", "gaussian"] = Field(
         default="kaiming",
-        description="How A starts: uniform in 1 / sqrt(in), or Gaussian with deviation 0.02.",
+        description="How A starts: uniform up to 1 / sqrt(in), or Gaussian with deviation 0.02.",
     )
 
     @field_validator("moved_rank")
@@ -49,7 +54,7 @@ class RMLoRASpec(FactorsSpec):
     def _no_more_than_there_are(cls, value: Auto | int, info: ValidationInfo) -> Auto | int:
         rank = info.data.get("rank", value)
         if value != "auto" and value > rank:
-            raise ValueError(f"at most rank, {rank}")
+            raise ValueError(f"must be at most adapter.rank = {rank}")
         return value
 
     @property

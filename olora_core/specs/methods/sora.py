@@ -11,14 +11,15 @@ from .base import MAX_LEARNING_RATE, AdapterSpec
 class SoRASpec(AdapterSpec):
     """SoRA: LoRA with a gate on each component, which shrinks to exact zeros (arXiv 2311.11696)."""
 
-    summary: ClassVar[str] = "LoRA with a trained gate on each component; gates that do not pay shrink to 0."
+    title: ClassVar[str] = "SoRA"
+    summary: ClassVar[str] = "LoRA with a trained gate on each component; gates of little use shrink to 0."
     paper: ClassVar[str] = "arXiv 2311.11696"
     cost: ClassVar[str] = (
-        "Trains r (in + out + 1) numbers a layer; exports a LoRA as wide as the largest number of gates that "
-        "a layer has left, at most r."
+        "Trains r (in + out + 1) parameters per layer; exports a LoRA whose rank is the largest number of "
+        "gates that a layer has left, at most r."
     )
     choose: ClassVar[str] = (
-        "When nobody knows the rank: start from a generous one and let training leave each layer what it "
+        "When the right rank is not known: start with a high one, and training leaves each layer what it "
         "uses."
     )
     base_learning_rate: ClassVar[float] = 1.8e-4  # the authors' 8e-4, for a model 768 wide
@@ -36,7 +37,7 @@ class SoRASpec(AdapterSpec):
     )
     gate_learning_rate: Auto | Annotated[float, Field(ge=0, le=MAX_LEARNING_RATE)] = Field(
         default="auto",
-        description="The gates' peak rate; auto: 2.5 times the threshold, or the job's own rate where the "
+        description="The gates' peak rate; auto: 2.5 times the threshold, or the job's rate if the "
         "threshold is 0 or multiplied by the rate.",
     )
     gate_init: Literal["normal", "ones"] = Field(
@@ -45,12 +46,12 @@ class SoRASpec(AdapterSpec):
     factor_decay: Auto | Annotated[float, Field(ge=0, le=1)] = Field(
         default="auto",
         description="Weight decay of both factors, never of the gates; auto: the job's weight_decay, or 0.1 "
-        "where that is 0.",
+        "if it is 0.",
     )
 
     @field_validator("threshold_times_rate")
     @classmethod
     def _a_factor_is_given(cls, value: bool, info: ValidationInfo) -> bool:
         if value and info.data.get("threshold") == "auto":
-            raise ValueError("a threshold beside it, since auto is meant per step")
+            raise ValueError("must be false unless adapter.threshold is given: auto is meant per step")
         return value

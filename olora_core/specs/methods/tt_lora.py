@@ -11,15 +11,16 @@ from .base import AdapterSpec
 class TTLoRASpec(AdapterSpec):
     """TT-LoRA: LoRA whose two factors are tensor trains (arXiv 2408.01008)."""
 
-    summary: ClassVar[str] = "LoRA whose two factors are tensor trains, with far fewer numbers to train."
+    title: ClassVar[str] = "TT-LoRA"
+    summary: ClassVar[str] = "LoRA whose two factors are tensor trains, with far fewer trainable parameters."
     paper: ClassVar[str] = "arXiv 2408.01008"
     cost: ClassVar[str] = (
-        "Trains the r×m×r numbers of each core, 4,352 in all for a 4096×4096 weight at rank 8, where LoRA "
-        "trains 65,536; exports a LoRA of rank r, as large as LoRA's."
+        "Trains r×m×r parameters per core, 4,352 in all for a 4096×4096 weight at rank 8, where LoRA trains "
+        "65,536; exports a LoRA of rank r, as large as LoRA's."
     )
     choose: ClassVar[str] = (
-        "When the trained state has to be tiny, as for many adapters kept in their native form; others have "
-        "found it behind LoRA on hard tasks."
+        "When the trained state must be tiny, as for many adapters kept in their native form; others have "
+        "found it worse than LoRA on hard tasks."
     )
     base_learning_rate: ClassVar[float] = 1e-3
     width_exponent: ClassVar[float] = 0.3590
@@ -31,20 +32,20 @@ class TTLoRASpec(AdapterSpec):
     )
     rslora: bool = Field(
         default=False,
-        description="Not of this method, whose scale does not depend on the rank.",
+        description="Not used by this method, whose scale does not depend on the rank.",
         json_schema_extra={"const": False},
     )
     modes: dict[int, tuple[int, ...]] | None = Field(
         default=None,
-        description="How a size is factored, by size, as {768: [16, 12, 4]}: in this order for a layer's "
-        "inputs, reversed for its outputs; a size that is not named, into modes of up to 16.",
+        description="Factors of layer sizes, such as {768: [16, 12, 4]}: in this order for inputs, "
+        "reversed for outputs; sizes not listed are factored into modes of up to 16.",
     )
 
     @field_validator("rslora")
     @classmethod
     def _the_scale_is_alpha(cls, value: bool) -> bool:
         if value:
-            raise ValueError("false, since tt_lora scales by alpha itself, whatever the rank")
+            raise ValueError("must be false, since tt_lora scales by alpha itself, whatever the rank")
         return value
 
     @field_validator("modes")
@@ -52,7 +53,7 @@ class TTLoRASpec(AdapterSpec):
     def _modes_multiply(cls, value: dict[int, tuple[int, ...]] | None) -> dict[int, tuple[int, ...]] | None:
         for size, modes in (value or {}).items():
             if min(modes, default=0) < 2 or math.prod(modes) != size:
-                raise ValueError(f"numbers above 1 for {size} whose product is {size}")
+                raise ValueError(f"must give {size} factors above 1 whose product is {size}")
         return value
 
     @property

@@ -40,7 +40,7 @@ from olora_core.bases.loading import Base, load_base
 from olora_core.bases.sites import target_sites, unadapted
 from olora_core.errors import SpecError
 from olora_core.layers.adapter import detach
-from olora_core.methods import METHODS, place
+from olora_core.methods import METHODS, build_adapters
 from olora_core.specs import TrainSpec
 from olora_core.training.train import Finished, Note, Progress, Resolved, train
 
@@ -289,7 +289,7 @@ def test_step_0_is_the_base_bit_for_bit(
         base.model.train(training)
         expected = logits_of(base.model, token_rows)
         maker = METHODS[method](spec, seed=0, total_steps=10, schedule=lambda i, n: 1.0)
-        place(maker, base.model, target_sites(base.model, "auto"))
+        build_adapters(maker, base.model, target_sites(base.model, "auto"))
         assert torch.equal(logits_of(base.model, token_rows), expected)
         detach(base.model)
 
@@ -397,7 +397,9 @@ def test_a_router_that_is_a_linear_layer_may_be_named(folder: Path) -> None:
     assert [(site.out_features, site.in_features) for site in sites] == [(1, WIDTH)] * 2
     assert [name for name in unadapted(base.model)["routers"] if name.endswith("_gate")] != []
     adapter = spec_for("lora", adapter={"rank": 1}).adapter
-    place(METHODS["lora"](adapter, seed=0, total_steps=1, schedule=lambda i, n: 1.0), base.model, sites)
+    build_adapters(
+        METHODS["lora"](adapter, seed=0, total_steps=1, schedule=lambda i, n: 1.0), base.model, sites
+    )
     assert [name for name in unadapted(base.model)["routers"] if name.endswith("_gate")] == []
 
 

@@ -20,7 +20,7 @@ from olora_core.export.certificate import certify
 from olora_core.layers import quantisation
 from olora_core.layers.adapter import Adapter, adapters_off, site_weight
 from olora_core.layers.quantisation import PACKAGES, stored_tensors
-from olora_core.methods import METHODS, place
+from olora_core.methods import METHODS, build_adapters
 from olora_core.training.train import Evaluated, Finished, Step, train
 
 from ..conftest import make_tokenizer
@@ -98,7 +98,7 @@ def test_step_0_is_the_quantised_base_bit_for_bit(base_folders, token_rows, name
 def placed(base: Base, method: str) -> dict[str, Adapter]:
     spec = spec_for(method)
     chosen = METHODS[method](spec.adapter, seed=0, total_steps=10, schedule=lambda i, n: 1.0)
-    return place(chosen, base.model, target_sites(base.model, "auto"))
+    return build_adapters(chosen, base.model, target_sites(base.model, "auto"))
 
 
 @pytest.mark.parametrize(("name", "kind", "method"), RUNS)

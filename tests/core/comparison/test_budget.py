@@ -7,9 +7,14 @@ from olora_core.bases.sites import target_sites
 from olora_core.comparison.budget import trainable_parameters, within_budget
 from olora_core.errors import SpecError
 from olora_core.layers.adapter import Site, detach
-from olora_core.methods import METHODS, Method, place
+from olora_core.methods import METHODS, Method, build_adapters
 from olora_core.methods.xgblora import XGBLoRA
-from olora_core.specs import ADAPTER_SPECS, AdapterSpec, COLASpec, LoRASpec, MELoRASpec, MoRASpec, OLoRASpec
+from olora_core.specs import ADAPTER_SPECS, AdapterSpec
+from olora_core.specs.methods.cola import COLASpec
+from olora_core.specs.methods.lora import LoRASpec
+from olora_core.specs.methods.melora import MELoRASpec
+from olora_core.specs.methods.mora import MoRASpec
+from olora_core.specs.methods.olora import OLoRASpec
 
 from ..conftest import make_gpt2, make_llama
 
@@ -32,7 +37,7 @@ def built(adapter: AdapterSpec, model: PreTrainedModel) -> int:
     method: Method = METHODS[adapter.method](
         adapter, seed=3, total_steps=STEPS, schedule=lambda i, n: 1.0, weight_decay=0.0
     )
-    adapters = place(method, model, target_sites(model, "auto"))
+    adapters = build_adapters(method, model, target_sites(model, "auto"))
     numbers = {name: sum(p.numel() for p in a.parameters()) for name, a in adapters.items()}
     detach(model)
     if isinstance(adapter, COLASpec):

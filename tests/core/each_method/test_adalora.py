@@ -12,9 +12,10 @@ from torch import Tensor, nn
 from olora_core.bases.sites import target_sites
 from olora_core.errors import SpecError
 from olora_core.layers.adapter import Site, adapter_tensors
-from olora_core.methods import Outputs, place
+from olora_core.methods import Outputs, build_adapters
 from olora_core.methods.adalora import AdaLoRA, AdaLoRAAdapter
-from olora_core.specs import AdaLoRASpec, read_spec
+from olora_core.specs import read_spec
+from olora_core.specs.methods.adalora import AdaLoRASpec
 
 from ..conftest import make_llama
 from ..export.test_adapter import reloaded
@@ -30,7 +31,7 @@ FAST = {"initial_steps": 2, "final_steps": 6, "mask_interval": 2}
 
 
 def adalora(*, steps: int = 20, shapes: dict[str, tuple[int, int]] = SHAPES, **options: Any) -> AdaLoRA:
-    """A method whose adapters are placed, with random values in all tensors."""
+    """A method whose adapters are attached, with random values in all tensors."""
     method = AdaLoRA(
         AdaLoRASpec(**{"rank": 4, "alpha": 8} | options), seed=0, total_steps=steps, schedule=lambda i, n: 1.0
     )
@@ -38,7 +39,7 @@ def adalora(*, steps: int = 20, shapes: dict[str, tuple[int, int]] = SHAPES, **o
         name: method.adapter(torch.zeros(shape), Site(name, None, 0, "linear", *shape))
         for name, shape in shapes.items()
     }
-    method.placed(adapters)
+    method.on_attached(adapters)
     draw = torch.Generator().manual_seed(8)
     for adapter in adapters.values():
         for parameter in adapter.parameters():
@@ -83,7 +84,7 @@ def test_it_trains_and_prunes_as_pefts_step_by_step(token_rows: Tensor) -> None:
     )  # fmt: skip
     mine = make_llama().requires_grad_(False)
     method = AdaLoRA(spec, seed=1, total_steps=steps, schedule=lambda i, n: 1.0)
-    adapters = place(method, mine, target_sites(mine, targets))
+    adapters = build_adapters(method, mine, target_sites(mine, targets))
     layers = {name: theirs.base_model.model.get_submodule(name) for name in adapters}
     assert len(layers) == 6
     with torch.no_grad():
@@ -340,14 +341,14 @@ def test_a_schedule_that_does_not_fit_the_run_is_refused(steps: int, options: An
 @pytest.mark.parametrize(
     ("option", "value", "says"),
     [
-        ("target_rank", 13, "at most rank, 12"),
+        ("target_rank", 13, "at most adapter.rank = 12"),
         ("rslora", True, "raise alpha"),
-        ("final_steps", 0, "greater than or equal to 1"),
-        ("initial_steps", -1, "greater than or equal to 0"),
-        ("mask_interval", 0, "greater than or equal to 1"),
+        ("final_steps", 0, "at least 1"),
+        ("initial_steps", -1, "at least 0"),
+        ("mask_interval", 0, "at least 1"),
         ("beta1", 1, "less than 1"),
         ("beta2", 0, "greater than 0"),
-        ("orthogonality", -1, "greater than or equal to 0"),
+        ("orthogonality", -1, "at least 0"),
         ("orthogonality_norm", "sum", "'squared_sum'"),
         ("lora_plus_ratio", 2, "unknown"),
     ],

@@ -23,7 +23,8 @@ from olora_core.methods.ba_lora import (
     predicting,
     spectrum_loss,
 )
-from olora_core.specs import BALoRASpec, TrainSpec, read_spec
+from olora_core.specs import TrainSpec, read_spec
+from olora_core.specs.methods.ba_lora import BALoRASpec
 from olora_core.training.memory import LiveBytes
 
 from ..runs import chat_rows, losses, spec_for, train, write_rows
@@ -321,7 +322,7 @@ def test_its_card_is_its_default(init: str) -> None:
 
 
 def test_an_svd_is_refused_where_there_is_none() -> None:
-    with pytest.raises(SpecError, match=r"adapter\.init = 'lora'.*svd_iterations") as caught:
+    with pytest.raises(SpecError, match=r"must be .pissa. where svd_iterations is given") as caught:
         read_spec(model="m", adapter={"method": "ba_lora", "svd_iterations": 4, **LORA})
     assert caught.value.param == "adapter.init"
 

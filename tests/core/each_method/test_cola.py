@@ -11,7 +11,8 @@ from olora_core.errors import SpecError
 from olora_core.layers.adapter import Site
 from olora_core.methods.cola import COLA, knots
 from olora_core.methods.rounds import RoundsAdapter
-from olora_core.specs import COLASpec, read_spec
+from olora_core.specs import read_spec
+from olora_core.specs.methods.cola import COLASpec
 
 from ..runs import chat_rows, losses, spec_for, train, write_rows
 
@@ -23,7 +24,7 @@ def chain(*, steps: int = 6, **options: Any) -> tuple[COLA, RoundsAdapter, torch
     spec = COLASpec(**{"rank": 3, "alpha": 6} | options)
     method = COLA(spec, seed=0, total_steps=steps, schedule=lambda i, n: i / n)
     adapter = method.adapter(torch.zeros(12, 10), SITE)
-    method.placed({"layer": adapter})
+    method.on_attached({"layer": adapter})
     optimizer = torch.optim.AdamW(method.param_groups({"layer": adapter}), lr=0.01, fused=True)
     return method, adapter, optimizer
 

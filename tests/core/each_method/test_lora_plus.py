@@ -24,7 +24,7 @@ class Watching:
 
     records: ClassVar[list[Record]] = []
 
-    def placed(self, adapters: Any) -> None:
+    def on_attached(self, adapters: Any) -> None:
         self.adapter = next(iter(adapters.values()))
 
     def after_backward(self, step: int) -> None:

@@ -12,10 +12,11 @@ from torch.nn import functional as F
 from olora_core.bases.sites import target_sites
 from olora_core.errors import SpecError
 from olora_core.layers.adapter import Adapter, Site
-from olora_core.methods import place
+from olora_core.methods import build_adapters
 from olora_core.methods.lora import LoRAAdapter
 from olora_core.methods.melora import MELoRAAdapter
-from olora_core.specs import MELoRASpec, read_spec
+from olora_core.specs import read_spec
+from olora_core.specs.methods.melora import MELoRASpec
 
 from ..conftest import make_llama
 from ..runs import chat_rows, losses, spec_for, train, write_rows
@@ -140,5 +141,5 @@ def test_one_mini_lora_is_lora_bit_for_bit(llama, tmp_path: Path) -> None:
 
 def test_one_mini_lora_is_a_plain_lora_adapter(token_rows: Tensor) -> None:
     model = make_llama().requires_grad_(False)
-    adapters = place(make_method("melora", mini_loras=1), model, target_sites(model, "auto"))
+    adapters = build_adapters(make_method("melora", mini_loras=1), model, target_sites(model, "auto"))
     assert {type(adapter) for adapter in adapters.values()} == {LoRAAdapter}

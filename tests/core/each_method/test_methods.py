@@ -14,11 +14,13 @@ from transformers import PreTrainedModel
 from olora_core.bases.sites import target_sites
 from olora_core.errors import ModelError, SpecError
 from olora_core.layers.adapter import Adapter, Site, adapters_off, detach
-from olora_core.methods import METHODS, Method, Outputs, place
+from olora_core.methods import METHODS, Method, Outputs, build_adapters
 from olora_core.methods.base import generator
 from olora_core.methods.lora import LoRA
 from olora_core.methods.olora import OLoRA, OLoRAAdapter, qr_factors
-from olora_core.specs import ADAPTER_SPECS, LoRASpec, OLoRASpec, read_spec
+from olora_core.specs import ADAPTER_SPECS, read_spec
+from olora_core.specs.methods.lora import LoRASpec
+from olora_core.specs.methods.olora import OLoRASpec
 
 from ..conftest import make_gpt2, make_llama
 from ..runs import OPTIONS
@@ -57,7 +59,7 @@ def make_method(name: str, *, seed: int = 0, weight_decay: float = 0.0, **option
 
 def adapted(model: PreTrainedModel, method: Method) -> dict[str, Adapter]:
     model.requires_grad_(False)
-    return place(method, model, target_sites(model, "auto"))
+    return build_adapters(method, model, target_sites(model, "auto"))
 
 
 def numbers_of(method: str, adapter: Adapter, r: int = 4) -> int:
@@ -317,7 +319,7 @@ def test_small_weights_are_read_by_one_thread_and_large_ones_by_all(monkeypatch)
     sites = [Site("0", None, 0, "linear", 64, 64), Site("1", None, 0, "linear", 1024, 1024)]
     torch.set_num_threads(2)
     try:
-        place(make_method("lora"), model, sites)
+        build_adapters(make_method("lora"), model, sites)
         assert torch.get_num_threads() == 2
     finally:
         torch.set_num_threads(1)
@@ -375,7 +377,7 @@ def test_lora_equals_pefts_from_the_same_factors(rslora: bool, scale: float, tok
     model = make_llama()
     method = make_method("lora", rank=4, alpha=16, rslora=rslora)
     assert method.spec.scale == scale
-    adapters = place(method, model, target_sites(model, ["q_proj", "down_proj"]))
+    adapters = build_adapters(method, model, target_sites(model, ["q_proj", "down_proj"]))
     randomise(adapters)
     with torch.no_grad():
         for name, adapter in adapters.items():
@@ -535,7 +537,7 @@ def test_the_loss_falls_as_with_pefts_olora_step_by_step(token_rows: Tensor, rsl
     )
     theirs = get_peft_model(make_llama(), config)
     mine = make_llama().requires_grad_(False)
-    place(make_method("olora", rslora=rslora), mine, target_sites(mine, targets))
+    build_adapters(make_method("olora", rslora=rslora), mine, target_sites(mine, targets))
 
     got, expected = sgd_losses(mine, token_rows), sgd_losses(theirs, token_rows)
     assert expected[-1] < expected[0] - 0.1

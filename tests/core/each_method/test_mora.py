@@ -11,9 +11,10 @@ from torch import Tensor
 from olora_core.bases.sites import target_sites
 from olora_core.errors import SpecError
 from olora_core.layers.adapter import Site, adapter_tensors, load_adapter_tensors
-from olora_core.methods import place
+from olora_core.methods import build_adapters
 from olora_core.methods.mora import MoRA, MoRAAdapter, RotationAdapter, square_side
-from olora_core.specs import MoRASpec, read_spec
+from olora_core.specs import read_spec
+from olora_core.specs.methods.mora import MoRASpec
 
 from ..conftest import make_gpt2, make_llama
 from ..runs import chat_rows, losses, spec_for, train, write_rows
@@ -38,7 +39,7 @@ def running(
     spec = MoRASpec(**{"rank": 2, "dropout": 0.0} | options)
     method = MoRA(spec, seed=0, total_steps=steps, schedule=schedule)
     adapter = method.adapter(torch.zeros(out, in_features), site_of(out, in_features))
-    method.placed({"layer": adapter})
+    method.on_attached({"layer": adapter})
     groups = method.param_groups({"layer": adapter})
     return method, adapter, torch.optim.AdamW(groups, lr=0.01, fused=True)
 
@@ -141,7 +142,7 @@ def test_a_layer_that_cannot_hold_its_matrix_gets_one_of_its_own_width_and_the_o
 def placed(*shapes: tuple[int, int], steps: int = 100, **options: Any) -> MoRA:
     method = MoRA(MoRASpec(**options), seed=0, total_steps=steps, schedule=lambda i, n: 1.0)
     sites = [site_of(*shape, name=f"layer {i}") for i, shape in enumerate(shapes)]
-    method.placed({site.name: method.adapter(torch.empty(0), site) for site in sites})
+    method.on_attached({site.name: method.adapter(torch.empty(0), site) for site in sites})
     return method
 
 
@@ -383,7 +384,7 @@ def test_type_6_starts_as_the_base_bit_for_bit(make, token_rows: Tensor, dtype: 
     model = make().to(dtype).requires_grad_(False)
     before = model(token_rows).logits
     method = MoRA(MoRASpec(type=6, export="merged"), seed=0, total_steps=1, schedule=lambda i, n: 1.0)
-    adapters = place(method, model.train(), target_sites(model, "auto"))
+    adapters = build_adapters(method, model.train(), target_sites(model, "auto"))
     assert {type(adapter) for adapter in adapters.values()} == {MoRAAdapter, RotationAdapter}
     assert torch.equal(model(token_rows).logits, before)
 
@@ -416,15 +417,15 @@ def test_merged_weights_are_never_too_wide() -> None:
 @pytest.mark.parametrize(
     ("options", "says"),
     [
-        ({"alpha": 16}, "the scale of mora is 1; leave it out"),
-        ({"rslora": True}, "the scale of mora is 1, whatever the rank; leave it out"),
+        ({"alpha": 16}, "must be left out: the scale of mora is 1"),
+        ({"rslora": True}, "must be false, since the scale of mora is 1"),
         ({"type": 5}, "1, 2, 3"),
         ({"restart_types": [2, 3], "restart_every": 10}, r"adapter\.type = 1"),
-        ({"restart_types": []}, "at least 1"),
+        ({"restart_types": []}, "must have 1 or more entries"),
         ({"restart_types": [1, 7]}, "1, 2, 3"),
         ({"restart_every": 5, "type": 6, "export": "merged"}, "which has no restarts"),
-        ({"restart_every": -1}, "greater than or equal to 0"),
-        ({"ramp_steps": 0}, "greater than or equal to 1"),
+        ({"restart_every": -1}, "at least 0"),
+        ({"ramp_steps": 0}, "at least 1"),
     ],
 )
 def test_options_that_do_not_fit_are_refused_by_name(options: dict[str, Any], says: str) -> None:
@@ -441,7 +442,7 @@ def test_options_that_do_not_fit_are_refused_by_name(options: dict[str, Any], sa
     ],
 )
 def test_alpha_is_refused_under_every_name_and_place(sent: dict[str, Any]) -> None:
-    with pytest.raises(SpecError, match="the scale of mora is 1; leave it out") as refused:
+    with pytest.raises(SpecError, match="must be left out: the scale of mora is 1") as refused:
         read_spec(model="m", **sent)
     assert refused.value.param == f"{list(sent)[-1]}.alpha"
 

@@ -10,7 +10,7 @@ from transformers import PreTrainedModel
 from olora_core.bases.sites import target_sites
 from olora_core.errors import ModelError
 from olora_core.layers.adapter import Site
-from olora_core.methods import place
+from olora_core.methods import build_adapters
 from olora_core.methods.olora import OLoRAAdapter
 
 from ..conftest import make_gpt2, make_llama
@@ -130,7 +130,7 @@ def test_the_loss_falls_as_with_pefts_pissa_step_by_step(
     theirs = get_peft_model(make(), config)
     mine: PreTrainedModel = make().requires_grad_(False)
     method = make_method("pissa", rslora=rslora, svd_iterations=iterations)
-    place(method, mine, target_sites(mine, targets))
+    build_adapters(method, mine, target_sites(mine, targets))
     got, expected = sgd_losses(mine, token_rows), sgd_losses(theirs, token_rows)
     assert expected[-1] < expected[0] - 0.1
     assert got == pytest.approx(expected, rel=1e-5 if iterations is None else 1e-3)

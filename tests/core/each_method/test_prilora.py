@@ -14,7 +14,8 @@ from olora_core.layers.adapter import AdaptedLinear, Site
 from olora_core.methods import Outputs
 from olora_core.methods import prilora as prilora_file
 from olora_core.methods.prilora import PRILoRA, PRILoRAAdapter, squares
-from olora_core.specs import PRILoRASpec, read_spec
+from olora_core.specs import read_spec
+from olora_core.specs.methods.prilora import PRILoRASpec
 
 from ..runs import chat_rows, losses, preference_rows, spec_for, train, write_rows
 
@@ -27,7 +28,7 @@ def prilora(*, total_steps: int = 100, **options: Any) -> tuple[PRILoRA, Adapted
     method = PRILoRA(spec, seed=0, total_steps=total_steps, schedule=lambda i, n: 1.0)
     layer = nn.Linear(IN, OUT).requires_grad_(False)
     adapter = method.adapter(layer.weight, Site("layer", None, 0, "linear", OUT, IN))
-    method.placed({"layer": adapter})
+    method.on_attached({"layer": adapter})
     draw = torch.Generator().manual_seed(7)
     with torch.no_grad():
         adapter.A.normal_(generator=draw)
@@ -42,7 +43,7 @@ def show(method: PRILoRA, layer: AdaptedLinear, x: Tensor, lengths: tuple[int, .
     batch = MicroBatch(ids, ids + IGNORED, None, none, none, lengths, (0,) * len(lengths))
     method.before_pass(batch)
     layer(x)
-    method.penalty(Outputs(None, batch.labels, torch.zeros(()), **more), lambda: torch.zeros(()))
+    method.after_pass(Outputs(None, batch.labels, torch.zeros(()), **more))
 
 
 def drawn(*shape: int, seed: int = 3) -> Tensor:
@@ -146,7 +147,7 @@ def test_what_does_not_count_leaves_the_norm_alone() -> None:
     method.after_backward(1)
     before = layer.adapter.norm.clone()
     show(method, layer, 9 * x, (4,))
-    method.step_again()  # memory ran out
+    method.on_step_retry()  # memory ran out
     show(method, layer, 9 * x, (4,), repeated=True)  # it only keeps step with other devices
     layer(9 * x)  # a block's second forward, after the loss, is not even looked at
     assert layer.adapter.pending is None
@@ -163,7 +164,7 @@ def test_a_layer_that_is_used_twice_in_a_pass_counts_both() -> None:
     ids, none = torch.zeros(1, 4, dtype=torch.int64), torch.zeros(0, dtype=torch.int64)
     method.before_pass(MicroBatch(ids, ids, None, none, none, (4,), (0,)))
     square(x)
-    method.penalty(Outputs(None, ids, torch.zeros(())), lambda: none)
+    method.after_pass(Outputs(None, ids, torch.zeros(())))
     method.after_backward(1)
     inputs = torch.cat([x[0], square[:2](x)[0]]).double()
     torch.testing.assert_close(
@@ -177,8 +178,8 @@ class Watched(PRILoRA):
     norms: ClassVar[dict[str, Tensor]] = {}
     batches: ClassVar[list[MicroBatch]] = []
 
-    def placed(self, adapters: Any) -> None:
-        super().placed(adapters)
+    def on_attached(self, adapters: Any) -> None:
+        super().on_attached(adapters)
         self.by_name = adapters
 
     def before_pass(self, batch: MicroBatch) -> None:

@@ -13,7 +13,8 @@ from olora_core.layers.adapter import Site
 from olora_core.methods import Outputs
 from olora_core.methods.lora import LoRAAdapter
 from olora_core.methods.rm_lora import RMLoRA
-from olora_core.specs import RMLoRASpec, read_spec
+from olora_core.specs import read_spec
+from olora_core.specs.methods.rm_lora import RMLoRASpec
 
 from ..runs import chat_rows, losses, spec_for, train, write_rows
 
@@ -22,14 +23,14 @@ OUTPUTS = Outputs(logits=None, labels=torch.zeros(1, 1), loss=torch.zeros(()))
 
 
 def rm_lora(*, shapes: dict[str, tuple[int, int]] = SHAPES, **options: Any) -> RMLoRA:
-    """A method whose adapters are placed."""
+    """A method whose adapters are attached."""
     spec = RMLoRASpec(**{"rank": 5, "alpha": 10} | options)
     method = RMLoRA(spec, seed=4, total_steps=50, schedule=lambda i, n: 1.0)
     adapters = {
         name: method.adapter(torch.zeros(shape), Site(name, None, 0, "linear", *shape))
         for name, shape in shapes.items()
     }
-    method.placed(adapters)
+    method.on_attached(adapters)
     return method
 
 

@@ -13,10 +13,11 @@ from olora_core import methods
 from olora_core.bases.sites import target_sites
 from olora_core.errors import SpecError
 from olora_core.layers.adapter import Site
-from olora_core.methods import place
+from olora_core.methods import build_adapters
 from olora_core.methods.gated import GatedAdapter
 from olora_core.methods.sora import SoRA
-from olora_core.specs import SoRASpec, read_spec
+from olora_core.specs import read_spec
+from olora_core.specs.methods.sora import SoRASpec
 
 from ..conftest import make_llama
 from ..runs import Finished, chat_rows, losses, one, spec_for, train, write_rows
@@ -193,7 +194,7 @@ def test_closed_gates_are_not_exported_and_the_pair_is_certified(llama, tmp_path
 def test_a_layer_without_a_gate_is_the_base(token_rows: Tensor) -> None:
     model = make_llama().requires_grad_(False)
     before = model(token_rows).logits
-    adapters = place(sora(rank=4), model, target_sites(model, "auto"))
+    adapters = build_adapters(sora(rank=4), model, target_sites(model, "auto"))
     for adapter in adapters.values():
         nn.init.normal_(adapter.B)
         nn.init.zeros_(adapter.g)

@@ -12,7 +12,8 @@ from torch import Tensor
 from olora_core.errors import SpecError
 from olora_core.layers.adapter import Site
 from olora_core.methods.tt_lora import TTLoRA, TTLoRAAdapter, factored
-from olora_core.specs import TrainSpec, TTLoRASpec, read_spec
+from olora_core.specs import TrainSpec, read_spec
+from olora_core.specs.methods.tt_lora import TTLoRASpec
 
 from ..runs import chat_rows, losses, spec_for, train, write_rows
 
@@ -195,10 +196,10 @@ def test_it_trains_and_exports_a_certified_lora(llama, tmp_path: Path) -> None:
     [
         ({"rslora": True}, "scales by alpha itself"),
         ({"modes": {768: [16, 12]}}, "whose product is 768"),
-        ({"modes": {12: [-3, -4]}}, "numbers above 1"),
-        ({"modes": {12: [12, 1]}}, "numbers above 1"),
-        ({"modes": {12: []}}, "numbers above 1"),
-        ({"modes": {"wide": [3]}}, "integer"),
+        ({"modes": {12: [-3, -4]}}, "factors above 1"),
+        ({"modes": {12: [12, 1]}}, "factors above 1"),
+        ({"modes": {12: []}}, "factors above 1"),
+        ({"modes": {"wide": [3]}}, "the name 'wide' must be a whole number"),
     ],
 )
 def test_options_that_do_not_fit_are_refused_by_name(options: dict[str, Any], says: str) -> None:
@@ -217,6 +218,6 @@ def test_modes_come_back_from_json() -> None:
 def test_modes_of_a_size_that_no_layer_has_are_refused(llama, tmp_path: Path) -> None:
     training = write_rows(tmp_path / "training.jsonl", chat_rows())
     spec = spec_for("tt_lora", adapter={"modes": {33: [11, 3]}})
-    with pytest.raises(SpecError, match="no adapted layer has that size; there are 16, 32, 48") as refused:
+    with pytest.raises(SpecError, match="has that size; their sizes are 16, 32, 48") as refused:
         list(train(spec, llama, training, None, tmp_path / "run"))
     assert refused.value.param == "adapter.modes"

@@ -11,7 +11,8 @@ from olora_core.errors import SpecError
 from olora_core.layers.adapter import Site
 from olora_core.methods.rounds import RoundsAdapter
 from olora_core.methods.xgblora import XGBLoRA
-from olora_core.specs import XGBLoRASpec, read_spec
+from olora_core.specs import read_spec
+from olora_core.specs.methods.xgblora import XGBLoRASpec
 
 from ..runs import chat_rows, losses, spec_for, train, write_rows
 
@@ -23,7 +24,7 @@ def boosting(*, steps: int = 10, **options: Any) -> tuple[XGBLoRA, dict[str, Rou
     method = XGBLoRA(XGBLoRASpec(**options), seed=0, total_steps=steps, schedule=lambda i, n: 1.0)
     sites = [Site(name, int(name.split(".")[1]), 6, "linear", 8, 10) for name in NAMES]
     adapters = {site.name: method.adapter(torch.zeros(8, 10), site) for site in sites}
-    method.placed(adapters)
+    method.on_attached(adapters)
     return method, adapters
 
 
@@ -126,7 +127,7 @@ def test_what_cannot_be_boosted_is_refused_by_name() -> None:
     method, adapters = boosting()
     method.layer_of[NAMES[3]] = None
     with pytest.raises(SpecError, match=f"'{NAMES[3]}' is in none") as caught:
-        method.placed(adapters)
+        method.on_attached(adapters)
     assert caught.value.param == "adapter.target_modules"
     with pytest.raises(SpecError, match="lora_plus_ratio"):
         read_spec(model="m", adapter={"method": "xgblora", "lora_plus_ratio": 2})

@@ -17,7 +17,7 @@ from olora_core.export.adapter import exact_pairs, export_adapter, record_certif
 from olora_core.export.card import sparkline
 from olora_core.export.manifest import Export, RunRecord
 from olora_core.layers.adapter import Adapter, LowRank
-from olora_core.methods import METHODS, place
+from olora_core.methods import METHODS, build_adapters
 from olora_core.methods.lora import LoRAAdapter
 from olora_core.specs import TrainSpec, read_spec
 from olora_core.specs.serving import server_rank
@@ -55,7 +55,7 @@ def spec_for(method: str, **adapter: object) -> TrainSpec:
 def trained(base: Base, spec: TrainSpec, *, size: float = 0.05) -> dict[str, Adapter]:
     """Adapters as training would leave them, attached to the base."""
     method = METHODS[spec.adapter.method](spec.adapter, seed=0, total_steps=10, schedule=lambda i, n: 1.0)
-    adapters = place(method, base.model, target_sites(base.model, spec.adapter.target_modules))
+    adapters = build_adapters(method, base.model, target_sites(base.model, spec.adapter.target_modules))
     randomise(adapters, size)
     return adapters
 

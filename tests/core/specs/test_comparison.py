@@ -5,7 +5,9 @@ from typing import Any
 import pytest
 
 from olora_core.errors import SpecError
-from olora_core.specs import ADAPTER_SPECS, ComparisonSpec, LoRASpec, OLoRASpec, read_comparison
+from olora_core.specs import ADAPTER_SPECS, ComparisonSpec, read_comparison
+from olora_core.specs.methods.lora import LoRASpec
+from olora_core.specs.methods.olora import OLoRASpec
 
 
 def refused(**values: Any) -> SpecError:

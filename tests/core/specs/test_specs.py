@@ -10,15 +10,8 @@ from olora_core.errors import SpecError
 from olora_core.specs import (
     ADAPTER_ALIASES,
     ADAPTER_SPECS,
-    BALoRASpec,
-    Facts,
-    LoRASpec,
-    MELoRASpec,
-    MoRASpec,
-    OLoRASpec,
-    PiSSASpec,
+    RunFacts,
     TrainSpec,
-    TTLoRASpec,
     auto_batch_size,
     auto_epochs,
     known_hyperparameters,
@@ -26,6 +19,13 @@ from olora_core.specs import (
     read_spec,
     resolve,
 )
+from olora_core.specs.methods.ba_lora import BALoRASpec
+from olora_core.specs.methods.lora import LoRASpec
+from olora_core.specs.methods.melora import MELoRASpec
+from olora_core.specs.methods.mora import MoRASpec
+from olora_core.specs.methods.olora import OLoRASpec
+from olora_core.specs.methods.pissa import PiSSASpec
+from olora_core.specs.methods.tt_lora import TTLoRASpec
 
 
 def spec(hyperparameters: dict[str, Any] | None = None, adapter: dict[str, Any] | None = None) -> TrainSpec:
@@ -40,7 +40,7 @@ def refused(
     return caught.value
 
 
-FACTS = Facts(examples=100, hidden_size=192, context_length=256)
+FACTS = RunFacts(examples=100, hidden_size=192, context_length=256)
 
 
 def test_nothing_asked_is_olora_with_its_card() -> None:
@@ -183,20 +183,27 @@ def test_a_rank_given_twice_differently_is_refused() -> None:
 @pytest.mark.parametrize(
     ("given", "says"),
     [
-        ({"n_epochs": 0}, "greater than or equal to 1"),
-        ({"n_epochs": 51}, "less than or equal to 50"),
-        ({"n_epochs": 1.5}, "integer"),
-        ({"batch_size": 257}, "256"),
-        ({"learning_rate_multiplier": 0}, "greater than 0"),
-        ({"learning_rate": float("nan")}, "finite"),
-        ({"learning_rate": float("inf")}, "finite"),
-        ({"schedule": "step"}, "'linear'"),
-        ({"dtype": "fp16"}, "'bfloat16'"),
-        ({"lora_r": 0}, "greater than or equal to 1"),
-        ({"lora_dropout": 1}, "less than 1"),
-        ({"target_modules": []}, "at least one module name"),
-        ({"target_modules": "(q"}, "regular expression"),
-        ({"lora_r": 10**9}, "4096"),
+        ({"n_epochs": 0}, "must be at least 1 or 'auto' (got 0)."),
+        ({"n_epochs": 51}, "must be at most 50 or 'auto' (got 51)."),
+        ({"n_epochs": 1.5}, "must be a whole number or 'auto' (got 1.5)."),
+        ({"batch_size": 257}, "must be at most 256 or 'auto' (got 257)."),
+        ({"learning_rate_multiplier": 0}, "must be greater than 0 or 'auto' (got 0)."),
+        ({"learning_rate": float("nan")}, "must be a finite number or 'auto' (got nan)."),
+        ({"learning_rate": float("inf")}, "must be a finite number or 'auto' (got inf)."),
+        ({"schedule": "step"}, "must be 'linear', 'cosine' or 'constant' (got 'step')."),
+        ({"dtype": "fp16"}, "must be 'auto', 'float32' or 'bfloat16' (got 'fp16')."),
+        ({"lora_r": 0}, "must be at least 1 (got 0)."),
+        ({"lora_dropout": 1}, "must be less than 1 (got 1)."),
+        ({"target_modules": []}, "must be 'auto' or at least one module name (got [])."),
+        ({"target_modules": 5}, "must be a string, a list or 'auto' (got 5)."),
+        ({"target_modules": "(q"}, "must be a valid regular expression"),
+        ({"lora_r": 10**9}, "must be at most 4096 (got 1000000000)."),
+        ({"lora_r": "many"}, "must be a whole number (got 'many')."),
+        ({"lora_r": "7" * 100}, f"(got '{'7' * 76}…)."),
+        ({"rslora": "maybe"}, "must be true or false (got 'maybe')."),
+        ({"packing": "maybe"}, "must be true, false or 'auto' (got 'maybe')."),
+        ({"sharding": "half"}, "must be 'none', 'full' or 'auto' (got 'half')."),
+        ({"max_steps": "all"}, "must be a whole number (got 'all')."),
     ],
 )
 def test_what_does_not_fit_is_refused_with_its_bounds(given, says) -> None:
@@ -209,11 +216,11 @@ def test_what_does_not_fit_is_refused_with_its_bounds(given, says) -> None:
 
 
 def test_auto_is_mentioned_where_it_may_be_said() -> None:
-    assert '"auto"' in refused({"batch_size": "many"}).message
+    assert "or 'auto'" in refused({"batch_size": "many"}).message
 
 
 def test_several_misfits_are_counted() -> None:
-    assert "1 more value did not fit" in refused({"n_epochs": 0, "batch_size": 0}).message
+    assert "1 more value is invalid." in refused({"n_epochs": 0, "batch_size": 0}).message
 
 
 @pytest.mark.parametrize("seed", [-1, 2**31, "7", 1.5, True, None])
@@ -233,12 +240,12 @@ def test_other_training_types_are_refused() -> None:
 def test_dpo_has_a_beta_and_supervised_training_has_none() -> None:
     asked = read_spec(model="m", type="dpo")
     assert asked.hyperparameters.beta == "auto"
-    resolved, why = resolve(asked, Facts(100, 192, 128))
+    resolved, why = resolve(asked, RunFacts(100, 192, 128))
     assert resolved.hyperparameters.beta == 0.1
     assert any("beta = 0.1" in sentence for sentence in why)
     for given in ({"beta": 2}, {"beta": 0.01}):
         assert read_spec(model="m", type="dpo", hyperparameters=given).hyperparameters.beta == given["beta"]
-    supervised, why = resolve(read_spec(model="m", hyperparameters={"beta": None}), Facts(100, 192, 128))
+    supervised, why = resolve(read_spec(model="m", hyperparameters={"beta": None}), RunFacts(100, 192, 128))
     assert supervised.hyperparameters.beta is None
     assert not any("beta" in sentence for sentence in why)
 
@@ -252,7 +259,7 @@ def test_betas_that_do_not_fit_are_refused(beta) -> None:
 
 @pytest.mark.parametrize("beta", [0.1, "auto"])
 def test_beta_is_refused_by_name_without_dpo(beta) -> None:
-    with pytest.raises(SpecError, match="ask for dpo") as caught:
+    with pytest.raises(SpecError, match="or use dpo") as caught:
         read_spec(model="m", hyperparameters={"beta": beta})
     assert caught.value.param == "hyperparameters.beta"
 
@@ -353,7 +360,7 @@ def test_what_was_asked_is_not_decided_again() -> None:
 
 def test_a_resolved_spec_is_left_as_it_is() -> None:
     once, _ = resolve(spec({"learning_rate_multiplier": 0.7}), FACTS)
-    assert resolve(once, Facts(5000, 4096, 512, "bfloat16")) == (once, [])
+    assert resolve(once, RunFacts(5000, 4096, 512, "bfloat16")) == (once, [])
 
 
 def test_a_pass_may_hold_the_whole_batch() -> None:
@@ -386,7 +393,7 @@ def test_a_resolved_spec_keeps_to_the_bounds_of_a_request(rate: float) -> None:
 
 
 def test_a_multiplier_that_leads_to_an_impossible_rate_is_refused() -> None:
-    with pytest.raises(SpecError, match=r"learning_rate = 1000\.0 does not fit") as refused:
+    with pytest.raises(SpecError, match=r"at most 10 or 'auto' \(got 1000\.0\)") as refused:
         resolve(spec({"learning_rate_multiplier": 1e6}), FACTS)
     assert refused.value.param == "hyperparameters.learning_rate"
 

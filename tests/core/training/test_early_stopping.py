@@ -112,7 +112,7 @@ def test_training_that_only_harms_is_pointed_out(llama: Base, files, tmp_path) -
     said = list(train(spec, llama, *files, tmp_path / "run"))
     losses = evaluations(said)
     assert min(loss for step, loss in losses.items() if step) > losses[0]
-    assert any("the training has not helped" in message for message in notes(said, "warn"))
+    assert any("training has not helped" in message for message in notes(said, "warn"))
 
 
 def test_without_early_stopping_the_last_adapter_is_exported(llama: Base, files, tmp_path) -> None:
@@ -171,7 +171,7 @@ def test_what_looks_at_a_validation_file_needs_one(llama: Base, files, tmp_path,
 
 
 def test_a_least_improvement_without_patience_is_refused() -> None:
-    with pytest.raises(SpecError, match="goes with early_stopping_patience"):
+    with pytest.raises(SpecError, match="needs early_stopping_patience"):
         read_spec(model="m", hyperparameters={"early_stopping_min_delta": 0.1})
 
 

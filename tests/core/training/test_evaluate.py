@@ -10,7 +10,7 @@ from olora_core.bases.sites import target_sites
 from olora_core.data.examples import Examples
 from olora_core.errors import ModelError
 from olora_core.layers.adapter import adapters_off
-from olora_core.methods import METHODS, place
+from olora_core.methods import METHODS, build_adapters
 from olora_core.progress import Phase
 from olora_core.training.evaluate import evaluate
 from olora_core.training.samples import generate
@@ -48,7 +48,7 @@ def test_dropout_is_off_and_the_mode_comes_back(llama) -> None:
     expected = result_of(llama, EXAMPLES, 8, False)
     spec = spec_for("lora", adapter={"dropout": 0.9}).adapter
     method = METHODS["lora"](spec, seed=0, total_steps=1, schedule=lambda i, n: 1.0)
-    adapters = place(method, llama.model, target_sites(llama.model, "auto"))
+    adapters = build_adapters(method, llama.model, target_sites(llama.model, "auto"))
     for adapter in adapters.values():
         torch.nn.init.normal_(adapter.B)
     llama.model.train()

@@ -47,14 +47,14 @@ def loss_by_transformers(model: PreTrainedModel) -> float:
 
 
 @pytest.mark.parametrize("name", ["llama", "tied_llama", "gpt2"])
-@pytest.mark.parametrize("every_logit", [False, True])
+@pytest.mark.parametrize("needs_logits", [False, True])
 @pytest.mark.parametrize("packing", [False, True])
 @pytest.mark.parametrize("size", [1, 3, 8])
-def test_the_loss_is_transformers_own(request, name, every_logit, packing, size) -> None:
+def test_the_loss_is_transformers_own(request, name, needs_logits, packing, size) -> None:
     base: Base = request.getfixturevalue(name)
     with torch.no_grad():
         batches = batches_of(size, packing=packing)
-        parts = (task_loss(base.model, b, base.passes, every_logit=every_logit) for b in batches)
+        parts = (task_loss(base.model, b, base.passes, needs_logits=needs_logits) for b in batches)
         ours = sum(part.total.item() for part in parts)
         theirs = loss_by_transformers(base.model)
     assert ours == pytest.approx(theirs, rel=1e-5)
@@ -79,7 +79,7 @@ def test_a_batch_gives_the_same_gradient_however_it_is_cut(llama: Base) -> None:
 
 def test_the_logits_are_there_when_asked_for(llama: Base) -> None:
     (batch,) = batches_of(8)
-    logits = task_loss(llama.model, batch, llama.passes, every_logit=True).logits
+    logits = task_loss(llama.model, batch, llama.passes, needs_logits=True).logits
     assert logits is not None
     assert logits.shape == (*batch.input_ids.shape, 259)
     assert task_loss(llama.model, batch, llama.passes).logits is None
@@ -182,6 +182,6 @@ def test_label_smoothing_is_trained_on_and_not_measured_with(llama: Base) -> Non
             for evaluating in (False, True)
         )
         plain = task_loss(llama.model, batch, llama.passes).total.item()
-        by_all_logits = task_loss(llama.model, batch, llama.passes, every_logit=True, smoothing=0.2)
+        by_all_logits = task_loss(llama.model, batch, llama.passes, needs_logits=True, smoothing=0.2)
     assert measured == plain != trained_on
     assert trained_on == pytest.approx(by_all_logits.total.item(), rel=1e-6)

@@ -17,7 +17,7 @@ from olora_core.bases.sites import target_sites
 from olora_core.errors import SpecError, TrainingError
 from olora_core.layers.adapter import detach
 from olora_core.methods import METHODS
-from olora_core.methods.base import place
+from olora_core.methods.base import build_adapters
 from olora_core.training import memory
 from olora_core.training.losses import loss_of
 from olora_core.training.memory import Estimate, LiveBytes, estimate_memory
@@ -107,10 +107,11 @@ def test_the_processes_of_one_job_share_a_cpus_memory(llama, monkeypatch) -> Non
     with_free(monkeypatch, 2**40)
     spec = spec_for("lora")
     method = METHODS["lora"](spec.adapter, seed=0, total_steps=1, schedule=lambda step, steps: 1.0)
-    adapters = place(method, llama.model, target_sites(llama.model, "auto"))
+    adapters = build_adapters(method, llama.model, target_sites(llama.model, "auto"))
     try:
         alone, together = (
-            estimate_memory(spec, llama, adapters, loss_of(spec), False, processes=n).free for n in (1, 2)
+            estimate_memory(spec, llama, adapters, loss_of(spec), needs_logits=False, processes=n).free
+            for n in (1, 2)
         )
     finally:
         detach(llama.model)

@@ -171,7 +171,7 @@ def test_the_hook_goes_however_the_loss_ends(llama) -> None:
 
     llama.model.train()
     with pytest.raises(torch.OutOfMemoryError):
-        with_noise(fails, ALPHA)(llama.model, None, every_logit=False)
+        with_noise(fails, ALPHA)(llama.model, None, needs_logits=False)
     assert not llama.model.get_input_embeddings()._forward_hooks
 
 

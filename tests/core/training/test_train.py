@@ -349,8 +349,8 @@ class Recorder(LoRA):
     calls: ClassVar[list[Any]] = []
     penalties: ClassVar[list[float]] = []
 
-    def placed(self, adapters: Any) -> None:
-        self.calls.append(("placed", len(adapters)))
+    def on_attached(self, adapters: Any) -> None:
+        self.calls.append(("on_attached", len(adapters)))
         self.adapters = adapters
 
     def penalty(self, outputs: Any, reference: Any) -> torch.Tensor:
@@ -386,7 +386,7 @@ def test_hooks_come_in_order_and_once_a_step(run, recorder) -> None:
     assert METHODS["lora"] is recorder
     run(spec_for("lora", n_epochs=1, warmup_ratio=0.0))
     assert recorder.calls == [
-        ("placed", 14),
+        ("on_attached", 14),
         *["penalty"] * 2,
         ("after_backward", 1),
         ("after_step", 1, True),
@@ -446,7 +446,7 @@ class Explodes(LoRA):
     parameters: ClassVar[list[torch.nn.Parameter]] = []
     before: ClassVar[list[torch.Tensor]] = []
 
-    def placed(self, adapters: Any) -> None:
+    def on_attached(self, adapters: Any) -> None:
         self.parameters[:] = [p for adapter in adapters.values() for p in adapter.parameters()]
 
     def penalty(self, outputs: Any, reference: Any) -> torch.Tensor | None:
@@ -469,7 +469,7 @@ def test_a_loss_that_is_not_finite_names_the_step_and_keeps_the_last_checkpoint(
         list(progress)
     assert caught.value.code == "not_finite"
     assert "Lower the learning rate (now 0.002)" in caught.value.message
-    assert "The last good checkpoint, of step 4, is kept." in caught.value.message
+    assert "The checkpoint of step 4 is kept." in caught.value.message
     assert len(Explodes.before) == 28
     assert all(torch.equal(p, was) for p, was in zip(Explodes.parameters, Explodes.before, strict=True))
     newest = sorted((tmp_path / "run" / "checkpoints").iterdir())[-1]
@@ -481,7 +481,7 @@ def test_a_loss_that_is_not_finite_names_the_step_and_keeps_the_last_checkpoint(
 class Spoils(LoRA):
     """LoRA whose second step, itself finite, leaves a weight that is not."""
 
-    def placed(self, adapters: Any) -> None:
+    def on_attached(self, adapters: Any) -> None:
         self.first = next(iter(adapters.values()))
 
     def after_step(self, step: int, optimizer: torch.optim.Optimizer) -> None:
