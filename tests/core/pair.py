@@ -22,8 +22,9 @@ from olora_core.errors import OloraError
 from olora_core.layers.adapter import Site, adapters_off, attached
 from olora_core.methods import METHODS, Outputs
 from olora_core.methods.lora import LoRA, LoRAAdapter
+from olora_core.progress import Evaluated, Finished, Note, Saved, Step
 from olora_core.specs import TrainSpec
-from olora_core.training.train import Evaluated, Finished, Note, Saved, Step, train
+from olora_core.training.train import train
 
 ROOT = Path(__file__).parents[2]
 

@@ -8,8 +8,9 @@ import pytest
 import torch
 
 from olora_core.errors import CheckpointError
+from olora_core.progress import Saved, Step
 from olora_core.training.checkpoint import Snapshot, load, load_optimizer_state, optimizer_state, save
-from olora_core.training.train import Saved, Step, train
+from olora_core.training.train import train
 
 from ..runs import chat_rows, spec_for, write_rows
 

@@ -28,9 +28,9 @@ from olora_core.data.templates import end_of_turn_tokens
 from olora_core.data.tokenising import overlap_note
 from olora_core.errors import DataError
 from olora_core.methods import METHODS
-from olora_core.progress import Note
+from olora_core.progress import Evaluated, Finished, Note, Resolved, Saved, Step
 from olora_core.specs import TrainSpec
-from olora_core.training.train import Evaluated, Finished, Resolved, Saved, Step, train
+from olora_core.training.train import train
 
 from ..runs import chat_rows, one, preference_rows, spec_for, tokenised, write_rows
 from .test_parity import masked, padded, peft_model

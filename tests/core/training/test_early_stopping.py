@@ -9,9 +9,9 @@ from safetensors.torch import load_file
 
 from olora_core.bases.loading import Base
 from olora_core.errors import SpecError
+from olora_core.progress import Evaluated, Finished, Note, Progress, Saved, Step
 from olora_core.specs import Hyperparameters, read_spec
 from olora_core.training.early_stopping import best_of, is_over
-from olora_core.training.train import Evaluated, Finished, Note, Progress, Saved, Step
 
 from ..runs import chat_rows, one, spec_for, train, write_rows
 

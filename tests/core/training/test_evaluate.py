@@ -11,10 +11,10 @@ from olora_core.data.examples import Examples
 from olora_core.errors import ModelError
 from olora_core.layers.adapter import adapters_off
 from olora_core.methods import METHODS, build_adapters
-from olora_core.progress import Phase
+from olora_core.progress import Finished, Phase, Step
 from olora_core.training.evaluate import evaluate
 from olora_core.training.samples import generate
-from olora_core.training.train import Finished, Step, train
+from olora_core.training.train import train
 
 from ..runs import spec_for, write_rows
 from .test_losses import EXAMPLES, loss_by_transformers

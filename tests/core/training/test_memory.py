@@ -18,10 +18,11 @@ from olora_core.errors import SpecError, TrainingError
 from olora_core.layers.adapter import detach
 from olora_core.methods import METHODS
 from olora_core.methods.base import build_adapters
+from olora_core.progress import Finished, Note, Progress, Resolved, Saved, Step
 from olora_core.training import memory
 from olora_core.training.losses import loss_of
 from olora_core.training.memory import Estimate, LiveBytes, estimate_memory
-from olora_core.training.train import Finished, Note, Progress, Resolved, Saved, Step, train
+from olora_core.training.train import train
 
 from ..conftest import CONTEXT, VOCABULARY, save_base
 from ..runs import chat_rows, losses, one, preference_rows, spec_for, write_rows
@@ -243,7 +244,8 @@ from pathlib import Path
 import torch
 from olora_core.bases.loading import load_base
 from olora_core.specs import TrainSpec
-from olora_core.training.train import Note, Step, train
+from olora_core.progress import Note, Step
+from olora_core.training.train import train
 
 torch.set_num_threads(2)
 case = json.load(sys.stdin)

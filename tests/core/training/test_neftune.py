@@ -15,10 +15,10 @@ from olora_core import methods
 from olora_core.bases.loading import Base
 from olora_core.errors import SpecError
 from olora_core.methods.lora import LoRA
+from olora_core.progress import Evaluated, Finished, Progress, Resolved, Step
 from olora_core.specs import read_spec
 from olora_core.training.neftune import with_noise
 from olora_core.training.randomness import Randomness
-from olora_core.training.train import Evaluated, Finished, Progress, Resolved, Step
 
 from ..conftest import PAD
 from ..runs import chat_rows, losses, spec_for, train, write_rows

@@ -18,8 +18,9 @@ from olora_core.bases.loading import load_base
 from olora_core.bases.sites import target_sites
 from olora_core.data.batches import epoch_order
 from olora_core.methods import METHODS
+from olora_core.progress import Step
 from olora_core.specs import TrainSpec, read_spec
-from olora_core.training.train import Step, train
+from olora_core.training.train import train
 
 from ..runs import chat_rows, write_rows
 

@@ -13,8 +13,9 @@ import pytest
 import torch
 
 from olora_core.bases.loading import load_base
+from olora_core.progress import Evaluated, Finished, Resolved, Saved, Step
 from olora_core.specs import TrainSpec
-from olora_core.training.train import Evaluated, Finished, Resolved, Saved, Step, train
+from olora_core.training.train import train
 
 from ..runs import chat_rows, spec_for, write_rows
 
@@ -110,7 +111,8 @@ from pathlib import Path
 from olora_core.bases.loading import load_base
 from olora_core.bases.precision import DTYPES
 from olora_core.specs import TrainSpec
-from olora_core.training.train import Evaluated, Finished, Step, train
+from olora_core.progress import Evaluated, Finished, Step
+from olora_core.training.train import train
 
 for case in json.load(sys.stdin):
     spec = TrainSpec.model_validate(case["spec"])

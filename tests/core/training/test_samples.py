@@ -10,10 +10,10 @@ import torch
 
 from olora_core.bases.loading import Base
 from olora_core.errors import SpecError
+from olora_core.progress import Finished, Note, Phase, Samples, Saved
 from olora_core.specs import read_spec
 from olora_core.training import samples as samples_module
 from olora_core.training.samples import answer, generate
-from olora_core.training.train import Finished, Note, Phase, Samples, Saved
 
 from ..runs import chat_rows, one, preference_rows, spec_for, train, write_rows
 

@@ -14,25 +14,15 @@ from transformers import get_scheduler
 
 from olora_core import methods
 from olora_core.bases.loading import Base, load_base
-from olora_core.bases.precision import bf16_is_faster
+from olora_core.bases.precision import bf16_is_faster, compute_dtype
 from olora_core.errors import DataError, SpecError, TrainingError
 from olora_core.layers.adapter import AdaptedLinear
 from olora_core.methods import METHODS
 from olora_core.methods.lora import LoRA
+from olora_core.progress import Evaluated, Finished, Note, Phase, Progress, Resolved, Saved, Step
 from olora_core.specs import Hyperparameters, TrainSpec
 from olora_core.training.schedule import schedule_of
-from olora_core.training.train import (
-    Evaluated,
-    Finished,
-    Note,
-    Phase,
-    Progress,
-    Resolved,
-    Saved,
-    Step,
-    compute_dtype,
-    train,
-)
+from olora_core.training.train import train
 
 from ..runs import chat_rows, losses, one, spec_for, write_rows
 
