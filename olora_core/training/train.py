@@ -60,7 +60,7 @@ def train(
     With several `devices`, each process calls this with the same arguments and iterates to the end. Only the
     main process's updates and stop requests count, and only it writes; when it leaves, the others end.
 
-    Raises OloraErrors for expected trouble, each with a message that says what to do.
+    Raises OloraErrors for expected errors, each with a message that says what to do.
     """
     asked = spec
     with devices.ending_together():

@@ -170,7 +170,7 @@ def test_a_damaged_checkpoint_stops_the_run_before_a_step(llama, tmp_path) -> No
     training = write_rows(tmp_path / "rows.jsonl", chat_rows())
     folder = checkpoint_of(llama, training, tmp_path / "run", spec_for())
     (folder / "optimizer.safetensors").write_bytes(b"")
-    said = []
+    updates = []
     with pytest.raises(CheckpointError, match="optimizer"):
-        said.extend(train(spec_for(), llama, training, None, tmp_path / "again", resume=folder))
-    assert not [p for p in said if isinstance(p, Step)]
+        updates.extend(train(spec_for(), llama, training, None, tmp_path / "again", resume=folder))
+    assert not [p for p in updates if isinstance(p, Step)]

@@ -81,11 +81,11 @@ def test_a_trained_model_says_what_it_was_taught_and_stops(llama: Base, tmp_path
     training = write_rows(tmp_path / "rows.jsonl", rows)
     before = generate(llama, QUESTION, 20)
     spec = spec_for(n_epochs=40, learning_rate=2e-2, adapter={"rank": 16, "alpha": 16})
-    told = []
+    reported = []
     for progress in train(spec, llama, training, None, tmp_path / "run", checkpoint_seconds=3600):
         if isinstance(progress, Finished) or (isinstance(progress, Step) and progress.step == 40):
-            told.append(generate(llama, QUESTION, 20))
-    assert told == ["Quite.", "Quite."]
+            reported.append(generate(llama, QUESTION, 20))
+    assert reported == ["Quite.", "Quite."]
     assert before != "Quite."
     assert generate(llama, QUESTION, 20) == before  # the base was given back
 

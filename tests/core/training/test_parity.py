@@ -63,8 +63,8 @@ def our_steps(spec: TrainSpec, base_folder: Path, folder: Path) -> list[Step]:
     progress = train(spec, base, training, None, folder / "run", checkpoint_seconds=3600)
     steps = []
     while len(steps) < STEPS:  # the export is not this file's business
-        said = next(progress)
-        steps += [said] if isinstance(said, Step) else []
+        update = next(progress)
+        steps += [update] if isinstance(update, Step) else []
     progress.close()
     return steps
 
