@@ -234,7 +234,8 @@ def our_spec(task: Task, options: dict[str, Any], method: str = "lora") -> Any:
 def ours(task: Task, arm: Arm) -> dict[str, Any]:
     from olora_core.bases.loading import load_base
     from olora_core.bases.precision import compute_dtype
-    from olora_core.training.train import Step, train
+    from olora_core.progress import Step
+    from olora_core.training.train import train
 
     libraries = peak_memory(task.device)
     spec = our_spec(task, arm.options, arm.method)

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 from ..bases.loading import Base, check_quantization
-from ..bases.precision import compute_dtype
 from ..bases.sites import target_sites
 from ..devices import SINGLE, Devices
 from ..export.adapter import export_adapter, record_certificate
@@ -28,20 +27,6 @@ from .resume import Checkpoints, resume_run, save
 from .run import Run, check_dtype, check_sharding, restored_afterwards, run_facts, start
 from .samples import sample
 from .step import fill_note, peak_memory, take_step
-
-__all__ = [
-    "Evaluated",
-    "Finished",
-    "Note",
-    "Phase",
-    "Progress",
-    "Resolved",
-    "Samples",
-    "Saved",
-    "Step",
-    "compute_dtype",
-    "train",
-]
 
 CERTIFICATE_ROWS, CERTIFICATE_TOKENS = 16, 4096
 TINY_MULTIPLIER = 0.01
@@ -75,7 +60,7 @@ def train(
     With several `devices`, each process calls this with the same arguments and iterates to the end. Only the
     main process's updates and stop requests count, and only it writes; when it leaves, the others end.
 
-    Raises OloraErrors for expected trouble, each with a message that says what to do.
+    Raises OloraErrors for expected errors, each with a message that says what to do.
     """
     asked = spec
     with devices.ending_together():

@@ -291,7 +291,7 @@ BAD_BODIES = (
     bad("method-typo", {"methods": ["olara", "lora"]}, "methods[0]", "did you mean 'olora'?"),
     bad("no-method", {"methods": []}, "methods", 'must be "all"'),
     bad("twice", {"methods": ["olora", "olora"]}, "methods[1]", "olora"),
-    bad("rank-0", {"methods": [{"method": "olora", "rank": 0}]}, "methods[0].rank", "rank = 0"),
+    bad("rank-0", {"methods": [{"method": "olora", "rank": 0}]}, "methods[0].rank", "at least 1 (got 0)."),
     bad(
         "option-typo",
         {"methods": [{"method": "olora", "ranc": 4}]},

@@ -222,7 +222,7 @@ BAD_BODIES = (
     misfit("patience-0", "hyperparameters.early_stopping_patience", 0, "at least 1"),
     misfit("patience", "hyperparameters.early_stopping_patience", 2, "there is no validation_file"),
     misfit(
-        "eval-steps", "method.supervised.hyperparameters.eval_steps", 9, "give one, or leave the option out"
+        "eval-steps", "method.supervised.hyperparameters.eval_steps", 9, "pass one, or leave the option out"
     ),
     misfit("min-delta", "hyperparameters.early_stopping_min_delta", 0.1, "early_stopping_patience"),
     bad(
@@ -236,14 +236,14 @@ BAD_BODIES = (
     misfit("adapter-typo", "adapter.ranc", 4, "did you mean 'rank'?"),
     misfit("rank-0", "adapter.rank", 0, "adapter.rank must be", "at least 1"),
     misfit("rank-5000", "adapter.rank", 5000, "at most 4096"),
-    misfit("rank-as-text", "adapter.rank", "big", "'big'", "integer"),
+    misfit("rank-as-text", "adapter.rank", "big", "must be a whole number (got 'big')."),
     misfit("alpha-0", "adapter.alpha", 0, "greater than 0"),
     misfit("dropout-1", "adapter.dropout", 1, "less than 1"),
     misfit("epochs-0", "hyperparameters.n_epochs", 0, "at least 1", "or 'auto'"),
     misfit("epochs-51", "hyperparameters.n_epochs", 51, "at most 50"),
     misfit("batch-257", "hyperparameters.batch_size", 257, "at most 256"),
     misfit("multiplier-0", "hyperparameters.learning_rate_multiplier", 0, "greater than 0"),
-    misfit("in-method", "method.supervised.hyperparameters.n_epochs", 99, "n_epochs = 99"),
+    misfit("in-method", "method.supervised.hyperparameters.n_epochs", 99, "n_epochs must be at most 50"),
     misfit("hyperparameter-typo", "hyperparameters.n_epoch", 3, "did you mean 'n_epochs'?"),
     misfit("full-fine-tuning", "hyperparameters.lora", False, "an adapter is always trained"),
     bad(

@@ -22,8 +22,9 @@ from olora_core.errors import OloraError
 from olora_core.layers.adapter import Site, adapters_off, attached
 from olora_core.methods import METHODS, Outputs
 from olora_core.methods.lora import LoRA, LoRAAdapter
+from olora_core.progress import Evaluated, Finished, Note, Saved, Step
 from olora_core.specs import TrainSpec
-from olora_core.training.train import Evaluated, Finished, Note, Saved, Step, train
+from olora_core.training.train import train
 
 ROOT = Path(__file__).parents[2]
 
@@ -92,7 +93,7 @@ def run_case(case: dict[str, Any], devices: Devices = SINGLE) -> dict[str, Any]:
     base = load_base(Path(case["base"]), name="tiny")
     if case.get("sharding") == "full" and devices.count > 1:
         shard(base, "cpu", devices)
-    said: dict[str, Any] = {"steps": [], "margins": [], "evaluated": [], "digests": [], "saved": None}
+    result: dict[str, Any] = {"steps": [], "margins": [], "evaluated": [], "digests": [], "saved": None}
     made: list[LoRA] = []
     METHODS["lora"] = lambda *a, **b: made.append(_method(case, devices)(*a, **b)) or made[-1]  # type: ignore
     progress = train(
@@ -101,39 +102,42 @@ def run_case(case: dict[str, Any], devices: Devices = SINGLE) -> dict[str, Any]:
         devices=devices,
     )
     try:
-        for news in progress:
-            match news:
+        for update in progress:
+            match update:
                 case Step():
-                    said["steps"].append([news.step, news.loss, news.grad_norm, news.valid_loss])
-                    said["margins"].append(news.reward_margin)
-                    said["digests"].append(_digest(base))
-                    said["off"] = _off(base, devices)
-                    said["idle"] = [
+                    result["steps"].append([update.step, update.loss, update.grad_norm, update.valid_loss])
+                    result["margins"].append(update.reward_margin)
+                    result["digests"].append(_digest(base))
+                    result["off"] = _off(base, devices)
+                    result["idle"] = [
                         layer.adapter.idle.tolist() for layer in attached(base.model) if case.get("idle")
                     ]
-                    if news.step == case.get("stop_after"):
+                    if update.step == case.get("stop_after"):
                         if devices.is_main:
                             saved = progress.send("save")
                             assert isinstance(saved, Saved)
-                            said["saved"] = str(saved.folder)
+                            result["saved"] = str(saved.folder)
                             progress.close()
                             break
-                case Note() if "ran out of memory" in news.message:
-                    said["short"] = True
+                case Note() if "ran out of memory" in update.message:
+                    result["short"] = True
                 case Evaluated():
-                    said["evaluated"].append([news.step, news.loss, news.accuracy])
+                    result["evaluated"].append([update.step, update.loss, update.accuracy])
                 case Finished():
-                    said["certified"] = news.certificate["passed"]
-                    said["trained_tokens"], said["tokens"] = news.trained_tokens, news.metrics["tokens"]
-                    (tensors,) = news.folder.glob("*model.safetensors")
-                    said["exported"] = hashlib.sha256(tensors.read_bytes()).hexdigest()
+                    result["certified"] = update.certificate["passed"]
+                    result["trained_tokens"], result["tokens"] = (
+                        update.trained_tokens,
+                        update.metrics["tokens"],
+                    )
+                    (tensors,) = update.folder.glob("*model.safetensors")
+                    result["exported"] = hashlib.sha256(tensors.read_bytes()).hexdigest()
     except OloraError as error:
-        said["error"] = [error.code, error.message]
+        result["error"] = [error.code, error.message]
     finally:
         METHODS["lora"] = LoRA
-    said["statistic"] = made[0].seen_by_step if made and case.get("penalised") else None  # type: ignore
-    said["wrote"] = Path(case["folder"]).exists()
-    return said
+    result["statistic"] = made[0].seen_by_step if made and case.get("penalised") else None  # type: ignore
+    result["wrote"] = Path(case["folder"]).exists()
+    return result
 
 
 def _digest(base: Base) -> str:

@@ -11,9 +11,9 @@ from transformers import PreTrainedTokenizerBase
 from olora_core.data.example_files import ExampleWriter
 from olora_core.data.examples import Examples
 from olora_core.data.tokenising import tokenise
-from olora_core.progress import Note, result_of
+from olora_core.progress import Finished, Note, Progress, Resolved, Step, result_of
 from olora_core.specs import TrainSpec, read_spec
-from olora_core.training.train import Finished, Progress, Resolved, Step, train
+from olora_core.training.train import train
 
 ROWS = 11
 OPTIONS: dict[str, dict[str, Any]] = {

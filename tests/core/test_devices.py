@@ -100,20 +100,20 @@ def pair(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Pair]:
 
 @pytest.fixture(scope="module")
 def two(pair, base_folders, files, tmp_path_factory) -> dict[str, list[dict[str, Any]]]:
-    """What both processes said of each case; of some also stopped on the way, and taken up again."""
-    root, said = tmp_path_factory.mktemp("two"), {}
+    """Both processes' results in each case; in some also of a run that was stopped, and of it resumed."""
+    root, results = tmp_path_factory.mktemp("two"), {}
 
     def run(name: str, **more: Any) -> list[dict[str, Any]]:
-        folder = root / f"{len(said)}"
+        folder = root / f"{len(results)}"
         pair.begin(case_of(name, base_folders, files) | {"folder": str(folder)} | more)
         return [pair.answer(0), pair.answer(1)]
 
     for name in CASES:
         if name in RESUMED:
-            said[f"{name}, stopped"] = run(name, stop_after=STOPPED_AFTER)
-            said[f"{name}, resumed"] = run(name, resume=said[f"{name}, stopped"][0]["saved"])
-        said[name] = run(name)
-    return said
+            results[f"{name}, stopped"] = run(name, stop_after=STOPPED_AFTER)
+            results[f"{name}, resumed"] = run(name, resume=results[f"{name}, stopped"][0]["saved"])
+        results[name] = run(name)
+    return results
 
 
 @pytest.fixture(scope="module")
@@ -132,31 +132,31 @@ def near(found: Any, expected: Any) -> None:
 @pytest.mark.methods
 @pytest.mark.parametrize("name", CASES)
 def test_two_devices_give_the_losses_of_one(one, two, name) -> None:
-    lone, (leader, follower) = one[name], two[name]
+    lone, (main, other) = one[name], two[name]
     assert len(lone["steps"]) == STEPS.get(name, 6)
     for key in ("steps", "evaluated"):
-        near(leader[key], lone[key])
-        assert follower[key] == leader[key]
+        near(main[key], lone[key])
+        assert other[key] == main[key]
     for key in ("trained_tokens", "tokens"):
-        assert leader[key] == lone[key]
+        assert main[key] == lone[key]
     if CASES[name][1].get("type") == "dpo":
-        near(leader["margins"], lone["margins"])
+        near(main["margins"], lone["margins"])
 
 
 @pytest.mark.methods
 @pytest.mark.parametrize("name", CASES)
 def test_both_hold_the_same_adapter_after_every_step_and_one_exports_it_certified(two, name) -> None:
-    leader, follower = two[name]
-    assert leader["digests"] == follower["digests"]
-    assert len(set(leader["digests"])) == STEPS.get(name, 6)
-    assert leader["certified"] is True
-    assert "certified" not in follower
-    assert not follower["wrote"]
+    main, other = two[name]
+    assert main["digests"] == other["digests"]
+    assert len(set(main["digests"])) == STEPS.get(name, 6)
+    assert main["certified"] is True
+    assert "certified" not in other
+    assert not other["wrote"]
 
 
 @pytest.mark.parametrize("name", CASES)
 def test_the_base_keeps_its_values_and_adapters_off_is_the_base(two, name) -> None:
-    assert all(said["off"] for said in two[name])
+    assert all(result["off"] for result in two[name])
 
 
 @pytest.mark.parametrize("name", RESUMED)
@@ -179,30 +179,30 @@ def test_a_run_on_two_devices_goes_on_on_one(two, base_folders, files, tmp_path,
 
 def test_a_tensor_without_a_gradient_stays_as_it_is(two) -> None:
     """With a gradient of zeros, as a sum over nothing would give it, the optimizer would shrink it."""
-    for said in two["with an idle tensor"]:
-        assert said["idle"]
-        assert all(values == [1.0] * 3 for values in said["idle"])
+    for result in two["with an idle tensor"]:
+        assert result["idle"]
+        assert all(values == [1.0] * 3 for values in result["idle"])
 
 
 def test_memory_that_runs_out_on_one_device_has_all_begin_the_step_again(one, two) -> None:
-    assert all(said["short"] for said in (one["short of memory once"], *two["short of memory once"]))
+    assert all(result["short"] for result in (one["short of memory once"], *two["short of memory once"]))
 
 
 def test_a_method_can_pool_what_the_devices_saw(one, two) -> None:
     for name in ("with a penalty", "sharded, with a penalty"):
-        for said in two[name]:
-            near(said["statistic"], one[name]["statistic"])
+        for result in two[name]:
+            near(result["statistic"], one[name]["statistic"])
 
 
-def test_trouble_that_both_meet_is_told_once_and_the_next_run_is_well(
+def test_an_error_in_both_processes_is_reported_once_and_the_next_run_works(
     pair, base_folders, files, tmp_path
 ) -> None:
     case = case_of("lora", base_folders, files)
     (tmp_path / "empty").mkdir()
     pair.begin(case | {"folder": str(tmp_path / "a"), "resume": str(tmp_path / "empty")})
-    leader, follower = pair.answer(0), pair.answer(1)
-    assert leader["error"][0] == "invalid_checkpoint"
-    assert "error" not in follower
+    main, other = pair.answer(0), pair.answer(1)
+    assert main["error"][0] == "invalid_checkpoint"
+    assert "error" not in other
     pair.begin(case | {"folder": str(tmp_path / "b")})
     assert all(len(pair.answer(rank)["steps"]) == 6 for rank in (0, 1))
 

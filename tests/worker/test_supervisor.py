@@ -19,8 +19,9 @@ from pyarrow import parquet
 
 from olora_core.bases.loading import load_base
 from olora_core.errors import TrainingError
+from olora_core.progress import Step
 from olora_core.specs import TrainSpec
-from olora_core.training.train import Step, train
+from olora_core.training.train import train
 from store import files, jobs, progress
 from store.errors import LeaseLost, StorageFull, StoreError
 from store.storage import Storage

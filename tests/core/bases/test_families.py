@@ -41,8 +41,9 @@ from olora_core.bases.sites import target_sites, unadapted
 from olora_core.errors import SpecError
 from olora_core.layers.adapter import detach
 from olora_core.methods import METHODS, build_adapters
+from olora_core.progress import Finished, Note, Progress, Resolved
 from olora_core.specs import TrainSpec
-from olora_core.training.train import Finished, Note, Progress, Resolved, train
+from olora_core.training.train import train
 
 from ..conftest import CONTEXT, VOCABULARY, save_base
 from ..runs import ROWS, chat_rows, losses, one, spec_for, write_rows

@@ -21,7 +21,8 @@ from olora_core.layers import quantisation
 from olora_core.layers.adapter import Adapter, adapters_off, site_weight
 from olora_core.layers.quantisation import PACKAGES, stored_tensors
 from olora_core.methods import METHODS, build_adapters
-from olora_core.training.train import Evaluated, Finished, Step, train
+from olora_core.progress import Evaluated, Finished, Step
+from olora_core.training.train import train
 
 from ..conftest import make_tokenizer
 from ..export.test_adapter import exported

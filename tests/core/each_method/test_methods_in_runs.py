@@ -11,8 +11,9 @@ from transformers import AutoModelForCausalLM
 
 from olora_core.bases.loading import Base, load_base
 from olora_core.methods import METHODS
+from olora_core.progress import Finished, Progress
 from olora_core.specs import TrainSpec
-from olora_core.training.train import Finished, Progress, train
+from olora_core.training.train import train
 
 from ..runs import ROWS, chat_rows, losses, one, spec_for, write_rows
 

@@ -126,10 +126,10 @@ def test_the_norm_follows_the_root_mean_square_of_each_steps_tokens() -> None:
 def test_inputs_of_any_length_are_summed_in_pieces(monkeypatch) -> None:
     monkeypatch.setattr(prilora_file, "SQUARES_AT_ONCE", 3 * IN)
     x, is_token = drawn(2, 7, IN), torch.arange(7) < torch.tensor([[7], [4]])
-    told = squares(x, is_token)
+    seen = squares(x, is_token)
     expected = x[is_token].double().square().sum(dim=0)
-    torch.testing.assert_close(told[:-1].double(), expected, rtol=1e-6, atol=0)
-    assert told[-1] == 11
+    torch.testing.assert_close(seen[:-1].double(), expected, rtol=1e-6, atol=0)
+    assert seen[-1] == 11
 
 
 def test_a_constant_input_is_its_own_norm() -> None:

@@ -19,8 +19,8 @@ from olora_core.export.manifest import RunRecord
 from olora_core.export.merged import Merged, check_mergeable, export_merged
 from olora_core.layers.adapter import Adapter, adapters_off, bare_modules
 from olora_core.methods import METHODS
+from olora_core.progress import Finished, Note
 from olora_core.specs import read_spec
-from olora_core.training.train import Finished, Note
 
 from ..runs import OPTIONS, chat_rows, one, spec_for, train, write_rows
 from .test_adapter import trained

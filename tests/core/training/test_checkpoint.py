@@ -8,8 +8,9 @@ import pytest
 import torch
 
 from olora_core.errors import CheckpointError
+from olora_core.progress import Saved, Step
 from olora_core.training.checkpoint import Snapshot, load, load_optimizer_state, optimizer_state, save
-from olora_core.training.train import Saved, Step, train
+from olora_core.training.train import train
 
 from ..runs import chat_rows, spec_for, write_rows
 
@@ -169,7 +170,7 @@ def test_a_damaged_checkpoint_stops_the_run_before_a_step(llama, tmp_path) -> No
     training = write_rows(tmp_path / "rows.jsonl", chat_rows())
     folder = checkpoint_of(llama, training, tmp_path / "run", spec_for())
     (folder / "optimizer.safetensors").write_bytes(b"")
-    said = []
+    updates = []
     with pytest.raises(CheckpointError, match="optimizer"):
-        said.extend(train(spec_for(), llama, training, None, tmp_path / "again", resume=folder))
-    assert not [p for p in said if isinstance(p, Step)]
+        updates.extend(train(spec_for(), llama, training, None, tmp_path / "again", resume=folder))
+    assert not [p for p in updates if isinstance(p, Step)]

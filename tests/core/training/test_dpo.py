@@ -28,9 +28,9 @@ from olora_core.data.templates import end_of_turn_tokens
 from olora_core.data.tokenising import overlap_note
 from olora_core.errors import DataError
 from olora_core.methods import METHODS
-from olora_core.progress import Note
+from olora_core.progress import Evaluated, Finished, Note, Resolved, Saved, Step
 from olora_core.specs import TrainSpec
-from olora_core.training.train import Evaluated, Finished, Resolved, Saved, Step, train
+from olora_core.training.train import train
 
 from ..runs import chat_rows, one, preference_rows, spec_for, tokenised, write_rows
 from .test_parity import masked, padded, peft_model
@@ -50,10 +50,10 @@ def steps_of(base: Base, spec: TrainSpec, folder: Path, count: int | None = None
     progress = train(spec, base, training, None, folder / "run", checkpoint_seconds=3600)
     steps: list[Step] = []
     while count is None or len(steps) < count:
-        said = next(progress, None)
-        if said is None:
+        update = next(progress, None)
+        if update is None:
             break
-        steps += [said] if isinstance(said, Step) else []
+        steps += [update] if isinstance(update, Step) else []
     progress.close()
     return steps
 
@@ -176,20 +176,20 @@ def test_a_run_learns_to_prefer_and_its_adapter_is_certified(llama: Base, tmp_pa
     training = write_rows(tmp_path / "training.jsonl", preference_rows(11))
     validation = write_rows(tmp_path / "validation.jsonl", preference_rows(20)[11:])
     spec = dpo_spec(n_epochs=8, learning_rate=1e-2)
-    said = list(train(spec, llama, training, validation, tmp_path / "run"))
-    before, *_, after = [p for p in said if isinstance(p, Evaluated)]
+    updates = list(train(spec, llama, training, validation, tmp_path / "run"))
+    before, *_, after = [p for p in updates if isinstance(p, Evaluated)]
     assert abs(before.loss - LN_2) <= ULP
     assert (before.accuracy, after.accuracy) == (0, 1)
     assert after.loss < 0.3
-    last = [p for p in said if isinstance(p, Step)][-1]
+    last = [p for p in updates if isinstance(p, Step)][-1]
     assert last.accuracy == 1
     assert last.reward_margin is not None
     assert last.reward_margin > 1
-    finished = one(Finished, said)
+    finished = one(Finished, updates)
     assert finished.certificate["passed"]
     assert finished.metrics["train_accuracy"] == 1
     assert finished.metrics["valid_loss_after"] == after.loss
-    assert one(Resolved, said).examples == 11
+    assert one(Resolved, updates).examples == 11
 
 
 def test_each_type_trains_on_its_own_format(llama: Base, tmp_path) -> None:
@@ -207,24 +207,26 @@ def test_a_resumed_run_equals_an_unbroken_one(base_folders, tmp_path) -> None:
 
     def run(folder: str, **options: Any) -> tuple[list[Any], Finished, Path | None]:
         base = load_base(base_folders["llama"], name="tiny", dtype=torch.float32)
-        progress, told, kept = train(spec, base, *files, tmp_path / folder, **options), [], None
-        said = next(progress)
-        while not isinstance(said, Finished):
-            wish = None
-            if isinstance(said, Step):
-                told.append((said.step, said.loss, said.accuracy, said.reward_margin, said.valid_loss))
-                wish = "save" if said.step == 2 else None
-            elif isinstance(said, Evaluated):
-                told.append(("whole", said.step, said.loss, said.accuracy))
-            elif isinstance(said, Saved) and said.step == 2:
-                kept = said.folder.rename(tmp_path / f"kept-{folder}")
-            said = progress.send(wish)
+        progress, reported, kept = train(spec, base, *files, tmp_path / folder, **options), [], None
+        update = next(progress)
+        while not isinstance(update, Finished):
+            stop_request = None
+            if isinstance(update, Step):
+                reported.append(
+                    (update.step, update.loss, update.accuracy, update.reward_margin, update.valid_loss)
+                )
+                stop_request = "save" if update.step == 2 else None
+            elif isinstance(update, Evaluated):
+                reported.append(("whole", update.step, update.loss, update.accuracy))
+            elif isinstance(update, Saved) and update.step == 2:
+                kept = update.folder.rename(tmp_path / f"kept-{folder}")
+            update = progress.send(stop_request)
         progress.close()
-        return told, said, kept
+        return reported, update, kept
 
-    told, finished, kept = run("unbroken")
+    reported, finished, kept = run("unbroken")
     again, resumed, _ = run("resumed", resume=kept)
-    assert again == told[told.index(next(t for t in told if t[0] == 3)) :]
+    assert again == reported[reported.index(next(t for t in reported if t[0] == 3)) :]
     for file in ("adapter_model.safetensors", "native/adapter.safetensors"):
         assert (resumed.folder / file).read_bytes() == (finished.folder / file).read_bytes()
     assert resumed.metrics["train_loss"] == finished.metrics["train_loss"]
@@ -235,7 +237,7 @@ def test_a_resumed_run_equals_an_unbroken_one(base_folders, tmp_path) -> None:
 QUESTION = [{"role": "user", "content": "Why?"}]
 
 
-def said(text: str) -> list[dict[str, str]]:
+def answer(text: str) -> list[dict[str, str]]:
     return [{"role": "assistant", "content": text}]
 
 
@@ -250,15 +252,15 @@ def pairs_of(
 PAIRS = {
     "openai": {
         "input": {"messages": QUESTION},
-        "preferred_output": said("Because."),
-        "non_preferred_output": said("No"),
+        "preferred_output": answer("Because."),
+        "non_preferred_output": answer("No"),
     },
     "older openai": {
         "input": {"messages": QUESTION},
-        "preferred_completion": said("Because."),
-        "non_preferred_completion": said("No"),
+        "preferred_completion": answer("Because."),
+        "non_preferred_completion": answer("No"),
     },
-    "trl messages": {"prompt": QUESTION, "chosen": said("Because."), "rejected": said("No")},
+    "trl messages": {"prompt": QUESTION, "chosen": answer("Because."), "rejected": answer("No")},
     "trl strings": {"prompt": "Why?", "chosen": "Because.", "rejected": "No"},
 }
 
@@ -283,7 +285,7 @@ def test_pairs_that_say_nothing_are_named_and_left_out(llama: Base, tmp_path) ->
     rows = [
         good,
         good | {"rejected": "  "},
-        PAIRS["trl messages"] | {"chosen": said("")},
+        PAIRS["trl messages"] | {"chosen": answer("")},
         good | {"prompt": "?" * context},
         good | {"chosen": "Because of this and that", "rejected": "Because of this and this"},
         good | {"chosen": "Because of that"},

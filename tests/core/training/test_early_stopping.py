@@ -9,9 +9,9 @@ from safetensors.torch import load_file
 
 from olora_core.bases.loading import Base
 from olora_core.errors import SpecError
+from olora_core.progress import Evaluated, Finished, Note, Progress, Saved, Step
 from olora_core.specs import Hyperparameters, read_spec
 from olora_core.training.early_stopping import best_of, is_over
-from olora_core.training.train import Evaluated, Finished, Note, Progress, Saved, Step
 
 from ..runs import chat_rows, one, spec_for, train, write_rows
 
@@ -30,12 +30,12 @@ def files(tmp_path: Path) -> tuple[Path, Path]:
     return write_rows(tmp_path / "training.jsonl", rows), write_rows(tmp_path / "wrong.jsonl", wrong)
 
 
-def evaluations(said: list[Progress]) -> dict[int, float]:
-    return {p.step: p.loss for p in said if isinstance(p, Evaluated)}
+def evaluations(updates: list[Progress]) -> dict[int, float]:
+    return {p.step: p.loss for p in updates if isinstance(p, Evaluated)}
 
 
-def notes(said: list[Progress], level: str) -> list[str]:
-    return [p.message for p in said if isinstance(p, Note) and p.level == level]
+def notes(updates: list[Progress], level: str) -> list[str]:
+    return [p.message for p in updates if isinstance(p, Note) and p.level == level]
 
 
 def exported(finished: Finished) -> bytes:
@@ -48,18 +48,18 @@ def stopping(**options: Any) -> Any:
 
 
 def test_a_run_stops_when_validation_gets_worse_and_exports_its_best(llama: Base, files, tmp_path) -> None:
-    said = list(train(stopping(), llama, *files, tmp_path / "run"))
-    losses, finished = evaluations(said), one(Finished, said)
+    updates = list(train(stopping(), llama, *files, tmp_path / "run"))
+    losses, finished = evaluations(updates), one(Finished, updates)
     best = min((step for step in losses if step), key=lambda step: losses[step])
     assert list(losses) == list(range(best + 4))
     assert all(losses[best + later] >= losses[best] for later in (1, 2, 3))
-    assert [p.step for p in said if isinstance(p, Step)] == list(range(1, best + 4))
-    assert all(p.total_steps == 90 for p in said if isinstance(p, Step))
+    assert [p.step for p in updates if isinstance(p, Step)] == list(range(1, best + 4))
+    assert all(p.total_steps == 90 for p in updates if isinstance(p, Step))
     assert finished.steps == best + 3
     assert finished.metrics["exported_step"] == finished.certificate["exported_step"] == best
     assert finished.metrics["valid_loss_after"] == losses[best]
     assert finished.certificate["passed"]
-    stopped, taken = notes(said, "info")[-2:]
+    stopped, taken = notes(updates, "info")[-2:]
     assert f"stops after step {best + 3} of 90" in stopped
     assert f"The adapter of step {best} is exported" in taken
 
@@ -69,23 +69,23 @@ def test_a_run_stops_when_validation_gets_worse_and_exports_its_best(llama: Base
 
 
 def test_the_best_checkpoint_is_kept_beside_the_newest_two(llama: Base, files, tmp_path) -> None:
-    said = list(train(stopping(), llama, *files, tmp_path / "run"))
-    finished = one(Finished, said)
+    updates = list(train(stopping(), llama, *files, tmp_path / "run"))
+    finished = one(Finished, updates)
     best, last = finished.metrics["exported_step"], finished.steps
     folders = sorted((tmp_path / "run" / "checkpoints").iterdir())
     assert [int(folder.name[5:]) for folder in folders] == [best, last - 1, last]
     kept = load_file(folders[0] / "adapter.safetensors")
     native = load_file(finished.folder / "native" / "adapter.safetensors")
     assert all((native[name] == tensor).all() for name, tensor in kept.items())
-    assert [p.best_step for p in said if isinstance(p, Saved)] == [
-        min(range(1, step + 1), key=lambda s: evaluations(said)[s]) for step in range(1, last + 1)
+    assert [p.best_step for p in updates if isinstance(p, Saved)] == [
+        min(range(1, step + 1), key=lambda s: evaluations(updates)[s]) for step in range(1, last + 1)
     ]
 
 
 def test_a_run_that_never_stops_early_exports_its_best_too(llama: Base, files, tmp_path) -> None:
     spec = stopping(early_stopping_patience=50, n_epochs=4)
-    said = list(train(spec, llama, *files, tmp_path / "run"))
-    losses, finished = evaluations(said), one(Finished, said)
+    updates = list(train(spec, llama, *files, tmp_path / "run"))
+    losses, finished = evaluations(updates), one(Finished, updates)
     best = min((step for step in losses if step), key=lambda step: losses[step])
     assert finished.steps == 12
     assert finished.metrics["exported_step"] == best < 12
@@ -109,28 +109,28 @@ def test_a_run_resumed_after_its_best_step_ends_the_same(llama: Base, files, tmp
 
 def test_training_that_only_harms_is_pointed_out(llama: Base, files, tmp_path) -> None:
     spec = stopping(learning_rate=1.0, early_stopping_patience=1)
-    said = list(train(spec, llama, *files, tmp_path / "run"))
-    losses = evaluations(said)
+    updates = list(train(spec, llama, *files, tmp_path / "run"))
+    losses = evaluations(updates)
     assert min(loss for step, loss in losses.items() if step) > losses[0]
-    assert any("training has not helped" in message for message in notes(said, "warn"))
+    assert any("training has not helped" in message for message in notes(updates, "warn"))
 
 
 def test_without_early_stopping_the_last_adapter_is_exported(llama: Base, files, tmp_path) -> None:
-    said = list(train(spec_for(eval_steps=1, **UNCHANGING), llama, *files, tmp_path / "run"))
-    finished = one(Finished, said)
+    updates = list(train(spec_for(eval_steps=1, **UNCHANGING), llama, *files, tmp_path / "run"))
+    finished = one(Finished, updates)
     assert finished.metrics["exported_step"] == finished.steps == 6
-    assert finished.metrics["valid_loss_after"] == evaluations(said)[6]
-    assert [p.best_step for p in said if isinstance(p, Saved)] == [None] * 6
+    assert finished.metrics["valid_loss_after"] == evaluations(updates)[6]
+    assert [p.best_step for p in updates if isinstance(p, Saved)] == [None] * 6
 
 
 def test_eval_steps_come_beside_epoch_ends_each_with_a_checkpoint(llama: Base, files, tmp_path) -> None:
-    said = list(train(spec_for(eval_steps=2), llama, *files, tmp_path / "run", checkpoint_seconds=3600))
-    assert list(evaluations(said)) == [0, 2, 3, 4, 6]
-    saved = [p for p in said if isinstance(p, Saved)]
+    updates = list(train(spec_for(eval_steps=2), llama, *files, tmp_path / "run", checkpoint_seconds=3600))
+    assert list(evaluations(updates)) == [0, 2, 3, 4, 6]
+    saved = [p for p in updates if isinstance(p, Saved)]
     assert [p.step for p in saved] == [2, 3, 4, 6]
-    assert [p.metrics["full_valid_loss"] for p in saved] == list(evaluations(said).values())[1:]
+    assert [p.metrics["full_valid_loss"] for p in saved] == list(evaluations(updates).values())[1:]
     plain = list(train(spec_for(), llama, *files, tmp_path / "plain"))
-    assert [p.loss for p in said if isinstance(p, Step)] == [p.loss for p in plain if isinstance(p, Step)]
+    assert [p.loss for p in updates if isinstance(p, Step)] == [p.loss for p in plain if isinstance(p, Step)]
 
 
 LOSSES = [5.0, 4.0, 3.9, 3.95, 3.6, 3.7, 3.55, 3.8]
@@ -151,16 +151,16 @@ LOSSES = [5.0, 4.0, 3.9, 3.95, 3.6, 3.7, 3.55, 3.8]
 )
 def test_patience_counts_evaluations_without_improvement(patience, min_delta, over_at) -> None:
     options = Hyperparameters(early_stopping_patience=patience, early_stopping_min_delta=min_delta)
-    told = [Evaluated(step, loss, 0.5) for step, loss in enumerate(LOSSES)]
-    over = [step for step in range(len(told)) if is_over(told[: step + 1], options)]
+    reported = [Evaluated(step, loss, 0.5) for step, loss in enumerate(LOSSES)]
+    over = [step for step in range(len(reported)) if is_over(reported[: step + 1], options)]
     assert (over[0] if over else None) == over_at
-    assert not is_over(told, Hyperparameters())
+    assert not is_over(reported, Hyperparameters())
 
 
 def test_the_best_is_the_earliest_lowest_after_any_training() -> None:
-    told = [Evaluated(step, loss, 0.5) for step, loss in enumerate([1.0, 3.0, 2.0, 2.0])]
-    assert best_of(told) is told[2]
-    assert best_of(told[:1]) is None
+    reported = [Evaluated(step, loss, 0.5) for step, loss in enumerate([1.0, 3.0, 2.0, 2.0])]
+    assert best_of(reported) is reported[2]
+    assert best_of(reported[:1]) is None
 
 
 @pytest.mark.parametrize("options", [{"early_stopping_patience": 2}, {"eval_steps": 10}])

@@ -11,10 +11,10 @@ from olora_core.data.examples import Examples
 from olora_core.errors import ModelError
 from olora_core.layers.adapter import adapters_off
 from olora_core.methods import METHODS, build_adapters
-from olora_core.progress import Phase
+from olora_core.progress import Finished, Phase, Step
 from olora_core.training.evaluate import evaluate
 from olora_core.training.samples import generate
-from olora_core.training.train import Finished, Step, train
+from olora_core.training.train import train
 
 from ..runs import spec_for, write_rows
 from .test_losses import EXAMPLES, loss_by_transformers
@@ -81,11 +81,11 @@ def test_a_trained_model_says_what_it_was_taught_and_stops(llama: Base, tmp_path
     training = write_rows(tmp_path / "rows.jsonl", rows)
     before = generate(llama, QUESTION, 20)
     spec = spec_for(n_epochs=40, learning_rate=2e-2, adapter={"rank": 16, "alpha": 16})
-    told = []
+    reported = []
     for progress in train(spec, llama, training, None, tmp_path / "run", checkpoint_seconds=3600):
         if isinstance(progress, Finished) or (isinstance(progress, Step) and progress.step == 40):
-            told.append(generate(llama, QUESTION, 20))
-    assert told == ["Quite.", "Quite."]
+            reported.append(generate(llama, QUESTION, 20))
+    assert reported == ["Quite.", "Quite."]
     assert before != "Quite."
     assert generate(llama, QUESTION, 20) == before  # the base was given back
 

@@ -18,10 +18,11 @@ from olora_core.errors import SpecError, TrainingError
 from olora_core.layers.adapter import detach
 from olora_core.methods import METHODS
 from olora_core.methods.base import build_adapters
+from olora_core.progress import Finished, Note, Progress, Resolved, Saved, Step
 from olora_core.training import memory
 from olora_core.training.losses import loss_of
 from olora_core.training.memory import Estimate, LiveBytes, estimate_memory
-from olora_core.training.train import Finished, Note, Progress, Resolved, Saved, Step, train
+from olora_core.training.train import train
 
 from ..conftest import CONTEXT, VOCABULARY, save_base
 from ..runs import chat_rows, losses, one, preference_rows, spec_for, write_rows
@@ -67,14 +68,14 @@ def test_checkpointed_blocks_keep_their_inputs_and_one_block() -> None:
 
 def test_what_a_penalty_holds_is_counted(llama, training, tmp_path) -> None:
     assert estimate(penalty=5).activations(100, 10) == 1000 + 500
-    said = []
+    estimates = []
     for weight in (0.0, 0.1):
         weights = dict.fromkeys(("lambda_consistency", "lambda_diversity", "lambda_spectrum"), weight)
         settings = {"packing": True, "adapter": weights, "micro_batch_tokens": 4096}
         progress = begun(llama, training, tmp_path / str(weight), method="ba_lora", **settings)
         (note,) = [p for p in progress if isinstance(p, Note) and "Estimated peak memory" in p.message]
-        said.append(note.data)
-    assert said[1]["activation_bytes"] - said[0]["activation_bytes"] >= 6 * 4096 * VOCABULARY * 4
+        estimates.append(note.data)
+    assert estimates[1]["activation_bytes"] - estimates[0]["activation_bytes"] >= 6 * 4096 * VOCABULARY * 4
 
 
 # --- what "auto" becomes -------------------------------------------------------------------------------
@@ -99,8 +100,8 @@ def test_with_room_enough_a_pass_is_as_large_as_is_fast(llama, training, tmp_pat
     progress = begun(llama, training, tmp_path)
     chosen = one(Resolved, progress).spec.hyperparameters
     assert (chosen.micro_batch_tokens, chosen.packing, chosen.gradient_checkpointing) == (2048, True, False)
-    (said,) = [p for p in progress if isinstance(p, Note) and "Estimated peak memory" in p.message]
-    assert said.level == "info"
+    (note,) = [p for p in progress if isinstance(p, Note) and "Estimated peak memory" in p.message]
+    assert note.level == "info"
 
 
 def test_the_processes_of_one_job_share_a_cpus_memory(llama, monkeypatch) -> None:
@@ -132,8 +133,8 @@ def test_with_little_room_passes_shrink_and_then_blocks_are_checkpointed(
     assert (off, still_off, on) == (False, False, True)
     assert cut == pytest.approx(plain, rel=1e-5)
     assert checkpointed == pytest.approx(plain, rel=1e-5)
-    (said,) = [p for p in progress if isinstance(p, Note) and "Estimated peak memory" in p.message]
-    assert said.level == "warn"
+    (note,) = [p for p in progress if isinstance(p, Note) and "Estimated peak memory" in p.message]
+    assert note.level == "warn"
 
 
 def test_a_pass_of_a_large_base_is_small_on_a_cpu() -> None:
@@ -180,7 +181,7 @@ def test_checkpointed_blocks_give_the_same_run_bit_for_bit(llama, tmp_path, type
 
 
 class Device:
-    """Holds so many tokens of a pass, and no more: from then on the base's first norm has no memory."""
+    """Holds this many tokens of a pass and no more: beyond it the base's first norm has no memory."""
 
     def __init__(self, base: Base, most: int) -> None:
         self.most, self.refusals = most, 0
@@ -243,7 +244,8 @@ from pathlib import Path
 import torch
 from olora_core.bases.loading import load_base
 from olora_core.specs import TrainSpec
-from olora_core.training.train import Note, Step, train
+from olora_core.progress import Note, Step
+from olora_core.training.train import train
 
 torch.set_num_threads(2)
 case = json.load(sys.stdin)

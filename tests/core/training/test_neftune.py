@@ -15,10 +15,10 @@ from olora_core import methods
 from olora_core.bases.loading import Base
 from olora_core.errors import SpecError
 from olora_core.methods.lora import LoRA
+from olora_core.progress import Evaluated, Finished, Progress, Resolved, Step
 from olora_core.specs import read_spec
 from olora_core.training.neftune import with_noise
 from olora_core.training.randomness import Randomness
-from olora_core.training.train import Evaluated, Finished, Progress, Resolved, Step
 
 from ..conftest import PAD
 from ..runs import chat_rows, losses, spec_for, train, write_rows
@@ -42,14 +42,14 @@ class Forwards:
     other: list[tuple[Tensor, Tensor]] = field(default_factory=list)
 
     def of(self, run: Iterable[Progress]) -> list[Progress]:
-        """All that a run says; the passes that it tries out before its plan stands are forgotten."""
-        said = []
+        """All that a run says; without the passes that the memory estimate measures."""
+        updates = []
         for progress in run:
-            said.append(progress)
+            updates.append(progress)
             if isinstance(progress, Resolved):
                 self.training.clear()
                 self.other.clear()
-        return said
+        return updates
 
 
 @contextmanager
@@ -123,17 +123,17 @@ def test_a_row_of_its_own_gets_transformers_noise(llama, files, tmp_path) -> Non
 def test_only_training_sees_it(llama, files, tmp_path) -> None:
     before = {name: tensor.clone() for name, tensor in llama.model.state_dict().items()}
     with watched(llama) as seen:
-        said = seen.of(train(spec_for(neftune_alpha=ALPHA), llama, *files, tmp_path / "noisy"))
+        updates = seen.of(train(spec_for(neftune_alpha=ALPHA), llama, *files, tmp_path / "noisy"))
     assert len(seen.training) == 12
     assert all(added.any() for _, added in seen.training)
-    assert len(seen.other) > 12, "evaluations and glances"
+    assert len(seen.other) > 12, "evaluations of both kinds"
     assert not any(added.any() for _, added in seen.other)
-    assert isinstance(said[-1], Finished)
-    assert said[-1].certificate["passed"]
+    assert isinstance(updates[-1], Finished)
+    assert updates[-1].certificate["passed"]
     plain = list(train(spec_for(), llama, *files, tmp_path / "plain"))
-    first_noisy, first = (next(p for p in run if isinstance(p, Evaluated)) for run in (said, plain))
+    first_noisy, first = (next(p for p in run if isinstance(p, Evaluated)) for run in (updates, plain))
     assert first_noisy == first
-    assert losses(said) != losses(plain)
+    assert losses(updates) != losses(plain)
     after = llama.model.state_dict()
     assert all(torch.equal(after[name], before[name]) for name in before)
     assert not llama.model.get_input_embeddings()._forward_hooks

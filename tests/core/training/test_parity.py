@@ -18,8 +18,9 @@ from olora_core.bases.loading import load_base
 from olora_core.bases.sites import target_sites
 from olora_core.data.batches import epoch_order
 from olora_core.methods import METHODS
+from olora_core.progress import Step
 from olora_core.specs import TrainSpec, read_spec
-from olora_core.training.train import Step, train
+from olora_core.training.train import train
 
 from ..runs import chat_rows, write_rows
 
@@ -62,8 +63,8 @@ def our_steps(spec: TrainSpec, base_folder: Path, folder: Path) -> list[Step]:
     progress = train(spec, base, training, None, folder / "run", checkpoint_seconds=3600)
     steps = []
     while len(steps) < STEPS:  # the export is not this file's business
-        said = next(progress)
-        steps += [said] if isinstance(said, Step) else []
+        update = next(progress)
+        steps += [update] if isinstance(update, Step) else []
     progress.close()
     return steps
 

@@ -13,8 +13,9 @@ import pytest
 import torch
 
 from olora_core.bases.loading import load_base
+from olora_core.progress import Evaluated, Finished, Resolved, Saved, Step
 from olora_core.specs import TrainSpec
-from olora_core.training.train import Evaluated, Finished, Resolved, Saved, Step, train
+from olora_core.training.train import train
 
 from ..runs import chat_rows, spec_for, write_rows
 
@@ -110,23 +111,24 @@ from pathlib import Path
 from olora_core.bases.loading import load_base
 from olora_core.bases.precision import DTYPES
 from olora_core.specs import TrainSpec
-from olora_core.training.train import Evaluated, Finished, Step, train
+from olora_core.progress import Evaluated, Finished, Step
+from olora_core.training.train import train
 
 for case in json.load(sys.stdin):
     spec = TrainSpec.model_validate(case["spec"])
     dtype, quantization = DTYPES[spec.hyperparameters.dtype], spec.hyperparameters.quantization
     base = load_base(Path(case["base"]), name="tiny", dtype=dtype, quantization=quantization)
     paths = [Path(case[name]) for name in ("training", "validation", "folder")]
-    said = {"steps": [], "evaluated": []}
+    result = {"steps": [], "evaluated": []}
     for progress in train(spec, base, *paths, resume=Path(case["resume"])):
         if isinstance(progress, Step):
-            said["steps"].append([progress.step, progress.loss, progress.grad_norm, progress.valid_loss])
+            result["steps"].append([progress.step, progress.loss, progress.grad_norm, progress.valid_loss])
         if isinstance(progress, Evaluated):
-            said["evaluated"].append([progress.step, progress.loss, progress.accuracy])
+            result["evaluated"].append([progress.step, progress.loss, progress.accuracy])
         if isinstance(progress, Finished):
-            said["folder"], said["trained_tokens"] = str(progress.folder), progress.trained_tokens
-            said["metrics"] = progress.metrics
-    print(json.dumps(said))
+            result["folder"], result["trained_tokens"] = str(progress.folder), progress.trained_tokens
+            result["metrics"] = progress.metrics
+    print(json.dumps(result))
 """
 
 
@@ -155,26 +157,26 @@ def run_unbroken(base_folder: Path, spec: TrainSpec, files: tuple[Path, Path], f
     base = load_base(base_folder, name="tiny", dtype=dtype, quantization=spec.hyperparameters.quantization)
     steps, evaluated, checkpoints, resolved, finished = [], [], {}, None, None
     progress = train(spec, base, *files, folder)
-    said = next(progress)
-    while said is not None:
-        wish = None
-        if isinstance(said, Resolved):
-            resolved = said.spec
-        elif isinstance(said, Step):
-            steps.append([said.step, said.loss, said.grad_norm, said.valid_loss])
-            wish = "save" if said.step in INTERRUPTED_AFTER else None
-        elif isinstance(said, Saved) and said.step in INTERRUPTED_AFTER:
-            kept = folder / f"kept-{said.step}"
+    update = next(progress)
+    while update is not None:
+        stop_request = None
+        if isinstance(update, Resolved):
+            resolved = update.spec
+        elif isinstance(update, Step):
+            steps.append([update.step, update.loss, update.grad_norm, update.valid_loss])
+            stop_request = "save" if update.step in INTERRUPTED_AFTER else None
+        elif isinstance(update, Saved) and update.step in INTERRUPTED_AFTER:
+            kept = folder / f"kept-{update.step}"
             shutil.rmtree(kept, ignore_errors=True)  # an evaluation brings a second checkpoint of its step
-            checkpoints[said.step] = said.folder.rename(kept)
-        elif isinstance(said, Evaluated):
-            evaluated.append([said.step, said.loss, said.accuracy])
-        elif isinstance(said, Finished):
-            finished = said
+            checkpoints[update.step] = update.folder.rename(kept)
+        elif isinstance(update, Evaluated):
+            evaluated.append([update.step, update.loss, update.accuracy])
+        elif isinstance(update, Finished):
+            finished = update
         try:
-            said = progress.send(wish)
+            update = progress.send(stop_request)
         except StopIteration:
-            said = None
+            update = None
     assert resolved is not None
     assert finished is not None
     return Unbroken(steps, evaluated, checkpoints, finished, resolved)
@@ -191,7 +193,7 @@ def unbroken(base_folders, files, tmp_path_factory) -> dict[str, Unbroken]:
 
 @pytest.fixture(scope="module")
 def resumed(unbroken, base_folders, files, tmp_path_factory) -> dict[tuple[str, int], dict[str, Any]]:
-    """Each case taken up from each of its checkpoints, all in one other process."""
+    """Each case resumed from each of its checkpoints, all in one other process."""
     root = tmp_path_factory.mktemp("resumed")
     keys = [(name, step) for name in CASES for step in INTERRUPTED_AFTER]
     orders = [
@@ -260,12 +262,12 @@ def test_every_checkpoint_of_a_run_with_every_option_leads_to_the_same_end(
     spec = spec_for("olora", adapter=adapter, learning_rate=0.02, **options, **stopping)
     base = load_base(base_folders["llama"], name="tiny")
     steps, kept = [], []
-    for said in train(spec, base, *files, tmp_path / "whole", checkpoint_seconds=0.0):
-        if isinstance(said, Step):
-            steps.append((said.step, said.loss, said.grad_norm))
-        elif isinstance(said, Saved):
-            kept.append(said.folder.rename(tmp_path / f"kept-{said.step}"))
-    whole = said
+    for update in train(spec, base, *files, tmp_path / "whole", checkpoint_seconds=0.0):
+        if isinstance(update, Step):
+            steps.append((update.step, update.loss, update.grad_norm))
+        elif isinstance(update, Saved):
+            kept.append(update.folder.rename(tmp_path / f"kept-{update.step}"))
+    whole = update
     assert isinstance(whole, Finished)
     assert len(kept) == 6
     for step, checkpoint in enumerate(kept, 1):
@@ -280,22 +282,22 @@ def test_a_finished_run_resumes_to_its_export(unbroken, base_folders, files, tmp
     whole = unbroken["olora"]
     base = load_base(base_folders["llama"], name="tiny")
     last = next((whole.finished.folder.parent / "checkpoints").glob("step-00000006"))
-    said = list(train(whole.spec, base, *files, tmp_path / "run", resume=last))
-    assert not [p for p in said if isinstance(p, Step | Evaluated)]
-    adapter = said[-1].folder / "adapter_model.safetensors"
+    updates = list(train(whole.spec, base, *files, tmp_path / "run", resume=last))
+    assert not [p for p in updates if isinstance(p, Step | Evaluated)]
+    adapter = updates[-1].folder / "adapter_model.safetensors"
     assert adapter.read_bytes() == (whole.finished.folder / "adapter_model.safetensors").read_bytes()
 
 
-def test_a_checkpoint_wished_for_at_an_epochs_end_still_gets_its_evaluation(
+def test_a_checkpoint_requested_at_an_epochs_end_still_gets_its_evaluation(
     base_folders, files, tmp_path
 ) -> None:
     base = load_base(base_folders["llama"], name="tiny")
     progress = train(spec_for(), base, *files, tmp_path / "run")
-    said = next(p for p in progress if isinstance(p, Step) and p.step == 3)
+    update = next(p for p in progress if isinstance(p, Step) and p.step == 3)
     saved = progress.send("save")
     progress.close()
     rest = train(spec_for(), base, *files, tmp_path / "run", resume=saved.folder)
-    assert next(p for p in rest if isinstance(p, Evaluated)).step == said.step
+    assert next(p for p in rest if isinstance(p, Evaluated)).step == update.step
     rest.close()
 
 

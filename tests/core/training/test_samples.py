@@ -10,10 +10,10 @@ import torch
 
 from olora_core.bases.loading import Base
 from olora_core.errors import SpecError
+from olora_core.progress import Finished, Note, Phase, Samples, Saved
 from olora_core.specs import read_spec
 from olora_core.training import samples as samples_module
 from olora_core.training.samples import answer, generate
-from olora_core.training.train import Finished, Note, Phase, Samples, Saved
 
 from ..runs import chat_rows, one, preference_rows, spec_for, train, write_rows
 
@@ -34,53 +34,55 @@ def validation(tmp_path: Path) -> Path:
 
 def by_hand(base: Base, prompt: str, most: int) -> str:
     """Argmax after argmax, without a cache."""
-    ids, said = base.tokenizer(prompt, add_special_tokens=False).input_ids, []
-    while len(said) < most:
+    ids, tokens = base.tokenizer(prompt, add_special_tokens=False).input_ids, []
+    while len(tokens) < most:
         with torch.no_grad():
-            said.append(int(base.model(torch.tensor([ids + said])).logits[0, -1].argmax()))
-        if said[-1] == base.tokenizer.eos_token_id:
+            tokens.append(int(base.model(torch.tensor([ids + tokens])).logits[0, -1].argmax()))
+        if tokens[-1] == base.tokenizer.eos_token_id:
             break
-    return base.tokenizer.decode(said, skip_special_tokens=True).strip()
+    return base.tokenizer.decode(tokens, skip_special_tokens=True).strip()
 
 
 def test_the_base_and_the_tuned_model_answer_the_same_prompt(llama: Base, tmp_path: Path) -> None:
     training = write_rows(tmp_path / "training.jsonl", TAUGHT)
     base_says = generate(llama, [QUESTION], 64)
-    said = list(train(spec_for(samples=2, **WELL), llama, training, None, tmp_path / "run"))
-    told = one(Samples, said)
-    assert told.file == "training"
-    assert [row["line"] for row in told.rows] == [1, 2]
+    updates = list(train(spec_for(samples=2, **WELL), llama, training, None, tmp_path / "run"))
+    reported = one(Samples, updates)
+    assert reported.file == "training"
+    assert [row["line"] for row in reported.rows] == [1, 2]
     prompt = "<|im_start|>user\nSay it.<|im_end|>\n<|im_start|>assistant\n"
-    assert [row["prompt"] for row in told.rows] == [prompt] * 2
-    assert [row["reference"] for row in told.rows] == ["Quite."] * 2
-    assert [row["base"] for row in told.rows] == [base_says] * 2
-    assert [row["tuned"] for row in told.rows] == ["Quite."] * 2
+    assert [row["prompt"] for row in reported.rows] == [prompt] * 2
+    assert [row["reference"] for row in reported.rows] == ["Quite."] * 2
+    assert [row["base"] for row in reported.rows] == [base_says] * 2
+    assert [row["tuned"] for row in reported.rows] == ["Quite."] * 2
     assert base_says == by_hand(llama, prompt, 64) != "Quite."
 
 
 def test_they_stand_in_the_manifest_and_on_the_model_card(
     llama: Base, training: Path, validation: Path, tmp_path: Path
 ) -> None:
-    said = list(train(spec_for(samples=3), llama, training, validation, tmp_path / "run"))
-    told, folder = one(Samples, said), one(Finished, said).folder
-    assert told.file == "validation"
-    assert [row["line"] for row in told.rows] == [1, 2, 3]
+    updates = list(train(spec_for(samples=3), llama, training, validation, tmp_path / "run"))
+    reported, folder = one(Samples, updates), one(Finished, updates).folder
+    assert reported.file == "validation"
+    assert [row["line"] for row in reported.rows] == [1, 2, 3]
     manifest = json.loads((folder / "manifest.json").read_text())
-    assert manifest["samples"] == {"file": "validation", "rows": told.rows}
+    assert manifest["samples"] == {"file": "validation", "rows": reported.rows}
     card = (folder / "README.md").read_text()
     assert "## What it answers" in card
     assert card.index("### Line 3") < card.index("## Certificate")
-    for row in told.rows:
+    for row in reported.rows:
         for line in (*row["prompt"].splitlines(), *row["tuned"].splitlines()):
             assert f"    {line}\n" in card
-    phases = [p.done for p in said if isinstance(p, Phase) and p.name == "sampling"]
+    phases = [p.done for p in updates if isinstance(p, Phase) and p.name == "sampling"]
     assert phases == [0, 1, 2]
 
 
 def test_none_are_generated_where_none_are_asked_for(llama: Base, training: Path, tmp_path: Path) -> None:
-    said = list(train(spec_for(samples=0), llama, training, None, tmp_path / "run"))
-    assert not [p for p in said if isinstance(p, Samples) or (isinstance(p, Phase) and p.name == "sampling")]
-    folder = one(Finished, said).folder
+    updates = list(train(spec_for(samples=0), llama, training, None, tmp_path / "run"))
+    assert not [
+        p for p in updates if isinstance(p, Samples) or (isinstance(p, Phase) and p.name == "sampling")
+    ]
+    folder = one(Finished, updates).folder
     assert json.loads((folder / "manifest.json").read_text())["samples"] is None
     assert "What it answers" not in (folder / "README.md").read_text()
 
@@ -89,11 +91,11 @@ def test_a_pair_is_asked_its_question_and_shows_the_better_answer(llama: Base, t
     rows = preference_rows()
     training = write_rows(tmp_path / "pairs.jsonl", rows)
     spec = spec_for(type="dpo", samples=2, max_steps=1)
-    told = one(Samples, train(spec, llama, training, None, tmp_path / "run"))
-    assert [row["reference"] for row in told.rows] == [
+    reported = one(Samples, train(spec, llama, training, None, tmp_path / "run"))
+    assert [row["reference"] for row in reported.rows] == [
         row["preferred_output"][0]["content"] for row in rows[:2]
     ]
-    assert rows[1]["input"]["messages"][0]["content"] in told.rows[1]["prompt"]
+    assert rows[1]["input"]["messages"][0]["content"] in reported.rows[1]["prompt"]
 
 
 def test_a_conversation_is_asked_for_its_last_answer(llama: Base, tmp_path: Path) -> None:
@@ -114,8 +116,8 @@ def test_a_text_without_a_prompt_is_passed_over(llama: Base, tmp_path: Path) -> 
     rows = [{"prompt": "", "completion": " all of it is trained"}, {"prompt": "ab", "completion": " c"}]
     training = write_rows(tmp_path / "completions.jsonl", rows)
     spec = spec_for(samples=4, max_steps=1)
-    told = one(Samples, train(spec, llama, training, None, tmp_path / "run"))
-    assert [(row["line"], row["prompt"], row["reference"]) for row in told.rows] == [(2, "ab", "c")]
+    reported = one(Samples, train(spec, llama, training, None, tmp_path / "run"))
+    assert [(row["line"], row["prompt"], row["reference"]) for row in reported.rows] == [(2, "ab", "c")]
 
 
 def test_an_answer_ends_with_the_models_context(gpt2: Base, tmp_path: Path) -> None:
@@ -138,8 +140,8 @@ def test_generation_draws_no_number_and_leaves_the_bases_habits_alone(llama: Bas
     habits = llama.model.generation_config.to_dict()
     before = torch.get_rng_state()
     prompt = "<|im_start|>user\nab<|im_end|>\n<|im_start|>assistant\n"
-    said = answer(llama, llama.tokenizer(prompt).input_ids, 12)
-    assert said == by_hand(llama, prompt, 12)
+    answered = answer(llama, llama.tokenizer(prompt).input_ids, 12)
+    assert answered == by_hand(llama, prompt, 12)
     assert torch.equal(torch.get_rng_state(), before)
     assert llama.model.generation_config.to_dict() == habits
 
@@ -148,10 +150,10 @@ def test_no_answer_goes_on_when_the_time_is_up(llama: Base, training: Path, tmp_
     prompt = llama.tokenizer("abc").input_ids
     assert len(llama.tokenizer(answer(llama, prompt, 64, until=time.monotonic())).input_ids) <= 1
     monkeypatch.setattr(samples_module, "SECONDS", -1.0)
-    said = list(train(spec_for(samples=3), llama, training, None, tmp_path / "run"))
-    assert not [p for p in said if isinstance(p, Samples)]
-    assert [p.message for p in said if isinstance(p, Note)][-1].endswith("0 of 3 were generated.")
-    assert isinstance(said[-1], Finished)
+    updates = list(train(spec_for(samples=3), llama, training, None, tmp_path / "run"))
+    assert not [p for p in updates if isinstance(p, Samples)]
+    assert [p.message for p in updates if isinstance(p, Note)][-1].endswith("0 of 3 were generated.")
+    assert isinstance(updates[-1], Finished)
 
 
 def test_a_base_that_cannot_generate_still_finishes(llama: Base, training: Path, tmp_path: Path, monkeypatch):
@@ -159,12 +161,12 @@ def test_a_base_that_cannot_generate_still_finishes(llama: Base, training: Path,
         raise NotImplementedError
 
     monkeypatch.setattr(type(llama.model), "generate", refuses)
-    said = list(train(spec_for(samples=2), llama, training, None, tmp_path / "run"))
+    updates = list(train(spec_for(samples=2), llama, training, None, tmp_path / "run"))
     assert (
         "No sample answer could be generated for line 1"
-        in [p for p in said if isinstance(p, Note)][-1].message
+        in [p for p in updates if isinstance(p, Note)][-1].message
     )
-    assert isinstance(said[-1], Finished)
+    assert isinstance(updates[-1], Finished)
 
 
 def test_a_resumed_run_answers_the_same(

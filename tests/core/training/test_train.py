@@ -14,25 +14,15 @@ from transformers import get_scheduler
 
 from olora_core import methods
 from olora_core.bases.loading import Base, load_base
-from olora_core.bases.precision import bf16_is_faster
+from olora_core.bases.precision import bf16_is_faster, compute_dtype
 from olora_core.errors import DataError, SpecError, TrainingError
 from olora_core.layers.adapter import AdaptedLinear
 from olora_core.methods import METHODS
 from olora_core.methods.lora import LoRA
+from olora_core.progress import Evaluated, Finished, Note, Phase, Progress, Resolved, Saved, Step
 from olora_core.specs import Hyperparameters, TrainSpec
 from olora_core.training.schedule import schedule_of
-from olora_core.training.train import (
-    Evaluated,
-    Finished,
-    Note,
-    Phase,
-    Progress,
-    Resolved,
-    Saved,
-    Step,
-    compute_dtype,
-    train,
-)
+from olora_core.training.train import train
 
 from ..runs import chat_rows, losses, one, spec_for, write_rows
 
@@ -57,12 +47,12 @@ def run(llama: Base, training: Path, tmp_path: Path) -> Callable[..., list[Progr
     return run_it
 
 
-# --- what is said, and when ----------------------------------------------------------------------------
+# --- updates -------------------------------------------------------------------------------------------
 
 
 def test_a_run_ends_with_a_certified_adapter_and_learns(run, validation) -> None:
-    said = run(spec_for(n_epochs=8, learning_rate=1e-2), validation=validation)
-    finished = said[-1]
+    updates = run(spec_for(n_epochs=8, learning_rate=1e-2), validation=validation)
+    finished = updates[-1]
     assert isinstance(finished, Finished)
     assert finished.certificate["passed"]
     assert finished.metrics["valid_loss_after"] < 0.8 * finished.metrics["valid_loss_before"]
@@ -73,8 +63,8 @@ def test_a_run_ends_with_a_certified_adapter_and_learns(run, validation) -> None
 
 
 def test_the_parts_of_a_run_come_in_order(run, validation) -> None:
-    said = run(spec_for(n_epochs=1), validation=validation)
-    kinds = [p.name if isinstance(p, Phase) else type(p).__name__ for p in said]
+    updates = run(spec_for(n_epochs=1), validation=validation)
+    kinds = [p.name if isinstance(p, Phase) else type(p).__name__ for p in updates]
     assert [kind for kind, _ in itertools.groupby(kinds)] == [
         "tokenising",
         "starting",
@@ -93,8 +83,8 @@ def test_the_parts_of_a_run_come_in_order(run, validation) -> None:
 
 
 def test_slow_beginnings_show_signs_of_life(run) -> None:
-    said = run(spec_for(max_steps=1))
-    assert [p.done for p in said if isinstance(p, Phase) and p.name == "starting"] == list(range(1, 15))
+    updates = run(spec_for(max_steps=1))
+    assert [p.done for p in updates if isinstance(p, Phase) and p.name == "starting"] == list(range(1, 15))
 
 
 def test_every_auto_becomes_a_number(run) -> None:
@@ -126,16 +116,16 @@ def test_a_resolved_spec_is_taken_as_it_is(run) -> None:
     ],
 )
 def test_the_number_of_steps(run, hyperparameters, expected) -> None:
-    said = run(spec_for(**hyperparameters))
-    steps = [p for p in said if isinstance(p, Step)]
+    updates = run(spec_for(**hyperparameters))
+    steps = [p for p in updates if isinstance(p, Step)]
     assert [s.step for s in steps] == list(range(1, expected + 1))
     assert all(s.total_steps == expected for s in steps)
-    assert one(Finished, said).steps == expected
+    assert one(Finished, updates).steps == expected
 
 
 def test_a_step_counts_its_tokens(run, llama, training) -> None:
-    said = run(spec_for(n_epochs=1))
-    steps = [p for p in said if isinstance(p, Step)]
+    updates = run(spec_for(n_epochs=1))
+    steps = [p for p in updates if isinstance(p, Step)]
     rows = [json.loads(line)["messages"] for line in training.read_text().splitlines()]
     texts = [llama.tokenizer.apply_chat_template(row, tokenize=False) for row in rows]
     assert sum(s.tokens for s in steps) == sum(
@@ -143,24 +133,24 @@ def test_a_step_counts_its_tokens(run, llama, training) -> None:
     )
     # one token a byte, and the end of turn
     assert sum(s.trained_tokens for s in steps) == sum(len(row[1]["content"]) + 1 for row in rows)
-    assert one(Finished, said).trained_tokens == sum(s.trained_tokens for s in steps)
+    assert one(Finished, updates).trained_tokens == sum(s.trained_tokens for s in steps)
     assert [s.epoch for s in steps] == pytest.approx([1 / 3, 2 / 3, 1])
 
 
-def test_validation_at_the_start_at_epoch_ends_and_in_glances(run, validation) -> None:
-    said = run(spec_for(n_epochs=2), validation=validation)
-    assert [p.step for p in said if isinstance(p, Evaluated)] == [0, 3, 6]
-    steps = [p for p in said if isinstance(p, Step)]
+def test_validation_at_the_start_at_epoch_ends_and_in_quick_evaluations(run, validation) -> None:
+    updates = run(spec_for(n_epochs=2), validation=validation)
+    assert [p.step for p in updates if isinstance(p, Evaluated)] == [0, 3, 6]
+    steps = [p for p in updates if isinstance(p, Step)]
     assert all(s.valid_loss is not None for s in steps)
-    last = [p for p in said if isinstance(p, Evaluated)][-1]
-    assert steps[-1].valid_loss == pytest.approx(last.loss)  # the file is as small as a glance
+    last = [p for p in updates if isinstance(p, Evaluated)][-1]
+    assert steps[-1].valid_loss == pytest.approx(last.loss)  # the file is no larger than a quick evaluation
 
 
 def test_without_a_validation_file_nothing_is_evaluated(run) -> None:
-    said = run(spec_for(n_epochs=1))
-    assert not [p for p in said if isinstance(p, Evaluated)]
-    assert all(p.valid_loss is None for p in said if isinstance(p, Step))
-    assert one(Finished, said).metrics["valid_loss_after"] is None
+    updates = run(spec_for(n_epochs=1))
+    assert not [p for p in updates if isinstance(p, Evaluated)]
+    assert all(p.valid_loss is None for p in updates if isinstance(p, Step))
+    assert one(Finished, updates).metrics["valid_loss_after"] is None
 
 
 def test_the_first_evaluation_is_the_bases_own_loss(run, llama, validation) -> None:
@@ -172,8 +162,8 @@ def test_the_first_evaluation_is_the_bases_own_loss(run, llama, validation) -> N
         ids, answer_ids = (llama.tokenizer(text).input_ids for text in (head, f"{answer}<|im_end|>"))
         with torch.no_grad():
             logits = llama.model(torch.tensor([ids + answer_ids])).logits[0]
-        said = logits.log_softmax(-1)[len(ids) - 1 : -1]
-        total -= said[range(len(answer_ids)), answer_ids].sum().item()
+        log_p = logits.log_softmax(-1)[len(ids) - 1 : -1]
+        total -= log_p[range(len(answer_ids)), answer_ids].sum().item()
         count += len(answer_ids)
     assert before.loss == pytest.approx(total / count, rel=1e-5)
 
@@ -244,8 +234,8 @@ def test_a_run_of_one_step_learns() -> None:
 
 
 def test_the_reported_rate_is_peak_times_schedule(run) -> None:
-    said = run(spec_for(warmup_ratio=0.5, learning_rate=0.01))
-    rates = [p.learning_rate for p in said if isinstance(p, Step)]
+    updates = run(spec_for(warmup_ratio=0.5, learning_rate=0.01))
+    rates = [p.learning_rate for p in updates if isinstance(p, Step)]
     assert rates == pytest.approx([0, 0.01 / 3, 0.02 / 3, 0.01, 0.02 / 3, 0.01 / 3])
 
 
@@ -320,8 +310,8 @@ def test_a_wish_to_save_is_granted_next(llama, training, tmp_path) -> None:
 
 def test_checkpoints_at_every_epochs_end_and_after_the_given_seconds(run, tmp_path) -> None:
     assert [p.step for p in run(spec_for()) if isinstance(p, Saved)] == [3, 6]
-    said = run(spec_for(n_epochs=1), checkpoint_seconds=0.0, folder=tmp_path / "often")
-    assert [p.step for p in said if isinstance(p, Saved)] == [1, 2, 3]
+    updates = run(spec_for(n_epochs=1), checkpoint_seconds=0.0, folder=tmp_path / "often")
+    assert [p.step for p in updates if isinstance(p, Saved)] == [1, 2, 3]
     kept = sorted(path.name for path in (tmp_path / "often" / "checkpoints").iterdir())
     assert kept == ["step-00000002", "step-00000003"]
 
@@ -437,7 +427,7 @@ def test_groups_have_their_own_rates_written_anew(run, monkeypatch) -> None:
     ]
 
 
-# --- trouble -------------------------------------------------------------------------------------------
+# --- errors --------------------------------------------------------------------------------------------
 
 
 class Explodes(LoRA):
@@ -573,9 +563,9 @@ def test_bf16_training_follows_fp32_closely(run, bf16_llama, base_folders, metho
 
 
 def test_a_checkpoint_tells_what_was_measured_at_its_own_step(run, validation) -> None:
-    said = run(spec_for(n_epochs=1), validation=validation, checkpoint_seconds=0)
-    seen = {p.step: p.valid_loss for p in said if isinstance(p, Step)}
-    saved = [p for p in said if isinstance(p, Saved)]
+    updates = run(spec_for(n_epochs=1), validation=validation, checkpoint_seconds=0)
+    seen = {p.step: p.valid_loss for p in updates if isinstance(p, Step)}
+    saved = [p for p in updates if isinstance(p, Saved)]
     assert [p.step for p in saved] == [1, 2, 3]
     assert [p.metrics.get("valid_loss") for p in saved] == [seen[p.step] for p in saved]
     assert ["full_valid_loss" in p.metrics for p in saved] == [False, False, True]
