@@ -29,7 +29,7 @@ MATCH_SECONDS = 0.2
 ALL_LINEAR = ("auto", "all-linear")
 UNADAPTED = {
     "experts": "fused expert tensors ({names}) are not linear layers and are not adapted.",
-    "routers": "routers ({names}) are adapted only if they are linear layers and named in target_modules.",
+    "routers": "routers ({names}) are not adapted unless they are linear layers and named in target_modules.",
     "layers": "layers ({names}) are not adapted, because PEFT would mistake them for experts by their names.",
     "tensors": "matrices ({names}) do not belong to a linear layer and are not adapted.",
 }

@@ -387,7 +387,7 @@ def test_named_experts_and_routers_are_refused_by_name(folder: Path, targets: li
 @pytest.mark.parametrize("name", ["Qwen3-MoE"], indirect=True, scope="module")
 def test_a_name_that_peft_takes_for_the_experts_is_refused(folder: Path) -> None:
     base = load_base(folder, name="tiny")
-    with pytest.raises(SpecError, match=r"'model\.layers\.0\.mlp\.up_proj'.*PEFT takes its name"):
+    with pytest.raises(SpecError, match=r"'model\.layers\.0\.mlp\.up_proj'.*PEFT maps its name"):
         target_sites(base.model, ["mlp.up_proj"])
 
 

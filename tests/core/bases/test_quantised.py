@@ -342,8 +342,8 @@ def test_manifest_and_card_say_how_the_base_was_quantised(base_folders, files, t
     assert manifest["spec"]["resolved"]["hyperparameters"]["quantization"] == "nf4"
     assert manifest["certificate"]["on_full_precision"]["loss"] > 0
     card = (done.folder / "README.md").read_text()
-    assert "quantised while it was trained on (nf4, bitsandbytes" in card
-    assert "before it was quantised they give other logits" in card
+    assert "quantised during training (nf4, bitsandbytes" in card
+    assert "On the base before quantisation: largest logit difference" in card
 
 
 # --- a checkpoint that is quantised in its files -----------------------------------------------------------
