@@ -3,16 +3,21 @@
 from collections import deque
 from collections.abc import Mapping
 from types import TracebackType
-from typing import Any
+from typing import Any, Self
 
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
 from olora_core.progress import ComparedStep, RunFinished
 
+LEVELS = {"warn": "yellow", "error": "red"}
 
-class TrainingBar:
-    """A live bar that says what a run is doing; on a pipe it prints a line now and then instead."""
+
+class LiveBars:
+    """Progress bars that stay below what is printed. On a pipe only the printed lines appear."""
+
+    _run: TaskID
+    """The bar of the current run, which each subclass adds."""
 
     def __init__(self, console: Console) -> None:
         self.console = console
@@ -24,12 +29,8 @@ class TrainingBar:
             TimeRemainingColumn(compact=True),
             console=console,
         )
-        self._task = self._progress.add_task("waiting", total=None, count="", figures="")
-        self._printed_step = 0
-        self._recent: deque[tuple[int, float]] = deque(maxlen=20)
-        self._valid_loss: float | None = None
 
-    def __enter__(self) -> "TrainingBar":
+    def __enter__(self) -> Self:
         self._progress.start()
         return self
 
@@ -41,14 +42,41 @@ class TrainingBar:
     ) -> None:
         self._progress.stop()
 
+    def _add(self, name: str) -> TaskID:
+        return self._progress.add_task(name, total=None, count="", figures="")
+
     def phase(self, name: str, done: int = 0, total: int | None = None) -> None:
-        """What comes before and after the steps: loading, tokenising, exporting."""
-        if name == self._progress.tasks[0].description and total is None:
+        """What happens before and after the steps: loading, tokenising, exporting."""
+        if name == self._progress.tasks[self._run].description and total is None:
             return
         count = f"{done}/{total}" if total else ""
         self._progress.update(
-            self._task, description=name, completed=done, total=total or None, count=count, figures=""
+            self._run, description=name, completed=done, total=total or None, count=count, figures=""
         )
+
+    def show_event(self, event: Mapping[str, Any]) -> None:
+        """`event` as the service's API returns it."""
+        self.say(event["message"], LEVELS.get(event["level"], ""))
+
+    def show_progress(self, current: Mapping[str, Any]) -> None:
+        """`current` is the unfinished job or comparison, as the service's API returns it."""
+        if current["status"] != "running":
+            self.phase(current["status"].replace("_", " "))
+
+    def say(self, message: str, style: str = "") -> None:
+        """Prints a line above the bars."""
+        self.console.print(message, style=style, markup=False, highlight=False, soft_wrap=True)
+
+
+class TrainingBar(LiveBars):
+    """One run: its steps, losses and speed. On a pipe also about ten lines with these figures."""
+
+    def __init__(self, console: Console) -> None:
+        super().__init__(console)
+        self._run = self._add("waiting")
+        self._printed_step = 0
+        self._recent: deque[tuple[int, float]] = deque(maxlen=20)
+        self._valid_loss: float | None = None
 
     def step(
         self,
@@ -69,7 +97,7 @@ class TrainingBar:
         )
         count = f"{step}/{total_steps}"
         self._progress.update(
-            self._task, description="training", completed=step, total=total_steps, count=count, figures=line
+            self._run, description="training", completed=step, total=total_steps, count=count, figures=line
         )
         due = step - self._printed_step >= total_steps / 10 or step == total_steps
         if due and not self.console.is_terminal:
@@ -91,45 +119,21 @@ class TrainingBar:
         seconds = sum(seconds for _, seconds in self._recent)
         return f"{sum(tokens for tokens, _ in self._recent) / seconds:,.0f} tokens/s" if seconds else ""
 
-    def say(self, message: str, style: str = "") -> None:
-        """A line above the bar."""
-        self.console.print(message, style=style, markup=False, highlight=False, soft_wrap=True)
+    def show_event(self, event: Mapping[str, Any]) -> None:
+        data = event.get("data") or {}
+        if event["type"] == "metrics" and "step" in data:
+            self.metrics(data)
+        else:
+            super().show_event(event)
 
 
-class ComparisonBars:
-    """Two live bars: the whole comparison, and the run at hand; on a pipe a line for each run that ends."""
+class ComparisonBars(LiveBars):
+    """The whole comparison, and its current run. Each finished run gets a printed line."""
 
     def __init__(self, console: Console) -> None:
-        self.console = console
-        self._progress = Progress(
-            TextColumn("{task.description}"),
-            BarColumn(),
-            TextColumn("{task.fields[count]}"),
-            TextColumn("{task.fields[figures]}"),
-            TimeRemainingColumn(compact=True),
-            console=console,
-        )
-        self._whole = self._progress.add_task("comparing", total=None, count="", figures="")
-        self._run = self._progress.add_task("waiting", total=None, count="", figures="")
-
-    def __enter__(self) -> "ComparisonBars":
-        self._progress.start()
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self._progress.stop()
-
-    def phase(self, name: str, done: int = 0, total: int | None = None) -> None:
-        """What a run does beside its steps."""
-        count = f"{done}/{total}" if total else ""
-        self._progress.update(
-            self._run, description=name, completed=done, total=total or None, count=count, figures=""
-        )
+        super().__init__(console)
+        self._whole = self._add("comparing")
+        self._run = self._add("waiting")
 
     def step(self, step: ComparedStep) -> None:
         self._progress.update(
@@ -157,9 +161,17 @@ class ComparisonBars:
             "dim" if run.stage == "search" else "",
         )
 
-    def say(self, message: str, style: str = "") -> None:
-        """A line above the bars."""
-        self.console.print(message, style=style, markup=False, highlight=False, soft_wrap=True)
+    def show_event(self, event: Mapping[str, Any]) -> None:
+        if event["type"] == "run":
+            self.finished(RunFinished(**event["data"]))
+        else:
+            super().show_event(event)
+
+    def show_progress(self, current: Mapping[str, Any]) -> None:
+        if current["status"] == "running" and current["progress"]["run"]:
+            self.step(ComparedStep(**current["progress"]))
+        else:
+            self.phase(current["status"].replace("_", " "))
 
 
 def _named(name: str, value: float | None) -> str:
