@@ -24,6 +24,21 @@ from .local import (
     newest_checkpoint,
     stop_signals,
 )
+from .options import (
+    VALIDATION_HELP,
+    Budget,
+    Epochs,
+    FirstSeed,
+    Hyperparameters,
+    LearningRates,
+    Methods,
+    Seeds,
+    TrainingType,
+    read_budget,
+    read_hyperparameters,
+    read_methods,
+    read_rates,
+)
 from .progress import ComparisonBars
 
 REQUEST = "request.json"
@@ -34,35 +49,18 @@ TOKENS = "tokens"
 
 def compare(
     training_file: Annotated[Path, typer.Argument(metavar="TRAIN.jsonl", help="The rows to train on.")],
-    validation_file: Annotated[
-        Path,
-        typer.Option("--validation", help="The rows that the results are of; no choice is made by them."),
-    ],
+    validation_file: Annotated[Path, typer.Option("--validation", help=VALIDATION_HELP)],
     base: Annotated[str, typer.Option(help="The base model: an id, or a folder.")] = "olora-tiny",
-    methods: Annotated[
-        str,
-        typer.Option(
-            help="Names with commas, or all; with options as {method: olora, rank: 16}. LoRA is added."
-        ),
-    ] = "all",
-    learning_rates: Annotated[
-        str, typer.Option(help="Rates to try for every method, with commas; auto: around each one's own.")
-    ] = "auto",
-    seeds: Annotated[int, typer.Option(help="Runs of each method at its best rate.")] = 3,
-    seed: Annotated[int, typer.Option(help="The first of them.")] = 0,
-    budget: Annotated[
-        str, typer.Option(help="Numbers that each method may train; auto: as many as LoRA of rank 8.")
-    ] = "auto",
-    training: Annotated[
-        str, typer.Option("--type", help="What to learn: supervised (answers) or dpo (preferences).")
-    ] = "supervised",
-    epochs: Annotated[int | None, typer.Option(help="Passes over the data; default: auto.")] = None,
+    methods: Methods = "all",
+    learning_rates: LearningRates = "auto",
+    seeds: Seeds = 3,
+    seed: FirstSeed = 0,
+    budget: Budget = "auto",
+    training: TrainingType = "supervised",
+    epochs: Epochs = None,
     max_steps: Annotated[int | None, typer.Option(help="Optimizer steps of a full run, at most.")] = None,
     batch_size: Annotated[int | None, typer.Option(help="Examples in a step; default: auto.")] = None,
-    options: Annotated[
-        list[str] | None,
-        typer.Option("--set", "-s", help="Any other hyperparameter, as NAME=VALUE; may be repeated."),
-    ] = None,
+    options: Hyperparameters = None,
     search_share: Annotated[
         float, typer.Option(help="Of the training rows, held out to choose learning rates by.")
     ] = 0.1,
@@ -82,14 +80,14 @@ def compare(
     result is a page (comparison.html) and its numbers (comparison.json). A comparison that was interrupted
     (Ctrl-C saves a checkpoint) goes on when the same command is given again.
     """
-    given = {"n_epochs": epochs, "max_steps": max_steps, "batch_size": batch_size}
     spec = read_comparison(
         model=base,
         methods=read_methods(methods),
         type=training,
         budget=read_budget(budget),
-        hyperparameters=dict(map(_option, options or []))
-        | {name: value for name, value in given.items() if value is not None},
+        hyperparameters=read_hyperparameters(
+            options, n_epochs=epochs, max_steps=max_steps, batch_size=batch_size
+        ),
         learning_rates=read_rates(learning_rates),
         seeds=seeds,
         seed=seed,
@@ -115,51 +113,6 @@ def compare(
         raise typer.Exit(STOPPED)
     show_report(report)
     typer.echo(str(output / PAGE))
-
-
-# --- what was said on the command line -------------------------------------------------------------------
-
-
-def read_methods(text: str) -> list[Any]:
-    import yaml
-
-    try:
-        found = yaml.safe_load(f"[{text}]")
-    except yaml.YAMLError:
-        found = None
-    if not found:
-        raise SpecError(
-            f"--methods {text!r} is no list such as 'olora, lora' or 'lora, {{method: olora, rank: 16}}'.",
-            param="methods",
-        )
-    return list(found)
-
-
-def read_rates(text: str) -> Any:
-    return text if text == "auto" else [_number(part, "learning-rates") for part in text.split(",")]
-
-
-def read_budget(text: str) -> Any:
-    return text if text == "auto" else _number(text, "budget")
-
-
-def _number(text: str, name: str) -> float | int:
-    try:
-        return int(text) if text.strip().isdigit() else float(text)
-    except ValueError:
-        raise SpecError(f"--{name}: {text.strip()!r} is no number; auto, or numbers.", param=name) from None
-
-
-def _option(text: str) -> tuple[str, Any]:
-    import yaml
-
-    name, equals, value = text.partition("=")
-    if not name or not equals:
-        raise SpecError(f"--set {text!r} is not NAME=VALUE.", param="set")
-    try:
-        return name, yaml.safe_load(value)
-    except yaml.YAMLError:
-        return name, value
 
 
 # --- the output folder -----------------------------------------------------------------------------------

@@ -12,7 +12,9 @@ import pytest
 import typer
 from rich.console import Console
 
-from cli import jobs, main
+from cli import main
+from cli.progress import TrainingBar
+from cli.watching import JOBS, print_table, watch
 from store.settings import get_settings
 from tests.cli.running import ROOT, ROWS, olora
 
@@ -219,7 +221,7 @@ LISTED = [
 @pytest.mark.parametrize("width", [200, 80, 30])
 def test_the_list_of_jobs_keeps_ids_whole_on_any_terminal(width: int) -> None:
     console = Console(file=StringIO(), width=width, force_terminal=True, color_system=None)
-    jobs.print_jobs(LISTED, console)
+    print_table(LISTED, console, JOBS)
     shown = console.file.getvalue()  # type: ignore[attr-defined]
     assert LISTED[0]["id"] in shown
     if width >= 80:
@@ -230,7 +232,7 @@ def test_the_list_of_jobs_keeps_ids_whole_on_any_terminal(width: int) -> None:
 
 def test_the_list_of_jobs_is_a_line_each_on_a_pipe() -> None:
     console = Console(file=StringIO(), width=80)
-    jobs.print_jobs(LISTED * 2, console)
+    print_table(LISTED * 2, console, JOBS)
     lines = console.file.getvalue().splitlines()  # type: ignore[attr-defined]
     assert len(lines) == 2
     cells = lines[0].split("\t")
@@ -242,17 +244,16 @@ def test_the_list_of_jobs_is_a_line_each_on_a_pipe() -> None:
     assert " " not in "".join(cells[:4]), "awk counts columns by blanks"
 
 
-def test_ctrl_c_leaves_the_watch_with_a_command_in_one_piece(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    def interrupted(client: httpx.Client, job_id: str) -> None:
+def test_ctrl_c_leaves_the_watch_with_a_command_in_one_piece(capsys: pytest.CaptureFixture[str]) -> None:
+    def interrupted(request: httpx.Request) -> httpx.Response:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(jobs, "_follow", interrupted)
-    monkeypatch.setattr(jobs, "console", Console(stderr=True, width=40))
-    with httpx.Client() as client, pytest.raises(typer.Exit):
-        jobs._watch(client, LISTED[0]["id"])
-    assert f"olora jobs watch {LISTED[0]['id']}\n" in capsys.readouterr().err
+    job_id = LISTED[0]["id"]
+    bar = TrainingBar(Console(stderr=True, width=40))
+    with httpx.Client(transport=httpx.MockTransport(interrupted), base_url="http://service/v1") as client:
+        with pytest.raises(typer.Exit):
+            watch(client, JOBS, job_id, bar)
+    assert f"olora jobs watch {job_id}\n" in capsys.readouterr().err
 
 
 def test_a_fresh_home_is_its_owners_alone(tmp_path: Path) -> None:
