@@ -3,6 +3,7 @@
 import os
 import shutil
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack, closing
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -153,7 +154,7 @@ def _compare(
     spec: ComparisonSpec, folder: Path, training: Path, validation: Path, output: Path, device: str
 ) -> Mapping[str, Any] | None:
     """Drives the core. None when Ctrl-C or SIGTERM stopped it, after a checkpoint."""
-    with ComparisonBars(console) as bars, stop_signals() as stopping:
+    with ComparisonBars(console) as bars, stop_signals() as stopping, ExitStack() as stack:
         bars.phase("loading torch")
         os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # as for the service's trainer
         import torch
@@ -162,7 +163,7 @@ def _compare(
         from olora_core.bases.precision import compute_dtype
         from olora_core.comparison.compare import compare as run_comparison
         from olora_core.data.token_cache import trim
-        from olora_core.progress import Compared, ComparedStep, Note, Phase, RunFinished, Saved
+        from olora_core.progress import Compared, ComparedStep, Note, Phase, RunFinished, Saved, drive
 
         if device == "auto":
             device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -181,15 +182,9 @@ def _compare(
         progress = run_comparison(
             *(spec, base, training, validation, output), resume=resume, cache=output / TOKENS
         )
-        wish: str | None = None
+        updates = stack.enter_context(closing(drive(progress, lambda: "save" if stopping else None)))
         report: Mapping[str, Any] | None = None
-        while True:
-            try:
-                news = progress.send(wish)
-            except StopIteration:
-                shutil.rmtree(output / "checkpoints", ignore_errors=True)
-                return report
-            wish = None
+        for news in updates:
             match news:
                 case Phase():
                     bars.phase(news.name, news.done, news.total)
@@ -197,14 +192,14 @@ def _compare(
                     bars.say(news.message, "yellow" if news.level == "warn" else "")
                 case ComparedStep():
                     bars.step(news)
-                    wish = "save" if stopping else None
                 case RunFinished():
                     bars.finished(news)
                 case Saved() if stopping:
-                    progress.close()
                     return None
                 case Compared():
                     report = news.report
+        shutil.rmtree(output / "checkpoints", ignore_errors=True)
+        return report
 
 
 # --- what came of it -------------------------------------------------------------------------------------

@@ -4,7 +4,7 @@ import json
 import os
 import signal
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, closing, contextmanager
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -215,7 +215,17 @@ def _train(
         bar.phase("loading torch")
         os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # as for the service's trainer
         from olora_core.data.token_cache import trim
-        from olora_core.progress import Evaluated, Finished, Note, Phase, Resolved, Samples, Saved, Step
+        from olora_core.progress import (
+            Evaluated,
+            Finished,
+            Note,
+            Phase,
+            Resolved,
+            Samples,
+            Saved,
+            Step,
+            drive,
+        )
         from olora_core.training.train import train as run_training
 
         device, devices = stack.enter_context(_devices(device))
@@ -233,14 +243,9 @@ def _train(
             cache=output / TOKENS,
             devices=devices,
         )
-        wish: str | None = None
+        updates = stack.enter_context(closing(drive(progress, lambda: "save" if stopping else None)))
         samples: dict[str, Any] | None = None
-        while True:
-            try:
-                news = progress.send(wish)
-            except StopIteration:
-                return True
-            wish = None
+        for news in updates:
             charts.hear(news)
             match news:
                 case Phase():
@@ -260,17 +265,16 @@ def _train(
                         tokens=news.tokens,
                         seconds=news.seconds,
                     )
-                    wish = "save" if stopping else None
                 case Evaluated():
                     bar.say(f"step {news.step}: validation loss {news.loss:.4f}")
                 case Saved() if stopping:
-                    progress.close()
                     return False
                 case Samples():
                     samples = asdict(news)
                 case Finished():
                     _summarise(bar, news)
                     show_samples(console, samples)
+    return True
 
 
 def _charts(output: Path, resume: Path | None, trackers: "list[Integration]", bar: TrainingBar) -> "Charts":

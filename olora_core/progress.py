@@ -1,6 +1,7 @@
 """What a training run says while it runs, and a comparison of many. Whoever drives them records it."""
 
-from collections.abc import Generator
+from collections.abc import Callable, Generator
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, TypedDict, TypeVar
@@ -182,6 +183,26 @@ class Compared:
 Progress = Phase | Note | Resolved | Step | Evaluated | Saved | Samples | Finished
 ComparisonProgress = Phase | Note | ComparedStep | RunFinished | Saved | Compared
 ResultT = TypeVar("ResultT")
+UpdateT = TypeVar("UpdateT")
+
+
+def drive(
+    run: Generator[UpdateT, str | None, None], stop_request: Callable[[], str | None]
+) -> Generator[UpdateT, None, None]:
+    """The updates of a training run or a comparison; closing this closes the run.
+
+    After each optimizer step `stop_request` is asked, and its answer sent to the run: after "save" the next
+    update is a Saved. Only a step takes an answer.
+    """
+    with closing(run):
+        answer = None
+        while True:
+            try:
+                update = run.send(answer)
+            except StopIteration:
+                return
+            yield update
+            answer = stop_request() if isinstance(update, Step | ComparedStep) else None
 
 
 def result_of(work: Generator[Any, None, ResultT]) -> ResultT:

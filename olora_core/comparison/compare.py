@@ -31,6 +31,7 @@ from ..progress import (
     Saved,
     Stage,
     Step,
+    drive,
 )
 from ..specs import AdapterSpec, ComparisonSpec, Hyperparameters, TrainSpec, learning_rate_for, resolve
 from ..training import checkpoint
@@ -362,14 +363,10 @@ class Comparison:
         """The run's progress as the comparison's."""
         done, number = sum(outcome.steps for outcome in self.outcomes), len(self.outcomes) + 1
         points = evaluation_steps(run.total_steps, 1 if task.stage == "search" else EVALUATIONS)
-        with closing(steps(run, self.checkpoints, lambda run: run.step in points)) as work:
-            wish: str | None = None
-            while True:
-                try:
-                    news = work.send(wish)
-                except StopIteration:
-                    return
-                wish = None
+        work = steps(run, self.checkpoints, lambda run: run.step in points)
+        wish: str | None = None
+        with closing(drive(work, lambda: wish)) as updates:
+            for news in updates:
                 if isinstance(news, Step):
                     wish = yield ComparedStep(
                         step=done + news.step,

@@ -17,7 +17,7 @@ from .sora import SoRA
 from .tt_lora import TTLoRA
 from .xgblora import XGBLoRA
 
-METHODS: dict[str, type[Method[Any]]] = {
+METHODS: dict[str, type[Method[Any, Any]]] = {
     "olora": OLoRA,
     "lora": LoRA,
     "pissa": PiSSA,

@@ -10,13 +10,13 @@ together keep their λ, as many as the budget says; the others' is set to 0, and
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..errors import SpecError
-from ..layers.adapter import Adapter, Site
+from ..layers.adapter import Site
 from ..specs import AdaLoRASpec
 from .base import Method, Outputs, generator
 from .gated import GatedAdapter
@@ -53,7 +53,7 @@ class AdaLoRAAdapter(GatedAdapter):
         return of_g + of_B.mean(dim=0) + of_A.mean(dim=1)
 
 
-class AdaLoRA(Method[AdaLoRASpec]):
+class AdaLoRA(Method[AdaLoRASpec, AdaLoRAAdapter]):
     """Up to `initial_steps` all components are trained, then the budget falls; it is spent at `frozen_at`."""
 
     def __init__(self, spec: AdaLoRASpec, **run: Any) -> None:
@@ -93,8 +93,8 @@ class AdaLoRA(Method[AdaLoRASpec]):
         B = DEVIATION * torch.randn(out_features, rank, generator=draw)
         return AdaLoRAAdapter(A, torch.zeros(rank), B, scale=self.spec.scale, dropout=self.spec.dropout)
 
-    def placed(self, adapters: Mapping[str, Adapter]) -> None:
-        self.adapters = list(cast(Mapping[str, AdaLoRAAdapter], adapters).values())
+    def placed(self, adapters: Mapping[str, AdaLoRAAdapter]) -> None:
+        self.adapters = list(adapters.values())
 
     def penalty(self, outputs: Outputs, reference: Callable[[], Tensor]) -> Tensor | None:
         if not self.spec.orthogonality:

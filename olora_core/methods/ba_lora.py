@@ -11,8 +11,8 @@ This is the form for language models; the paper has another one for classifiers.
 """
 
 import math
-from collections.abc import Callable, Mapping
-from typing import Any, cast
+from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -20,11 +20,11 @@ from torch.utils.checkpoint import checkpoint
 
 from ..bases.passes import LOGITS_AT_ONCE
 from ..data.batches import IGNORED
-from ..layers.adapter import Adapter, Site, full_precision
+from ..layers.adapter import Site, full_precision
 from ..specs import BALoRASpec
-from .base import Method, Outputs
+from .base import Outputs
 from .lora import LoRAAdapter, lora_adapter
-from .lora_plus import Factors, factor_groups
+from .lora_plus import FactorsMethod
 from .olora import warn_of_decay
 from .pissa import svd_adapter
 
@@ -34,7 +34,7 @@ SPECTRUM_FLOOR = 1e-6
 """Share of ‖Z‖² below which a squared singular value is rounding."""
 
 
-class BALoRA(Method[BALoRASpec]):
+class BALoRA(FactorsMethod[BALoRASpec, LoRAAdapter]):
     """Beside `adapter`, a penalty; it costs one pass of the base for each pass of the model."""
 
     def __init__(self, spec: BALoRASpec, **run: Any) -> None:
@@ -47,9 +47,6 @@ class BALoRA(Method[BALoRASpec]):
 
     def adapter(self, weight: Tensor, site: Site) -> LoRAAdapter:
         return lora_adapter(self, site) if self.spec.init == "lora" else svd_adapter(self, weight, site)
-
-    def param_groups(self, adapters: Mapping[str, Adapter]) -> list[dict[str, Any]]:
-        return factor_groups(self, cast(Mapping[str, Factors], adapters).values(), self.spec.lora_plus_ratio)
 
     def penalty(self, outputs: Outputs, reference: Callable[[], Tensor]) -> Tensor | None:
         spec, over = self.spec, self.finished_steps / self.total_steps

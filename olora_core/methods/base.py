@@ -20,6 +20,7 @@ from ..progress import Phase, result_of
 from ..specs import AdapterSpec, check_export
 
 SpecT = TypeVar("SpecT", bound=AdapterSpec)
+AdapterT = TypeVar("AdapterT", bound=Adapter)
 Schedule = Callable[[int, int], float]
 """`schedule(i, n)`: the job's learning-rate multiplier at step i = 1…n of n, warm-up included."""
 
@@ -38,7 +39,7 @@ class Outputs:
     """Whether this pass only keeps step with other devices; nothing of it is counted."""
 
 
-class Method(Generic[SpecT]):
+class Method(Generic[SpecT, AdapterT]):
     """One object per run. Steps are optimizer steps, counted from 1."""
 
     needs_logits: bool = False
@@ -54,6 +55,7 @@ class Method(Generic[SpecT]):
         total_steps: int,
         schedule: Schedule,
         weight_decay: float = 0.0,
+        devices: Devices = ALONE,
     ) -> None:
         check_export(spec)
         self.spec = spec
@@ -61,12 +63,12 @@ class Method(Generic[SpecT]):
         self.total_steps = total_steps
         self.schedule = schedule
         self.weight_decay = weight_decay
+        self.devices = devices
+        """A process sees its own micro-batches only; `devices.sum` makes a statistic over them one over the
+        whole optimizer batch. All processes must call it, so only in `after_backward` or `after_step`."""
         self.finished_steps = 0
         self.notes: list[str] = []
         """Sentences the job's owner should read."""
-        self.sum_over_processes: Callable[[Tensor], Tensor] = lambda tensor: tensor
-        """For statistics over a whole optimizer batch, of which each device sees its micro-batches alone: the
-        sum over all devices. To be called by every process alike, so in `after_backward` or `after_step`."""
 
     @classmethod
     def trained_numbers(cls, spec: SpecT, sites: Sequence[Site], total_steps: int) -> int:
@@ -78,22 +80,25 @@ class Method(Generic[SpecT]):
         """The largest rank at which every one of these layers holds its adapter."""
         return min(min(site.in_features, site.out_features) for site in sites)
 
-    def adapter(self, weight: Tensor, site: Site) -> Adapter:
+    def adapter(self, weight: Tensor, site: Site) -> AdapterT:
         """Builds the adapter of one layer. `weight` is W as out×in, in the base's dtype; read only.
 
         Raises SpecError, naming the layer, when the spec does not fit it.
         """
         raise NotImplementedError
 
-    def placed(self, adapters: Mapping[str, Adapter]) -> None:
+    def placed(self, adapters: Mapping[str, AdapterT]) -> None:
         """All adapters exist, in model order, by site name."""
 
     def before_pass(self, batch: MicroBatch) -> None:
-        """A micro-batch of the step is about to be computed; `penalty` comes after its forward."""
+        """Called before the forward of each micro-batch of a step."""
 
     def penalty(self, outputs: Outputs, reference: Callable[[], Tensor]) -> Tensor | None:
         """A scalar added to this micro-batch's loss. `reference()` gives the base's logits for the batch."""
         return None
+
+    def after_pass(self, outputs: Outputs) -> None:
+        """Called after a micro-batch's forward and `penalty`, before its backward."""
 
     def step_again(self) -> None:
         """The device ran out of memory: what this step's passes told so far is to be forgotten."""
@@ -105,7 +110,7 @@ class Method(Generic[SpecT]):
         """Weights have moved, gradients are still there. A method that defines this calls it here too."""
         self.finished_steps = step
 
-    def param_groups(self, adapters: Mapping[str, Adapter]) -> list[dict[str, Any]]:
+    def param_groups(self, adapters: Mapping[str, AdapterT]) -> list[dict[str, Any]]:
         """Optimizer groups: `params`, `weight_decay`, and how the loop writes their rate before each step:
         base rate × `lr_multiplier` × schedule × `lr_factor`; with `lr_by: "method"` the schedule is left out.
         Where a group has `lr_peak`, that stands in for the job's base rate.
@@ -141,16 +146,16 @@ class Method(Generic[SpecT]):
             )
 
 
-def place(method: Method, model: nn.Module, sites: list[Site]) -> dict[str, Adapter]:
+def place(method: Method[Any, AdapterT], model: nn.Module, sites: list[Site]) -> dict[str, AdapterT]:
     """Builds an adapter for every site, attaches them all, and returns them by site name in model order."""
     return result_of(placing(method, model, sites))
 
 
 def placing(
-    method: Method, model: nn.Module, sites: list[Site], devices: Devices = ALONE
-) -> Generator[Phase, None, dict[str, Adapter]]:
+    method: Method[Any, AdapterT], model: nn.Module, sites: list[Site], devices: Devices = ALONE
+) -> Generator[Phase, None, dict[str, AdapterT]]:
     """`place`, saying after each adapter how many are built: a large model's take a while."""
-    adapters = {}
+    adapters: dict[str, AdapterT] = {}
     for built, site in enumerate(sites, 1):
         weight = site_weight(model.get_submodule(site.name))
         if is_part(weight):

@@ -11,13 +11,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..layers.adapter import Adapter, Site
+from ..layers.adapter import Site
 from ..specs import COLASpec
 from .base import Method, generator
 from .rounds import RoundsAdapter, forget, set_lr_factor
 
 
-class COLA(Method[COLASpec]):
+class COLA(Method[COLASpec, RoundsAdapter]):
     """Ties a link at each knot, and runs the job's schedule anew over every link."""
 
     def __init__(self, spec: COLASpec, **run: Any) -> None:
@@ -51,10 +51,10 @@ class COLA(Method[COLASpec]):
         draw = generator(self.seed, self.finished_steps, name)
         adapter.begin(rank, draw, init=self.spec.init, scale=self.spec.scale_of(rank))
 
-    def placed(self, adapters: Mapping[str, Any]) -> None:
+    def placed(self, adapters: Mapping[str, RoundsAdapter]) -> None:
         self.adapters = adapters
 
-    def param_groups(self, adapters: Mapping[str, Adapter]) -> list[dict[str, Any]]:
+    def param_groups(self, adapters: Mapping[str, RoundsAdapter]) -> list[dict[str, Any]]:
         (group,) = super().param_groups(adapters)
         if self.spec.lr_restart == "link":
             group |= {"lr_by": "method", "lr_factor": self.schedule(1, self.knots[0])}

@@ -1,20 +1,19 @@
 """LoRA (arXiv 2106.09685): `delta(x) = s B A x`, A random, B zero, s = α/r (rsLoRA, 2312.03732: α/√r)."""
 
 import math
-from collections.abc import Mapping
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ..layers.adapter import Adapter, LowRank, Site, compute_dtype
+from ..layers.adapter import LowRank, Site, compute_dtype
 from ..layers.products import LowRankProduct, is_plain
 from ..specs import AdapterSpec, LoRASpec
 from .base import Method, generator
-from .lora_plus import Factors, factor_groups
+from .lora_plus import FactorsAdapter, FactorsMethod
 
 
-class LoRAAdapter(Adapter):
+class LoRAAdapter(FactorsAdapter):
     """A (r×in) and B (out×r) are trained."""
 
     def __init__(self, A: Tensor, B: Tensor, *, scale: float, dropout: float = 0.0) -> None:
@@ -41,17 +40,14 @@ class LoRAAdapter(Adapter):
         return LowRank(self.scale * self.B, self.A)
 
 
-class LoRA(Method[LoRASpec]):
+class LoRA(FactorsMethod[LoRASpec, LoRAAdapter]):
     """Plain: beside `adapter`, only rates of their own for A and B, where asked for (LoRA+)."""
 
     def adapter(self, weight: Tensor, site: Site) -> LoRAAdapter:
         return lora_adapter(self, site)
 
-    def param_groups(self, adapters: Mapping[str, Adapter]) -> list[dict[str, Any]]:
-        return factor_groups(self, cast(Mapping[str, Factors], adapters).values(), self.spec.lora_plus_ratio)
 
-
-def lora_adapter(method: Method[Any], site: Site) -> LoRAAdapter:
+def lora_adapter(method: Method[Any, Any], site: Site) -> LoRAAdapter:
     """LoRA's start, for methods that can also begin there. Raises SpecError, naming the layer."""
     method.check_rank(site)
     spec: AdapterSpec = method.spec

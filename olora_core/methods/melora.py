@@ -5,21 +5,20 @@ the update is block diagonal, of rank n·r, with the trained numbers of one LoRA
 """
 
 import math
-from collections.abc import Mapping, Sequence
-from typing import Any, cast
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
 
 from ..errors import SpecError
-from ..layers.adapter import Adapter, LowRank, Site
+from ..layers.adapter import LowRank, Site
 from ..specs import MELoRASpec
-from .base import Method, generator
+from .base import generator
 from .lora import kaiming_uniform, lora_adapter
-from .lora_plus import Factors, factor_groups
+from .lora_plus import FactorsAdapter, FactorsMethod
 
 
-class MELoRAAdapter(Adapter):
+class MELoRAAdapter(FactorsAdapter):
     """A (n×r×in/n) and B (n×out/n×r) are trained."""
 
     def __init__(self, A: Tensor, B: Tensor, *, scale: float, dropout: float = 0.0) -> None:
@@ -41,7 +40,7 @@ class MELoRAAdapter(Adapter):
         return LowRank(torch.block_diag(*(self.scale * self.B)), torch.block_diag(*self.A))
 
 
-class MELoRA(Method[MELoRASpec]):
+class MELoRA(FactorsMethod[MELoRASpec, FactorsAdapter]):
     """Plain: beside `adapter`, only rates of their own for A and B, where asked for (LoRA+)."""
 
     @classmethod
@@ -49,7 +48,7 @@ class MELoRA(Method[MELoRASpec]):
         """That of a slice."""
         return super().widest_rank(spec, sites, total_steps) // spec.mini_loras
 
-    def adapter(self, weight: Tensor, site: Site) -> Adapter:
+    def adapter(self, weight: Tensor, site: Site) -> FactorsAdapter:
         n, rank = self.spec.mini_loras, self.spec.rank
         if n == 1:
             return lora_adapter(self, site)
@@ -59,9 +58,6 @@ class MELoRA(Method[MELoRASpec]):
         A = kaiming_uniform(n, rank, in_width, draw=draw)
         B = torch.zeros(n, out_width, rank)
         return MELoRAAdapter(A, B, scale=self.spec.scale, dropout=self.spec.dropout)
-
-    def param_groups(self, adapters: Mapping[str, Adapter]) -> list[dict[str, Any]]:
-        return factor_groups(self, cast(Mapping[str, Factors], adapters).values(), self.spec.lora_plus_ratio)
 
     def _check_slices(self, site: Site) -> None:
         n, rank = self.spec.mini_loras, self.spec.rank

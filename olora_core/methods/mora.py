@@ -177,7 +177,7 @@ class RotationAdapter(Adapter):
 # --- the method --------------------------------------------------------------------------------------------
 
 
-class MoRA(Method[MoRASpec]):
+class MoRA(Method[MoRASpec, MoRAAdapter | RotationAdapter]):
     """Plain, but for ReMoRA's restarts."""
 
     def __init__(self, spec: MoRASpec, **run: Any) -> None:
@@ -242,7 +242,7 @@ class MoRA(Method[MoRASpec]):
         kept = sorted({type, *self.types}) if self.restarts else ()
         return MoRAAdapter(side, site, type=type, kept_types=kept, dropout=self.spec.dropout)
 
-    def placed(self, adapters: Mapping[str, Any]) -> None:
+    def placed(self, adapters: Mapping[str, MoRAAdapter | RotationAdapter]) -> None:
         self.adapters = adapters
         if self.narrow:
             self.notes.append(

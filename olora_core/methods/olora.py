@@ -5,18 +5,17 @@ evaluated as `s (B0 (A−A0) x + (B−B0) A x)`: the same function, but it does 
 is exactly 0 at the start, in any dtype.
 """
 
-from collections.abc import Mapping
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..errors import ModelError
-from ..layers.adapter import Adapter, LowRank, Site, full_precision
+from ..layers.adapter import LowRank, Site, full_precision
 from ..specs import OLoRASpec
 from .base import Method
 from .lora import LoRAAdapter
-from .lora_plus import Factors, factor_groups
+from .lora_plus import FactorsMethod
 
 
 class OLoRAAdapter(LoRAAdapter):
@@ -36,7 +35,7 @@ class OLoRAAdapter(LoRAAdapter):
         return LowRank(B, torch.cat([self.A - self.A0, self.A]))
 
 
-class OLoRA(Method[OLoRASpec]):
+class OLoRA(FactorsMethod[OLoRASpec, OLoRAAdapter]):
     """Plain: beside `adapter`, only rates of their own for A and B, where asked for (LoRA+)."""
 
     def __init__(self, spec: OLoRASpec, **run: Any) -> None:
@@ -50,11 +49,8 @@ class OLoRA(Method[OLoRASpec]):
             raise damaged(site)
         return OLoRAAdapter(A0, B0, scale=self.spec.scale, dropout=self.spec.dropout)
 
-    def param_groups(self, adapters: Mapping[str, Adapter]) -> list[dict[str, Any]]:
-        return factor_groups(self, cast(Mapping[str, Factors], adapters).values(), self.spec.lora_plus_ratio)
 
-
-def warn_of_decay(method: Method[Any], name: str) -> None:
+def warn_of_decay(method: Method[Any, Any], name: str) -> None:
     """For methods whose factors start as a part of W."""
     if method.weight_decay:
         method.notes.append(

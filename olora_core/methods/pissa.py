@@ -5,23 +5,22 @@ W; as in OLoRA, it is subtracted inside delta, so that W stays as it is and the 
 inexact the SVD is.
 """
 
-from collections.abc import Mapping
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..layers.adapter import Adapter, Site, full_precision
+from ..layers.adapter import Site, full_precision
 from ..specs import PiSSASpec, SVDSpec
 from .base import Method, generator
-from .lora_plus import Factors, factor_groups
+from .lora_plus import FactorsMethod
 from .olora import OLoRAAdapter, damaged, warn_of_decay
 
 OVERSAMPLING = 8
 """Columns that the randomised SVD takes beyond the rank, so that close singular values come apart."""
 
 
-class PiSSA(Method[PiSSASpec]):
+class PiSSA(FactorsMethod[PiSSASpec, OLoRAAdapter]):
     """Plain: beside `adapter`, only rates of their own for A and B, where asked for (LoRA+)."""
 
     def __init__(self, spec: PiSSASpec, **run: Any) -> None:
@@ -31,11 +30,8 @@ class PiSSA(Method[PiSSASpec]):
     def adapter(self, weight: Tensor, site: Site) -> OLoRAAdapter:
         return svd_adapter(self, weight, site)
 
-    def param_groups(self, adapters: Mapping[str, Adapter]) -> list[dict[str, Any]]:
-        return factor_groups(self, cast(Mapping[str, Factors], adapters).values(), self.spec.lora_plus_ratio)
 
-
-def svd_adapter(method: Method[Any], weight: Tensor, site: Site) -> OLoRAAdapter:
+def svd_adapter(method: Method[Any, Any], weight: Tensor, site: Site) -> OLoRAAdapter:
     """The difference form from the SVD's factors. Raises SpecError or ModelError, naming the layer."""
     method.check_rank(site)
     if not weight.sum(dtype=torch.float64).isfinite():

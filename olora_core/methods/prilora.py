@@ -6,20 +6,20 @@ j: n_j is its root mean square over the tokens of a step. (The paper's L2 norm g
 tokens; within a row both rank alike.) B is never pruned.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ..data.batches import MicroBatch
 from ..errors import SpecError
-from ..layers.adapter import Adapter, Site
+from ..layers.adapter import Site
 from ..specs import PRILoRASpec
-from .base import Method, Outputs, generator
+from .base import Outputs, generator
 from .lora import LoRAAdapter, kaiming_uniform
-from .lora_plus import Factors, factor_groups
+from .lora_plus import FactorsMethod
 
 SQUARES_AT_ONCE = 2**22
 
@@ -92,7 +92,7 @@ def rank_of(spec: PRILoRASpec, site: Site) -> int:
     return spec.rank_at(site.layer_index, site.layer_count)
 
 
-class PRILoRA(Method[PRILoRASpec]):
+class PRILoRA(FactorsMethod[PRILoRASpec, PRILoRAAdapter]):
     """Looks at every layer's inputs, and prunes between steps."""
 
     def __init__(self, spec: PRILoRASpec, **run: Any) -> None:
@@ -135,18 +135,15 @@ class PRILoRA(Method[PRILoRASpec]):
             at_hand=self.at_hand,
         )
 
-    def placed(self, adapters: Mapping[str, Adapter]) -> None:
-        self.adapters = list(cast(Mapping[str, PRILoRAAdapter], adapters).values())
-
-    def param_groups(self, adapters: Mapping[str, Adapter]) -> list[dict[str, Any]]:
-        return factor_groups(self, cast(Mapping[str, Factors], adapters).values(), self.spec.lora_plus_ratio)
+    def placed(self, adapters: Mapping[str, PRILoRAAdapter]) -> None:
+        self.adapters = list(adapters.values())
 
     def before_pass(self, batch: MicroBatch) -> None:
         self.at_hand.counts, self.at_hand.is_token = True, batch.is_token
         for adapter in self.adapters:
             adapter.pending = None
 
-    def penalty(self, outputs: Outputs, reference: Callable[[], Tensor]) -> None:
+    def after_pass(self, outputs: Outputs) -> None:
         self.at_hand.counts, self.at_hand.is_token = False, None
         for adapter in self.adapters:
             if adapter.pending is not None and not outputs.repeated:
@@ -160,7 +157,7 @@ class PRILoRA(Method[PRILoRASpec]):
     def after_backward(self, step: int) -> None:
         """X̄ follows what all devices saw in this step; a layer that saw nothing keeps its own."""
         sizes = [len(adapter.seen) for adapter in self.adapters]
-        seen = self.sum_over_processes(torch.cat([adapter.seen for adapter in self.adapters]))
+        seen = self.devices.sum(torch.cat([adapter.seen for adapter in self.adapters]))
         beta = self.spec.importance_decay if step > 1 else 0.0
         for adapter, told in zip(self.adapters, seen.split(sizes), strict=True):
             tokens = told[-1]

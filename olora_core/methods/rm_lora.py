@@ -5,22 +5,21 @@ A's gradient and p columns of B's are 0, drawn anew for each layer and step.
 """
 
 from collections.abc import Callable, Mapping
-from typing import Any, cast
 
 import torch
 from torch import Tensor
 
-from ..layers.adapter import Adapter, Site
+from ..layers.adapter import Site
 from ..specs import RMLoRASpec
-from .base import Method, Outputs, generator
+from .base import Outputs, generator
 from .lora import LoRAAdapter, lora_adapter
-from .lora_plus import factor_groups
+from .lora_plus import FactorsMethod
 from .orthogonality import distances, squared_distances
 
 GAUSSIAN_DEVIATION = 0.02
 
 
-class RMLoRA(Method[RMLoRASpec]):
+class RMLoRA(FactorsMethod[RMLoRASpec, LoRAAdapter]):
     """The gradient is masked, the weights are not: AdamW's momentum still moves what was masked."""
 
     def adapter(self, weight: Tensor, site: Site) -> LoRAAdapter:
@@ -30,12 +29,8 @@ class RMLoRA(Method[RMLoRASpec]):
             adapter.A.data = GAUSSIAN_DEVIATION * torch.randn(adapter.A.shape, generator=draw)
         return adapter
 
-    def placed(self, adapters: Mapping[str, Adapter]) -> None:
-        self.adapters = cast(Mapping[str, LoRAAdapter], adapters)
-
-    def param_groups(self, adapters: Mapping[str, Adapter]) -> list[dict[str, Any]]:
-        plain = cast(Mapping[str, LoRAAdapter], adapters).values()
-        return factor_groups(self, plain, self.spec.lora_plus_ratio)
+    def placed(self, adapters: Mapping[str, LoRAAdapter]) -> None:
+        self.adapters = adapters
 
     def penalty(self, outputs: Outputs, reference: Callable[[], Tensor]) -> Tensor | None:
         if not self.spec.orthogonality:

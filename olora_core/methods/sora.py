@@ -5,13 +5,13 @@ term. The authors' code shrinks twice, so that all |g| < 2ξ vanish; this is the
 """
 
 from collections.abc import Mapping, Sequence
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..errors import SpecError
-from ..layers.adapter import Adapter, Site
+from ..layers.adapter import Site
 from ..specs import SoRASpec
 from .base import Method, generator
 from .gated import GatedAdapter
@@ -29,7 +29,7 @@ FACTOR_DECAY = 0.1
 """Without it A and B would grow as g shrinks."""
 
 
-class SoRA(Method[SoRASpec]):
+class SoRA(Method[SoRASpec, GatedAdapter]):
     """Gates have a rate of their own and no decay; A and B have decay."""
 
     def __init__(self, spec: SoRASpec, **run: Any) -> None:
@@ -70,8 +70,8 @@ class SoRA(Method[SoRASpec]):
         B = torch.zeros(out_features, rank)
         return GatedAdapter(A, g, B, scale=self.spec.scale, dropout=self.spec.dropout)
 
-    def param_groups(self, adapters: Mapping[str, Adapter]) -> list[dict[str, Any]]:
-        gated = cast(Mapping[str, GatedAdapter], adapters).values()
+    def param_groups(self, adapters: Mapping[str, GatedAdapter]) -> list[dict[str, Any]]:
+        gated = adapters.values()
         own_rate = {} if self.gate_rate is None else {"lr_peak": self.gate_rate}
         return [
             self.group((p for a in gated for p in (a.A, a.B)), weight_decay=self.factor_decay),

@@ -55,7 +55,7 @@ def contracted_outputs(cores: Sequence[Tensor]) -> Tensor:
     return known.T
 
 
-class TTLoRA(Method[TTLoRASpec]):
+class TTLoRA(Method[TTLoRASpec, TTLoRAAdapter]):
     """Plain: cores that the optimizer moves like any tensor."""
 
     @classmethod
@@ -84,7 +84,7 @@ class TTLoRA(Method[TTLoRASpec]):
             G, [*H, torch.zeros(r, outs[-1], 1)], scale=self.spec.scale, dropout=self.spec.dropout
         )
 
-    def placed(self, adapters: Mapping[str, Adapter]) -> None:
+    def placed(self, adapters: Mapping[str, TTLoRAAdapter]) -> None:
         sizes = {size for a in adapters.values() for size in (a.in_features, a.out_features)}
         if unknown := sorted((self.spec.modes or {}).keys() - sizes):
             raise SpecError(

@@ -19,7 +19,7 @@ from .rounds import RoundsAdapter, forget, ramp, set_lr_factor
 MAX_ROUNDS = 256
 
 
-class XGBLoRA(Method[XGBLoRASpec]):
+class XGBLoRA(Method[XGBLoRASpec, RoundsAdapter]):
     """Keeps the boosters at each round's end, and draws the next round's blocks."""
 
     def __init__(self, spec: XGBLoRASpec, **run: Any) -> None:
@@ -60,7 +60,7 @@ class XGBLoRA(Method[XGBLoRASpec]):
         draw = generator(self.seed, self.finished_steps, name)
         adapter.begin(self.spec.rank, draw, init=self.spec.init, scale=self.spec.scale)
 
-    def placed(self, adapters: Mapping[str, Any]) -> None:
+    def placed(self, adapters: Mapping[str, RoundsAdapter]) -> None:
         self.adapters = adapters
         for name in adapters:
             if self.layer_of[name] is None:

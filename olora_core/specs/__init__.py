@@ -9,7 +9,7 @@ from .base import Spec, nearest, spec_error
 from .comparison import MAX_SEEDS, ComparedMethod, ComparisonSpec, read_comparison
 from .methods.adalora import AdaLoRASpec
 from .methods.ba_lora import BALoRASpec
-from .methods.base import AdapterSpec, Start, SVDSpec
+from .methods.base import AdapterSpec, FactorsSpec, Start, SVDSpec
 from .methods.cola import COLASpec
 from .methods.lora import LoRASpec
 from .methods.melora import MELoRASpec
@@ -49,6 +49,7 @@ __all__ = [
     "COLASpec",
     "ComparedMethod",
     "ComparisonSpec",
+    "FactorsSpec",
     "Facts",
     "Hyperparameters",
     "LoRASpec",

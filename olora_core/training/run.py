@@ -89,7 +89,7 @@ class Run:
     spec: TrainSpec
     base: Base
     data: Data
-    method: Method
+    method: Method[Any, Any]
     adapters: dict[str, Adapter]
     optimizer: torch.optim.Optimizer
     schedule: Schedule
@@ -191,8 +191,8 @@ def start(
         total_steps=total_steps,
         schedule=schedule,
         weight_decay=hyperparameters.weight_decay,
+        devices=devices,
     )
-    method.sum_over_processes = devices.sum
     packing = base.passes.packing  # asked before the adapters come
     adapters = yield from placing(method, base.model, sites, devices)
     # Devices of one kind compute the same start; these are the same bits on any.

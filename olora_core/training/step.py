@@ -110,10 +110,9 @@ def accumulate(run: Run, rows: np.ndarray) -> tuple[Tensor, int]:
         batch = batches[position].to(run.base.device)
         run.method.before_pass(batch)
         task = run.loss(run.base.model, batch, run.base.passes, every_logit=run.method.needs_logits)
-        penalty = run.method.penalty(
-            Outputs(task.logits, batch.labels, task.total / task.weight, repeated=not counts),
-            lambda batch=batch: base_logits(run.base, batch),
-        )
+        outputs = Outputs(task.logits, batch.labels, task.total / task.weight, repeated=not counts)
+        penalty = run.method.penalty(outputs, lambda batch=batch: base_logits(run.base, batch))
+        run.method.after_pass(outputs)
         loss = task.total / weight
         if penalty is not None:
             loss = loss + penalty / len(batches)

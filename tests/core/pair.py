@@ -42,7 +42,7 @@ class Penalised(LoRA):
         return outputs.loss.square()
 
     def after_backward(self, step: int) -> None:
-        self.seen_by_step.append(float(self.sum_over_processes(self.seen)))
+        self.seen_by_step.append(float(self.devices.sum(self.seen)))
         self.seen = torch.zeros(())
 
 

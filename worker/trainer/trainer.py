@@ -26,6 +26,7 @@ from olora_core.progress import (
     Progress,
     Saved,
     Step,
+    drive,
 )
 from olora_core.specs import ComparisonSpec, TrainSpec
 
@@ -178,23 +179,23 @@ class Trainer:
 
     def _drive(self, run: Work) -> None:
         stepped = False
-        with closing(run):
-            for progress in run:
+        request = lambda: "save" if self.channel.wish() == "release" else None  # noqa: E731
+        with closing(drive(run, request)) as updates:
+            for progress in updates:
                 self._tell(progress)
                 stepped = stepped or isinstance(progress, Step | ComparedStep)
                 wish = self.channel.wish()
-                if wish is not None and self._stops(run, progress, wish, stepped):
+                if wish is not None and self._stops(progress, wish, stepped):
                     self.channel.say(stopped={"wish": wish})
                     return
 
-    def _stops(self, run: Work, progress: Said, wish: Wish, stepped: bool) -> bool:
+    def _stops(self, progress: Said, wish: Wish, stepped: bool) -> bool:
         """Whether the job can be left here: a release does not throw away what the last steps learned."""
         match progress:
             case Finished() | Compared():
                 return False
             case Step() | ComparedStep() if wish == "release":
-                self._tell(run.send("save"))
-                return True
+                return False  # the checkpoint comes first
             case Saved() | Phase("sampling" | "exporting" | "certifying"):
                 return True
             case _:
