@@ -15,18 +15,18 @@ ApiError               a request that cannot be served, in words its sender can 
 Expected troubles of the core and of the store are mapped to one of these by `as_api_error`.
 """
 
-import re
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 from fastapi.exceptions import RequestValidationError
-from sqlalchemy.exc import InterfaceError, OperationalError
 from sqlalchemy.exc import TimeoutError as PoolTimeout
 from starlette.exceptions import HTTPException
 from starlette.responses import JSONResponse
 
 from olora_core.errors import OloraError
 from store import errors as store_errors
+from store.session import DATABASE_AWAY
+from store.validation import refusal
 
 KEY_REMEDY = (
     "The API key is missing or not known here. Send it as 'Authorization: Bearer <key>'; "
@@ -152,14 +152,14 @@ class NoSpace(ApiError):
     headers = {"x-should-retry": "false"}  # noqa: RUF012
 
 
-OF_STORE: dict[type[store_errors.StoreError], type[ApiError]] = {
+ANSWERS: dict[type[OloraError], type[ApiError]] = {
     store_errors.NotFound: NotFound,
     store_errors.RequestPending: Pending,
     store_errors.StorageFull: NoSpace,
     store_errors.TooLarge: TooLarge,
     store_errors.StorageError: ServerError,
 }
-"""How a trouble of the store is answered, the first that fits; any other is a bad request."""
+"""How an error of the store is answered, the first that fits; any other, and the core's, is a bad request."""
 
 BY_STATUS: dict[int, type[ApiError]] = {
     kind.status: kind
@@ -177,36 +177,29 @@ BY_STATUS: dict[int, type[ApiError]] = {
 
 
 def as_api_error(error: Exception) -> ApiError | None:
-    """What the caller is told about `error`; None when it was not expected."""
-    if isinstance(error, ApiError):
-        return error
-    if isinstance(error, store_errors.StoreError):
-        kind = next((OF_STORE[known] for known in OF_STORE if isinstance(error, known)), BadRequest)
-        return kind(error.message, param=error.param, code=error.code)
-    if isinstance(error, OloraError):
-        return BadRequest(error.message, param=error.param, code=error.code)
-    if isinstance(error, RequestValidationError):
-        return _from_validation(error)
-    if isinstance(error, HTTPException):
-        return _from_http(error)
-    if isinstance(error, OperationalError | InterfaceError | PoolTimeout):
-        return Unavailable("The database cannot be reached at the moment. Try again in a few seconds.")
-    return None
+    """The answer to an expected error; None for any other."""
+    answer = next((EXPECTED[known] for known in EXPECTED if isinstance(error, known)), None)
+    return None if answer is None else answer(error)
+
+
+def _itself(error: ApiError) -> ApiError:
+    return error
+
+
+def _from_olora(error: OloraError) -> ApiError:
+    kind = next((ANSWERS[known] for known in ANSWERS if isinstance(error, known)), BadRequest)
+    return kind(error.message, param=error.param, code=error.code)
+
+
+def _unavailable(error: Exception) -> Unavailable:
+    return Unavailable("The database cannot be reached at the moment. Try again in a few seconds.")
 
 
 def _from_validation(error: RequestValidationError) -> BadRequest:
     """FastAPI's complaint about a query or path value, as one sentence that names it."""
     problem = error.errors()[0]
     param = ".".join(str(part) for part in problem["loc"][1:])
-    return BadRequest(misfit(param, problem["input"], str(problem["msg"])), param=param)
-
-
-def misfit(place: str, value: Any, complaint: str) -> str:
-    """`limit = 0 does not fit: expected …` in pydantic's words for what it expected."""
-    shown = repr(value)
-    shown = shown if len(shown) <= 80 else f"{shown[:77]}…"
-    wish = re.sub(r"^(Input should be|\w+ should have) ", "", complaint)
-    return f"{place} = {shown} does not fit: expected {wish}."
+    return BadRequest(refusal(param, problem), param=param)
 
 
 def _from_http(error: HTTPException) -> ApiError:
@@ -217,3 +210,13 @@ def _from_http(error: HTTPException) -> ApiError:
         )
     kind = BY_STATUS.get(error.status_code, BadRequest if error.status_code < 500 else ServerError)
     return kind(str(error.detail))
+
+
+EXPECTED: dict[type[Exception], Callable[[Any], ApiError]] = {
+    ApiError: _itself,
+    OloraError: _from_olora,
+    RequestValidationError: _from_validation,
+    HTTPException: _from_http,
+    **dict.fromkeys((*DATABASE_AWAY, PoolTimeout), _unavailable),
+}
+"""How each expected error is answered. Anything else is logged and answered with a 500 by the gate."""

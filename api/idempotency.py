@@ -5,7 +5,6 @@ from collections.abc import Callable
 from sqlalchemy.orm import Session
 
 from olora_core.errors import OloraError
-from store.errors import StoreError
 from store.idempotency import close_request, drop_request, open_request
 
 from .deps import Call
@@ -34,7 +33,7 @@ def once(call: Call, route: str, content: str, make: Callable[[Session], str]) -
         with writes.begin() as session:
             made = make(session)
             close_request(session, opened, made)
-    except (ApiError, OloraError, StoreError):
+    except (ApiError, OloraError):
         drop_request(writes, opened)
         raise
     return made, True

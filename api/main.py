@@ -13,16 +13,13 @@ from types import FrameType
 
 import anyio.to_thread
 from fastapi import FastAPI, Request
-from fastapi.exceptions import RequestValidationError
 from sqlalchemy import Engine
-from sqlalchemy.exc import InterfaceError, OperationalError
-from sqlalchemy.exc import TimeoutError as PoolTimeout
+from sqlalchemy.exc import OperationalError
 from starlette.exceptions import HTTPException
 from starlette.responses import JSONResponse
 from starlette.routing import Match, Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from olora_core.errors import OloraError
 from store.dispatch import Dispatcher
 from store.errors import StoreError
 from store.keys import first_key
@@ -32,23 +29,11 @@ from store.settings import Settings, get_settings
 from store.storage import storage
 
 from .deps import Services
-from .errors import ApiError, MethodNotAllowed, as_api_error
+from .errors import EXPECTED, MethodNotAllowed, as_api_error
 from .routes import adapter_methods, comparisons, events, files, health, jobs, later, models
 from .security import Gate
 
 logger = logging.getLogger("olora.api")
-
-EXPECTED = (
-    ApiError,
-    OloraError,
-    StoreError,
-    RequestValidationError,
-    HTTPException,
-    OperationalError,
-    InterfaceError,
-    PoolTimeout,
-)
-"""What is answered with a sentence; anything else is the gate's 500."""
 
 ROUTES = (health, files, jobs, comparisons, events, models, adapter_methods, later)
 

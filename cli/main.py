@@ -38,11 +38,9 @@ app.add_typer(adapters.app, name="adapters", help="Fetch what a job has trained.
 
 def main() -> None:
     """Runs a command; trouble ends it with one sentence and exit code 1."""
-    from store.errors import StoreError
-
     try:
         app()
-    except (OloraError, StoreError) as error:
+    except OloraError as error:
         _end(str(error))
     except Exception as error:
         if _tells_more():
@@ -72,12 +70,11 @@ def _unexpected(error: Exception) -> str:
 
 
 def _tells_more() -> bool:
-    from store.errors import StoreError
     from store.settings import get_settings
 
     try:
         return get_settings().log_level == "debug"
-    except StoreError:
+    except OloraError:
         return False
 
 

@@ -12,12 +12,13 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from store.statuses import ENDED
+
 from .client import ServiceError, connect, send
 from .files import send_file
 from .progress import LiveBars
 
 POLL_SECONDS = 1.0
-ENDED = ("succeeded", "failed", "cancelled")
 STYLES = {"succeeded": "green", "failed": "red", "cancelled": "yellow", "running": "cyan"}
 
 

@@ -5,7 +5,7 @@ import logging.config
 from alembic import context
 from sqlalchemy import Connection
 
-from store.models import Base
+from store.models import Row
 from store.session import make_engine, migration_lock
 from store.settings import get_settings
 
@@ -13,7 +13,7 @@ from store.settings import get_settings
 def upgrade(connection: Connection) -> None:
     context.configure(
         connection=connection,
-        target_metadata=Base.metadata,
+        target_metadata=Row.metadata,
         render_as_batch=connection.dialect.name == "sqlite",
         transactional_ddl=True,
     )

@@ -33,11 +33,14 @@ class Phase:
     total: int
 
 
+Level = Literal["info", "warn", "error"]
+
+
 @dataclass(frozen=True)
 class Note:
     """A sentence for the job's owner."""
 
-    level: Literal["info", "warn"]
+    level: Level
     message: str
     data: dict[str, Any] | None = None
 

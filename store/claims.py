@@ -11,13 +11,15 @@ from typing import Any, Literal
 from sqlalchemy import ColumnElement, Engine, and_, func, or_, select, update
 from sqlalchemy.orm import Session
 
+from olora_core.progress import Note
+
 from .errors import LeaseLost
-from .events import Note, tell
-from .kinds import Kind, Work, kind_of, work_of
+from .events import tell
+from .kinds import KINDS, Kind, Work
 from .models import Attempt, File, Job, Project
 from .session import db_now, reader
 
-Wish = Literal["cancel"]
+StopRequest = Literal["cancel"]
 
 
 @dataclass(frozen=True)
@@ -80,7 +82,7 @@ def claim(session: Session, *, owner: str, lease_seconds: float) -> Claim | None
     session.execute(update(Project).where(Project.id == job.project_id).values(last_turn_at=db_now()))
     session.add(Attempt(job_id=job.id, attempt=job.attempt, owner=owner))
     if job.attempt == 1:
-        tell(session, job.id, Note("info", f"{kind_of(job).noun.capitalize()} started"))
+        tell(session, job.id, Note("info", f"{KINDS[job.kind].noun.capitalize()} started"))
     return _claim_of(session, job, owner)
 
 
@@ -96,13 +98,14 @@ def _worth_trying(session: Session) -> bool:
 def _claim_of(session: Session, job: Job, owner: str) -> Claim:
     wanted = select(File).where(File.id.in_([job.training_file, job.validation_file]))
     keys = {file.id: file.storage_key for file in session.scalars(wanted)}
+    kind = KINDS[job.kind]
     return Claim(
         job_id=job.id,
         attempt=job.attempt,
         owner=owner,
         project_id=job.project_id,
-        kind=kind_of(job),
-        spec=work_of(job),
+        kind=kind,
+        spec=kind.spec.model_validate(job.resolved or job.spec),
         resolved=job.resolved is not None,
         training_key=keys[job.training_file] or "",
         validation_key=keys[job.validation_file] if job.validation_file else None,
@@ -110,10 +113,10 @@ def _claim_of(session: Session, job: Job, owner: str) -> Claim:
     )
 
 
-def renew(session: Session, claim: Claim, lease_seconds: float) -> Wish | None:
-    """Holds the job for longer. Returns the owner's wish. Raises LeaseLost."""
+def renew(session: Session, claim: Claim, lease_seconds: float) -> StopRequest | None:
+    """Extends the lease. Returns the owner's stop request, if any. Raises LeaseLost."""
     job = write_as(session, claim, lease_until=db_now() + lease_seconds)
-    return "cancel" if job.requested == "cancel" else None
+    return "cancel" if job.stop_request == "cancel" else None
 
 
 def write_as(session: Session, claim: Claim, **values: Any) -> Job:

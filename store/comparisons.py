@@ -2,19 +2,19 @@
 ended, and what it found. All of it is fenced.
 """
 
-import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 from sqlalchemy import insert, select
 from sqlalchemy.orm import Session
 
+from olora_core.progress import Note
+
 from .claims import Claim, write_as
-from .events import Notice, event_row
+from .events import event_row
 from .jobs import ResultFile, complete
 from .models import Event, Job
-from .progress import greatest
+from .progress import finite, greatest
 from .session import db_now
 
 RUN = "run"
@@ -29,23 +29,21 @@ FIGURES = (
 """What the row keeps of each method in the report; curves and searches are in the file alone."""
 
 
-@dataclass(frozen=True)
-class EndedRun:
+class EndedRun(Note):
     """One training run that has ended; `data` has the fields of the trainer's `RunFinished`."""
 
-    data: dict[str, Any]
-    level: str = "info"
+    def __init__(self, data: dict[str, Any]) -> None:
+        super().__init__("info", _run_sentence(data), data)
 
-    @property
-    def message(self) -> str:
-        """`Run 7/45: olora, search, learning rate 0.003, seed 0: loss=1.2345 after 50 steps, 12 s`"""
-        said = self.data
-        outcome = "it diverged" if said["loss"] is None else f"loss={said['loss']:.4f}"
-        return (
-            f"Run {said['run']}/{said['runs']}: {said['method']}, {said['stage']}, "
-            f"learning rate {said['learning_rate']:g}, seed {said['seed']}: "
-            f"{outcome} after {said['steps']} steps, {said['seconds']:.3g} s"
-        )
+
+def _run_sentence(run: Mapping[str, Any]) -> str:
+    """`Run 7/45: olora, search, learning rate 0.003, seed 0: loss=1.2345 after 50 steps, 12 s`"""
+    outcome = "it diverged" if run["loss"] is None else f"loss={run['loss']:.4f}"
+    return (
+        f"Run {run['run']}/{run['runs']}: {run['method']}, {run['stage']}, "
+        f"learning rate {run['learning_rate']:g}, seed {run['seed']}: "
+        f"{outcome} after {run['steps']} steps, {run['seconds']:.3g} s"
+    )
 
 
 def record(
@@ -53,7 +51,7 @@ def record(
     claim: Claim,
     *,
     at: Mapping[str, Any] | None = None,
-    events: Sequence[Notice] = (),
+    events: Sequence[Note] = (),
     seconds_left: float | None = None,
 ) -> None:
     """Writes down progress: the newest step, without a row or an event of its own, and what was said.
@@ -63,19 +61,14 @@ def record(
     job = write_as(session, claim, step=greatest(Job.step, int(at["step"]) if at else 0))
     if at is not None:
         job.total_steps = at["total_steps"]
-        job.at_run = {name: _finite(at[name]) for name in AT_RUN}
+        job.at_run, _ = finite({name: at[name] for name in AT_RUN})
     if seconds_left is not None:
         job.estimated_finish = db_now() + seconds_left
     _tell(session, job, events)
     session.flush()
 
 
-def _finite(value: Any) -> Any:
-    """NaN and Infinity are not JSON."""
-    return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
-def _tell(session: Session, job: Job, events: Sequence[Notice]) -> None:
+def _tell(session: Session, job: Job, events: Sequence[Note]) -> None:
     told = _told_runs(session, job.id) if any(isinstance(event, EndedRun) for event in events) else set()
     rows = []
     for event in events:

@@ -1,6 +1,6 @@
 """What can go wrong in the store, in words a user can act on.
 
-StoreError
+StoreError              an OloraError of the core
 ├── SettingsError        an OLORA_ variable does not fit
 ├── SchemaBehind         the database was made by an older version
 ├── NotFound             no such file, job, checkpoint or model in this project
@@ -15,20 +15,14 @@ StoreError
 └── StorageError         stored bytes cannot be written or read
     ├── StorageFull      no space is left
     ├── TooLarge         more bytes than allowed
-    └── Damaged          stored bytes are not those of their manifest
+    └── StorageDamaged   stored bytes are not those of their manifest
 """
 
+from olora_core.errors import OloraError
 
-class StoreError(Exception):
-    """An expected trouble: `code` for programs, `message` for people, `param` for the place."""
 
-    code = "error"
-
-    def __init__(self, message: str, *, param: str | None = None, code: str | None = None) -> None:
-        super().__init__(message)
-        self.message = message
-        self.param = param
-        self.code = code or type(self).code
+class StoreError(OloraError):
+    """An expected error of the store."""
 
 
 class SettingsError(StoreError):
@@ -124,7 +118,7 @@ class TooLarge(StorageError):
     code = "file_too_large"
 
 
-class Damaged(StorageError):
+class StorageDamaged(StorageError):
     """Stored bytes are not those that their manifest names."""
 
     code = "storage_damaged"

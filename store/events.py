@@ -5,35 +5,18 @@ they become visible.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 from sqlalchemy import insert, select
 from sqlalchemy.orm import Session
 
+from olora_core.progress import Note
+
 from .models import Event, new_id
-from .pages import Page, read_page
+from .pages import RowPage, read_page
 
 
-class Notice(Protocol):
-    """Something to tell a job's owner: a `Note` of the trainer, or one of ours."""
-
-    @property
-    def level(self) -> str: ...
-    @property
-    def message(self) -> str: ...
-    @property
-    def data(self) -> dict[str, Any] | None: ...
-
-
-@dataclass(frozen=True)
-class Note:
-    level: str
-    message: str
-    data: dict[str, Any] | None = None
-
-
-def tell(session: Session, job_id: str, *notes: Notice) -> None:
+def tell(session: Session, job_id: str, *notes: Note) -> None:
     if notes:
         rows = [event_row(job_id, note.level, "message", note.message, note.data) for note in notes]
         session.execute(insert(Event), rows)
@@ -57,7 +40,9 @@ def storable(text: str) -> str:
     return text.replace("\x00", "\ufffd")
 
 
-def list_events(session: Session, job_id: str, *, after: str | None = None, limit: int = 20) -> Page[Event]:
+def list_events(
+    session: Session, job_id: str, *, after: str | None = None, limit: int = 20
+) -> RowPage[Event]:
     """Newest first."""
     return read_page(session, select(Event), Event, within=Event.job_id == job_id, after=after, limit=limit)
 

@@ -7,11 +7,10 @@ from sqlalchemy.orm import Session
 
 from .errors import FileInUse, NotFound
 from .models import File, Job, Model, new_id
-from .pages import Page, read_page
+from .pages import RowPage, read_page
 from .session import Sessions, db_now, settle
+from .statuses import UNFINISHED
 from .storage import Storage
-
-UNFINISHED = ("validating_files", "queued", "running")
 
 
 def new_file_id() -> str:
@@ -74,7 +73,7 @@ def list_files(
     limit: int = 10_000,
     order: Literal["asc", "desc"] = "desc",
     purpose: str | None = None,
-) -> Page[File]:
+) -> RowPage[File]:
     rows = select(File).where(_alive())
     if purpose is not None:
         rows = rows.where(File.purpose == purpose)

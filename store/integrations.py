@@ -13,25 +13,26 @@ from olora_core.specs import nearest
 
 from .errors import BadIntegration
 from .settings import Settings
+from .validation import refusal
 
 MAX_INTEGRATIONS = 5
 
 
 def _printable(text: str) -> str:
     if any(unicodedata.category(character) in ("Cc", "Cs") for character in text):
-        raise ValueError("text without control characters")
+        raise ValueError("must be text without control characters")
     return text
 
 
 def _project(text: str) -> str:
     if set(text) & set("/\\#?%:"):
-        raise ValueError("a name without / \\ # ? % :")
+        raise ValueError("must be a name without / \\ # ? % :")
     return text
 
 
 def _own_tags(tags: dict[str, str]) -> dict[str, str]:
     if any(name.startswith(("mlflow.", "olora.")) for name in tags):
-        raise ValueError("names that do not begin with 'mlflow.' or 'olora.', which are taken")
+        raise ValueError("must have names that do not begin with 'mlflow.' or 'olora.', which are reserved")
     return tags
 
 
@@ -119,10 +120,10 @@ def _read(value: Any, place: str) -> Integration:
     try:
         return INTEGRATIONS[kind].model_validate(value)
     except ValidationError as error:
-        raise _misfit(error, kind, place) from None
+        raise _refused(error, kind, place) from None
 
 
-def _misfit(error: ValidationError, kind: str, place: str) -> BadIntegration:
+def _refused(error: ValidationError, kind: str, place: str) -> BadIntegration:
     """The first complaint, as one sentence."""
     problem = error.errors(include_url=False)[0]
     *path, last = problem["loc"]
@@ -134,8 +135,7 @@ def _misfit(error: ValidationError, kind: str, place: str) -> BadIntegration:
         known = model.model_fields if isinstance(model, type) and issubclass(model, BaseModel) else {}
         listed = ", ".join(known)
         return BadIntegration(f"{param} is unknown{nearest(str(last), known)}. Known: {listed}.", param=param)
-    wish = str(problem["msg"]).removeprefix("Value error, ").removeprefix("Input should be ")
-    return BadIntegration(f"{param} does not fit: expected {wish}.", param=param)
+    return BadIntegration(refusal(param, problem), param=param)
 
 
 def require_offered(integrations: list[Integration], settings: Settings) -> None:

@@ -13,19 +13,20 @@ from sqlalchemy.orm import Session
 
 from olora_core.errors import OloraError
 from olora_core.formats import Report, check_for_training
+from olora_core.progress import Note
 
 from .claims import Claim, lease_is_over, write_as
 from .errors import FileUnusable, JobStateError, NotFound, StoreError
-from .events import Note, Notice, storable, tell
+from .events import storable, tell
 from .files import lock_file, new_file_id, record_file
-from .kinds import FINE_TUNING, Kind, Work, kind_for, kind_of
+from .kinds import FINE_TUNING, KINDS, Kind, Work, kind_for
 from .models import Attempt, File, Job, Model, new_id
-from .pages import Page, read_page
+from .pages import RowPage, read_page
 from .progress import latest_checkpoint
 from .session import db_now, settle
 from .settings import Settings
+from .statuses import WAITING
 
-ENDED = ("succeeded", "failed", "cancelled")
 MAX_BACK_OFF_SECONDS = 60.0
 
 
@@ -51,7 +52,7 @@ def create(
     options: dict[str, Any] | None = None,
     integrations: list[Any] | None = None,
     seed: int | None = None,
-    notes: Sequence[Notice] = (),
+    notes: Sequence[Note] = (),
 ) -> Job:
     """A new job, or comparison, in `validating_files`. `seed` is the spec's own unless given; `notes` become
     its events.
@@ -110,14 +111,12 @@ def admit(session: Session, settings: Settings) -> int:
             _end_failed(session, job, error_dict(error))
             continue
         job.status = "queued"
-        tell(session, job.id, Note("info", f"Files validated, moving {kind_of(job).word} to queued state"))
+        tell(session, job.id, Note("info", f"Files validated, moving {KINDS[job.kind].word} to queued state"))
     session.flush()
     return len(jobs)
 
 
-def _what_is_wrong_with_files(
-    session: Session, job: Job, settings: Settings
-) -> OloraError | StoreError | None:
+def _what_is_wrong_with_files(session: Session, job: Job, settings: Settings) -> OloraError | None:
     training = _report_of(session, job.training_file, "training_file")
     if not isinstance(training, Report):
         return training
@@ -176,7 +175,7 @@ def complete(session: Session, claim: Claim, files: Sequence[ResultFile], outcom
     job = write_as(session, claim, status="succeeded", finished_at=db_now(), **result, **_AT_REST)
     job.result_files = [_record_result(session, job, file).id for file in files]
     _end_attempt(session, job, "succeeded")
-    ended = f"The {kind_of(job).word} has successfully completed"
+    ended = f"The {KINDS[job.kind].word} has successfully completed"
     tell(session, job.id, Note("info", outcome), Note("info", ended))
     settle(session, job)
     return job
@@ -185,7 +184,7 @@ def complete(session: Session, claim: Claim, files: Sequence[ResultFile], outcom
 _AT_REST: dict[str, Any] = {
     "lease_owner": None,
     "lease_until": None,
-    "requested": None,
+    "stop_request": None,
     "estimated_finish": None,
 }
 """What a job without an attempt does not have."""
@@ -204,7 +203,7 @@ def _record_result(session: Session, job: Job, file: ResultFile) -> File:
     )
 
 
-def fail(session: Session, claim: Claim, error: OloraError | StoreError) -> Job:
+def fail(session: Session, claim: Claim, error: OloraError) -> Job:
     """The job cannot be done; its owner reads why. Raises LeaseLost."""
     job = write_as(session, claim)
     _end_failed(session, job, error_dict(error))
@@ -247,7 +246,7 @@ def sweep(session: Session, settings: Settings) -> int:
 
 
 def _release(session: Session, job: Job, reason: str, message: str, crashed: bool, max_failures: int) -> None:
-    if job.requested == "cancel":
+    if job.stop_request == "cancel":
         _end_cancelled(session, job)
         return
     job.failures += crashed
@@ -264,14 +263,16 @@ def _release(session: Session, job: Job, reason: str, message: str, crashed: boo
     _rest(job)
     data = {"reason": reason, "attempt": job.attempt, "step": job.step}
     data["resumes_from_step"] = checkpoint.step if checkpoint else 0
-    onward = f"Step {job.step} was reached; the {kind_of(job).word} is queued again and goes on from {start}."
+    onward = (
+        f"Step {job.step} was reached; the {KINDS[job.kind].word} is queued again and goes on from {start}."
+    )
     tell(session, job.id, Note("warn" if crashed else "info", f"{message} {onward}", data))
     settle(session, job)
 
 
 def _gave_up(job: Job, reason: str, message: str, start: str) -> dict[str, Any]:
     times = "once" if job.failures == 1 else f"{job.failures} times"
-    word = kind_of(job).word
+    word = KINDS[job.kind].word
     sentence = f"The {word} failed {times} without a new checkpoint in between (the last one is {start})."
     return {"code": reason, "message": f"{sentence} At last: {message}", "param": None}
 
@@ -290,21 +291,21 @@ def cancel(session: Session, job: Job) -> Job:
         select(Job).where(Job.id == job.id).with_for_update().execution_options(populate_existing=True)
     )
     assert current is not None
-    if current.status in ("validating_files", "queued"):
+    if current.status in WAITING:
         _end_cancelled(session, current)
     elif current.status == "running":
-        if current.requested != "cancel":
-            current.requested = "cancel"
+        if current.stop_request != "cancel":
+            current.stop_request = "cancel"
             tell(
                 session,
                 current.id,
                 Note(
                     "info",
-                    f"Cancellation was requested; the {kind_of(current).word} ends at its next step",
+                    f"Cancellation was requested; the {KINDS[current.kind].word} ends at its next step",
                 ),
             )
     elif current.status != "cancelled":
-        name = kind_of(current).word.capitalize()
+        name = KINDS[current.kind].word.capitalize()
         raise JobStateError(f"{name} {current.id} cannot be cancelled: it has {current.status} already.")
     session.flush()
     return current
@@ -314,7 +315,7 @@ def _end_cancelled(session: Session, job: Job) -> None:
     job.status, job.finished_at = "cancelled", db_now()
     _end_attempt(session, job, "cancelled")
     _rest(job)
-    tell(session, job.id, Note("info", f"The {kind_of(job).word} has been cancelled"))
+    tell(session, job.id, Note("info", f"The {KINDS[job.kind].word} has been cancelled"))
     settle(session, job)
 
 
@@ -323,7 +324,7 @@ def _end_failed(session: Session, job: Job, error: dict[str, Any]) -> None:
     job.error = error
     _end_attempt(session, job, str(error["code"]))
     _rest(job)
-    tell(session, job.id, Note("error", f"The {kind_of(job).word} failed: {error['message']}"))
+    tell(session, job.id, Note("error", f"The {KINDS[job.kind].word} failed: {error['message']}"))
     settle(session, job)
 
 
@@ -332,7 +333,7 @@ def _rest(job: Job) -> None:
         setattr(job, name, value)
 
 
-def error_dict(error: OloraError | StoreError) -> dict[str, Any]:
+def error_dict(error: OloraError) -> dict[str, Any]:
     return {"code": error.code, "message": storable(error.message), "param": error.param}
 
 
@@ -367,7 +368,7 @@ def list_jobs(
     metadata: Mapping[str, str] | Literal["null"] | None = None,
     after: str | None = None,
     limit: int = 20,
-) -> Page[Job]:
+) -> RowPage[Job]:
     """Of one kind, newest first. `metadata` keeps the jobs with all these pairs, or with "null" those without
     any.
     """

@@ -4,8 +4,6 @@ from dataclasses import dataclass
 
 from olora_core.specs import ComparisonSpec, TrainSpec
 
-from .models import Job
-
 Work = TrainSpec | ComparisonSpec
 
 
@@ -31,12 +29,3 @@ KINDS = {kind.name: kind for kind in (FINE_TUNING, COMPARISON)}
 def kind_for(spec: Work) -> Kind:
     """The kind that is asked for with such a spec."""
     return next(kind for kind in KINDS.values() if isinstance(spec, kind.spec))
-
-
-def kind_of(job: Job) -> Kind:
-    return KINDS[job.kind]
-
-
-def work_of(job: Job) -> Work:
-    """What the job is to do, with its "auto" values resolved if an earlier attempt did so."""
-    return kind_of(job).spec.model_validate(job.resolved or job.spec)

@@ -22,7 +22,9 @@ from sqlalchemy import (
 )
 from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
 
+from .kinds import KINDS
 from .session import db_now
+from .statuses import STATUSES
 
 _ALPHABET = string.ascii_letters + string.digits
 Sequence = BigInteger().with_variant(Integer, "sqlite")
@@ -34,7 +36,9 @@ def new_id(prefix: str, length: int = 24) -> str:
     return prefix + "".join(secrets.choice(_ALPHABET) for _ in range(length))
 
 
-class Base(DeclarativeBase):
+class Row(DeclarativeBase):
+    """What every table's class inherits."""
+
     metadata = MetaData(
         naming_convention={
             "ix": "ix_%(table_name)s_%(column_0_N_name)s",
@@ -51,7 +55,7 @@ class Base(DeclarativeBase):
     }
 
 
-class Project(Base):
+class Project(Row):
     """The tenant: owns keys, files, jobs and models."""
 
     __tablename__ = "projects"
@@ -63,7 +67,7 @@ class Project(Base):
     """When a job of this project was last claimed; the project that waited longest goes first."""
 
 
-class Key(Base):
+class Key(Row):
     """An API key; only its SHA-256 is kept."""
 
     __tablename__ = "keys"
@@ -76,7 +80,7 @@ class Key(Base):
     revoked_at: Mapped[float | None]
 
 
-class File(Base):
+class File(Row):
     """An uploaded or produced file. `report` is the outcome of the structural validation."""
 
     __tablename__ = "files"
@@ -101,11 +105,7 @@ class File(Base):
     __table_args__ = (Index(None, "project_id", "seq"),)
 
 
-KIND_NAMES = ("fine_tuning", "comparison")
-STATUSES = ("validating_files", "queued", "running", "paused", "succeeded", "failed", "cancelled")
-
-
-class Job(Base):
+class Job(Row):
     """A fine-tuning job, or a comparison of methods, which lives like one; `store/jobs.py` tells its life."""
 
     __tablename__ = "jobs"
@@ -147,8 +147,8 @@ class Job(Base):
     """Attempts in a row that ended by a crash or a lost lease without a new checkpoint."""
     lease_owner: Mapped[str | None] = mapped_column(String(128))
     lease_until: Mapped[float | None]
-    requested: Mapped[str | None] = mapped_column(String(16))
-    """The owner's wish: "cancel" (or, later, "pause"); null when none."""
+    stop_request: Mapped[str | None] = mapped_column("requested", String(16))
+    """What the owner has asked a running job to do: "cancel", or null."""
 
     step: Mapped[int] = mapped_column(default=0)
     total_steps: Mapped[int | None]
@@ -170,11 +170,11 @@ class Job(Base):
         Index(None, "project_id", "kind", "seq"),
         Index(None, "status", "priority", "seq"),
         CheckConstraint(f"status IN {STATUSES}", name="status"),
-        CheckConstraint(f"kind IN {KIND_NAMES}", name="kind"),
+        CheckConstraint(f"kind IN {tuple(KINDS)}", name="kind"),
     )
 
 
-class Attempt(Base):
+class Attempt(Row):
     """One claim of a job, for those who ask what happened."""
 
     __tablename__ = "attempts"
@@ -187,7 +187,7 @@ class Attempt(Base):
     end_reason: Mapped[str | None] = mapped_column(String(64))
 
 
-class Event(Base):
+class Event(Row):
     """What a job's owner reads."""
 
     __tablename__ = "events"
@@ -204,7 +204,7 @@ class Event(Base):
     __table_args__ = (Index(None, "job_id", "seq"),)
 
 
-class Metric(Base):
+class Metric(Row):
     """One optimizer step of a job, once, however often it was redone after a crash."""
 
     __tablename__ = "metrics"
@@ -214,7 +214,7 @@ class Metric(Base):
     values: Mapped[dict[str, Any]]
 
 
-class Checkpoint(Base):
+class Checkpoint(Row):
     """A state of a job to resume from. `storage_key` is a folder in the storage, null once it was pruned."""
 
     __tablename__ = "checkpoints"
@@ -231,7 +231,7 @@ class Checkpoint(Base):
     __table_args__ = (Index(None, "job_id", "seq"),)
 
 
-class Model(Base):
+class Model(Row):
     """A fine-tuned model: a name for a succeeded job's adapter."""
 
     __tablename__ = "models"
@@ -246,7 +246,7 @@ class Model(Base):
     __table_args__ = (Index(None, "project_id", "seq"),)
 
 
-class Request(Base):
+class Request(Row):
     """A creating request, remembered so that a client's retry finds what the first try made."""
 
     __tablename__ = "requests"

@@ -8,26 +8,27 @@ from sqlalchemy import Select, select
 from sqlalchemy.orm import Session
 
 from .errors import UnknownCursor
+from .models import Row
 
-Row = TypeVar("Row")
+RowT = TypeVar("RowT", bound=Row)
 
 
 @dataclass(frozen=True)
-class Page(Generic[Row]):
-    data: Sequence[Row]
+class RowPage(Generic[RowT]):
+    data: Sequence[RowT]
     has_more: bool
 
 
 def read_page(
     session: Session,
-    rows: Select[Row],
+    rows: Select[RowT],
     model: Any,
     *,
     within: Any,
     after: str | None,
     limit: int,
     newest_first: bool = True,
-) -> Page[Row]:
+) -> RowPage[RowT]:
     """`limit` rows of `model` in the order of their sequence numbers, after the row with id `after`.
 
     The row `after` must lie `within` the same owner, but it may have left the list since (a deleted file,
@@ -40,4 +41,4 @@ def read_page(
         rows = rows.where(model.seq < seq if newest_first else model.seq > seq)
     order = model.seq.desc() if newest_first else model.seq.asc()
     found = session.scalars(rows.where(within).order_by(order).limit(limit + 1)).all()
-    return Page(found[:limit], len(found) > limit)
+    return RowPage(found[:limit], len(found) > limit)

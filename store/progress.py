@@ -9,13 +9,14 @@ from typing import Any
 from sqlalchemy import Select, case, func, insert, select
 from sqlalchemy.orm import Session
 
+from olora_core.progress import Note
 from olora_core.specs import TrainSpec
 
 from .claims import Claim, write_as
 from .errors import NotFound
-from .events import Note, Notice, event_row, storable, tell
+from .events import event_row, storable, tell
 from .models import Checkpoint, Event, Job, Metric, new_id
-from .pages import Page, read_page
+from .pages import RowPage, read_page
 from .session import db_now
 
 KEPT_CHECKPOINTS = 2
@@ -57,7 +58,7 @@ def record(
     *,
     steps: Sequence[Mapping[str, Any]] = (),
     evaluations: Sequence[Mapping[str, Any]] = (),
-    events: Sequence[Notice] = (),
+    events: Sequence[Note] = (),
     resolved: TrainSpec | None = None,
     total_steps: int | None = None,
     samples: Mapping[str, Any] | None = None,
@@ -78,9 +79,8 @@ def record(
         job.resolved = resolved.model_dump(mode="json")
     if samples is not None:
         job.samples = {**samples, "rows": [_storable(row) for row in samples["rows"]]}
-    notes = list(events)
-    new = _new_metrics(session, job, steps, evaluations, notes)
-    tell(session, job.id, *notes)
+    new, warnings = _new_metrics(session, job, steps, evaluations)
+    tell(session, job.id, *events, *warnings)
     _tell_metrics(session, job, new)
     if estimated_finish is not None:
         job.estimated_finish = estimated_finish
@@ -103,34 +103,38 @@ def _new_metrics(
     job: Job,
     steps: Sequence[Mapping[str, Any]],
     evaluations: Sequence[Mapping[str, Any]],
-    notes: list[Notice],
-) -> list[dict[str, Any]]:
-    """Inserts what is new and returns it; `notes` grows by a warning for each number that is not finite."""
+) -> tuple[list[dict[str, Any]], list[Note]]:
+    """Inserts the new metrics. Returns them by step, and a warning for each number that is not finite."""
     rows = {row.step: row for row in _metric_rows(session, job.id, [*steps, *evaluations])}
     new: dict[int, dict[str, Any]] = {}
+    warnings: list[Note] = []
     for step in steps:
         number = int(step["step"])
         known = rows[number].values if number in rows else {}
         if "train_loss" not in known and number not in new:
-            new[number] = {**known, **finite(named(step), number, notes)}
+            measured = named(step)
+            clean, bad_names = finite(measured)
+            warnings += _not_finite(number, measured, bad_names)
+            new[number] = {**known, **clean}
     for evaluation in evaluations:
         number = int(evaluation["step"])
-        measured = finite(
-            {"full_valid_loss": evaluation["loss"], "full_valid_mean_token_accuracy": evaluation["accuracy"]},
-            number,
-            notes,
-        )
+        measured = {
+            "full_valid_loss": evaluation["loss"],
+            "full_valid_mean_token_accuracy": evaluation["accuracy"],
+        }
+        clean, bad_names = finite(measured)
+        warnings += _not_finite(number, measured, bad_names)
         if number in new:
-            new[number].update(measured)
+            new[number].update(clean)
         elif number not in rows or "full_valid_loss" not in rows[number].values:
             known = rows[number].values if number in rows else {"step": number}
-            new[number] = {**known, **measured}
+            new[number] = {**known, **clean}
     for number, values in new.items():
         if number in rows:
             rows[number].values = values
         else:
             session.add(Metric(job_id=job.id, step=number, values=values))
-    return [new[number] for number in sorted(new)]
+    return [new[number] for number in sorted(new)], warnings
 
 
 def _metric_rows(session: Session, job_id: str, measured: Iterable[Mapping[str, Any]]) -> Sequence[Metric]:
@@ -145,14 +149,14 @@ def named(step: Mapping[str, Any]) -> dict[str, Any]:
     return {METRIC_NAMES.get(name, name): value for name, value in step.items() if value is not None}
 
 
-def finite(values: Mapping[str, Any], step: int, notes: list[Notice]) -> dict[str, Any]:
-    """NaN and Infinity are not JSON: they become null, and a warning."""
-    clean = dict(values)
-    for name, value in values.items():
-        if isinstance(value, float) and not math.isfinite(value):
-            clean[name] = None
-            notes.append(Note("warn", f"Step {step}: {name} is not a finite number ({value})."))
-    return clean
+def finite(values: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
+    """The values with NaN and Infinity, which JSON has no word for, as None; and the names of those."""
+    bad = [name for name, value in values.items() if isinstance(value, float) and not math.isfinite(value)]
+    return {**values, **dict.fromkeys(bad)}, bad
+
+
+def _not_finite(step: int, values: Mapping[str, Any], names: Iterable[str]) -> list[Note]:
+    return [Note("warn", f"Step {step}: {name} is not a finite number ({values[name]}).") for name in names]
 
 
 def _tell_metrics(session: Session, job: Job, new: Sequence[dict[str, Any]]) -> None:
@@ -208,13 +212,13 @@ def add_checkpoint(
     furthest = session.scalar(select(func.max(Checkpoint.step)).where(Checkpoint.job_id == job.id))
     if furthest is None or step > furthest:
         job.failures = 0
-    notes: list[Notice] = []
+    clean, _ = finite(named({"step": step, **metrics}))
     checkpoint = Checkpoint(
         id=new_id("ftckpt_"),
         job_id=job.id,
         attempt=claim.attempt,
         step=step,
-        metrics=finite(named({"step": step, **metrics}), step, notes),
+        metrics=clean,
         storage_key=storage_key,
     )
     session.add(checkpoint)
@@ -238,7 +242,7 @@ def _prune(session: Session, job_id: str, best_step: int | None) -> list[str]:
 
 def list_checkpoints(
     session: Session, job_id: str, *, after: str | None = None, limit: int = 10
-) -> Page[Checkpoint]:
+) -> RowPage[Checkpoint]:
     """Those that are still stored, newest first."""
     rows = select(Checkpoint).where(Checkpoint.storage_key.is_not(None))
     return read_page(session, rows, Checkpoint, within=Checkpoint.job_id == job_id, after=after, limit=limit)

@@ -24,6 +24,7 @@ MIGRATION_LOCK = 0x6F6C6F7261
 
 Sessions = sessionmaker[Session]
 DATABASE_AWAY = (OperationalError, InterfaceError, InternalError)
+"""What a driver raises when the database cannot be reached or has dropped the connection."""
 
 
 class db_now(FunctionElement[float]):

@@ -3,6 +3,7 @@
 import difflib
 import logging
 import os
+import re
 from collections.abc import Mapping
 from functools import lru_cache
 from pathlib import Path
@@ -13,6 +14,7 @@ from pydantic import Field, SecretStr, ValidationError, ValidationInfo, field_va
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
 from .errors import SettingsError
+from .validation import requirement, shown
 
 log = logging.getLogger(__name__)
 
@@ -74,6 +76,7 @@ class Settings(BaseSettings):
     )
     storage_url: str = Field(
         default_factory=_in_home("file", "storage"),
+        repr=False,
         description="Where uploaded and produced files are kept: `file:///path`.",
         json_schema_extra={"shown": "a folder in the home"},
     )
@@ -87,7 +90,6 @@ class Settings(BaseSettings):
     )
     organization: str = Field(
         default="olora",
-        pattern=r"^[a-z0-9][a-z0-9-]{0,31}$",
         description="Stands in the names of fine-tuned models: `ft:<base>:<organization>:<suffix>:…`.",
     )
     lease_seconds: float = Field(
@@ -160,7 +162,7 @@ class Settings(BaseSettings):
         if not text:
             return None
         if not text.isascii() or not text.isprintable() or " " in text or len(text) > longest:
-            raise ValueError(f"1 to {longest} printable ASCII characters without spaces")
+            raise ValueError(f"must be 1 to {longest} printable ASCII characters without spaces")
         return SecretStr(text)
 
     @field_validator("database_url")
@@ -173,35 +175,35 @@ class Settings(BaseSettings):
             return value
         if scheme == "postgresql+psycopg":
             return value
-        raise ValueError("sqlite:///path/to/file.db or postgresql://user:password@host/name")
+        raise ValueError("must be sqlite:///path/to/file.db or postgresql://user:password@host/name")
 
     @field_validator("broker_url")
     @classmethod
     def _known_broker(cls, value: str) -> str:
         if value.partition("://")[0] in ("redis", "rediss") or value.startswith("folder:///"):
             return value
-        raise ValueError("redis://host:6379/0, rediss://… or folder:///path")
+        raise ValueError("must be redis://host:6379/0, rediss://… or folder:///path")
 
     @field_validator("storage_url")
     @classmethod
     def _known_storage(cls, value: str) -> str:
         if value.startswith("file:///"):
             return value
-        raise ValueError("file:///path (other kinds of storage are not offered yet)")
+        raise ValueError("must be file:///path (other kinds of storage are not supported yet)")
 
     @field_validator("wandb_base_url")
     @classmethod
     def _known_server(cls, value: str | None) -> str | None:
         if value is None or value.startswith(("https://", "http://")):
             return value
-        raise ValueError("https://host or http://host")
+        raise ValueError("must be https://host or http://host")
 
     @field_validator("mlflow_tracking_uri")
     @classmethod
     def _known_mlflow(cls, value: str | None) -> str | None:
         if value is None or value.startswith(("https://", "http://", "sqlite:///")):
             return value
-        raise ValueError("https://host, http://host or sqlite:///path/to/file.db")
+        raise ValueError("must be https://host, http://host or sqlite:///path/to/file.db")
 
     @field_validator("allowed_hub_models", "allowed_hosts", mode="before")
     @classmethod
@@ -210,11 +212,20 @@ class Settings(BaseSettings):
             return tuple(part.strip() for part in value.split(",") if part.strip())
         return value
 
+    @field_validator("organization")
+    @classmethod
+    def _fits_model_names(cls, value: str) -> str:
+        if not re.fullmatch(r"[a-z0-9][a-z0-9-]{0,31}", value):
+            raise ValueError(
+                "must be 1 to 32 lower-case letters, digits and hyphens, the first of them not a hyphen"
+            )
+        return value
+
     @field_validator("log_level")
     @classmethod
     def _known_level(cls, value: str) -> str:
         if value.lower() not in ("debug", "info", "warning", "error"):
-            raise ValueError("debug, info, warning or error")
+            raise ValueError("must be debug, info, warning or error")
         return value.lower()
 
     @property
@@ -262,14 +273,18 @@ def read_settings(**values: Any) -> Settings:
     try:
         return Settings(**values)
     except ValidationError as error:
-        problem = next(
-            p
-            for p in error.errors(include_url=False, include_context=False)
-            if p["type"] != "default_factory_not_called"
-        )
-        name = PREFIX + str(problem["loc"][0]).upper()
-        wish = str(problem["msg"]).removeprefix("Value error, ").removeprefix("Input should be ")
-        raise SettingsError(f"{name} does not fit: expected {wish}.", param=name) from None
+        problems = error.errors(include_url=False)
+        problem = next(p for p in problems if p["type"] != "default_factory_not_called")
+        field = str(problem["loc"][0])
+        name = PREFIX + field.upper()
+        got = "" if _is_secret(field) else f", got {shown(problem['input'])}"
+        raise SettingsError(f"{name} {requirement(problem)}{got}.", param=name) from None
+
+
+def _is_secret(field: str) -> bool:
+    """Whether a setting is a key, or a URL, which may hold a password."""
+    info = Settings.model_fields[field]
+    return not info.repr or info.annotation == SecretStr | None
 
 
 @lru_cache

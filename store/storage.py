@@ -18,7 +18,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import BinaryIO, Self
 
-from .errors import Damaged, StorageError, StorageFull, TooLarge
+from .errors import StorageDamaged, StorageError, StorageFull, TooLarge
 from .home import make_folder, private
 from .settings import Settings
 
@@ -67,15 +67,25 @@ class Writer:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        try:
-            if kind is None:
-                self._publish()
-        finally:
-            with contextlib.suppress(OSError):  # its buffer may not fit on the disk either
-                self._file.close()
-            self._part.unlink(missing_ok=True)
+        if kind is None:
+            self.publish()
+        else:
+            self.discard()
 
-    def _publish(self) -> None:
+    def publish(self) -> None:
+        """Makes what was written visible under its key, or discards it. Raises StorageError."""
+        try:
+            self._sync_and_rename()
+        finally:
+            self.discard()
+
+    def discard(self) -> None:
+        """Closes the file and removes what was not published."""
+        with contextlib.suppress(OSError):  # its buffer may not fit on the disk either
+            self._file.close()
+        self._part.unlink(missing_ok=True)
+
+    def _sync_and_rename(self) -> None:
         with _disk_errors():
             self._file.flush()
             os.fsync(self._file.fileno())
@@ -141,8 +151,8 @@ class Storage:
     def fetch_folder(self, prefix: str, to: Path) -> None:
         """Copies a stored folder and verifies every file against the manifest.
 
-        Raises Damaged when a file differs and StorageError when the folder is not complete. `to` appears
-        only when everything is right.
+        `to` appears only when everything is right. Raises StorageDamaged when a file differs and StorageError
+        when the folder is incomplete.
         """
         aside = to.with_name(f"{to.name}.{uuid.uuid4().hex}{PART}")
         try:
@@ -150,7 +160,9 @@ class Storage:
                 target = aside / name
                 digest = self.fetch(f"{prefix}/{name}", target)
                 if (target.stat().st_size, digest) != listed:
-                    raise Damaged(f"{prefix}/{name} is damaged: its bytes are not those that were stored.")
+                    raise StorageDamaged(
+                        f"{prefix}/{name} is damaged: its bytes are not those that were stored."
+                    )
             with _disk_errors(prefix):
                 aside.mkdir(parents=True, exist_ok=True)
                 os.rename(aside, to)
@@ -188,7 +200,7 @@ class Storage:
                 listed = json.load(file)["files"]
             files = {name: (int(entry["bytes"]), str(entry["sha256"])) for name, entry in listed.items()}
         except (ValueError, KeyError, TypeError, AttributeError):
-            raise Damaged(f"{prefix} is damaged: its list of files cannot be read.") from None
+            raise StorageDamaged(f"{prefix} is damaged: its list of files cannot be read.") from None
         for name in files:
             _check_key(name)
         return files

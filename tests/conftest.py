@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from sqlalchemy import Engine, create_engine, make_url, text
 
-from store.models import Base
+from store.models import Row
 from store.session import Sessions, make_engine, migrate, read_sessions, sessions
 from store.settings import Settings, get_settings, read_settings
 from tests import services
@@ -84,7 +84,7 @@ def postgres_url(postgres_server: str, postgres_database: str) -> str:
     name = make_url(postgres_database).database
     others = f"SELECT pg_terminate_backend(pid) FROM pg_stat_activity WHERE datname = '{name}'"
     _administer(postgres_server, others)
-    tables = ", ".join(table.name for table in Base.metadata.sorted_tables)
+    tables = ", ".join(table.name for table in Row.metadata.sorted_tables)
     _administer(postgres_database, f"TRUNCATE {tables} RESTART IDENTITY CASCADE")
     return postgres_database
 

@@ -18,7 +18,7 @@ from ..downloads import is_current, send_file
 from ..errors import NotFound
 from ..idempotency import once
 from ..schemas.bodies import JobOptions
-from ..schemas.comparisons import RESULTS, ComparisonObject, CreateComparison, read_create, spec_of
+from ..schemas.comparisons import RESULTS, ComparisonObject, CreateComparison, read_create
 from ..schemas.pages import Page
 from ..submission import check_base, metadata_filter, usable
 
@@ -40,8 +40,7 @@ PAGE_POLICY = (
 @router.post("", openapi_extra=BODY_SCHEMA)
 def create_comparison(body: BodyDep, call: CallDep) -> ComparisonObject:
     """Committed before it is answered; the dispatcher then checks its files and queues it."""
-    request = read_create(body.values)
-    spec = spec_of(request)
+    request, spec = read_create(body.values)
     check_base(call, request.model)
     made_id, _ = once(
         call, "POST /v1/comparisons", body.digest, lambda session: _make(session, call, request, spec)

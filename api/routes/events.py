@@ -5,9 +5,10 @@ back to.
 import asyncio
 import time
 from collections.abc import AsyncIterator
+from dataclasses import dataclass
 from typing import Annotated
 
-from fastapi import APIRouter, Header, Query
+from fastapi import APIRouter, Depends, Header, Query
 from sqlalchemy import select
 from starlette.concurrency import run_in_threadpool
 from starlette.responses import Response, StreamingResponse
@@ -18,6 +19,7 @@ from store.events import events_since
 from store.events import list_events as page_of_events
 from store.kinds import COMPARISON, FINE_TUNING, Kind
 from store.models import Event
+from store.statuses import ENDED
 
 from ..deps import After, Call, CallDep, Limit
 from ..schemas.jobs import EventObject
@@ -28,47 +30,42 @@ router = APIRouter(prefix="/v1")
 POLL_SECONDS = 0.5
 HEARTBEAT_SECONDS = 15.0
 BATCH = 500
-Stream = Annotated[bool, Query(description="Server-sent events, oldest first, until the end.")]
-LastEventId = Annotated[str | None, Header(max_length=64)]
+
+
+@dataclass(frozen=True)
+class EventQuery:
+    """Which events to send, and whether as a page or as a stream."""
+
+    after: After = None
+    limit: Limit = 20
+    stream: Annotated[bool, Query(description="Server-sent events, oldest first, until the end.")] = False
+    last_event_id: Annotated[str | None, Header(max_length=64)] = None
+
+
+EventQueryDep = Annotated[EventQuery, Depends()]
 
 
 @router.get("/fine_tuning/jobs/{job_id}/events", response_model=Page[EventObject], tags=["fine-tuning"])
-async def list_events(
-    job_id: str,
-    call: CallDep,
-    after: After = None,
-    limit: Limit = 20,
-    stream: Stream = False,
-    last_event_id: LastEventId = None,
-) -> Page[EventObject] | Response:
+async def list_events(job_id: str, call: CallDep, query: EventQueryDep) -> Page[EventObject] | Response:
     """A page, newest first. With `stream=true` server-sent events, oldest first: all of them, or those after
     `Last-Event-ID` (or `after`), until the job has ended; the last one is `event: done`.
     """
-    if not stream:
-        return await run_in_threadpool(_page, call, FINE_TUNING, job_id, after, limit)
-    return await _streamed(call, FINE_TUNING, job_id, after, last_event_id)
+    return await _answer(call, FINE_TUNING, job_id, query)
 
 
 @router.get("/comparisons/{comparison_id}/events", response_model=Page[EventObject], tags=["comparisons"])
 async def list_comparison_events(
-    comparison_id: str,
-    call: CallDep,
-    after: After = None,
-    limit: Limit = 20,
-    stream: Stream = False,
-    last_event_id: LastEventId = None,
+    comparison_id: str, call: CallDep, query: EventQueryDep
 ) -> Page[EventObject] | Response:
-    """As a job's events; one of type `run` tells of each training run that has ended."""
-    if not stream:
-        return await run_in_threadpool(_page, call, COMPARISON, comparison_id, after, limit)
-    return await _streamed(call, COMPARISON, comparison_id, after, last_event_id)
+    """Like a job's events; one of type `run` reports each training run that has ended."""
+    return await _answer(call, COMPARISON, comparison_id, query)
 
 
-async def _streamed(
-    call: Call, kind: Kind, job_id: str, after: str | None, last_event_id: str | None
-) -> Response:
-    param = "Last-Event-ID" if last_event_id else "after"
-    seq = await run_in_threadpool(_start, call, kind, job_id, last_event_id or after, param)
+async def _answer(call: Call, kind: Kind, job_id: str, query: EventQuery) -> Page[EventObject] | Response:
+    if not query.stream:
+        return await run_in_threadpool(_page, call, kind, job_id, query.after, query.limit)
+    param = "Last-Event-ID" if query.last_event_id else "after"
+    seq = await run_in_threadpool(_start, call, kind, job_id, query.last_event_id or query.after, param)
     return StreamingResponse(
         _stream(call, kind, job_id, seq), media_type="text/event-stream", headers={"x-accel-buffering": "no"}
     )
@@ -103,7 +100,7 @@ async def _stream(call: Call, kind: Kind, job_id: str, seq: int) -> AsyncIterato
             seq, spoken = row.seq, time.monotonic()
         if len(rows) == BATCH:
             continue
-        if status in jobs.ENDED:
+        if status in ENDED:
             yield _message("done", f'{{"id":"{job_id}","status":"{status}"}}')
             return
         if time.monotonic() - spoken >= HEARTBEAT_SECONDS:

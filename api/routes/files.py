@@ -82,14 +82,14 @@ async def create_file(request: Request, call: CallDep) -> FileObject:
 
 @contextlib.asynccontextmanager
 async def _writer(call: Call, key: str) -> AsyncIterator[Writer]:
-    """A writer that publishes at the end of the block, in a thread, or leaves nothing."""
+    """A writer that publishes at the end of the block, in a thread; on any error nothing is kept."""
     writer = await run_in_threadpool(call.storage.writer, key, max_bytes=call.settings.max_upload_bytes)
     try:
         yield writer
-    except BaseException as error:
-        writer.__exit__(type(error), error, error.__traceback__)
+    except BaseException:
+        writer.discard()
         raise
-    await run_in_threadpool(writer.__exit__, None, None, None)
+    await run_in_threadpool(writer.publish)
 
 
 async def _receive(request: Request, writer: Writer) -> Form:

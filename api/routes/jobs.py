@@ -16,13 +16,12 @@ from ..downloads import is_current, send_file
 from ..errors import NotFound
 from ..idempotency import once
 from ..schemas.bodies import JobOptions
-from ..schemas.jobs import CheckpointObject, CreateJob, JobObject, read_create, spec_of
+from ..schemas.jobs import CheckpointObject, CreateJob, JobObject, read_create
 from ..schemas.pages import Page
 from ..submission import check_base, metadata_filter, usable
 
 router = APIRouter(prefix="/v1/fine_tuning/jobs", tags=["fine-tuning"])
 
-"""Below this somebody probably meant an absolute rate."""
 BODY_SCHEMA = {
     "requestBody": {
         "required": True,
@@ -34,8 +33,7 @@ BODY_SCHEMA = {
 @router.post("", openapi_extra=BODY_SCHEMA)
 def create_job(body: BodyDep, call: CallDep) -> JobObject:
     """Committed before it is answered; the dispatcher then checks its files and queues it."""
-    request = read_create(body.values)
-    spec = spec_of(request)
+    request, spec = read_create(body.values)
     trackers = read_integrations(request.integrations or [])
     require_offered(trackers, call.settings)
     check_base(call, request.model)

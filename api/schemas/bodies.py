@@ -5,37 +5,39 @@ from typing import Any, TypeVar, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from ..errors import BadRequest, misfit
+from store.validation import refusal
+
+from ..errors import BadRequest
 
 MAX_SECONDS = 2**31 - 1
 """68 years; a worker adds its clock to it, in which far larger numbers have no place."""
 
 
-class Request(BaseModel):
+class RequestBody(BaseModel):
     """Takes the names it knows, in the types it says."""
 
     model_config = ConfigDict(extra="forbid", strict=True)
 
 
-RequestT = TypeVar("RequestT", bound=Request)
+BodyT = TypeVar("BodyT", bound=RequestBody)
 
 
-class SupervisedRequest(Request):
+class SupervisedRequest(RequestBody):
     hyperparameters: dict[str, Any] | None = None
 
 
-class DpoRequest(Request):
+class DpoRequest(RequestBody):
     hyperparameters: dict[str, Any] | None = None
 
 
-class MethodRequest(Request):
+class MethodRequest(RequestBody):
     type: str = Field(description="'supervised' or 'dpo'.")
     supervised: SupervisedRequest | None = None
     dpo: DpoRequest | None = None
     reinforcement: dict[str, Any] | None = Field(default=None, description="Not available yet.")
 
 
-class JobOptions(Request):
+class JobOptions(RequestBody):
     """The request's `olora` object: how the job is run, not what is trained."""
 
     priority: int = Field(default=0, ge=0, le=9, description="Jobs of a higher priority are started first.")
@@ -50,7 +52,7 @@ class JobOptions(Request):
     )
 
 
-def read_request(model: type[RequestT], values: dict[str, Any]) -> RequestT:
+def read_request(model: type[BodyT], values: dict[str, Any]) -> BodyT:
     """Reads a body's own structure. Raises BadRequest."""
     try:
         return model.model_validate(values)
@@ -100,7 +102,7 @@ def check_metadata(metadata: dict[str, str] | None) -> None:
             raise BadRequest(f"metadata.{key} has {len(value)} characters; 512 fit.", param=f"metadata.{key}")
 
 
-def _bad_field(model: type[Request], error: ValidationError) -> BadRequest:
+def _bad_field(model: type[RequestBody], error: ValidationError) -> BadRequest:
     """The first complaint as one sentence that names the field, with the nearest known name."""
     problems = error.errors(include_url=False)
     problem = next((p for p in problems if p["type"] == "extra_forbidden"), problems[0])
@@ -113,13 +115,13 @@ def _bad_field(model: type[Request], error: ValidationError) -> BadRequest:
         return BadRequest(f"{param} is unknown{hint}. Known here: {', '.join(known)}.", param=param)
     if problem["type"] == "missing":
         return BadRequest(f"{param} is missing; it is required.", param=param)
-    return BadRequest(misfit(param, problem["input"], str(problem["msg"])), param=param)
+    return BadRequest(refusal(param, problem), param=param)
 
 
-def _fields_at(model: type[Request], place: list[str]) -> list[str]:
+def _fields_at(model: type[RequestBody], place: list[str]) -> list[str]:
     """The known names in the object at `place`."""
     for name in place:
         annotation = model.model_fields[name].annotation
         parts = (annotation, *get_args(annotation))
-        model = next(part for part in parts if isinstance(part, type) and issubclass(part, Request))
+        model = next(part for part in parts if isinstance(part, type) and issubclass(part, RequestBody))
     return list(model.model_fields)

@@ -8,7 +8,7 @@ from olora_core.specs import MAX_SEEDS, ComparisonSpec, read_comparison
 from store.models import Job
 
 from ..errors import BadRequest
-from .bodies import JobOptions, MethodRequest, Request, check_metadata, hyperparameters_of, read_request
+from .bodies import JobOptions, MethodRequest, RequestBody, check_metadata, hyperparameters_of, read_request
 from .jobs import JobError, whole_seconds
 
 RESULTS = ("page", "report")
@@ -19,7 +19,7 @@ LOOSE = ("methods", "learning_rates", "seeds", "seed", "budget", "search_share")
 """What `read_comparison` reads by itself; null stands for what is left out."""
 
 
-class CreateComparison(Request):
+class CreateComparison(RequestBody):
     """The body of POST /v1/comparisons."""
 
     model: str = Field(min_length=1, max_length=256, description="Id of a base model; see GET /v1/models.")
@@ -51,8 +51,8 @@ class CreateComparison(Request):
     olora: JobOptions | None = None
 
 
-def read_create(values: dict[str, Any]) -> CreateComparison:
-    """Reads the body's own structure; `spec_of` reads what to compare. Raises BadRequest."""
+def read_create(values: dict[str, Any]) -> tuple[CreateComparison, ComparisonSpec]:
+    """The request, and the spec of what to compare. Raises BadRequest or SpecError, naming the place."""
     if values.get("validation_file") is None:
         raise BadRequest(
             "validation_file is missing: a comparison is judged on rows that no run has trained on and no "
@@ -72,11 +72,10 @@ def read_create(values: dict[str, Any]) -> CreateComparison:
             f"olora.devices = {request.olora.devices}: a comparison runs on one device; leave it out.",
             param="olora.devices",
         )
-    return request
+    return request, _spec_of(request)
 
 
-def spec_of(request: CreateComparison) -> ComparisonSpec:
-    """What to compare. Raises SpecError or BadRequest, naming the place."""
+def _spec_of(request: CreateComparison) -> ComparisonSpec:
     type, hyperparameters, prefix = hyperparameters_of(request.method, request.hyperparameters)
     asked = {name: getattr(request, name) for name in LOOSE if getattr(request, name) is not None}
     return read_comparison(
@@ -165,7 +164,7 @@ class ComparisonObject(BaseModel):
                 **row.options,
                 "attempt": row.attempt,
                 "failures": row.failures,
-                "requested": row.requested,
+                "requested": row.stop_request,
             },
         )
 

@@ -7,7 +7,6 @@ from pydantic import BaseModel
 from store.models import File
 
 UPLOAD_PURPOSES = ("fine-tune", "assistants", "batch", "vision", "user_data", "evals")
-RESULT_PURPOSE = "fine-tune-results"
 
 
 class FileObject(BaseModel):

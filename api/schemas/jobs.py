@@ -11,10 +11,10 @@ from store.jobs import leaves_model
 from store.kinds import FINE_TUNING, Kind
 from store.models import Checkpoint, Event, Job
 
-from .bodies import JobOptions, MethodRequest, Request, check_metadata, hyperparameters_of, read_request
+from .bodies import JobOptions, MethodRequest, RequestBody, check_metadata, hyperparameters_of, read_request
 
 
-class CreateJob(Request):
+class CreateJob(RequestBody):
     """The body of POST /v1/fine_tuning/jobs."""
 
     model: str = Field(min_length=1, max_length=256, description="Id of a base model; see GET /v1/models.")
@@ -38,15 +38,14 @@ class CreateJob(Request):
     olora: JobOptions | None = None
 
 
-def read_create(values: dict[str, Any]) -> CreateJob:
-    """Reads the body's own structure; `spec_of` reads what to train. Raises BadRequest."""
+def read_create(values: dict[str, Any]) -> tuple[CreateJob, TrainSpec]:
+    """The request, and the spec of what to train. Raises BadRequest or SpecError, naming the place."""
     request = read_request(CreateJob, values)
     check_metadata(request.metadata)
-    return request
+    return request, _spec_of(request)
 
 
-def spec_of(request: CreateJob) -> TrainSpec:
-    """What to train. Raises SpecError or BadRequest, naming the place."""
+def _spec_of(request: CreateJob) -> TrainSpec:
     type, hyperparameters, prefix = hyperparameters_of(request.method, request.hyperparameters)
     spec = read_spec(
         model=request.model,
@@ -127,7 +126,7 @@ def _own_facts(row: Job) -> dict[str, Any]:
         **row.options,
         "attempt": row.attempt,
         "failures": row.failures,
-        "requested": row.requested,
+        "requested": row.stop_request,
         "started_at": whole_seconds(row.started_at),
         "step": row.step,
         "total_steps": row.total_steps,

@@ -1,13 +1,8 @@
 """Lists and deletions, the same for every kind of object."""
 
-from typing import Generic, Literal, Protocol, TypeVar
+from typing import Generic, Literal, TypeVar
 
 from pydantic import BaseModel
-
-
-class HasId(Protocol):
-    id: str
-
 
 T = TypeVar("T", bound=BaseModel)
 

@@ -6,7 +6,6 @@ from openai import OpenAI
 from api.errors import as_api_error
 from olora_core.errors import ModelError, OloraError, SpecError
 from store import errors as store_errors
-from store.errors import StoreError
 
 TROUBLES = (
     (SpecError("m", param="p"), 400, False),
@@ -18,14 +17,12 @@ TROUBLES = (
     (store_errors.RequestPending("m", param="p"), 409, True),
     (store_errors.TooLarge("m", param="p"), 413, False),
     (store_errors.StorageFull("m", param="p"), 507, False),
-    (store_errors.Damaged("m", param="p"), 500, True),
+    (store_errors.StorageDamaged("m", param="p"), 500, True),
 )
 
 
 @pytest.mark.parametrize(("trouble", "status", "tried_again"), TROUBLES)
-def test_a_client_tries_again_when_that_can_help(
-    trouble: OloraError | StoreError, status: int, tried_again: bool
-) -> None:
+def test_a_client_tries_again_when_that_can_help(trouble: OloraError, status: int, tried_again: bool) -> None:
     answer = as_api_error(trouble)
     assert answer is not None
     assert answer.status == status

@@ -97,7 +97,7 @@ def mlflow(**values: Any) -> dict[str, Any]:
         ([wandb(name="a\nb")], "integrations[0].wandb.name", "control characters"),
         ([wandb(tags=["x" * 65])], "integrations[0].wandb.tags.0", "at most 64"),
         ([wandb(tags="x")], "integrations[0].wandb.tags", "list"),
-        ([mlflow(experiment="")], "integrations[0].mlflow.experiment", "at least 1"),
+        ([mlflow(experiment="")], "integrations[0].mlflow.experiment", "1 or more characters"),
         ([mlflow(tags={"mlflow.user": "x"})], "integrations[0].mlflow.tags", "'mlflow.'"),
         ([mlflow(tags={"a": 1})], "integrations[0].mlflow.tags.a", "string"),
     ],

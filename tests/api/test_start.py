@@ -68,7 +68,9 @@ def test_a_database_that_is_away_stops_the_start(home: Path, free_port: int) -> 
 
 def test_a_setting_that_does_not_fit_stops_the_start(home: Path) -> None:
     home.mkdir()
-    assert "OLORA_MAX_UPLOAD_MB does not fit" in refused_start(environment(home, max_upload_mb="many"))
+    assert "OLORA_MAX_UPLOAD_MB must be a whole number, got 'many'." in refused_start(
+        environment(home, max_upload_mb="many")
+    )
 
 
 def test_the_first_start_writes_a_key_that_works(home: Path, sqlite_url: str) -> None:

@@ -11,7 +11,7 @@ from olora_core import formats
 from olora_core.specs import TrainSpec, read_comparison
 from store import claims, files, jobs
 from store.events import events_since
-from store.models import Base, File, Job, Project
+from store.models import File, Job, Project, Row
 from store.session import Sessions
 
 CHAT = {"messages": [{"role": "user", "content": "2 + 2?"}, {"role": "assistant", "content": "4"}]}
@@ -96,7 +96,7 @@ def everything(sessions: Sessions) -> str:
     with sessions() as session:
         return "\n".join(
             str(row)
-            for table in Base.metadata.sorted_tables
+            for table in Row.metadata.sorted_tables
             for row in session.execute(select(table).order_by(*table.primary_key.columns)).all()
         )
 

@@ -6,13 +6,14 @@ import pytest
 from sqlalchemy import select
 
 from olora_core.errors import TrainingError
+from olora_core.progress import Note
 from olora_core.specs import ComparisonSpec, TrainSpec
 from store import claims, comparisons, files, jobs, progress
 from store.comparisons import EndedRun
 from store.errors import JobStateError, LeaseLost, NotFound, UnknownCursor
-from store.events import Note, events_since
-from store.kinds import COMPARISON, FINE_TUNING, KINDS
-from store.models import KIND_NAMES, Job, Metric, Model
+from store.events import events_since
+from store.kinds import COMPARISON, FINE_TUNING
+from store.models import Job, Metric, Model
 from store.session import Sessions, db_now
 from store.settings import Settings
 from tests.store import making
@@ -36,10 +37,6 @@ def record(sessions: Sessions, claim: claims.Claim, step: int, *runs: int) -> No
 def succeed(sessions: Sessions, claim: claims.Claim) -> Job:
     with sessions.begin() as session:
         return comparisons.succeed(session, claim, files=RESULTS, findings=FINDINGS)
-
-
-def test_the_rows_know_the_kinds_that_there_are() -> None:
-    assert tuple(KINDS) == KIND_NAMES
 
 
 def test_a_comparison_that_goes_well_tells_its_owner_of_every_run(

@@ -11,10 +11,11 @@ import pytest
 from sqlalchemy import select
 
 from olora_core.errors import DataError
+from olora_core.progress import Note
 from olora_core.specs import Facts, resolve
 from store import claims, files, fine_tuned, jobs, progress
 from store.errors import FileUnusable, JobStateError, LeaseLost, NotFound, UnknownCursor
-from store.events import Note, events_since, list_events
+from store.events import events_since, list_events
 from store.models import Attempt, Event, File, Job, Metric, new_id
 from store.session import Sessions, db_now, make_engine
 from store.session import sessions as make_sessions
@@ -668,11 +669,11 @@ def test_a_running_job_is_asked_to_end(sessions: Sessions) -> None:
     for _ in range(2):
         with sessions.begin() as session:
             assert jobs.cancel(session, job).status == "running"
-    assert making.reread(sessions, job.id).requested == "cancel"
+    assert making.reread(sessions, job.id).stop_request == "cancel"
     with sessions.begin() as session:
         jobs.cancelled(session, claim)
     ended = making.reread(sessions, job.id)
-    assert (ended.status, ended.requested) == ("cancelled", None)
+    assert (ended.status, ended.stop_request) == ("cancelled", None)
     texts = making.messages(sessions, job.id)
     assert texts[-2:] == [
         "Cancellation was requested; the job ends at its next step",

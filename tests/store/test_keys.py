@@ -9,7 +9,7 @@ from sqlalchemy import func, select
 
 from store import keys
 from store.errors import SettingsError
-from store.models import Base, Key
+from store.models import Key, Row
 from store.session import Sessions
 from store.settings import Settings, read_settings
 
@@ -27,7 +27,7 @@ def find(sessions: Sessions, token: str) -> Key | None:
 def dump(sessions: Sessions, url: str) -> bytes:
     """All that the database holds: SQLite's files as they are, or every row of every table."""
     with sessions() as session:
-        rows = [str(session.execute(select(table)).all()) for table in Base.metadata.sorted_tables]
+        rows = [str(session.execute(select(table)).all()) for table in Row.metadata.sorted_tables]
     files = Path(url.removeprefix("sqlite:///")).parent.glob("olora.db*") if url.startswith("sqlite") else ()
     return "\n".join(rows).encode() + b"".join(path.read_bytes() for path in files)
 

@@ -196,7 +196,7 @@ def test_cancelling_against_succeeding_leaves_one_end(sessions: Sessions) -> Non
         for thread in pair:
             thread.join(30)
         ended = making.reread(sessions, job.id)
-        assert (ended.status, ended.requested) == ("succeeded", None)
+        assert (ended.status, ended.stop_request) == ("succeeded", None)
         texts = making.messages(sessions, job.id)
         assert texts.count("The job has successfully completed") == 1
         assert ("refused" in ends) != ("Cancellation was requested; the job ends at its next step" in texts)

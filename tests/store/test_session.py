@@ -14,7 +14,7 @@ from sqlalchemy import Engine, select, text
 from sqlalchemy.exc import DBAPIError
 
 from store.errors import SchemaBehind
-from store.models import Base, Job, Project
+from store.models import Job, Project, Row
 from store.session import (
     Sessions,
     make_engine,
@@ -35,7 +35,7 @@ def test_migrations_give_exactly_the_models_schema(empty_database_url: str) -> N
     engine = make_engine(empty_database_url)
     with engine.connect() as connection:
         context = MigrationContext.configure(connection, opts={"compare_type": True})
-        assert compare_metadata(context, Base.metadata) == []
+        assert compare_metadata(context, Row.metadata) == []
     engine.dispose()
 
 

@@ -40,17 +40,22 @@ def test_the_lease_is_shorter_on_sqlite_unless_it_is_set(tmp_path: Path) -> None
 @pytest.mark.parametrize(
     ("name", "value", "says"),
     [
-        ("OLORA_DATABASE_URL", "mysql://host/db", "sqlite:///path"),
+        ("OLORA_DATABASE_URL", "mysql://host/db", "must be sqlite:///path/to/file.db or postgresql://"),
         ("OLORA_DATABASE_URL", "sqlite://", "sqlite:///path"),
         ("OLORA_DATABASE_URL", "sqlite:///:memory:", "sqlite:///path"),
         ("OLORA_BROKER_URL", "amqp://host", "redis://"),
-        ("OLORA_STORAGE_URL", "s3://bucket", "not offered yet"),
-        ("OLORA_PORT", "http", "integer"),
-        ("OLORA_LEASE_SECONDS", "0", "greater than 0"),
+        ("OLORA_STORAGE_URL", "s3://bucket", "not supported yet"),
+        ("OLORA_PORT", "abc", "OLORA_PORT must be a whole number, got 'abc'."),
+        ("OLORA_PORT", "8000.5", "OLORA_PORT must be a whole number, got '8000.5'."),
+        ("OLORA_PORT", "70000", "OLORA_PORT must be at most 65535, got '70000'."),
+        ("OLORA_MAX_FAILURES", "0", "OLORA_MAX_FAILURES must be at least 1, got '0'."),
+        ("OLORA_LEASE_SECONDS", "0", "OLORA_LEASE_SECONDS must be greater than 0, got '0'."),
+        ("OLORA_LEASE_SECONDS", "7200", "OLORA_LEASE_SECONDS must be at most 3600, got '7200'."),
+        ("OLORA_IDLE_SECONDS", "long", "OLORA_IDLE_SECONDS must be a number, got 'long'."),
         ("OLORA_API_KEY", "two words", "without spaces"),
-        ("OLORA_ORGANIZATION", "A:B", "pattern"),
-        ("OLORA_LOG_LEVEL", "loud", "debug, info"),
-        ("OLORA_WANDB_MODE", "off", "'online' or 'offline'"),
+        ("OLORA_ORGANIZATION", "A:B", "must be 1 to 32 lower-case letters, digits and hyphens"),
+        ("OLORA_LOG_LEVEL", "loud", "must be debug, info, warning or error, got 'loud'."),
+        ("OLORA_WANDB_MODE", "off", "must be 'online' or 'offline', got 'off'."),
         ("OLORA_WANDB_API_KEY", "k" * 257, "1 to 256"),
         ("OLORA_WANDB_BASE_URL", "wandb.local", "https://host"),
         ("OLORA_MLFLOW_TRACKING_URI", "mlruns", "sqlite:///path"),
@@ -67,9 +72,22 @@ def test_a_value_that_does_not_fit_is_named_with_what_may_stand_there(
     assert caught.value.param == name
 
 
-def test_a_bad_database_url_is_not_repeated_with_its_password(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("OLORA_DATABASE_URL", "mysql://me:hidden@host/db")
-    with pytest.raises(SettingsError) as caught:
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("OLORA_DATABASE_URL", "mysql://me:hidden@host/db"),
+        ("OLORA_BROKER_URL", "amqp://me:hidden@host"),
+        ("OLORA_STORAGE_URL", "s3://me:hidden@host"),
+        ("OLORA_WANDB_BASE_URL", "ftp://me:hidden@host"),
+        ("OLORA_MLFLOW_TRACKING_URI", "ftp://me:hidden@host"),
+        ("OLORA_API_KEY", "hidden key"),
+        ("OLORA_WANDB_API_KEY", "hidden key"),
+        ("OLORA_MLFLOW_TOKEN", "hidden token"),
+    ],
+)
+def test_a_bad_url_or_key_is_not_repeated(monkeypatch: pytest.MonkeyPatch, name: str, value: str) -> None:
+    monkeypatch.setenv(name, value)
+    with pytest.raises(SettingsError, match=name) as caught:
         get_settings()
     assert "hidden" not in str(caught.value)
     assert caught.value.__cause__ is None

@@ -21,6 +21,7 @@ from store.files import file_key, new_file_id, record_file
 from store.models import Attempt, Checkpoint, Event, File, Job, Metric, Project
 from store.session import Sessions, make_engine, sessions
 from store.settings import Settings
+from store.statuses import ENDED
 from store.storage import Storage, storage
 from tests.worker.tiny_base import chat_rows
 
@@ -220,7 +221,7 @@ class Service:
         return job
 
     def wait_for_end(self, job_id: str) -> Job:
-        return self.wait(job_id, lambda job: job.status in jobs.ENDED, "the end of the job")
+        return self.wait(job_id, lambda job: job.status in ENDED, "the end of the job")
 
     def wait_for_step(self, job_id: str, step: int) -> Job:
         return self.wait(job_id, lambda job: job.step >= step, f"step {step}")

@@ -20,12 +20,12 @@ from sqlalchemy import func, select
 from sqlalchemy.orm import Session
 
 from olora_core.errors import CheckpointError, OloraError
+from olora_core.progress import Level, Note
 from olora_core.specs import TrainSpec
 from store import claims, comparisons, fine_tuned, jobs, progress
 from store.bases import fetch_base, find_base
 from store.comparisons import EndedRun
 from store.errors import LeaseLost, StorageError, StoreError
-from store.events import Note, Notice
 from store.kinds import COMPARISON
 from store.models import Attempt as AttemptRow
 from store.models import Checkpoint, Job
@@ -67,7 +67,7 @@ class Shutdown(Protocol):
 class _Failed(Exception):
     """The job cannot be done; another attempt would end the same."""
 
-    def __init__(self, error: OloraError | StoreError) -> None:
+    def __init__(self, error: OloraError) -> None:
         super().__init__(error.message)
         self.error = error
 
@@ -95,7 +95,7 @@ class _Unrecorded:
 
     steps: list[dict[str, Any]] = dataclasses.field(default_factory=list)
     evaluations: list[dict[str, Any]] = dataclasses.field(default_factory=list)
-    events: list[Notice] = dataclasses.field(default_factory=list)
+    events: list[Note] = dataclasses.field(default_factory=list)
     resolved: TrainSpec | None = None
     total_steps: int | None = None
     samples: dict[str, Any] | None = None
@@ -178,12 +178,12 @@ class Attempt:
             self._time_up = self._time_limit(job)
             finished = self._train(self._fetch(job))
             self._publish(job, finished)
-        except OloraError as error:
-            raise _Failed(error) from error
-        except StorageError as error:
-            raise _Crashed(error.code, error.message) from error
         except (LeaseLost, _Failed, _Stopped, _Crashed):
             raise
+        except StorageError as error:  # before OloraError, which it is too: another attempt may do better
+            raise _Crashed(error.code, error.message) from error
+        except OloraError as error:
+            raise _Failed(error) from error
         except Exception as error:
             if isinstance(error, OSError) and error.errno == errno.ENOSPC:
                 raise _Crashed("disk_full", "No space is left on the worker's disk.") from error
@@ -399,7 +399,7 @@ class Attempt:
             self._recorded_at = -math.inf  # whoever waits for the job sees at once that it trains
         self._stepped, self._stepped_at = True, time.monotonic()
 
-    def _note(self, level: str, message: str, data: dict[str, Any] | None = None) -> None:
+    def _note(self, level: Level, message: str, data: dict[str, Any] | None = None) -> None:
         self._unrecorded.events.append(Note(level, message, data))
 
     def _resolved(self, said: dict[str, Any]) -> None:
@@ -541,7 +541,7 @@ class Attempt:
             return False
         return self._evaluating or time.monotonic() < self._stepped_at + EVALUATION_SECONDS
 
-    def _fail(self, error: OloraError | StoreError) -> None:
+    def _fail(self, error: OloraError) -> None:
         self._end(lambda session: jobs.fail(session, self.claim, error))
         self._remove_strays()
 
@@ -602,14 +602,14 @@ class Attempt:
             return claims.renew(session, self.claim, self.settings.lease_seconds)
 
     def _look(self) -> str | None:
-        mine = select(Job.requested).where(
+        mine = select(Job.stop_request).where(
             Job.id == self.claim.job_id, Job.attempt == self.claim.attempt, Job.status == "running"
         )
         with self.read.begin() as session:
             row = session.execute(mine).one_or_none()
         if row is None:
             raise LeaseLost(self.claim.job_id, self.claim.attempt)
-        requested: str | None = row.requested
+        requested: str | None = row.stop_request
         return requested
 
     def _tell_deadline(self, deadline: float) -> None:

@@ -23,10 +23,11 @@ from store import progress
 from store.claims import Claim
 from store.errors import BadIntegration
 from store.integrations import Integration, read_integrations, require_offered
-from store.jobs import ENDED, leaves_model
+from store.jobs import leaves_model
 from store.models import File, Job
 from store.session import DATABASE_AWAY, Sessions
 from store.settings import Settings
+from store.statuses import ENDED
 
 from ..scratch import scratch_folder
 from .curves import curves
