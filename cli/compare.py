@@ -163,7 +163,7 @@ def _compare(
         from olora_core.bases.precision import compute_dtype
         from olora_core.comparison.compare import compare as run_comparison
         from olora_core.data.token_cache import trim
-        from olora_core.progress import Compared, ComparedStep, Note, Phase, RunFinished, Saved, drive
+        from olora_core.progress import Compared, Saved, drive
 
         if device == "auto":
             device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -177,27 +177,20 @@ def _compare(
         )
         resume = newest_checkpoint(output)
         if resume is not None:
-            bars.say(f"Going on from {resume.name}.")
+            bars.print(f"Going on from {resume.name}.")
         trim([output / TOKENS])
         progress = run_comparison(
             *(spec, base, training, validation, output), resume=resume, cache=output / TOKENS
         )
         updates = stack.enter_context(closing(drive(progress, lambda: "save" if stopping else None)))
         report: Mapping[str, Any] | None = None
-        for news in updates:
-            match news:
-                case Phase():
-                    bars.phase(news.name, news.done, news.total)
-                case Note():
-                    bars.say(news.message, "yellow" if news.level == "warn" else "")
-                case ComparedStep():
-                    bars.step(news)
-                case RunFinished():
-                    bars.finished(news)
+        for update in updates:
+            bars.show_update(update)
+            match update:
                 case Saved() if stopping:
                     return None
                 case Compared():
-                    report = news.report
+                    report = update.report
         shutil.rmtree(output / "checkpoints", ignore_errors=True)
         return report
 

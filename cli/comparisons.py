@@ -120,4 +120,4 @@ def _watch(client: httpx.Client, comparison_id: str) -> None:
     bars = ComparisonBars(console)
     watching.watch(client, COMPARISONS, comparison_id, bars)
     show_report(send(client, "GET", f"comparisons/{comparison_id}/report", params={"format": "json"}))
-    bars.say(f"Its page: olora comparisons report {comparison_id}")
+    bars.print(f"Its page: olora comparisons report {comparison_id}")

@@ -77,6 +77,6 @@ def cancel(job: JobId, base_url: BaseUrl = None) -> None:
 def _watch(client: httpx.Client, job_id: str) -> None:
     bar = TrainingBar(console)
     job = watching.watch(client, JOBS, job_id, bar)
-    bar.say(f"succeeded: {job['fine_tuned_model']}", "green")
+    bar.print(f"succeeded: {job['fine_tuned_model']}", "green")
     show_samples(console, job["olora"].get("samples"))
-    bar.say(f"Fetch it: olora adapters download {job_id}")
+    bar.print(f"Fetch it: olora adapters download {job_id}")

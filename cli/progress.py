@@ -1,4 +1,4 @@
-"""The progress bars of a training run and of a comparison: steps, losses, time left."""
+"""Progress bars for a training run and for a comparison: steps, losses, time left."""
 
 from collections import deque
 from collections.abc import Mapping
@@ -8,7 +8,7 @@ from typing import Any, Self
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
 
-from olora_core.progress import ComparedStep, RunFinished
+from olora_core.progress import ComparedStep, Evaluated, Note, Phase, Resolved, RunFinished, Step
 
 LEVELS = {"warn": "yellow", "error": "red"}
 
@@ -54,16 +54,24 @@ class LiveBars:
             self._run, description=name, completed=done, total=total or None, count=count, figures=""
         )
 
+    def show_update(self, update: object) -> None:
+        """`update` is one that the core's `train` or `compare` yields; some are not shown."""
+        match update:
+            case Phase():
+                self.phase(update.name, update.done, update.total)
+            case Note():
+                self.print(update.message, LEVELS.get(update.level, ""))
+
     def show_event(self, event: Mapping[str, Any]) -> None:
         """`event` as the service's API returns it."""
-        self.say(event["message"], LEVELS.get(event["level"], ""))
+        self.print(event["message"], LEVELS.get(event["level"], ""))
 
     def show_progress(self, current: Mapping[str, Any]) -> None:
         """`current` is the unfinished job or comparison, as the service's API returns it."""
         if current["status"] != "running":
             self.phase(current["status"].replace("_", " "))
 
-    def say(self, message: str, style: str = "") -> None:
+    def print(self, message: str, style: str = "") -> None:
         """Prints a line above the bars."""
         self.console.print(message, style=style, markup=False, highlight=False, soft_wrap=True)
 
@@ -88,7 +96,7 @@ class TrainingBar(LiveBars):
         tokens: int | None = None,
         seconds: float | None = None,
     ) -> None:
-        """One optimizer step is done; `tokens` in `seconds`. A figure that is not known is left out."""
+        """One optimizer step has finished: `tokens` in `seconds`. Unknown figures are left out."""
         self._valid_loss = self._valid_loss if valid_loss is None else valid_loss
         if tokens and seconds:
             self._recent.append((tokens, seconds))
@@ -105,7 +113,7 @@ class TrainingBar(LiveBars):
             self.console.print(f"step {count}  {line}", highlight=False)
 
     def metrics(self, data: Mapping[str, Any]) -> None:
-        """One optimizer step, as a metrics event of the service tells it."""
+        """One optimizer step, from the data of a metrics event."""
         self.step(
             data["step"],
             data.get("total_steps") or data["step"],
@@ -118,6 +126,25 @@ class TrainingBar(LiveBars):
     def _speed(self) -> str:
         seconds = sum(seconds for _, seconds in self._recent)
         return f"{sum(tokens for tokens, _ in self._recent) / seconds:,.0f} tokens/s" if seconds else ""
+
+    def show_update(self, update: object) -> None:
+        match update:
+            case Resolved():
+                for sentence in update.why:
+                    self.print(sentence, "dim")
+            case Step():
+                self.step(
+                    update.step,
+                    update.total_steps,
+                    loss=update.loss,
+                    valid_loss=update.valid_loss,
+                    tokens=update.tokens,
+                    seconds=update.seconds,
+                )
+            case Evaluated():
+                self.print(f"step {update.step}: validation loss {update.loss:.4f}")
+            case _:
+                super().show_update(update)
 
     def show_event(self, event: Mapping[str, Any]) -> None:
         data = event.get("data") or {}
@@ -153,13 +180,21 @@ class ComparisonBars(LiveBars):
         )
 
     def finished(self, run: RunFinished) -> None:
-        """Above the bars, or on a pipe."""
         what = f"seed {run.seed}" if run.stage == "final" else f"search, {run.steps} steps"
         loss = "not finite" if run.loss is None else f"{run.loss:.4f}"
-        self.say(
+        self.print(
             f"run {run.run}/{run.runs}  {run.method}, {what}, rate {run.learning_rate:g}: loss {loss}",
             "dim" if run.stage == "search" else "",
         )
+
+    def show_update(self, update: object) -> None:
+        match update:
+            case ComparedStep():
+                self.step(update)
+            case RunFinished():
+                self.finished(update)
+            case _:
+                super().show_update(update)
 
     def show_event(self, event: Mapping[str, Any]) -> None:
         if event["type"] == "run":

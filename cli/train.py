@@ -215,17 +215,7 @@ def _train(
         bar.phase("loading torch")
         os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # as for the service's trainer
         from olora_core.data.token_cache import trim
-        from olora_core.progress import (
-            Evaluated,
-            Finished,
-            Note,
-            Phase,
-            Resolved,
-            Samples,
-            Saved,
-            Step,
-            drive,
-        )
+        from olora_core.progress import Finished, Resolved, Samples, Saved, drive
         from olora_core.training.train import train as run_training
 
         device, devices = stack.enter_context(_devices(device))
@@ -234,7 +224,7 @@ def _train(
         devices.agreed((spec, folder, training, validation, output, resume))
         base = _load(spec, folder, device, devices)
         if resume is not None:
-            bar.say(f"Going on from {resume.name}.")
+            bar.print(f"Going on from {resume.name}.")
         charts = stack.enter_context(_charts(output, resume, trackers, bar))
         trim([output / TOKENS])
         progress = run_training(
@@ -245,34 +235,18 @@ def _train(
         )
         updates = stack.enter_context(closing(drive(progress, lambda: "save" if stopping else None)))
         samples: dict[str, Any] | None = None
-        for news in updates:
-            charts.hear(news)
-            match news:
-                case Phase():
-                    bar.phase(news.name, news.done, news.total)
-                case Note():
-                    bar.say(news.message, "yellow" if news.level == "warn" else "")
+        for update in updates:
+            charts.record(update)
+            bar.show_update(update)
+            match update:
                 case Resolved():
-                    _record(output, asked, news.spec)
-                    for sentence in news.why:
-                        bar.say(sentence, "dim")
-                case Step():
-                    bar.step(
-                        news.step,
-                        news.total_steps,
-                        loss=news.loss,
-                        valid_loss=news.valid_loss,
-                        tokens=news.tokens,
-                        seconds=news.seconds,
-                    )
-                case Evaluated():
-                    bar.say(f"step {news.step}: validation loss {news.loss:.4f}")
+                    _record(output, asked, update.spec)
                 case Saved() if stopping:
                     return False
                 case Samples():
-                    samples = asdict(news)
+                    samples = asdict(update)
                 case Finished():
-                    _summarise(bar, news)
+                    _summarise(bar, update)
                     show_samples(console, samples)
     return True
 
@@ -283,8 +257,8 @@ def _charts(output: Path, resume: Path | None, trackers: "list[Integration]", ba
     from .charts import Charts
 
     step = int(resume.name.removeprefix("step-")) if resume else 0
-    say = lambda sentence: bar.say(sentence, "yellow")  # noqa: E731
-    return Charts(output / CURVES_FOLDER, step, trackers, get_settings(), say)
+    warn = partial(bar.print, style="yellow")
+    return Charts(output / CURVES_FOLDER, step, trackers, get_settings(), warn)
 
 
 def _place() -> tuple[int, int, int]:
@@ -351,16 +325,16 @@ def _follow(device: str) -> None:
 
 def _summarise(bar: TrainingBar, finished: Any) -> None:
     certificate = finished.certificate
-    bar.say(
+    bar.print(
         f"Trained {finished.trained_tokens:,} tokens in {finished.steps} steps. Certified: exported and "
         f"trained logits differ by at most {certificate['max_abs_logit_diff']:.1e} "
         f"(allowed: {certificate['bound']:.1e}).",
         "green",
     )
     if (written := certificate.get("as_written")) is not None:
-        bar.say(
+        bar.print(
             f"As written, in {written['dtype']}, they differ by up to {written['max_abs_logit_diff']:.1e}."
         )
     before, after = certificate.get("valid_loss_before"), certificate.get("valid_loss_after")
     if before is not None and after is not None:
-        bar.say(f"Validation loss {before:.4f} before, {after:.4f} after.")
+        bar.print(f"Validation loss {before:.4f} before, {after:.4f} after.")

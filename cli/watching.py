@@ -96,12 +96,12 @@ def watch(client: httpx.Client, resource: Resource, id: str, bars: LiveBars) -> 
         with bars:
             ended = _follow(client, f"{resource.path}/{id}", bars)
     except KeyboardInterrupt:
-        bars.say(f"\nNo longer watching; the {resource.noun} goes on. Again: {resource.command} watch {id}")
+        bars.print(f"\nNo longer watching; the {resource.noun} goes on. Again: {resource.command} watch {id}")
         raise typer.Exit(130) from None
     if ended["status"] == "failed":
         raise ServiceError(f"{id} failed: {(ended['error'] or {}).get('message', 'no reason was given')}")
     if ended["status"] != "succeeded":
-        bars.say(ended["status"], "yellow")
+        bars.print(ended["status"], "yellow")
         raise typer.Exit(1)
     return ended
 

@@ -178,7 +178,7 @@ def follow(client: OpenAI, job: Any) -> Any:
                 if event.type == "metrics":
                     bar.metrics(event.data)
                 else:
-                    bar.say(event.message, "yellow" if event.level == "warn" else "dim")
+                    bar.print(event.message, "yellow" if event.level == "warn" else "dim")
             if job.status not in ("validating_files", "queued", "running"):
                 break
             time.sleep(0.5)
