@@ -1,4 +1,4 @@
-"""`olora comparisons`: have the service compare methods, follow it, read what it found."""
+"""`olora comparisons`: compare methods in the service, watch it, download the report."""
 
 from pathlib import Path
 from typing import Annotated, Any
@@ -32,7 +32,7 @@ from .watching import COMPARISONS, file_id
 
 app = typer.Typer(no_args_is_help=True)
 console = Console(stderr=True)
-ComparisonId = Annotated[str, typer.Argument(help="The comparison's id: cmp-…")]
+ComparisonId = Annotated[str, typer.Argument(help="Comparison id (cmp-…).")]
 
 
 @app.command()
@@ -51,10 +51,10 @@ def create(
     budget: Budget = "auto",
     epochs: Epochs = None,
     options: Hyperparameters = None,
-    follow: Annotated[bool, typer.Option("--watch", help="Follow the comparison until it ends.")] = False,
+    follow: Annotated[bool, typer.Option("--watch", help="Watch the comparison until it ends.")] = False,
     base_url: BaseUrl = None,
 ) -> None:
-    """Ask for a comparison; files given as paths are uploaded first. Prints the comparison's id."""
+    """Create a comparison; files given as paths are uploaded first. Prints the comparison's id."""
     hyperparameters = read_hyperparameters(options, n_epochs=epochs)
     body: dict[str, Any] = {
         "model": model,
@@ -76,7 +76,8 @@ def create(
 
 @app.command("list")
 def list_comparisons(
-    limit: Annotated[int, typer.Option(help="How many, newest first.")] = 20, base_url: BaseUrl = None
+    limit: Annotated[int, typer.Option(help="Number of comparisons, newest first.")] = 20,
+    base_url: BaseUrl = None,
 ) -> None:
     """List the newest comparisons."""
     watching.print_newest(COMPARISONS, limit, base_url)
@@ -84,24 +85,24 @@ def list_comparisons(
 
 @app.command()
 def watch(comparison: ComparisonId, base_url: BaseUrl = None) -> None:
-    """Follow a comparison until it ends. Exit code 1 when it does not succeed; Ctrl-C leaves it alone."""
+    """Watch a comparison until it ends; exit code 1 unless it succeeds. Ctrl-C does not stop it."""
     with connect(base_url) as client:
         _watch(client, comparison)
 
 
 @app.command()
 def cancel(comparison: ComparisonId, base_url: BaseUrl = None) -> None:
-    """Cancel a comparison; one that runs stops at its next step."""
+    """Cancel a comparison; a running one stops after its current step."""
     watching.cancel(COMPARISONS, comparison, base_url)
 
 
 @app.command()
 def report(
     comparison: ComparisonId,
-    to: Annotated[Path | None, typer.Option(help="The page to write; default: ./COMPARISON.html.")] = None,
+    to: Annotated[Path | None, typer.Option(help="File to write (default: ./COMPARISON.html).")] = None,
     base_url: BaseUrl = None,
 ) -> None:
-    """Fetch a comparison's page, or with --to NAME.json its numbers; prints where it is."""
+    """Download a comparison's page, or with --to NAME.json its numbers; prints the path."""
     path = to or Path(f"{comparison}.html")
     format = "json" if path.suffix == ".json" else "html"
     with connect(base_url) as client:
@@ -111,7 +112,7 @@ def report(
         path.write_bytes(answer.content)
     except OSError as error:
         raise ServiceError(
-            f"{path} cannot be written: {error.strerror or error}. Name another with --to."
+            f"{path} cannot be written: {error.strerror or error}. Choose another file with --to."
         ) from None
     typer.echo(str(path))
 
@@ -120,4 +121,4 @@ def _watch(client: httpx.Client, comparison_id: str) -> None:
     bars = ComparisonBars(console)
     watching.watch(client, COMPARISONS, comparison_id, bars)
     show_report(send(client, "GET", f"comparisons/{comparison_id}/report", params={"format": "json"}))
-    bars.print(f"Its page: olora comparisons report {comparison_id}")
+    bars.print(f"Download the report: olora comparisons report {comparison_id}")

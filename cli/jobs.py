@@ -1,4 +1,4 @@
-"""`olora jobs`: ask for a job, look at the jobs, follow one, cancel one."""
+"""`olora jobs`: create, list, watch and cancel fine-tuning jobs."""
 
 from typing import Annotated, Any
 
@@ -15,26 +15,30 @@ from .watching import JOBS, file_id
 
 app = typer.Typer(no_args_is_help=True)
 console = Console(stderr=True)
-JobId = Annotated[str, typer.Argument(help="The job's id: ftjob-…")]
+JobId = Annotated[str, typer.Argument(help="Job id (ftjob-…).")]
 
 
 @app.command()
 def create(
     training_file: TrainingFile,
     model: Model = "olora-tiny",
-    validation_file: Annotated[str | None, typer.Option(help="A path, or a file id.")] = None,
-    method: Annotated[str, typer.Option(help="How to adapt; `olora methods` lists the ways.")] = "olora",
+    validation_file: Annotated[
+        str | None, typer.Option(help="Validation file: a path, or a file id.")
+    ] = None,
+    method: Annotated[str, typer.Option(help="Fine-tuning method; see `olora methods`.")] = "olora",
     training: TrainingType = "supervised",
-    rank: Annotated[int | None, typer.Option(help="Width of the factors; default: the method's own.")] = None,
+    rank: Annotated[int | None, typer.Option(help="LoRA rank (default: depends on the method).")] = None,
     epochs: Epochs = None,
-    suffix: Annotated[str | None, typer.Option(help="A word in the model's name.")] = None,
-    seed: Annotated[int | None, typer.Option(help="Same seed, same adapter.")] = None,
+    suffix: Annotated[str | None, typer.Option(help="Suffix for the fine-tuned model's name.")] = None,
+    seed: Annotated[
+        int | None, typer.Option(help="Random seed; the same seed gives the same adapter.")
+    ] = None,
     options: Hyperparameters = None,
-    devices: Annotated[int | None, typer.Option(help="GPUs that the job runs on; default: one.")] = None,
-    follow: Annotated[bool, typer.Option("--watch", help="Follow the job until it ends.")] = False,
+    devices: Annotated[int | None, typer.Option(help="Number of GPUs to train on (default: 1).")] = None,
+    follow: Annotated[bool, typer.Option("--watch", help="Watch the job until it ends.")] = False,
     base_url: BaseUrl = None,
 ) -> None:
-    """Ask for a job; files given as paths are uploaded first. Prints the job's id."""
+    """Create a job; files given as paths are uploaded first. Prints the job's id."""
     hyperparameters = read_hyperparameters(options, n_epochs=epochs)
     body: dict[str, Any] = {
         "model": model,
@@ -55,7 +59,7 @@ def create(
 
 @app.command("list")
 def list_jobs(
-    limit: Annotated[int, typer.Option(help="How many, newest first.")] = 20, base_url: BaseUrl = None
+    limit: Annotated[int, typer.Option(help="Number of jobs, newest first.")] = 20, base_url: BaseUrl = None
 ) -> None:
     """List the newest jobs."""
     watching.print_newest(JOBS, limit, base_url)
@@ -63,14 +67,14 @@ def list_jobs(
 
 @app.command()
 def watch(job: JobId, base_url: BaseUrl = None) -> None:
-    """Follow a job until it ends. Exit code 1 when it does not succeed; Ctrl-C leaves the job alone."""
+    """Watch a job until it ends; exit code 1 unless it succeeds. Ctrl-C does not stop the job."""
     with connect(base_url) as client:
         _watch(client, job)
 
 
 @app.command()
 def cancel(job: JobId, base_url: BaseUrl = None) -> None:
-    """Cancel a job; one that runs stops at its next step."""
+    """Cancel a job; a running one stops after its current step."""
     watching.cancel(JOBS, job, base_url)
 
 
@@ -79,4 +83,4 @@ def _watch(client: httpx.Client, job_id: str) -> None:
     job = watching.watch(client, JOBS, job_id, bar)
     bar.print(f"succeeded: {job['fine_tuned_model']}", "green")
     show_samples(console, job["olora"].get("samples"))
-    bar.print(f"Fetch it: olora adapters download {job_id}")
+    bar.print(f"Download it: olora adapters download {job_id}")

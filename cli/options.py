@@ -60,7 +60,7 @@ def read_methods(text: str) -> list[Any]:
         found = None
     if not found:
         raise SpecError(
-            f"--methods {text!r} is no list such as 'olora, lora' or 'lora, {{method: olora, rank: 16}}'.",
+            f"--methods {text!r} is not a list such as 'olora, lora' or 'lora, {{method: olora, rank: 16}}'.",
             param="methods",
         )
     return list(found)
@@ -78,4 +78,6 @@ def _number(text: str, name: str) -> float | int:
     try:
         return int(text) if text.strip().isdigit() else float(text)
     except ValueError:
-        raise SpecError(f"--{name}: {text.strip()!r} is no number; auto, or numbers.", param=name) from None
+        raise SpecError(
+            f"--{name}: {text.strip()!r} is not a number; give numbers or auto.", param=name
+        ) from None

@@ -36,12 +36,12 @@ COMPARISONS = Resource("comparison", "comparisons", "olora comparisons")
 
 
 def file_id(client: httpx.Client, name: str) -> str:
-    """A path is uploaded; anything else must be an id."""
+    """The id of a file, which is uploaded first if `name` is a path."""
     if Path(name).is_file():
         return str(send_file(client, Path(name))["id"])
     if name.startswith("file-"):
         return name
-    raise ServiceError(f"{name} is neither a file here nor the id of an uploaded file (file-…).")
+    raise ServiceError(f"{name} is neither an existing file nor a file id (file-…).")
 
 
 def print_newest(resource: Resource, limit: int, base_url: str | None) -> None:
@@ -96,10 +96,13 @@ def watch(client: httpx.Client, resource: Resource, id: str, bars: LiveBars) -> 
         with bars:
             ended = _follow(client, f"{resource.path}/{id}", bars)
     except KeyboardInterrupt:
-        bars.print(f"\nNo longer watching; the {resource.noun} goes on. Again: {resource.command} watch {id}")
+        bars.print(
+            f"\nStopped watching; the {resource.noun} is still running. "
+            f"To watch again: {resource.command} watch {id}"
+        )
         raise typer.Exit(130) from None
     if ended["status"] == "failed":
-        raise ServiceError(f"{id} failed: {(ended['error'] or {}).get('message', 'no reason was given')}")
+        raise ServiceError(f"{id} failed: {(ended['error'] or {}).get('message', 'no reason given')}")
     if ended["status"] != "succeeded":
         bars.print(ended["status"], "yellow")
         raise typer.Exit(1)

@@ -104,7 +104,7 @@ def test_options_that_are_no_pairs_are_refused(tmp_path: Path) -> None:
 def test_numbers_of_a_comparison_that_are_none_are_refused(tmp_path: Path, option: str) -> None:
     asked = ("comparisons", "create", ROWS, "--validation-file", ROWS, option, "soon")
     sentence = refusal(tmp_path, *asked, api_key="k")
-    assert f"{option}: 'soon' is no number" in sentence
+    assert f"{option}: 'soon' is not a number" in sentence
 
 
 def test_a_download_spares_a_folder_that_holds_something(tmp_path: Path) -> None:
@@ -119,8 +119,8 @@ def test_a_download_spares_a_folder_that_holds_something(tmp_path: Path) -> None
     [
         ("model: olora-tiny\n", ["training_file", "output", "must be given"]),
         ("model: olora-tiny\ntrainingfile: x\noutput: y\n", ["trainingfile", "did you mean 'training_file'"]),
-        ("- a\n- list\n", ["names and values"]),
-        ("model: [\n", ["not YAML"]),
+        ("- a\n- list\n", ["mapping of names to values"]),
+        ("model: [\n", ["not valid YAML"]),
         ("model: olora-tiny\ntraining_file: nowhere.jsonl\noutput: out\n", ["nowhere.jsonl", "not a file"]),
         ("model: olora-tiny\ntraining_file: ROWS\noutput: out\nadapter: {rank: 0}\n", ["adapter.rank"]),
         (
@@ -161,7 +161,7 @@ def test_an_output_that_cannot_be_made_is_named(tmp_path: Path, output: str, opt
     spec.write_text(f"model: olora-tiny\ntraining_file: {ROWS}\noutput: {output}\n")
     sentence = refusal(tmp_path, "train", spec, *option)
     assert output in sentence
-    assert "ame another" in sentence
+    assert "hoose another" in sentence
 
 
 def test_a_damaged_record_of_a_run_is_named(tmp_path: Path) -> None:

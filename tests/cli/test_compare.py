@@ -99,14 +99,14 @@ def test_what_the_page_says_of_training_it_is_what_train_takes(through: Path, tm
 
 def test_the_same_command_goes_on_after_an_interruption(through: Path, tmp_path: Path) -> None:
     said = interrupted(tmp_path, command(tmp_path, "out"))
-    assert "the same command goes on" in said
+    assert "Run the same command to resume" in said
     assert not (tmp_path / "out" / "comparison.html").exists()
     changed = olora(tmp_path, *command(tmp_path, "out", "--seeds", "3"))
     assert changed.returncode == 1
-    assert "with other seeds" in changed.stderr
+    assert "with different seeds" in changed.stderr
     again = olora(tmp_path, *command(tmp_path, "out"), timeout=250)
     assert again.returncode == 0, again.stderr
-    assert "Going on from step-" in again.stderr
+    assert "Resuming from step-" in again.stderr
     assert "run 1/" not in again.stderr
     assert report(tmp_path / "out") == report(through / "out")
 
@@ -115,8 +115,8 @@ def test_the_same_command_goes_on_after_an_interruption(through: Path, tmp_path:
     ("more", "sentence"),
     [
         (("--methods", "olora, lara"), "there is no method 'lara' (did you mean 'lora'?)"),
-        (("--methods", "olora, {"), "is no list such as"),
-        (("--learning-rates", "quick"), "--learning-rates: 'quick' is no number"),
+        (("--methods", "olora, {"), "is not a list such as"),
+        (("--learning-rates", "quick"), "--learning-rates: 'quick' is not a number"),
         (("--set", "learning_rate=1"), "learning_rate cannot be chosen"),
         (("--set", "nonsense"), "is not NAME=VALUE"),
         (("--seeds", "0"), "seeds = 0 does not fit"),

@@ -22,7 +22,7 @@ def test_each_answer_has_a_line_of_its_own() -> None:
         "tuned": "Four.",
     }
     assert shown({"file": "validation", "rows": [row]}).splitlines() == [
-        "What it answers to rows of the validation file:",
+        "Sample answers to rows of the validation file:",
         "  line 7       user Two and two?",
         "  in the file  Four.",
         "  base         [bold]",

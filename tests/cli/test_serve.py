@@ -70,7 +70,7 @@ def test_a_job_is_asked_for_watched_and_downloaded(service: Serving, few_rows: P
     job = asked.stdout.strip()
     assert re.search(r"step 3/3 .*loss \d", asked.stderr)
     assert "succeeded" in asked.stderr
-    assert "What it answers to rows of the training file:" in asked.stderr
+    assert "Sample answers to rows of the training file:" in asked.stderr
     assert len(re.findall(r"^  tuned  ", asked.stderr, re.MULTILINE)) == 4
     listed = service.run("jobs", "list").stdout
     assert job in listed
@@ -99,7 +99,7 @@ def test_a_merged_model_is_downloaded_in_the_adapters_place(
     )
     assert asked.returncode == 0, asked.stderr
     job = asked.stdout.strip()
-    assert f"Fetch it: olora adapters download {job}" in asked.stderr
+    assert f"Download it: olora adapters download {job}" in asked.stderr
     fetched = service.run("adapters", "download", job, "--to", tmp_path / "model")
     assert fetched.stdout.strip() == str(tmp_path / "model"), fetched.stderr
     assert not (tmp_path / "model" / "adapter_config.json").exists()
@@ -151,7 +151,7 @@ def test_a_comparison_is_asked_for_watched_and_read(service: Serving, few_rows: 
     assert asked.returncode == 0, asked.stderr
     comparison = asked.stdout.strip()
     assert re.search(r"run 1/\d+  (olora|lora), search, \d+ steps, rate", asked.stderr)
-    assert f"Its page: olora comparisons report {comparison}" in asked.stderr
+    assert f"Download the report: olora comparisons report {comparison}" in asked.stderr
     listed = service.run("comparisons", "list").stdout.split("\t")
     assert listed[:2] == [comparison, "succeeded"]
     assert listed[-1].strip() in " ".join(asked.stderr.split()), "the sentence"
@@ -215,7 +215,7 @@ def test_a_worker_that_dies_is_started_again_and_its_job_goes_on(service: Servin
     os.kill(first, signal.SIGKILL)
     wait_for(lambda: only_worker(service) not in (0, first), 90, "a new worker")
     wait_for(lambda: not any(map(lives, below)), 20, "the end of the old worker's processes")
-    assert "Worker cpu was ended by SIGKILL; it starts again in 1 s" in service.log.read_text()
+    assert "Worker cpu was killed by SIGKILL; restarting in 1 s" in service.log.read_text()
     done = service.run("jobs", "create", few_rows, "--epochs", "1", "--set", "max_steps=1", "--watch")
     assert done.returncode == 0, done.stderr
 
