@@ -1,4 +1,4 @@
-"""`olora train`: one run from a file, without the service, and on from where it was stopped."""
+"""`olora train`: one run from a file, without the service, and resuming it."""
 
 import hashlib
 import json
@@ -46,14 +46,14 @@ def weights(folder: Path) -> bytes:
 
 
 def charted(folder: Path) -> list[int]:
-    """The steps of the training loss in the run's TensorBoard file."""
+    """The steps with a training loss in the run's TensorBoard file."""
     read = EventAccumulator(str(folder / "tensorboard"))
     read.Reload()
     return [event.step for event in read.Scalars("train/loss")]
 
 
 def interrupted(spec: Path, home: Path, number: signal.Signals, **settings: str) -> str:
-    """Trains until a few steps are done, then stops it. Returns what it said."""
+    """Trains for a few steps, then sends the signal. Returns the output."""
     log = home / "train.log"
     with log.open("wb") as output:
         process = subprocess.Popen(
@@ -69,7 +69,7 @@ def interrupted(spec: Path, home: Path, number: signal.Signals, **settings: str)
     return log.read_text()
 
 
-def test_merged_weights_stand_in_the_adapters_place(tmp_path: Path) -> None:
+def test_merged_weights_replace_the_adapter(tmp_path: Path) -> None:
     spec = write_spec(tmp_path, "whole")
     spec.write_text(spec.read_text().replace("rank: 4}", "rank: 4, export: merged}").replace("2, b", "1, b"))
     done = olora(tmp_path, "train", spec, timeout=250)
@@ -83,7 +83,7 @@ def test_merged_weights_stand_in_the_adapters_place(tmp_path: Path) -> None:
 
 
 @pytest.mark.filterwarnings("ignore::sqlalchemy.exc.SADeprecationWarning")  # MLflow's own
-def test_an_interrupted_run_goes_on_to_the_same_bytes(tmp_path: Path) -> None:
+def test_an_interrupted_run_resumes_to_the_same_bytes(tmp_path: Path) -> None:
     through = olora(tmp_path, "train", write_spec(tmp_path, "through"), timeout=250)
     assert len(list((tmp_path / "through" / "tokens").iterdir())) == 2
     assert through.returncode == 0, through.stderr
@@ -97,8 +97,8 @@ def test_an_interrupted_run_goes_on_to_the_same_bytes(tmp_path: Path) -> None:
     uri = f"sqlite:///{tmp_path / 'mlflow.db'}"
     trackers = {"wandb_mode": "offline", "mlflow_tracking_uri": uri}
     spec = write_spec(tmp_path, "stopped", more=TRACKERS)
-    said = interrupted(spec, tmp_path, signal.SIGINT, **trackers)
-    assert "Run the same command to resume" in said
+    output = interrupted(spec, tmp_path, signal.SIGINT, **trackers)
+    assert "Run the same command to resume" in output
     assert not (tmp_path / "stopped" / "adapter").exists()
     again = olora(tmp_path, "train", spec, timeout=250, **trackers)
     assert again.returncode == 0, again.stderr
@@ -169,7 +169,7 @@ def test_preferences_are_trained_by_the_type_dpo(tmp_path: Path) -> None:
     assert json.dumps(asked).count('"dpo"') == 2
 
 
-def test_a_quantised_base_is_trained_on_and_its_kind_is_remembered(tmp_path: Path) -> None:
+def test_the_manifest_records_how_the_base_was_quantised(tmp_path: Path) -> None:
     spec = write_spec(tmp_path, "nf4")
     content = spec.read_text().replace("n_epochs: 2,", "max_steps: 2, quantization: nf4,")
     spec.write_text(content)
@@ -185,7 +185,7 @@ def test_a_quantised_base_is_trained_on_and_its_kind_is_remembered(tmp_path: Pat
 
 
 def test_torchrun_trains_one_adapter_on_two_devices(tmp_path: Path) -> None:
-    """Stopped in the midst and started again, to the figures of one device."""
+    """Also after an interruption, with the losses of one device."""
     alone = olora(tmp_path, "train", write_spec(tmp_path, "alone"), timeout=250)
     assert alone.returncode == 0, alone.stderr
     spec, log = write_spec(tmp_path, "together"), tmp_path / "train.log"
