@@ -1,6 +1,6 @@
 # Every command of the project. `make help` lists them.
 
-PYTHON ?= $(shell command -v python3.11 || command -v python3)
+PYTHON ?= $(shell command -v python3.11 || command -v python3.12 || command -v python3.13 || command -v python3)
 VENV ?= .venv
 BIN := $(VENV)/bin
 export OLORA_HOME ?= $(CURDIR)/.olora
@@ -17,16 +17,16 @@ PYTEST := env -u OLORA_HOME OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS)
 SOURCES := api worker cli store olora_core migrations examples bench tests
 
 .DEFAULT_GOAL := help
-.PHONY: help install quickstart serve test test-fast check fix bench clean
+.PHONY: help install quickstart serve test test-fast check fix bench gpu clean
 
 help:  ## List the commands
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
 
 # One stamp for what a run needs, one for what the developers need on top: each target installs only what it lacks.
 $(VENV)/.run: pyproject.toml constraints.txt
-	@test -n "$(PYTHON)" || { echo "Python 3.11 or newer is needed: install it, or say make PYTHON=/path/to/python"; exit 1; }
-	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
-	  || { echo "Python 3.11 or newer is needed, $(PYTHON) is older: say make PYTHON=/path/to/python"; exit 1; }
+	@test -n "$(PYTHON)" || { echo "Python 3.11, 3.12 or 3.13 is needed: install it, or say make PYTHON=/path/to/python"; exit 1; }
+	@$(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 14))' \
+	  || { echo "Python 3.11, 3.12 or 3.13 is needed, $(PYTHON) is another: say make PYTHON=/path/to/python"; exit 1; }
 	@echo "Installing into $(VENV) (once; torch is the large part) ..."
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	@$(PIP) $(TORCH) $(if $(TORCH_INDEX_URL),--index-url $(TORCH_INDEX_URL))
@@ -64,6 +64,9 @@ fix: $(VENV)/.dev  ## Format, and mend what ruff can mend
 
 bench: $(VENV)/.dev  ## Measure against named peers; each benchmark prints one table
 	@set -e; for name in olora_init start train; do echo "== bench/$$name.py"; $(BIN)/python -m bench.$$name; done
+
+gpu: $(VENV)/.dev  ## Prove everything on a GPU, in eight minutes (ARGS='--tiny --device cpu' for a smoke test)
+	@$(BIN)/python -m bench.gpu $(ARGS)
 
 clean:  ## Remove .venv and caches; your jobs and files in .olora stay
 	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache .import_linter_cache

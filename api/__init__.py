@@ -1,1 +1,1 @@
-"""FastAPI: the HTTP surface, in the shapes of OpenAI's fine-tuning API. Never loads torch."""
+"""The HTTP API on FastAPI, in the format of OpenAI's fine-tuning API. Never loads torch."""

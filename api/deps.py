@@ -1,4 +1,4 @@
-"""What routes are handed: who calls, and the JSON body, read once and checked for what rows cannot hold."""
+"""What routes depend on: the caller, and the JSON body, checked for text that rows cannot hold."""
 
 import hashlib
 import json
@@ -26,7 +26,7 @@ MAX_DEPTH = 32
 
 @dataclass(frozen=True)
 class Services:
-    """What one running API holds: made at its start, the same for every request."""
+    """The shared objects of a running API, created when it starts."""
 
     settings: Settings
     engine: Engine
@@ -36,12 +36,12 @@ class Services:
     queue: Celery
     dispatcher: Dispatcher
     closing: Event
-    """Set when the server is told to stop; whoever waits for long, stops waiting."""
+    """Set when the server is shutting down; long waits then end."""
 
 
 @dataclass(frozen=True)
 class Call:
-    """One request: whose it is, how it is retried, and the services that answer it."""
+    """One request: its project and key, its retry headers, and the services that answer it."""
 
     project_id: str
     key_id: str
@@ -58,15 +58,15 @@ class Call:
         return self.services.storage
 
     def reading(self) -> AbstractContextManager[Session]:
-        """A session that only reads, and waits for nobody."""
+        """A read-only session, which waits for no lock."""
         return self.services.reads.begin()
 
     def writing(self) -> AbstractContextManager[Session]:
-        """One transaction: committed at the end of its block."""
+        """One transaction, committed at the end of its block."""
         return self.services.writes.begin()
 
     def nudge(self) -> None:
-        """Tells the dispatcher that a commit made work."""
+        """Wakes the dispatcher after a commit that created work."""
         self.services.dispatcher.nudge()
 
 
@@ -75,7 +75,7 @@ async def read_call(
     x_stainless_retry_count: Annotated[str, Header(include_in_schema=False)] = "0",
     idempotency_key: Annotated[str | None, Header(max_length=255)] = None,
 ) -> Call:
-    """The gate has checked the key; here its owner gets a name."""
+    """The request's `Call`; the gate has already checked the key."""
     retries = x_stainless_retry_count
     return Call(
         project_id=request.state.project_id,
@@ -113,12 +113,12 @@ def _where(error: Exception) -> str:
     if isinstance(error, json.JSONDecodeError):
         return f"{error.msg} (line {error.lineno}, column {error.colno})"
     if isinstance(error, RecursionError):
-        return "it nests too deep"
-    return f"it holds a number of more than {sys.get_int_max_str_digits()} digits"
+        return "it is nested too deeply"
+    return f"it contains a number with more than {sys.get_int_max_str_digits()} digits"
 
 
 def _refuse_constant(name: str) -> Any:
-    raise BadRequest(f"The body holds {name}, which is not JSON; send a finite number.")
+    raise BadRequest(f"The body contains {name}, which is not JSON; send a finite number.")
 
 
 def _kind(value: Any) -> str:
@@ -127,12 +127,14 @@ def _kind(value: Any) -> str:
 
 
 def check_text(value: Any, place: str = "", depth: int = 0) -> None:
-    """Refuses text that no database column can hold: NUL characters and halves of surrogate pairs."""
+    """Refuses text that no database column can hold: NUL characters and lone surrogates."""
     if depth > MAX_DEPTH:
-        raise BadRequest(f"{place[:80]} nests deeper than {MAX_DEPTH} levels.", param=place[:80] or None)
-    if isinstance(value, str) and ("\x00" in value or any("\ud800" <= sign <= "\udfff" for sign in value)):
         raise BadRequest(
-            f"{place or 'A name'} holds a NUL or a broken character; remove it.", param=place or None
+            f"{place[:80]} is nested more than {MAX_DEPTH} levels deep.", param=place[:80] or None
+        )
+    if isinstance(value, str) and ("\x00" in value or any("\ud800" <= char <= "\udfff" for char in value)):
+        raise BadRequest(
+            f"{place or 'A name'} contains a NUL or an invalid character; remove it.", param=place or None
         )
     if isinstance(value, dict):
         for name, item in value.items():
@@ -145,5 +147,5 @@ def check_text(value: Any, place: str = "", depth: int = 0) -> None:
 
 CallDep = Annotated[Call, Depends(read_call)]
 BodyDep = Annotated[Body, Depends(read_body)]
-After = Annotated[str | None, Query(max_length=64, description="Id of the last item of the page before.")]
-Limit = Annotated[int, Query(ge=1, le=1000, description="Items on a page.")]
+After = Annotated[str | None, Query(max_length=64, description="Id of the last item of the previous page.")]
+Limit = Annotated[int, Query(ge=1, le=1000, description="Items per page.")]

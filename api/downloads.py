@@ -43,7 +43,7 @@ def send_file(storage: Storage, row: File, *, as_base64: bool = False) -> Stream
 
 
 def is_current(row: File, if_none_match: str | None) -> bool:
-    """Whether the client has these very bytes already."""
+    """Whether the client already has these bytes."""
     tags = [tag.strip().removeprefix("W/") for tag in (if_none_match or "").split(",")]
     return f'"{row.sha256}"' in tags or tags == ["*"]
 

@@ -1,18 +1,18 @@
-"""What a caller may be told, always in one body: `{"error": {message, type, param, code}}`.
+"""The API's errors, always sent as `{"error": {message, type, param, code}}`.
 
 ApiError               a request that cannot be served, in words its sender can act on
-├── BadRequest         400  something in it does not fit
+├── BadRequest         400  something in it is invalid
 ├── BadKey             401  the key is missing or unknown
-├── Forbidden          403  it may not be done to this object
+├── Forbidden          403  not allowed for this object
 ├── NotFound           404  no such thing in this project
 ├── MethodNotAllowed   405  the path exists, the method does not
-├── Pending            409  the first try of this request is still being answered; worth another try
-├── TooLarge           413  the body is larger than the service takes
-├── ServerError        500  something went wrong that the sender cannot mend
-├── Unavailable        503  the database cannot be reached; worth another try
+├── Pending            409  the first try of this request is still being answered; try again
+├── TooLarge           413  the body is larger than the limit
+├── ServerError        500  an error that the sender cannot fix
+├── Unavailable        503  the database cannot be reached; try again
 └── NoSpace            507  the storage is full
 
-Expected troubles of the core and of the store are mapped to one of these by `as_api_error`.
+`as_api_error` maps the expected errors of the core and the store to these.
 """
 
 from collections.abc import Callable, Iterable
@@ -29,7 +29,7 @@ from store.session import DATABASE_AWAY
 from store.validation import refusal
 
 KEY_REMEDY = (
-    "The API key is missing or not known here. Send it as 'Authorization: Bearer <key>'; "
+    "The API key is missing or unknown. Send it as 'Authorization: Bearer <key>'; "
     "the service wrote its first key to the file 'api_key' in OLORA_HOME."
 )
 
@@ -72,11 +72,11 @@ class ApiError(Exception):
 
 
 class BadRequest(ApiError):
-    """Something in the request does not fit."""
+    """Something in the request is invalid."""
 
 
 class BadKey(ApiError):
-    """The key is missing or unknown; both are answered alike."""
+    """The key is missing or unknown; both get the same answer."""
 
     status = 401
     code = "invalid_api_key"
@@ -84,7 +84,7 @@ class BadKey(ApiError):
 
 
 class Forbidden(ApiError):
-    """It may not be done to this object."""
+    """Not allowed for this object."""
 
     status = 403
     code = "permission_denied"
@@ -106,13 +106,13 @@ class MethodNotAllowed(ApiError):
     @classmethod
     def of(cls, methods: Iterable[str]) -> "MethodNotAllowed":
         allowed = ", ".join(sorted(methods))
-        refusal = cls(f"This route does not take that method; it takes {allowed}.")
+        refusal = cls(f"This route does not support that method; it supports {allowed}.")
         refusal.headers = {"allow": allowed}
         return refusal
 
 
 class Pending(ApiError):
-    """The first try of this request is still being answered; worth another try."""
+    """The first try of this request is still being answered; try again."""
 
     status = 409
     code = "request_pending"
@@ -120,14 +120,14 @@ class Pending(ApiError):
 
 
 class TooLarge(ApiError):
-    """The body is larger than the service takes."""
+    """The body is larger than the limit."""
 
     status = 413
     code = "request_too_large"
 
 
 class ServerError(ApiError):
-    """Something went wrong that the sender cannot mend."""
+    """An error that the sender cannot fix."""
 
     status = 500
     type = "server_error"
@@ -135,7 +135,7 @@ class ServerError(ApiError):
 
 
 class Unavailable(ApiError):
-    """The database cannot be reached; worth another try."""
+    """The database cannot be reached; try again."""
 
     status = 503
     type = "server_error"
@@ -144,7 +144,7 @@ class Unavailable(ApiError):
 
 
 class NoSpace(ApiError):
-    """The storage is full; trying again at once is of no use."""
+    """The storage is full; an immediate retry does not help."""
 
     status = 507
     type = "server_error"
@@ -196,14 +196,14 @@ def _unavailable(error: Exception) -> Unavailable:
 
 
 def _from_validation(error: RequestValidationError) -> BadRequest:
-    """FastAPI's complaint about a query or path value, as one sentence that names it."""
+    """FastAPI's error about a query, path or header value, as one sentence that names it."""
     problem = error.errors()[0]
     param = ".".join(str(part) for part in problem["loc"][1:])
     return BadRequest(refusal(param, problem), param=param)
 
 
 def _from_http(error: HTTPException) -> ApiError:
-    """What the framework itself refuses, such as an unknown route."""
+    """An error of the framework itself, such as an unknown route."""
     if error.status_code == 404:
         return NotFound(
             "There is no such route. The API is under /v1; see /openapi.json.", code="unknown_url"

@@ -1,6 +1,6 @@
-"""A multipart form as a stream of pieces, so that a file goes to its place while it arrives.
+"""A multipart form as a stream of pieces, so that a file can be stored while it arrives.
 
-Nothing is spooled: whoever reads the pieces decides what is kept, and may stop at any of them.
+Nothing is spooled: the reader of the pieces decides what is kept, and may stop at any piece.
 """
 
 from collections.abc import AsyncGenerator, AsyncIterable
@@ -36,7 +36,7 @@ Piece = PartBegins | PartData | PartEnds
 
 
 async def read_form(chunks: AsyncIterable[bytes], content_type: str) -> AsyncGenerator[Piece, None]:
-    """Yields the pieces of a multipart/form-data body. Raises BadRequest when it is no such thing."""
+    """Yields the pieces of a multipart/form-data body. Raises BadRequest if it is malformed."""
     kind, options = parse_options_header(content_type)
     boundary = options.get(b"boundary")
     if kind != b"multipart/form-data" or not boundary:
@@ -54,7 +54,7 @@ async def read_form(chunks: AsyncIterable[bytes], content_type: str) -> AsyncGen
         raise BadRequest(f"The multipart body cannot be read: {error}.") from None
     if not collector.complete:
         raise BadRequest(
-            "The upload broke off: the multipart body ends before its closing boundary. Send it again."
+            "The upload is incomplete: the multipart body ends before its closing boundary. Send it again."
         )
 
 

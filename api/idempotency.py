@@ -1,4 +1,4 @@
-"""A creating request does its work once, however often a client that lost the answer sends it again."""
+"""A request that creates an object does so once, even if a client that lost the answer repeats it."""
 
 from collections.abc import Callable
 
@@ -14,9 +14,9 @@ from .errors import ApiError
 def once(call: Call, route: str, content: str, make: Callable[[Session], str]) -> tuple[str, bool]:
     """Calls `make` in a transaction, unless an earlier try of this request did so.
 
-    `content` is the digest of what was sent. Returns the object's id and whether it was made just now. A
-    refusal is forgotten, so that a corrected request may follow; of a try whose outcome is not known (the
-    database went away), the record stays, and a retry finds what was committed.
+    `content` is the digest of the body. Returns the object's id and whether this call created it. A refused
+    request is forgotten, so that a corrected one can follow; if the outcome is unknown (the database went
+    away), the record stays, and a retry finds what was committed.
     """
     writes = call.services.writes
     opened = open_request(

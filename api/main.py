@@ -39,10 +39,10 @@ ROUTES = (health, files, jobs, comparisons, events, models, adapter_methods, lat
 
 
 def create_app(settings: Settings | None = None) -> FastAPI:
-    """The application for these settings, or for those of the environment, read when it starts."""
+    """The application. Without `settings` it reads them from the environment when it starts."""
     app = FastAPI(
         title="olora",
-        summary="Fine-tuning jobs that end in adapters, in the shapes of OpenAI's API.",
+        summary="Fine-tuning jobs that produce adapters, in the format of OpenAI's API.",
         version="1",
         lifespan=_lifespan,
         docs_url=None,
@@ -61,9 +61,9 @@ def create_app(settings: Settings | None = None) -> FastAPI:
 
 @asynccontextmanager
 async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
-    """Checks what the service stands on, then runs the dispatcher beside it."""
+    """Checks the database, then runs the dispatcher while the server runs."""
     settings = app.state.settings or get_settings()
-    # As many threads as connections: a thread without one would only make the others wait for it.
+    # As many threads as connections: more would only wait for a connection.
     anyio.to_thread.current_default_thread_limiter().total_tokens = POOL_SIZE
     engine = make_engine(settings.database_url)
     try:
@@ -71,7 +71,7 @@ async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
         app.state.services = services
         services.dispatcher.start()
         try:
-            with _heeding_signals(services.closing):
+            with _closing_on_signals(services.closing):
                 yield
         finally:
             await anyio.to_thread.run_sync(services.dispatcher.stop)
@@ -80,7 +80,7 @@ async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
 
 
 def _prepare(settings: Settings, engine: Engine) -> Services:
-    """Raises StoreError or OperationalError when the service cannot stand."""
+    """Raises StoreError or OperationalError if the service cannot start."""
     require_current_schema(engine)
     writes = sessions(engine)
     with writes.begin() as session:
@@ -102,14 +102,14 @@ def _prepare(settings: Settings, engine: Engine) -> Services:
 
 
 @contextmanager
-def _heeding_signals(closing: Event) -> Iterator[None]:
-    """Sets `closing` when the server is told to stop: it would wait for open event streams otherwise."""
+def _closing_on_signals(closing: Event) -> Iterator[None]:
+    """Sets `closing` on SIGTERM and SIGINT: the server would otherwise wait for open event streams."""
     if current_thread() is not main_thread():
         yield
         return
     handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
 
-    def heed(number: int, frame: FrameType | None) -> None:
+    def close(number: int, frame: FrameType | None) -> None:
         closing.set()
         handler = handlers[signal.Signals(number)]
         if callable(handler):
@@ -117,7 +117,7 @@ def _heeding_signals(closing: Event) -> Iterator[None]:
 
     servers = [number for number, handler in handlers.items() if callable(handler)]
     for number in servers:
-        signal.signal(number, heed)
+        signal.signal(number, close)
     try:
         yield
     finally:
@@ -134,7 +134,7 @@ async def _explain(request: Request, error: Exception) -> JSONResponse:
 
 
 def _methods(request: Request) -> set[str]:
-    """The methods that the routes at this path take."""
+    """The methods that the routes at this path support."""
     found: set[str] = set()
     for module in ROUTES:
         for route in module.router.routes:
@@ -144,7 +144,7 @@ def _methods(request: Request) -> set[str]:
 
 
 class PlainStart:
-    """Tells in one sentence, not in a traceback, why the service does not start."""
+    """Reports in one sentence, instead of a traceback, why the service cannot start."""
 
     def __init__(self, app: ASGIApp) -> None:
         self.app = app

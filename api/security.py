@@ -1,6 +1,6 @@
-"""The gate in front of every route: request id, host, key, size of the body, and the last word on errors.
+"""The gate in front of every route: request id, host, key, body size, and unexpected errors.
 
-It is plain ASGI, so that a caller without a key is answered before one byte of the body is read.
+It is plain ASGI, so that a caller without a key is answered before any of the body is read.
 """
 
 import logging
@@ -24,7 +24,7 @@ logger = logging.getLogger("olora.api")
 OPEN_PATHS = frozenset({"/healthz", "/readyz"})
 JSON_BODY_BYTES = 1_000_000
 FORM_OVERHEAD_BYTES = 1_000_000
-"""What a multipart body may hold beside its file: boundaries and small fields."""
+"""What a multipart body may contain besides its file: boundaries and small fields."""
 HEADERS = {
     "x-content-type-options": "nosniff",
     "content-security-policy": "default-src 'none'; frame-ancestors 'none'",
@@ -34,7 +34,7 @@ HEADERS = {
 
 
 class Gate:
-    """Lets a request in, counted and known by name; whatever goes wrong is told in one shape."""
+    """Admits requests with a known host, a known key and a body within the limit; answers all errors."""
 
     def __init__(self, app: ASGIApp) -> None:
         self.app = app
@@ -74,12 +74,12 @@ class Gate:
 
 
 async def _admit(scope: Scope) -> None:
-    """Raises ApiError unless the request has a known host, a known key and a body that fits."""
+    """Raises ApiError unless the request has a known host, a known key and a body within the limit."""
     if "\x00" in scope["path"] or b"%00" in scope["query_string"]:
-        raise BadRequest("The address holds a NUL character; leave it out.")
+        raise BadRequest("The URL contains a NUL character; remove it.")
     headers, settings = Headers(scope=scope), scope["app"].state.services.settings
     if settings.allowed_hosts and not _is_known_host(headers.get("host", ""), settings.allowed_hosts):
-        raise BadRequest("This service does not answer under that host name.", code="unknown_host")
+        raise BadRequest("This service does not accept that host name.", code="unknown_host")
     if scope["path"] not in OPEN_PATHS:
         scope["state"]["project_id"], scope["state"]["key_id"] = await _owner(scope, headers)
     length, limit = headers.get("content-length", ""), _body_limit(scope)
@@ -115,7 +115,7 @@ def _body_limit(scope: Scope) -> int:
 
 
 def _counted(scope: Scope, receive: Receive) -> Receive:
-    """The same stream, cut with an error where it grows too long."""
+    """The same stream; raises TooLarge where it exceeds the limit."""
     limit, total = _body_limit(scope), 0
 
     async def receive_counted() -> Message:
@@ -132,14 +132,14 @@ def _counted(scope: Scope, receive: Receive) -> Receive:
 
 def _too_large(limit: int) -> TooLarge:
     if limit == JSON_BODY_BYTES:
-        return TooLarge(f"The request's body is larger than {limit} bytes, the most that this route reads.")
+        return TooLarge(f"The request's body is larger than {limit} bytes, the limit of this route.")
     return large_file(limit - FORM_OVERHEAD_BYTES)
 
 
 def large_file(max_bytes: int) -> TooLarge:
-    """The refusal that names the limit and the setting behind it."""
+    """The error that names the limit and its setting."""
     return TooLarge(
-        f"The file is larger than {max_bytes >> 20} MB, the most this service takes (OLORA_MAX_UPLOAD_MB). "
+        f"The file is larger than {max_bytes >> 20} MB, the limit of this service (OLORA_MAX_UPLOAD_MB). "
         "Split it, or ask the operator to raise the limit.",
         param="file",
         code="file_too_large",
@@ -147,9 +147,9 @@ def large_file(max_bytes: int) -> TooLarge:
 
 
 def _explain(error: Exception, request_id: str, scope: Scope) -> ApiError:
-    """What the caller is told; what was not expected goes to the log with its trace."""
+    """The answer to an error; an unexpected one is logged with its traceback."""
     expected = as_api_error(error)
     if expected is not None:
         return expected
     logger.error("%s %s %s failed", request_id, scope["method"], scope["path"], exc_info=error)
-    return ServerError(f"Something went wrong in the service. Its log tells more under {request_id}.")
+    return ServerError(f"Internal error. The service's log has the details under {request_id}.")

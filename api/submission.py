@@ -1,4 +1,4 @@
-"""What every request that starts work must pass, and how such work is filtered."""
+"""Checks of the requests that create jobs and comparisons, and the metadata filter of their lists."""
 
 from typing import Literal
 
@@ -15,10 +15,10 @@ from .errors import BadRequest
 
 
 def check_base(call: Call, model: str) -> None:
-    """Raises BadRequest or ModelError for what is no base model here."""
+    """Raises BadRequest or ModelError unless the model is an available base model."""
     if model.startswith("ft:"):
         raise BadRequest(
-            f"Training on from the fine-tuned model '{model}' is not available yet; name a base model.",
+            f"Continuing from the fine-tuned model '{model}' is not available yet; use a base model.",
             param="model",
             code="model_not_available",
         )
@@ -28,7 +28,7 @@ def check_base(call: Call, model: str) -> None:
 def usable(
     session: Session, call: Call, file_id: str, param: Literal["training_file", "validation_file"]
 ) -> File:
-    """The caller's own file, validated. Raises BadRequest naming `param`."""
+    """The caller's file, validated. Raises BadRequest or FileUnusable, naming `param`."""
     try:
         file = files.get_file(session, call.project_id, file_id)
     except NotStored:
@@ -48,7 +48,7 @@ def usable(
 
 
 def metadata_filter(request: Request) -> dict[str, str] | Literal["null"] | None:
-    """What a list is asked to keep. Raises BadRequest."""
+    """The metadata that a list is filtered by, or None. Raises BadRequest."""
     pairs: dict[str, str] = {}
     for name, value in request.query_params.multi_items():
         if name.startswith("metadata[") and name.endswith("]"):

@@ -50,18 +50,26 @@ class Row:
         return self.peft_seconds / self.our_seconds
 
 
-def measure(shape: tuple[int, int], rank: int, repeats: int) -> Row:
+def measure(
+    shape: tuple[int, int],
+    rank: int,
+    repeats: int,
+    *,
+    device: str = "cpu",
+    dtype: torch.dtype = torch.float32,
+) -> Row:
     """Times both in turn on one Gaussian weight (out×in) and compares their factors."""
-    weight = torch.randn(shape, generator=torch.Generator().manual_seed(0)) / shape[1] ** 0.5
+    random = torch.Generator(device).manual_seed(0)
+    weight = (torch.randn(shape, generator=random, device=device) / shape[1] ** 0.5).to(dtype)
     theirs, ours = peft_init(weight.clone(), rank), our_init(weight, rank)
     theirs(), ours()  # the first call allocates memory and starts threads
     times: dict[str, list[float]] = {"peft": [], "ours": []}
     for _ in range(repeats):
         theirs = peft_init(weight.clone(), rank)
-        seconds, (A, B) = timed(theirs)
+        seconds, (A, B) = timed(theirs, device)
         times["peft"].append(seconds)
         for _ in range(OURS_PER_PEFT):
-            seconds, adapter = timed(ours)
+            seconds, adapter = timed(ours, device)
             times["ours"].append(seconds)
     return Row(
         shape=shape,
@@ -96,10 +104,19 @@ def our_init(weight: Tensor, rank: int) -> Callable[[], OLoRAAdapter]:
     return lambda: method.adapter(weight, site)
 
 
-def timed(run: Callable) -> tuple[float, object]:
+def timed(run: Callable, device: str = "cpu") -> tuple[float, object]:
+    """Seconds until the device has done it, and what it returned."""
+    finish(device)
     start = time.perf_counter()
     result = run()
+    finish(device)
     return time.perf_counter() - start, result
+
+
+def finish(device: str) -> None:
+    """Waits for what was asked of a device that works by itself."""
+    if device != "cpu":
+        torch.cuda.synchronize()
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

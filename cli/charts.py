@@ -15,7 +15,7 @@ from store.integrations import Integration
 from store.progress import named
 from store.settings import Settings
 from worker.tracking.curves import Curves, curves, go_on, run_in
-from worker.tracking.follower import Follower, News, with_runs
+from worker.tracking.follower import Follower, RunUpdate, with_runs
 
 
 class Charts:
@@ -63,7 +63,7 @@ class Charts:
         if isinstance(error, Exception):
             self._end("failed", {"error": str(error)})
         for follower in self._followers:
-            follower.over(hurry=isinstance(error, KeyboardInterrupt))
+            follower.stop(hurry=isinstance(error, KeyboardInterrupt))
         for follower in self._followers:
             follower.join()
 
@@ -92,11 +92,11 @@ class Charts:
         with self._turn:
             self._status, self._summary = status, summary
 
-    def news(self, after: int) -> News:
+    def update(self, after: int) -> RunUpdate:
         """As the followers ask for it."""
         with self._turn:
             rows = [(step, dict(points)) for step, points in sorted(self._points.items()) if step > after]
-            return News(self._config, rows, self._status, self._summary)
+            return RunUpdate(self._config, rows, self._status, self._summary)
 
 
 def _digest(adapter: Path) -> str | None:

@@ -213,7 +213,7 @@ def show_report(report: Mapping[str, Any]) -> None:
     ranked = sorted(report["methods"], key=lambda m: m["final"]["mean"] if m["final"] else float("inf"))
     for method in ranked:
         style = "green" if method["label"] == report["verdict"]["take"] else ""
-        is_baseline = method["label"] == report["yardstick"]
+        is_baseline = method["label"] == report["baseline"]
         table.add_row(*map(Text, _cells(method, is_baseline)), style=style)
     console.print(table)
     for method in ranked:
@@ -223,11 +223,11 @@ def show_report(report: Mapping[str, Any]) -> None:
 
 
 def _cells(method: Mapping[str, Any], is_baseline: bool) -> Sequence[str]:
-    final, steps = method["final"], method["steps_to_yardstick"]
+    final, steps = method["final"], method["steps_to_baseline"]
     if final is None:
         return [method["label"], "none"]
     spread = "" if final["deviation"] is None else f" ± {final['deviation']:.4f}"
-    below = final["below_yardstick"]
+    below = final["below_baseline"]
     return [
         method["label"],
         f"{final['mean']:.4f}{spread}",

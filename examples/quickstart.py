@@ -47,7 +47,7 @@ def main() -> int:
     try:
         with service(settings) as url:
             client = OpenAI(base_url=f"{url}/v1", api_key=key_of(settings))
-            job = follow(client, create_job(client))
+            job = follow(client, create_job(client, TRAINING, VALIDATION))
             folder = download(client, job, settings.home / "quickstart" / job.id)
         show(folder, job)
         console.print(f"Done in {time.monotonic() - started:.0f} s. Next: make serve")
@@ -68,7 +68,9 @@ class QuickstartError(Exception):
 
 
 @contextmanager
-def service(settings: Settings) -> Iterator[str]:
+def service(
+    settings: Settings, start_seconds: float = START_SECONDS, stop_seconds: float = STOP_SECONDS
+) -> Iterator[str]:
     """`olora serve` on a free port until the block ends; yields its address."""
     port = settings.port or free_port(settings.host)
     if not is_free(settings.host, port):
@@ -90,10 +92,10 @@ def service(settings: Settings) -> Iterator[str]:
         )
     try:
         url = f"http://{settings.host}:{port}"
-        wait_until_up(url, process, log)
+        wait_until_up(url, process, log, start_seconds)
         yield url
     finally:
-        stop(process)
+        stop(process, stop_seconds)
 
 
 def is_free(host: str, port: int) -> bool:
@@ -112,8 +114,8 @@ def free_port(host: str) -> int:
         return int(probe.getsockname()[1])
 
 
-def wait_until_up(url: str, process: "subprocess.Popen[bytes]", log: Path) -> None:
-    until = time.monotonic() + START_SECONDS
+def wait_until_up(url: str, process: "subprocess.Popen[bytes]", log: Path, seconds: float) -> None:
+    until = time.monotonic() + seconds
     while time.monotonic() < until:
         if process.poll() is not None:
             raise QuickstartError(f"The service did not start:\n{log.read_text(errors='replace')[-2000:]}")
@@ -121,17 +123,17 @@ def wait_until_up(url: str, process: "subprocess.Popen[bytes]", log: Path) -> No
             if httpx.get(f"{url}/readyz", timeout=5).is_success:
                 return
         time.sleep(0.2)
-    raise QuickstartError(f"The service did not answer within {START_SECONDS} s; see {log}.")
+    raise QuickstartError(f"The service did not answer within {seconds:g} s; see {log}.")
 
 
-def stop(process: "subprocess.Popen[bytes]") -> None:
-    """SIGTERM, then SIGKILL if that takes too long."""
+def stop(process: "subprocess.Popen[bytes]", seconds: float) -> None:
+    """SIGTERM, then SIGKILL if that takes longer than `seconds`."""
     if process.poll() is not None:
         return
     console.print("Stopping the API and the worker ...")
     process.send_signal(signal.SIGTERM)
     try:
-        process.wait(STOP_SECONDS)
+        process.wait(seconds)
     except (subprocess.TimeoutExpired, KeyboardInterrupt):
         process.kill()
         process.wait()
@@ -146,19 +148,19 @@ def key_of(settings: Settings) -> str:
 # The job: this part uses only OpenAI's API
 
 
-def create_job(client: OpenAI) -> Any:
+def create_job(client: OpenAI, training: Path, validation: Path, **hyperparameters: Any) -> Any:
     """Uploads both files and creates a job. Returns the job."""
-    with TRAINING.open("rb") as training, VALIDATION.open("rb") as validation:
-        training_file = client.files.create(file=training, purpose="fine-tune")
-        validation_file = client.files.create(file=validation, purpose="fine-tune")
+    with training.open("rb") as rows, validation.open("rb") as held_out:
+        training_file = client.files.create(file=rows, purpose="fine-tune")
+        validation_file = client.files.create(file=held_out, purpose="fine-tune")
     console.print(
-        f"Uploaded {TRAINING.name} as {training_file.id}, {VALIDATION.name} as {validation_file.id}"
+        f"Uploaded {training.name} as {training_file.id}, {validation.name} as {validation_file.id}"
     )
     job = client.fine_tuning.jobs.create(
         model="olora-tiny",
         training_file=training_file.id,
         validation_file=validation_file.id,
-        hyperparameters={"n_epochs": 1, "batch_size": 8},
+        hyperparameters={"n_epochs": 1, "batch_size": 8} | hyperparameters,
         suffix="quickstart",
         seed=42,
         extra_body={"adapter": {"method": "olora", "rank": 16}},
@@ -260,7 +262,7 @@ def trained_logits(base: Any, folder: Path, tokenizer: Any, rows: list[Any]) -> 
     from safetensors.torch import load_file
 
     spec = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))["spec"]["resolved"]["adapter"]
-    tensors = load_file(folder / "native" / "adapter.safetensors")
+    tensors = load_file(folder / "native" / "adapter.safetensors", device=str(base.device))
     sites = sorted({name.rpartition(".")[0] for name in tensors})
     scale = spec["alpha"] / spec["rank"]
 
@@ -286,20 +288,25 @@ def logits(model: Any, tokenizer: Any, rows: list[Any]) -> Any:
     import torch
 
     with torch.no_grad():
-        return torch.cat([model(encode(tokenizer, row)[0]).logits[0] for row in rows])
+        return torch.cat([model(encode(tokenizer, row)[0].to(model.device)).logits[0] for row in rows])
 
 
 def check(served: Any, trained: Any, certificate: dict[str, Any]) -> None:
     """Raises QuickstartError if PEFT's logits differ from the trained ones by more than the bound."""
-    difference, largest = float((served - trained).abs().max()), float(trained.abs().max())
-    share = certificate["bound"] / certificate["max_abs_logit"]
-    result = f"{difference:.1e} (allowed {share * largest:.1e})"
-    if not difference <= share * largest:
+    difference, _, allowed = compared(served, trained, certificate)
+    result = f"{difference:.1e} (allowed {allowed:.1e})"
+    if not difference <= allowed:
         raise QuickstartError(f"PEFT's logits are not the trained model's: largest difference {result}.")
     console.print(
         f"[green]Adapter verified[/green] by the service: largest logit difference "
         f"{certificate['max_abs_logit_diff']:.1e}. Checked here in PEFT: {result}"
     )
+
+
+def compared(served: Any, trained: Any, certificate: dict[str, Any]) -> tuple[float, float, float]:
+    """The largest difference of two sets of logits, the largest logit, and the difference that is allowed."""
+    difference, largest = float((served - trained).abs().max()), float(trained.abs().max())
+    return difference, largest, certificate["bound"] / certificate["max_abs_logit"] * largest
 
 
 def encode(tokenizer: Any, row: Any) -> tuple[Any, Any]:

@@ -22,7 +22,7 @@ def upgrade(connection: Connection) -> None:
 
 
 def check_references(connection: Connection) -> None:
-    """SQLite's references are off while tables are rebuilt; afterwards they must hold."""
+    """SQLite's foreign keys are off while tables are rebuilt; afterwards they must hold."""
     broken = connection.exec_driver_sql("PRAGMA foreign_key_check").all()
     if broken:
         raise RuntimeError(f"The migration left rows that refer to nothing: {broken[:5]}")
@@ -32,7 +32,7 @@ def main() -> None:
     if context.config.config_file_name:
         logging.config.fileConfig(context.config.config_file_name, disable_existing_loggers=False)
     url = context.config.attributes.get("url") or get_settings().database_url
-    # With references on, rebuilding a parent table would delete its children's rows.
+    # With foreign keys on, rebuilding a parent table would delete its children's rows.
     engine = make_engine(url, foreign_keys=False)
     try:
         with engine.connect() as connection, migration_lock(connection):

@@ -1,1 +1,1 @@
-"""What the service remembers: settings, rows, a job's life, stored files, the queue. No torch."""
+"""Settings, database rows, the life cycle of a job, stored files and the queue. Never loads torch."""

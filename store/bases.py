@@ -1,4 +1,4 @@
-"""Base models: the shipped one, folders of the operator, and Hugging Face ids on the operator's list."""
+"""Base models: the shipped one, the operator's folders, and the Hugging Face ids that the operator allows."""
 
 import os
 import re
@@ -28,14 +28,14 @@ HUB_FILES = (
     "merges.txt",
     "*.jinja",
 )
-"""What is fetched of a hub model: weights in safetensors, configuration, tokenizer. Never code."""
+"""The files fetched from the hub: safetensors weights, configuration, tokenizer. Never code."""
 _MAX_ID = 256
 _HUB_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,95}(/[A-Za-z0-9][A-Za-z0-9._-]{0,95})?")
 
 
 @dataclass(frozen=True)
 class BaseModelRef:
-    """A base model that may be trained. `folder` is None for one that must be fetched from the hub."""
+    """A base model that can be trained. `folder` is None if it must be fetched from the hub."""
 
     id: str
     kind: Literal["shipped", "folder", "hub"]
@@ -44,7 +44,7 @@ class BaseModelRef:
 
 
 def base_models(settings: Settings) -> list[BaseModelRef]:
-    """The base models on this machine, and the hub ids that are named without a pattern."""
+    """The base models on this machine, and the allowed hub ids that are not patterns."""
     refs = {ref.id: ref for ref in _on_disk(settings)}
     for pattern in settings.allowed_hub_models:
         if _HUB_ID.fullmatch(pattern):
@@ -53,9 +53,9 @@ def base_models(settings: Settings) -> list[BaseModelRef]:
 
 
 def find_base(settings: Settings, model_id: str) -> BaseModelRef:
-    """The base model of this id.
+    """The base model with this id.
 
-    Raises ModelError, which names the nearest id, or what keeps a folder from being a base model.
+    Raises ModelError, with the nearest id or the reason why the folder cannot be used.
     """
     for ref in base_models(settings):
         if ref.id == model_id:
@@ -76,18 +76,18 @@ def find_base(settings: Settings, model_id: str) -> BaseModelRef:
 
 
 def fetch_base(ref: BaseModelRef, settings: Settings) -> Path:
-    """The folder of a base model on this machine, fetched from the hub when it must be."""
+    """The local folder of a base model, fetched from the hub if necessary. Raises ModelError."""
     if ref.folder is not None:
         return ref.folder
     try:
         from huggingface_hub import snapshot_download
     except ImportError:
         raise ModelError(
-            f"Base model {ref.id!r} comes from the hub, for which huggingface-hub must be installed."
+            f"Base model {ref.id!r} is on the Hugging Face hub; install huggingface-hub to fetch it."
         ) from None
     try:
         folder = Path(snapshot_download(ref.id, allow_patterns=list(HUB_FILES)))
-    except Exception as error:  # the hub's client raises many kinds, all of them with a sentence
+    except Exception as error:  # the hub's client raises many types, all with a readable message
         raise ModelError(
             f"Base model {ref.id!r} could not be fetched from the hub: {str(error).splitlines()[0]}"
         ) from error
@@ -97,14 +97,14 @@ def fetch_base(ref: BaseModelRef, settings: Settings) -> Path:
 
 
 def what_is_missing(folder: Path) -> str | None:
-    """What keeps a folder from being a base model, with the remedy; None when nothing does."""
+    """Why a folder cannot be used as a base model, with the remedy; None if it can."""
     if not os.access(folder, os.R_OK | os.X_OK):
-        return "its folder cannot be read by the service; let the service's user read it."
+        return "its folder cannot be read by the service; make it readable for the service's user."
     if not (folder / "config.json").is_file():
         return "its folder has no config.json; save it with `model.save_pretrained(folder)`."
     if not any(folder.glob("*.safetensors")):
         return (
-            "its folder has no *.safetensors, the only kind of weights that is read; "
+            "its folder has no *.safetensors file, the only weight format that is supported; "
             "convert them with `model.save_pretrained(folder, safe_serialization=True)`."
         )
     return None
@@ -122,7 +122,7 @@ def _on_disk(settings: Settings) -> list[BaseModelRef]:
 
 
 def _folders(settings: Settings) -> list[Path]:
-    """The operator's folders whose names can be ids. An id is looked for among them, never made a path."""
+    """The operator's folders whose names can be ids. An id is compared with names, never used as a path."""
     if settings.models_dir is None or not settings.models_dir.is_dir():
         return []
     found = sorted(settings.models_dir.iterdir())
@@ -130,8 +130,8 @@ def _folders(settings: Settings) -> list[Path]:
 
 
 def _can_be_id(name: str) -> bool:
-    """Any text does but that of hidden folders, of `ft:` (fine-tuned models), and what is not text."""
-    broken = any(unicodedata.category(sign) in ("Cc", "Cs") for sign in name)
+    """Any name without control characters, unless it is hidden or begins with `ft:` (a fine-tuned model)."""
+    broken = any(unicodedata.category(character) in ("Cc", "Cs") for character in name)
     return len(name) <= _MAX_ID and not broken and not name.startswith((".", "ft:"))
 
 

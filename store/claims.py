@@ -1,7 +1,7 @@
 """Who works on a job: claims, leases and the fence.
 
-A claim raises `attempt` and sets a lease by the database's clock. Whoever claimed writes only through
-`write_as`, which holds while the attempt is his and the job is running.
+A claim increments `attempt` and sets a lease by the database's clock. Whoever claimed writes only through
+`write_as`, which succeeds while it still owns the attempt and the job is running.
 """
 
 from collections.abc import Sequence
@@ -14,7 +14,7 @@ from sqlalchemy.orm import Session
 from olora_core.progress import Note
 
 from .errors import LeaseLost
-from .events import tell
+from .events import add_notes
 from .kinds import KINDS, Kind, Work
 from .models import Attempt, File, Job, Project
 from .session import db_now, reader
@@ -24,7 +24,7 @@ StopRequest = Literal["cancel"]
 
 @dataclass(frozen=True)
 class Claim:
-    """An attempt that holds a job. `spec` has its "auto" values resolved if an earlier attempt did so."""
+    """One attempt's hold on a job. `spec` is resolved ("auto" replaced) once an attempt has done so."""
 
     job_id: str
     attempt: int
@@ -39,19 +39,19 @@ class Claim:
 
 
 def claimable() -> ColumnElement[bool]:
-    """Queued, and rested if it crashed."""
+    """Queued and, after a crash, past its back-off."""
     return and_(Job.status == "queued", or_(Job.not_before.is_(None), Job.not_before <= db_now()))
 
 
-def lease_is_over() -> ColumnElement[bool]:
+def lease_expired() -> ColumnElement[bool]:
     return and_(Job.status == "running", or_(Job.lease_until.is_(None), Job.lease_until < db_now()))
 
 
 def claim(session: Session, *, owner: str, lease_seconds: float) -> Claim | None:
-    """Takes the best claimable job: highest priority, then the project that waited longest, then age.
+    """Claims the best job: highest priority, then the project that has waited longest, then the oldest job.
 
-    One conditional UPDATE; of several who try, one gets the job. None when there is nothing to do.
-    Call it first in its transaction.
+    One conditional UPDATE, so that only one of several concurrent claims gets the job. Returns None if there
+    is no job. Call it first in its transaction.
     """
     if not _worth_trying(session):
         return None
@@ -82,12 +82,12 @@ def claim(session: Session, *, owner: str, lease_seconds: float) -> Claim | None
     session.execute(update(Project).where(Project.id == job.project_id).values(last_turn_at=db_now()))
     session.add(Attempt(job_id=job.id, attempt=job.attempt, owner=owner))
     if job.attempt == 1:
-        tell(session, job.id, Note("info", f"{KINDS[job.kind].noun.capitalize()} started"))
+        add_notes(session, job.id, Note("info", f"{KINDS[job.kind].noun.capitalize()} started"))
     return _claim_of(session, job, owner)
 
 
 def _worth_trying(session: Session) -> bool:
-    """On SQLite a look that takes no lock, so that idle workers do not stand in the writers' way."""
+    """On SQLite checks without a lock first, so that idle workers do not block writers."""
     engine = session.get_bind()
     if not isinstance(engine, Engine) or engine.dialect.name != "sqlite":
         return True
@@ -96,8 +96,8 @@ def _worth_trying(session: Session) -> bool:
 
 
 def _claim_of(session: Session, job: Job, owner: str) -> Claim:
-    wanted = select(File).where(File.id.in_([job.training_file, job.validation_file]))
-    keys = {file.id: file.storage_key for file in session.scalars(wanted)}
+    files = select(File).where(File.id.in_([job.training_file, job.validation_file]))
+    keys = {file.id: file.storage_key for file in session.scalars(files)}
     kind = KINDS[job.kind]
     return Claim(
         job_id=job.id,
@@ -120,9 +120,9 @@ def renew(session: Session, claim: Claim, lease_seconds: float) -> StopRequest |
 
 
 def write_as(session: Session, claim: Claim, **values: Any) -> Job:
-    """The fenced UPDATE that every write of an attempt begins with; it also locks the row.
+    """The fenced UPDATE with which every write of an attempt begins; it also locks the row.
 
-    Raises LeaseLost when the job is no longer this attempt's.
+    Raises LeaseLost if this attempt no longer holds the job.
     """
     fenced = update(Job).where(_mine(claim)).values(**{"status": "running", **values}).returning(Job)
     job = session.scalar(fenced.execution_options(populate_existing=True))

@@ -1,5 +1,6 @@
-"""What a comparison has of its own, in the life that it shares with jobs: where it is, which of its runs have
-ended, and what it found. All of it is fenced.
+"""What a comparison records beyond a job's life cycle: its current run, its ended runs and its findings.
+
+Every write is fenced.
 """
 
 from collections.abc import Mapping, Sequence
@@ -18,15 +19,15 @@ from .progress import finite, greatest
 from .session import db_now
 
 RUN = "run"
-"""The type of the events that tell of a run's end."""
-AT_RUN = ("run", "runs", "run_step", "run_steps", "method", "stage", "learning_rate", "seed", "loss")
-"""What the row keeps of the trainer's newest `ComparedStep`, beside the steps of all runs together."""
+"""The type of the events that report the end of a run."""
+RUN_FIELDS = ("run", "runs", "run_step", "run_steps", "method", "stage", "learning_rate", "seed", "loss")
+"""The fields of the trainer's newest `ComparedStep` that describe its run; the row keeps them as `at_run`."""
 
 FIGURES = (
-    *("label", "method", "rank", "trained_numbers", "learning_rate", "final", "steps_to_yardstick"),
+    *("label", "method", "rank", "trainable_parameters", "learning_rate", "final", "steps_to_baseline"),
     *("seconds", "tokens_per_second", "peak_memory_bytes", "exported_rank", "problem"),
 )
-"""What the row keeps of each method in the report; curves and searches are in the file alone."""
+"""The fields of each method's report that the row keeps; curves and searches are only in the file."""
 
 
 class EndedRun(Note):
@@ -54,43 +55,45 @@ def record(
     events: Sequence[Note] = (),
     seconds_left: float | None = None,
 ) -> None:
-    """Writes down progress: the newest step, without a row or an event of its own, and what was said.
+    """Records progress: the newest step, which gets neither a row nor an event of its own, and events.
 
-    A run whose end was told before, by whichever attempt, is not told again. Raises LeaseLost.
+    The end of a run is reported once, whichever attempt reported it. Raises LeaseLost.
     """
     job = write_as(session, claim, step=greatest(Job.step, int(at["step"]) if at else 0))
     if at is not None:
         job.total_steps = at["total_steps"]
-        job.at_run, _ = finite({name: at[name] for name in AT_RUN})
+        job.at_run, _ = finite({name: at[name] for name in RUN_FIELDS})
     if seconds_left is not None:
         job.estimated_finish = db_now() + seconds_left
-    _tell(session, job, events)
+    _add_events(session, job, events)
     session.flush()
 
 
-def _tell(session: Session, job: Job, events: Sequence[Note]) -> None:
-    told = _told_runs(session, job.id) if any(isinstance(event, EndedRun) for event in events) else set()
+def _add_events(session: Session, job: Job, events: Sequence[Note]) -> None:
+    reported = (
+        _reported_runs(session, job.id) if any(isinstance(event, EndedRun) for event in events) else set()
+    )
     rows = []
     for event in events:
         ends_run = isinstance(event, EndedRun)
-        if not (ends_run and event.data and event.data["run"] in told):
+        if not (ends_run and event.data and event.data["run"] in reported):
             type = RUN if ends_run else "message"
             rows.append(event_row(job.id, event.level, type, event.message, event.data))
     if rows:
         session.execute(insert(Event), rows)
 
 
-def _told_runs(session: Session, job_id: str) -> set[int]:
+def _reported_runs(session: Session, job_id: str) -> set[int]:
     rows = select(Event.data).where(Event.job_id == job_id, Event.type == RUN)
     return {data["run"] for data in session.scalars(rows) if data is not None}
 
 
 def findings_of(report: Mapping[str, Any]) -> dict[str, Any]:
-    """The short of the core's report: which method to take, the spec that trains it, and the main figures."""
+    """A summary of the core's report: verdict, the spec that trains the best method, main figures."""
     methods = [{name: method[name] for name in FIGURES} for method in report["methods"]]
     return {"verdict": report["verdict"], "winner": report["winner"], "methods": methods}
 
 
 def succeed(session: Session, claim: Claim, *, files: Sequence[ResultFile], findings: dict[str, Any]) -> Job:
-    """The comparison's end: its page, its report, and in short what it found. Raises LeaseLost."""
+    """Ends the comparison with its page, its report and a summary of its findings. Raises LeaseLost."""
     return complete(session, claim, files, findings["verdict"]["sentence"], findings=findings)

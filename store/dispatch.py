@@ -1,7 +1,7 @@
-"""The dispatcher: a thread of the server that moves waiting rows on. Idempotent; any number may run at once.
+"""The dispatcher: a server thread that moves waiting jobs forward. Idempotent; several may run at once.
 
-It admits jobs whose files are checked, takes jobs from lost workers, wakes workers while jobs wait, and
-tidies up. A commit that made work nudges it; otherwise it looks every two seconds.
+It admits jobs whose files have been checked, takes jobs from lost workers, wakes workers while jobs wait, and
+cleans up. A commit that creates work calls `nudge`; otherwise it polls every two seconds.
 """
 
 import logging
@@ -29,12 +29,12 @@ TIDY_SECONDS = 60.0
 FIRST_BACK_OFF_SECONDS = 2.0
 LAST_BACK_OFF_SECONDS = 60.0
 BROKER_BACK_OFF_SECONDS = 30.0
-MOST_WAKE_UPS = 16
-"""In one tick; a worker that wakes goes on by itself until nothing is left."""
+MAX_WAKE_UPS = 16
+"""Per tick; a worker that wakes up works until no job is left."""
 
 
 class Dispatcher(threading.Thread):
-    """`start()`, `nudge()` after a commit that made work, `stop()` at the end."""
+    """`start()`, `nudge()` after a commit that creates work, `stop()` at the end."""
 
     def __init__(
         self,
@@ -54,18 +54,18 @@ class Dispatcher(threading.Thread):
         self._app = app or celery_app(settings)
         self._nudged = threading.Event()
         self._stopping = threading.Event()
-        self._troubles: dict[str, str] = {}
+        self._errors: dict[str, str] = {}
         self._next_tidying = 0.0
-        self._owed = 0
+        self._pending_wake_ups = 0
         self._next_sending = 0.0
-        self._broker_rest = FIRST_BACK_OFF_SECONDS
+        self._broker_back_off = FIRST_BACK_OFF_SECONDS
 
     def nudge(self) -> None:
-        """There is work. Returns at once."""
+        """Wakes the thread because there is work. Returns at once."""
         self._nudged.set()
 
     def stop(self, timeout: float = 10.0) -> None:
-        """Ends the thread after what it is doing."""
+        """Ends the thread after its current round."""
         self._stopping.set()
         self._nudged.set()
         if self.is_alive():
@@ -79,10 +79,10 @@ class Dispatcher(threading.Thread):
             self._nudged.wait(self.tick_seconds)
 
     def tick(self, *, tidy: bool = False) -> None:
-        """One round. A part that fails (the database is away) is logged once and tried again next time."""
+        """One round. A part that fails (the database may be down) is logged once and retried each round."""
         self._try("admit jobs", self._admit)
         self._try("take jobs from lost workers", self._sweep)
-        self._try("see which jobs wait", self._note_wake_ups)
+        self._try("see which jobs wait", self._count_wake_ups)
         self._try("wake workers", self._send_wake_ups)
         if tidy or time.monotonic() >= self._next_tidying:
             self._try("remove deleted files", self._purge)
@@ -94,12 +94,12 @@ class Dispatcher(threading.Thread):
         try:
             part()
         except Exception as error:
-            trouble = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
-            if self._troubles.get(what) != trouble:
-                log.warning("The dispatcher cannot %s and keeps trying: %s", what, trouble)
-            self._troubles[what] = trouble
+            error_line = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
+            if self._errors.get(what) != error_line:
+                log.warning("The dispatcher cannot %s and keeps trying: %s", what, error_line)
+            self._errors[what] = error_line
         else:
-            if self._troubles.pop(what, None):
+            if self._errors.pop(what, None):
                 log.warning("The dispatcher can %s again.", what)
 
     def _admit(self) -> None:
@@ -109,25 +109,25 @@ class Dispatcher(threading.Thread):
                     return
 
     def _sweep(self) -> None:
-        if self._any(claims.lease_is_over()):
+        if self._any(claims.lease_expired()):
             with self._sessions.begin() as session:
                 jobs.sweep(session, self.settings)
 
-    def _note_wake_ups(self) -> None:
+    def _count_wake_ups(self) -> None:
         if not self._any(and_(claims.claimable(), wake_up_due())):
             return
         with self._sessions.begin() as session:
-            self._owed = max(self._owed, take_wake_ups(session))
+            self._pending_wake_ups = max(self._pending_wake_ups, take_wake_ups(session))
 
     def _send_wake_ups(self) -> None:
-        """A broker that is away is tried again after 2, 4, … 30 seconds."""
-        if not self._owed or time.monotonic() < self._next_sending:
+        """An unreachable broker is retried after 2, 4, … 30 seconds."""
+        if not self._pending_wake_ups or time.monotonic() < self._next_sending:
             return
-        if wake(self._app, self._owed):
-            self._owed, self._broker_rest = 0, FIRST_BACK_OFF_SECONDS
+        if wake(self._app, self._pending_wake_ups):
+            self._pending_wake_ups, self._broker_back_off = 0, FIRST_BACK_OFF_SECONDS
         else:
-            self._next_sending = time.monotonic() + self._broker_rest
-            self._broker_rest = min(BROKER_BACK_OFF_SECONDS, 2 * self._broker_rest)
+            self._next_sending = time.monotonic() + self._broker_back_off
+            self._broker_back_off = min(BROKER_BACK_OFF_SECONDS, 2 * self._broker_back_off)
 
     def _purge(self) -> None:
         with self._readers() as session:
@@ -136,7 +136,7 @@ class Dispatcher(threading.Thread):
             purge_files(self._sessions, self._store)
 
     def _any(self, condition: ColumnElement[bool]) -> bool:
-        """A look that takes no lock."""
+        """Checks without taking a lock."""
         with self._readers() as session:
             return session.scalar(select(Job.seq).where(condition).limit(1)) is not None
 
@@ -148,7 +148,7 @@ class Dispatcher(threading.Thread):
 
 
 def wake_up_due() -> ColumnElement[bool]:
-    """No wake-up was sent since the job was queued, or the last one so long ago that it may be lost."""
+    """No wake-up has been sent since the job was queued, or the last one is so old that it may be lost."""
     return or_(Job.dispatches == 0, Job.dispatched_at <= db_now() - _back_off_seconds())
 
 
@@ -159,17 +159,17 @@ def _back_off_seconds() -> ColumnElement[float]:
 
 
 def take_wake_ups(session: Session) -> int:
-    """Notes on the jobs that are due that they get a wake-up now. Returns how many to send.
+    """Marks the jobs that are due for a wake-up. Returns how many to send.
 
-    One for each job that never had any, up to a limit; a single one for all that had one before.
+    One for each job that has had none, up to a limit; if there is no such job, a single one for all others.
     """
     fresh = select(Job.seq).where(claims.claimable(), Job.dispatches == 0).order_by(Job.seq)
-    first = _note(session, Job.dispatches == 0, Job.seq.in_(fresh.limit(MOST_WAKE_UPS)))
-    again = _note(session, claims.claimable(), Job.dispatches > 0, wake_up_due())
+    first = _mark(session, Job.dispatches == 0, Job.seq.in_(fresh.limit(MAX_WAKE_UPS)))
+    again = _mark(session, claims.claimable(), Job.dispatches > 0, wake_up_due())
     return first or min(again, 1)
 
 
-def _note(session: Session, *due: ColumnElement[bool]) -> int:
-    noted = update(Job).where(*due).values(dispatches=Job.dispatches + 1, dispatched_at=db_now())
-    rows = session.execute(noted.returning(Job.seq).execution_options(synchronize_session=False))
+def _mark(session: Session, *due: ColumnElement[bool]) -> int:
+    marked = update(Job).where(*due).values(dispatches=Job.dispatches + 1, dispatched_at=db_now())
+    rows = session.execute(marked.returning(Job.seq).execution_options(synchronize_session=False))
     return len(rows.all())

@@ -1,21 +1,21 @@
-"""What can go wrong in the store, in words a user can act on.
+"""Errors of the store, with messages that a user can act on.
 
 StoreError              an OloraError of the core
-├── SettingsError        an OLORA_ variable does not fit
-├── SchemaBehind         the database was made by an older version
+├── SettingsError        a setting has an invalid value
+├── SchemaBehind         the database's schema is older than this version needs
 ├── NotFound             no such file, job, checkpoint or model in this project
-├── UnknownCursor        `after` names nothing that the list holds
-├── FileInUse            the file belongs to a job that has not ended, or to a model
-├── FileUnusable         the file cannot be used for this
-├── BadIntegration       an integration is none, or not one that this service is set up for
+├── UnknownCursor        `after` is not the id of an item of the list
+├── FileInUse            an unfinished job or a model needs the file
+├── FileUnusable         the file cannot be used for this purpose
+├── BadIntegration       unknown integration type, or one this service is not configured for
 ├── JobStateError        the job's status does not allow this
-├── LeaseLost            the row belongs to another attempt: write nothing, stop
-├── RequestMismatch      the same Idempotency-Key with another body
-├── RequestPending       the first try of this request has not answered yet
+├── LeaseLost            the row belongs to another attempt: stop without writing
+├── RequestMismatch      the Idempotency-Key was used with another body
+├── RequestPending       the first try of this request has not been answered yet
 └── StorageError         stored bytes cannot be written or read
     ├── StorageFull      no space is left
     ├── TooLarge         more bytes than allowed
-    └── StorageDamaged   stored bytes are not those of their manifest
+    └── StorageDamaged   stored bytes differ from their manifest
 """
 
 from olora_core.errors import OloraError
@@ -26,13 +26,13 @@ class StoreError(OloraError):
 
 
 class SettingsError(StoreError):
-    """An OLORA_ variable does not fit."""
+    """A setting has an invalid value."""
 
     code = "invalid_settings"
 
 
 class SchemaBehind(StoreError):
-    """The database was made by an older version of the service."""
+    """The database's schema is older than this version needs."""
 
     code = "schema_behind"
 
@@ -44,31 +44,31 @@ class NotFound(StoreError):
 
 
 class UnknownCursor(StoreError):
-    """`after` names nothing that the list holds. `param` is how the caller gave it."""
+    """`after` is not the id of an item of the list. `param` is where the caller gave it."""
 
     code = "invalid_cursor"
 
     def __init__(self, after: str, param: str = "after") -> None:
         super().__init__(
-            f"{param} = {after!r} names nothing in this list; use the id of the last item you got.",
+            f"{param} = {after!r} is not in this list; use the id of the last item you received.",
             param=param,
         )
 
 
 class FileInUse(StoreError):
-    """The file belongs to a job that has not ended, or to a model."""
+    """An unfinished job or a model needs the file."""
 
     code = "file_in_use"
 
 
 class FileUnusable(StoreError):
-    """The file cannot be used for this."""
+    """The file cannot be used for this purpose."""
 
     code = "invalid_training_file"
 
 
 class BadIntegration(StoreError):
-    """An integration is none, or not one that this service is set up for."""
+    """Unknown integration type, or one this service is not configured for."""
 
     code = "invalid_integration"
 
@@ -80,22 +80,22 @@ class JobStateError(StoreError):
 
 
 class LeaseLost(StoreError):
-    """The row belongs to another attempt, or to none: write nothing, stop."""
+    """The row belongs to another attempt, or to none: stop without writing."""
 
     code = "lease_lost"
 
     def __init__(self, job_id: str, attempt: int) -> None:
-        super().__init__(f"Attempt {attempt} no longer holds job {job_id}; it writes nothing more.")
+        super().__init__(f"Attempt {attempt} no longer holds job {job_id} and stops.")
 
 
 class RequestMismatch(StoreError):
-    """The same Idempotency-Key with another body."""
+    """The Idempotency-Key was used with another body."""
 
     code = "idempotency_key_reused"
 
 
 class RequestPending(StoreError):
-    """The first try of this request has not answered yet."""
+    """The first try of this request has not been answered yet."""
 
     code = "request_pending"
 
@@ -119,6 +119,6 @@ class TooLarge(StorageError):
 
 
 class StorageDamaged(StorageError):
-    """Stored bytes are not those that their manifest names."""
+    """Stored bytes differ from their manifest."""
 
     code = "storage_damaged"

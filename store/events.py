@@ -1,4 +1,4 @@
-"""What a job's owner reads: messages, and the metrics of each step.
+"""A job's events: messages, and the metrics of each step.
 
 Every event is written while its job's row is locked, so that sequence numbers rise in the order in which
 they become visible.
@@ -16,7 +16,7 @@ from .models import Event, new_id
 from .pages import RowPage, read_page
 
 
-def tell(session: Session, job_id: str, *notes: Note) -> None:
+def add_notes(session: Session, job_id: str, *notes: Note) -> None:
     if notes:
         rows = [event_row(job_id, note.level, "message", note.message, note.data) for note in notes]
         session.execute(insert(Event), rows)
@@ -36,7 +36,7 @@ def event_row(
 
 
 def storable(text: str) -> str:
-    """A sentence may quote a training file, and that a character which PostgreSQL does not hold: NUL."""
+    """The text without NUL, which a quoted training file may contain and PostgreSQL cannot store."""
     return text.replace("\x00", "\ufffd")
 
 

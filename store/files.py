@@ -1,4 +1,4 @@
-"""The rows of files, and how they and their bytes in the storage stay one."""
+"""The rows of files, kept consistent with their bytes in the storage."""
 
 from typing import Any, Literal
 
@@ -89,25 +89,26 @@ def list_files(
 
 
 def delete_file(session: Session, project_id: str, file_id: str) -> File:
-    """Takes a file off the list; after the commit `purge_files` removes its bytes.
+    """Marks a file as deleted; `purge_files` removes its bytes after the commit.
 
-    Raises NotFound, and FileInUse while a job that has not ended needs it or a model is made of it.
+    Raises NotFound, and FileInUse while an unfinished job needs it or it holds a model's weights.
     """
     get_file(session, project_id, file_id)
-    # Locked before the jobs are read: a job being created holds the same lock until it is there to be seen.
+    # Lock before reading the jobs: a job that is being created holds this lock until its row is visible.
     file = session.scalar(select(File).where(File.id == file_id, _alive()).with_for_update())
     if file is None:
         raise NotFound(f"No such file: {file_id}.", param="file_id")
     job_id = session.scalar(select(Job.id).where(_uses(file.id)).limit(1))
     if job_id is not None:
         raise FileInUse(
-            f"File {file_id} is in use by job {job_id}; wait for its end or cancel it first.", param="file_id"
+            f"File {file_id} is in use by job {job_id}; wait until it ends or cancel it first.",
+            param="file_id",
         )
     model_id = _model_of(session, file)
     if model_id is not None:
         raise FileInUse(
-            f"File {file_id} holds the weights of the model '{model_id}'; delete the model instead, and the "
-            f"file goes with it: DELETE /v1/models/{model_id}.",
+            f"File {file_id} holds the weights of the model '{model_id}'; delete the model "
+            f"instead, which also deletes the file: DELETE /v1/models/{model_id}.",
             param="file_id",
         )
     _mark_deleted(session, file)
@@ -132,7 +133,7 @@ def _uses(file_id: Any) -> Any:
 
 
 def lock_file(session: Session, file: File) -> None:
-    """Keeps a file from being deleted until this transaction ends. Raises NotFound when it already is."""
+    """Keeps a file from being deleted until this transaction ends. Raises NotFound if it has been already."""
     held = select(File.seq).where(File.id == file.id, _alive()).with_for_update(read=True)
     if session.scalar(held) is None:
         raise NotFound(f"File {file.id} has been deleted.", param="training_file")
@@ -146,7 +147,7 @@ def to_purge() -> ColumnElement[bool]:
 def purge_files(sessions: Sessions, store: Storage, limit: int = 100) -> int:
     """Marks expired files as deleted, unless a job needs them, and removes the bytes of deleted ones.
 
-    Bytes go first: when they are gone and the row is not, the next call finds nothing to do and says so.
+    The bytes are removed before the rows say so: if the process dies in between, the next call repeats it.
     """
     with sessions.begin() as session:
         expired = select(File).where(

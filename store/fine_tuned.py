@@ -1,4 +1,4 @@
-"""Fine-tuned models: the names of what succeeded jobs have trained."""
+"""Fine-tuned models: names for what succeeded jobs have trained."""
 
 import re
 from collections.abc import Sequence
@@ -14,7 +14,7 @@ from .session import db_now, settle
 def model_name(base: str, organization: str, suffix: str | None, job_id: str) -> str:
     """`ft:<base>:<organization>:<suffix or empty>:<8 characters of the job's id>`, without a slash.
 
-    A job's name is known from its beginning, so that its checkpoints can be called after it.
+    Known as soon as the job exists, so that its checkpoints can be named after it.
     """
     return f"ft:{slug(base)}:{organization}:{slug(suffix or '')}:{job_id[-8:]}"
 
@@ -42,7 +42,7 @@ def get_model(session: Session, project_id: str, model_id: str) -> Model:
 
 
 def delete_model(session: Session, project_id: str, model_id: str) -> Model:
-    """The model and the file with its weights go, the job keeps its record. Raises NotFound."""
+    """Deletes the model and the file with its weights; the job stays. Raises NotFound."""
     model = get_model(session, project_id, model_id)
     model.deleted_at = db_now()
     job = session.scalar(select(Job).where(Job.id == model.job_id))

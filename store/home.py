@@ -1,6 +1,6 @@
-"""What the service keeps is its owner's alone: a new folder is made 0700, a new file 0600.
+"""New folders (0700) and files (0600) that only the service's user can read.
 
-The modes of what is there already stay, for whoever made it may have had reasons.
+Existing ones keep their modes, which somebody may have chosen on purpose.
 """
 
 import os
@@ -11,7 +11,7 @@ FILE_MODE = 0o600
 
 
 def make_folder(folder: Path) -> None:
-    """Makes a folder and those above it that are missing; `Path.mkdir` would leave the latter open to all."""
+    """Makes a folder and its missing parents; `Path.mkdir` would give the parents the default mode."""
     if not folder.parent.is_dir():
         make_folder(folder.parent)
     folder.mkdir(mode=FOLDER_MODE, exist_ok=True)

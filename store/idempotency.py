@@ -1,8 +1,8 @@
-"""Creating requests, remembered so that a client's retry gets what the first try made.
+"""Idempotent creation: a client's retry gets the object that the first try created.
 
-`open_request` records the request before the work, `close_request` names what was made in the very
-transaction that makes it. A try that dies in between is overtaken by its retry after a while, and could then
-no longer commit.
+`open_request` records a request before the work, `close_request` the created object in the transaction that
+creates it. If a try dies in between, its retry takes over after a while, and the dead try can no longer
+commit.
 """
 
 import hashlib
@@ -22,13 +22,13 @@ RETRY_WINDOW_SECONDS = 3600.0
 KEEP_SECONDS = 86_400.0
 """How long an Idempotency-Key is remembered."""
 DEAD_SECONDS = 10.0
-"""A try that has not answered for so long has died: between open and close lies one transaction."""
+"""A try without an answer for this long has died: there is one transaction between open and close."""
 _POLL_SECONDS = 0.05
 
 
 @dataclass(frozen=True)
 class Opened:
-    """A request to work on; `object_id` is set when it was answered before and nothing is to be made."""
+    """A recorded request; `object_id` is set if an earlier try has already created the object."""
 
     seq: int
     turn: int
@@ -36,7 +36,7 @@ class Opened:
 
 
 def content_digest(*parts: bytes | str) -> str:
-    """SHA-256 over parts whose borders count, such as a form's fields and its file's digest."""
+    """SHA-256 over several parts, each with its length, such as a form's fields and its file's digest."""
     digest = hashlib.sha256()
     for part in parts:
         data = part.encode() if isinstance(part, str) else part
@@ -55,10 +55,10 @@ def open_request(
     wait_seconds: float = 30.0,
     dead_seconds: float = DEAD_SECONDS,
 ) -> Opened:
-    """Records a request, or finds the earlier try of it and waits for that one's answer.
+    """Records a request, or finds its earlier try and waits for the answer.
 
-    `content` is the `content_digest` of what was sent. With an Idempotency-Key the same key is the same
-    request; without one a request is a retry when the client says so (`retry_count` > 0).
+    `content` is the `content_digest` of the body. Requests with the same Idempotency-Key are the same
+    request; without a key, a request is a retry if the client says so (`retry_count` > 0).
     Raises RequestMismatch (another body under the same key) and RequestPending (no answer in time).
     """
     key_digest = content_digest(key_id, route, idempotency_key) if idempotency_key else None
@@ -76,7 +76,7 @@ def open_request(
 def _try_to_open(
     sessions: Sessions, key_digest: str | None, content: str, retry_count: int, dead_seconds: float
 ) -> Opened | None:
-    """None: an earlier try is still at work."""
+    """None while an earlier try is still running."""
     with sessions.begin() as session:
         earlier = _earlier(session, key_digest, content, retry_count)
         if earlier is not None:
@@ -105,7 +105,7 @@ def _earlier(session: Session, key_digest: str | None, content: str, retry_count
 def _follow(session: Session, earlier: Request, content: str, dead_seconds: float) -> Opened | None:
     if earlier.content_digest != content:
         raise RequestMismatch(
-            "This Idempotency-Key came before with another request; use a new key for a new request.",
+            "This Idempotency-Key was used before with another request; use a new key for a new request.",
             param="Idempotency-Key",
         )
     if earlier.object_id is not None:
@@ -121,9 +121,9 @@ def _follow(session: Session, earlier: Request, content: str, dead_seconds: floa
 
 
 def close_request(session: Session, opened: Opened, object_id: str) -> None:
-    """Names what the request made. Call it in the transaction that makes it.
+    """Records the object that the request created. Call it in the transaction that creates it.
 
-    Raises RequestPending when a retry has taken over: then nothing of this transaction may be kept.
+    Raises RequestPending if a retry has taken over; the transaction must then be rolled back.
     """
     closed = session.execute(
         update(Request)
@@ -133,11 +133,11 @@ def close_request(session: Session, opened: Opened, object_id: str) -> None:
         .execution_options(synchronize_session=False)
     ).scalar()
     if closed is None:
-        raise RequestPending("A retry of this request has taken over; its answer holds.")
+        raise RequestPending("A retry of this request has taken over; use its answer.")
 
 
 def drop_request(sessions: Sessions, opened: Opened) -> None:
-    """Forgets a request that came to nothing (a refused body), so that a corrected one may follow."""
+    """Forgets a refused request, so that a corrected one can follow."""
     with sessions.begin() as session:
         session.execute(
             delete(Request).where(

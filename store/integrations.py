@@ -1,7 +1,6 @@
-"""The experiment trackers that a job may name: in OpenAI's shape Weights & Biases, in the same shape MLflow.
+"""The experiment trackers that a job can report to: Weights & Biases in OpenAI's format, MLflow in the same.
 
-Which of them a service offers is its operator's matter: accounts and addresses are settings, and no request
-carries any.
+The operator decides which are available: accounts and addresses are settings, never part of a request.
 """
 
 import unicodedata
@@ -42,12 +41,12 @@ Tag = Annotated[str, Field(min_length=1, max_length=64), AfterValidator(_printab
 TagText = Annotated[str, Field(max_length=512), AfterValidator(_printable)]
 
 
-class _Asked(BaseModel):
+class _Strict(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
 
 
-class WandbRun(_Asked):
-    """A run of Weights & Biases. Without a name it bears the job's id."""
+class WandbRun(_Strict):
+    """A run in Weights & Biases, named after the job's id by default."""
 
     project: Project
     entity: Project | None = None
@@ -55,26 +54,26 @@ class WandbRun(_Asked):
     tags: list[Tag] | None = Field(default=None, max_length=20)
 
 
-class MlflowRun(_Asked):
-    """A run of MLflow. Without a name it bears the job's id."""
+class MlflowRun(_Strict):
+    """A run in MLflow, named after the job's id by default."""
 
     experiment: Name
     run_name: Name | None = None
     tags: Annotated[dict[Tag, TagText], Field(max_length=20), AfterValidator(_own_tags)] | None = None
 
 
-class WandbIntegration(_Asked):
+class WandbIntegration(_Strict):
     title: ClassVar[str] = "Weights & Biases"
     type: Literal["wandb"]
     wandb: WandbRun
 
     @property
     def place(self) -> tuple[str | None, ...]:
-        """Where the run will be; two integrations of a job may not share it."""
+        """Where the run will appear; no two integrations of a job may share it."""
         return self.wandb.entity, self.wandb.project
 
 
-class MlflowIntegration(_Asked):
+class MlflowIntegration(_Strict):
     title: ClassVar[str] = "MLflow"
     type: Literal["mlflow"]
     mlflow: MlflowRun
@@ -89,12 +88,13 @@ INTEGRATIONS: dict[str, type[Integration]] = {"wandb": WandbIntegration, "mlflow
 
 
 def read_integrations(values: Any) -> list[Integration]:
-    """Raises BadIntegration, naming the place and what fits there."""
+    """Raises BadIntegration, naming the place and what it must be."""
     if not isinstance(values, list | tuple):
         raise BadIntegration("integrations must be a list.", param="integrations")
     if len(values) > MAX_INTEGRATIONS:
         raise BadIntegration(
-            f"integrations has {len(values)} entries; it may have {MAX_INTEGRATIONS}.", param="integrations"
+            f"integrations must have at most {MAX_INTEGRATIONS} entries (got {len(values)}).",
+            param="integrations",
         )
     read: list[Integration] = []
     for position, value in enumerate(values):
@@ -102,7 +102,7 @@ def read_integrations(values: Any) -> list[Integration]:
         integration = _read(value, place)
         if any((other.type, other.place) == (integration.type, integration.place) for other in read):
             raise BadIntegration(
-                f"{place} names the same place as one before it; name each once.", param=place
+                f"{place} has the same destination as an earlier integration; list each once.", param=place
             )
         read.append(integration)
     return read
@@ -124,7 +124,7 @@ def _read(value: Any, place: str) -> Integration:
 
 
 def _refused(error: ValidationError, kind: str, place: str) -> BadIntegration:
-    """The first complaint, as one sentence."""
+    """The first error, as one sentence."""
     problem = error.errors(include_url=False)[0]
     *path, last = problem["loc"]
     param = ".".join([place, *map(str, problem["loc"])])
@@ -139,7 +139,7 @@ def _refused(error: ValidationError, kind: str, place: str) -> BadIntegration:
 
 
 def require_offered(integrations: list[Integration], settings: Settings) -> None:
-    """Raises BadIntegration for a tracker that this service is not set up for."""
+    """Raises BadIntegration for a tracker that this service is not configured for."""
     remedies = {
         "wandb": None if offers_wandb(settings) else "OLORA_WANDB_API_KEY, or OLORA_WANDB_MODE to offline",
         "mlflow": None if settings.mlflow_tracking_uri else "OLORA_MLFLOW_TRACKING_URI",
@@ -147,8 +147,8 @@ def require_offered(integrations: list[Integration], settings: Settings) -> None
     for position, integration in enumerate(integrations):
         if remedy := remedies[integration.type]:
             raise BadIntegration(
-                f"{integration.title} is not set up here: leave the integration out, or have the operator "
-                f"set {remedy}. The TensorBoard file carries every metric as well.",
+                f"{integration.title} is not configured on this service: leave the integration out, or ask "
+                f"the operator to set {remedy}. The TensorBoard file has every metric as well.",
                 param=f"integrations[{position}].type",
                 code="integration_not_configured",
             )

@@ -1,7 +1,7 @@
-"""The life of a job: created, admitted, ended. Each transition is one short transaction.
+"""The life cycle of a job: created, admitted, ended. Each transition is one short transaction.
 
-The row is the truth. `claims.py` tells who works on it, `progress.py` what is recorded meanwhile.
-A comparison lives the same life; what it has of its own is in `comparisons.py`.
+The row is the only truth. `claims.py` says who works on a job, `progress.py` what is recorded meanwhile.
+Comparisons share this life cycle; what only they have is in `comparisons.py`.
 """
 
 from collections.abc import Mapping, Sequence
@@ -15,9 +15,9 @@ from olora_core.errors import OloraError
 from olora_core.formats import Report, check_for_training
 from olora_core.progress import Note
 
-from .claims import Claim, lease_is_over, write_as
+from .claims import Claim, lease_expired, write_as
 from .errors import FileUnusable, JobStateError, NotFound, StoreError
-from .events import storable, tell
+from .events import add_notes, storable
 from .files import lock_file, new_file_id, record_file
 from .kinds import FINE_TUNING, KINDS, Kind, Work, kind_for
 from .models import Attempt, File, Job, Model, new_id
@@ -54,10 +54,9 @@ def create(
     seed: int | None = None,
     notes: Sequence[Note] = (),
 ) -> Job:
-    """A new job, or comparison, in `validating_files`. `seed` is the spec's own unless given; `notes` become
-    its events.
+    """Creates a job or comparison in `validating_files`. `seed` defaults to the spec's; `notes` are events.
 
-    Raises NotFound when a file was deleted meanwhile and FileUnusable when it is no training file.
+    Raises NotFound if a file has been deleted meanwhile, FileUnusable if it is not a training file.
     """
     for file, param in ((training_file, "training_file"), (validation_file, "validation_file")):
         if file is not None:
@@ -85,7 +84,7 @@ def create(
     checked = f"Validating training file: {training_file.id}"
     if validation_file:
         checked += f" and validation file: {validation_file.id}"
-    tell(session, job.id, Note("info", f"Created {kind.noun}: {job.id}"), Note("info", checked), *notes)
+    add_notes(session, job.id, Note("info", f"Created {kind.noun}: {job.id}"), Note("info", checked), *notes)
     return job
 
 
@@ -99,24 +98,26 @@ def _check_purpose(file: File, param: str) -> None:
 
 
 def admit(session: Session, settings: Settings) -> int:
-    """Moves jobs from `validating_files` to `queued`, or to `failed`, by their files' stored reports.
+    """Moves jobs from `validating_files` to `queued`, or to `failed`, according to their files' reports.
 
     Returns how many it moved.
     """
     waiting = select(Job).where(Job.status == "validating_files").order_by(Job.seq).limit(100)
     jobs = session.scalars(waiting.with_for_update(skip_locked=True)).all()
     for job in jobs:
-        error = _what_is_wrong_with_files(session, job, settings)
+        error = _file_error(session, job, settings)
         if error is not None:
             _end_failed(session, job, error_dict(error))
             continue
         job.status = "queued"
-        tell(session, job.id, Note("info", f"Files validated, moving {KINDS[job.kind].word} to queued state"))
+        add_notes(
+            session, job.id, Note("info", f"Files validated, moving {KINDS[job.kind].word} to queued state")
+        )
     session.flush()
     return len(jobs)
 
 
-def _what_is_wrong_with_files(session: Session, job: Job, settings: Settings) -> OloraError | None:
+def _file_error(session: Session, job: Job, settings: Settings) -> OloraError | None:
     training = _report_of(session, job.training_file, "training_file")
     if not isinstance(training, Report):
         return training
@@ -155,10 +156,10 @@ def succeed(
     certificate: dict[str, Any],
     trained_tokens: int,
 ) -> Job:
-    """The job's end: its result files, its model, its certificate.
+    """Ends the job with its result files, its model and its certificate.
 
-    Of the files the CSV is the first, the adapter (or the model) the second and TensorBoard's the third.
-    Raises LeaseLost; then nothing of it holds.
+    `files` are the CSV, the adapter (or the merged model) and the TensorBoard file, in this order.
+    Raises LeaseLost; then nothing is written.
     """
     made = {"fine_tuned_model": model, "certificate": certificate, "trained_tokens": trained_tokens}
     job = complete(session, claim, files, f"New fine-tuned model created: {model}", **made)
@@ -168,26 +169,26 @@ def succeed(
 
 
 def complete(session: Session, claim: Claim, files: Sequence[ResultFile], outcome: str, **result: Any) -> Job:
-    """The good end of either kind: its result files, the columns of its `result`, and a sentence on it.
+    """Ends a job or comparison that has succeeded. `outcome` becomes an event, `result` sets columns.
 
     Raises LeaseLost.
     """
-    job = write_as(session, claim, status="succeeded", finished_at=db_now(), **result, **_AT_REST)
+    job = write_as(session, claim, status="succeeded", finished_at=db_now(), **result, **_NO_ATTEMPT)
     job.result_files = [_record_result(session, job, file).id for file in files]
     _end_attempt(session, job, "succeeded")
     ended = f"The {KINDS[job.kind].word} has successfully completed"
-    tell(session, job.id, Note("info", outcome), Note("info", ended))
+    add_notes(session, job.id, Note("info", outcome), Note("info", ended))
     settle(session, job)
     return job
 
 
-_AT_REST: dict[str, Any] = {
+_NO_ATTEMPT: dict[str, Any] = {
     "lease_owner": None,
     "lease_until": None,
     "stop_request": None,
     "estimated_finish": None,
 }
-"""What a job without an attempt does not have."""
+"""The columns that are null while no attempt runs."""
 
 
 def _record_result(session: Session, job: Job, file: ResultFile) -> File:
@@ -204,14 +205,14 @@ def _record_result(session: Session, job: Job, file: ResultFile) -> File:
 
 
 def fail(session: Session, claim: Claim, error: OloraError) -> Job:
-    """The job cannot be done; its owner reads why. Raises LeaseLost."""
+    """Ends the job with an error for its owner. Raises LeaseLost."""
     job = write_as(session, claim)
     _end_failed(session, job, error_dict(error))
     return job
 
 
 def cancelled(session: Session, claim: Claim) -> Job:
-    """The trainer has stopped as its owner wished. Raises LeaseLost."""
+    """Ends the job after its trainer has stopped on request. Raises LeaseLost."""
     job = write_as(session, claim)
     _end_cancelled(session, job)
     return job
@@ -226,10 +227,10 @@ def hand_back(
     crashed: bool = False,
     max_failures: int = 3,
 ) -> Job:
-    """The attempt is over and the job is not: another attempt goes on from the last checkpoint.
+    """Ends the attempt and queues the job again; another attempt resumes from the last checkpoint.
 
-    `message` is a sentence that says what happened. A crash counts; `max_failures` of them without a new
-    checkpoint in between end the job. Raises LeaseLost.
+    `message` is a sentence that says what happened. Crashes count: `max_failures` in a row without a new
+    checkpoint fail the job. Raises LeaseLost.
     """
     job = write_as(session, claim)
     _release(session, job, reason, message, crashed, max_failures)
@@ -237,10 +238,10 @@ def hand_back(
 
 
 def sweep(session: Session, settings: Settings) -> int:
-    """Takes jobs from attempts whose lease has run out. Returns how many."""
-    jobs = session.scalars(select(Job).where(lease_is_over()).with_for_update(skip_locked=True)).all()
+    """Takes jobs from attempts whose lease has expired. Returns how many."""
+    jobs = session.scalars(select(Job).where(lease_expired()).with_for_update(skip_locked=True)).all()
     for job in jobs:
-        message = f"The worker {job.lease_owner} was lost: it said nothing until its lease ran out."
+        message = f"Worker {job.lease_owner} was lost: it did not renew its lease."
         _release(session, job, "lease_lost", message, True, settings.max_failures)
     return len(jobs)
 
@@ -260,13 +261,13 @@ def _release(session: Session, job: Job, reason: str, message: str, crashed: boo
     job.dispatches, job.dispatched_at = 0, None
     if crashed:
         job.not_before = db_now() + back_off(job.failures)
-    _rest(job)
+    _clear_attempt(job)
     data = {"reason": reason, "attempt": job.attempt, "step": job.step}
     data["resumes_from_step"] = checkpoint.step if checkpoint else 0
     onward = (
-        f"Step {job.step} was reached; the {KINDS[job.kind].word} is queued again and goes on from {start}."
+        f"Step {job.step} was reached; the {KINDS[job.kind].word} is queued again and resumes from {start}."
     )
-    tell(session, job.id, Note("warn" if crashed else "info", f"{message} {onward}", data))
+    add_notes(session, job.id, Note("warn" if crashed else "info", f"{message} {onward}", data))
     settle(session, job)
 
 
@@ -274,18 +275,18 @@ def _gave_up(job: Job, reason: str, message: str, start: str) -> dict[str, Any]:
     times = "once" if job.failures == 1 else f"{job.failures} times"
     word = KINDS[job.kind].word
     sentence = f"The {word} failed {times} without a new checkpoint in between (the last one is {start})."
-    return {"code": reason, "message": f"{sentence} At last: {message}", "param": None}
+    return {"code": reason, "message": f"{sentence} Last error: {message}", "param": None}
 
 
 def back_off(failures: int) -> float:
-    """Seconds that a job rests after its n-th crash in a row: 1, 2, 4, … 60."""
+    """Seconds until a job is retried after its n-th crash in a row: 1, 2, 4, … 60."""
     return min(MAX_BACK_OFF_SECONDS, 2.0 ** (failures - 1))
 
 
 def cancel(session: Session, job: Job) -> Job:
-    """Ends a job that waits, asks a running one to end; a cancelled one stays as it is.
+    """Ends a waiting job, asks a running one to stop; a cancelled one stays as it is.
 
-    Raises JobStateError for a job that has ended otherwise.
+    Raises JobStateError if the job has succeeded or failed.
     """
     current = session.scalar(
         select(Job).where(Job.id == job.id).with_for_update().execution_options(populate_existing=True)
@@ -296,17 +297,17 @@ def cancel(session: Session, job: Job) -> Job:
     elif current.status == "running":
         if current.stop_request != "cancel":
             current.stop_request = "cancel"
-            tell(
+            add_notes(
                 session,
                 current.id,
                 Note(
                     "info",
-                    f"Cancellation was requested; the {KINDS[current.kind].word} ends at its next step",
+                    f"Cancellation requested; the {KINDS[current.kind].word} stops at its next step",
                 ),
             )
     elif current.status != "cancelled":
         name = KINDS[current.kind].word.capitalize()
-        raise JobStateError(f"{name} {current.id} cannot be cancelled: it has {current.status} already.")
+        raise JobStateError(f"{name} {current.id} cannot be cancelled: it has already {current.status}.")
     session.flush()
     return current
 
@@ -314,8 +315,8 @@ def cancel(session: Session, job: Job) -> Job:
 def _end_cancelled(session: Session, job: Job) -> None:
     job.status, job.finished_at = "cancelled", db_now()
     _end_attempt(session, job, "cancelled")
-    _rest(job)
-    tell(session, job.id, Note("info", f"The {KINDS[job.kind].word} has been cancelled"))
+    _clear_attempt(job)
+    add_notes(session, job.id, Note("info", f"The {KINDS[job.kind].word} has been cancelled"))
     settle(session, job)
 
 
@@ -323,13 +324,13 @@ def _end_failed(session: Session, job: Job, error: dict[str, Any]) -> None:
     job.status, job.finished_at = "failed", db_now()
     job.error = error
     _end_attempt(session, job, str(error["code"]))
-    _rest(job)
-    tell(session, job.id, Note("error", f"The {KINDS[job.kind].word} failed: {error['message']}"))
+    _clear_attempt(job)
+    add_notes(session, job.id, Note("error", f"The {KINDS[job.kind].word} failed: {error['message']}"))
     settle(session, job)
 
 
-def _rest(job: Job) -> None:
-    for name, value in _AT_REST.items():
+def _clear_attempt(job: Job) -> None:
+    for name, value in _NO_ATTEMPT.items():
         setattr(job, name, value)
 
 
@@ -356,7 +357,7 @@ def get_job(session: Session, project_id: str, job_id: str, kind: Kind = FINE_TU
 
 
 def leaves_model(job: Job) -> bool:
-    """Whether its result is the whole model, where other jobs have an adapter."""
+    """Whether the job exports the whole model, with the adapter merged into it."""
     return bool(job.spec["adapter"].get("export") == "merged")
 
 
@@ -369,9 +370,7 @@ def list_jobs(
     after: str | None = None,
     limit: int = 20,
 ) -> RowPage[Job]:
-    """Of one kind, newest first. `metadata` keeps the jobs with all these pairs, or with "null" those without
-    any.
-    """
+    """Jobs of one kind, newest first: those with all pairs of `metadata`, or, if "null", without any."""
     rows = select(Job)
     if metadata == "null":
         rows = rows.where(Job.job_metadata.is_(None))

@@ -1,4 +1,4 @@
-"""API keys: made at the first start, known afterwards by their SHA-256 alone."""
+"""API keys: created at the first start; only their SHA-256 is stored."""
 
 import contextlib
 import hashlib
@@ -24,10 +24,10 @@ ENVIRONMENT_KEY = "key-environment"
 
 
 def first_key(session: Session, settings: Settings) -> str | None:
-    """Makes sure that there is a key to begin with. Returns it if it was made just now, else None.
+    """Makes sure that a key exists. Returns it if it was created just now, else None.
 
-    OLORA_API_KEY wins: with it none is made, and without it the one it held before holds no more. When no key
-    is left, the one in the home's `api_key` holds; it is made when there is none.
+    If OLORA_API_KEY is set, it is the bootstrap key; unsetting it revokes that key. Otherwise, unless another
+    key is valid, `$OLORA_HOME/api_key` is used and created if absent. Raises SettingsError.
     """
     project = default_project(session)
     session.execute(select(Project).where(Project.id == project.id).with_for_update())  # one start at a time
@@ -42,7 +42,8 @@ def first_key(session: Session, settings: Settings) -> str | None:
     made = None
     if settings.key_file.exists():
         token = _read_key_file(settings.key_file)
-        _refuse_revoked(session, token, f"{settings.key_file} holds a key that was revoked; delete the file")
+        remedy = "delete it, and the next start creates a new key."
+        _refuse_revoked(session, token, f"{settings.key_file} holds a revoked key; {remedy}")
     else:
         token = made = new_token()
         _write_key_file(settings.key_file, token)  # before the row, so that no key is ever unreachable
@@ -54,7 +55,7 @@ def first_key(session: Session, settings: Settings) -> str | None:
 def _keep_environment_key(session: Session, project: Project, token: str) -> None:
     if find_key(session, token) is not None:
         return
-    _refuse_revoked(session, token, "OLORA_API_KEY is a key that was revoked; set another")
+    _refuse_revoked(session, token, "OLORA_API_KEY is a revoked key; set another one.")
     key = session.get(Key, ENVIRONMENT_KEY)
     if key is None:
         key = Key(id=ENVIRONMENT_KEY, project_id=project.id, name="OLORA_API_KEY", digest=digest_of(token))
@@ -63,15 +64,15 @@ def _keep_environment_key(session: Session, project: Project, token: str) -> Non
     session.flush()
 
 
-def _refuse_revoked(session: Session, token: str, what: str) -> None:
-    """Whoever revoked a key does not want it back. The environment's own may come and go."""
+def _refuse_revoked(session: Session, token: str, message: str) -> None:
+    """Raises SettingsError if the key was revoked. OLORA_API_KEY may be unset and set again."""
     same = select(Key.id).where(Key.digest == digest_of(token), Key.id != ENVIRONMENT_KEY)
     if session.scalar(same) is not None:
-        raise SettingsError(f"{what}, and the next start goes on with a new one.")
+        raise SettingsError(message)
 
 
 def default_project(session: Session) -> Project:
-    """The project of a service with one owner, made when it is not there yet."""
+    """The project of a service with one owner, created if it does not exist yet."""
     project = session.get(Project, DEFAULT_PROJECT)
     if project is None:
         with contextlib.suppress(IntegrityError), session.begin_nested():  # another start was faster
@@ -81,7 +82,7 @@ def default_project(session: Session) -> Project:
 
 
 def create_key(session: Session, project_id: str, name: str) -> tuple[Key, str]:
-    """A further key. The token is returned here and kept nowhere."""
+    """Creates another key. The token is returned and not stored."""
     token = new_token()
     key = Key(id=new_id("key-"), project_id=project_id, name=name, digest=digest_of(token))
     session.add(key)
@@ -95,7 +96,7 @@ def revoke_key(session: Session, key: Key) -> None:
 
 
 def find_key(session: Session, token: str) -> Key | None:
-    """The key with this token, unless there is none or it was revoked."""
+    """The key with this token; None if it is unknown or revoked."""
     if not token or len(token) > 256:
         return None
     digest = digest_of(token)
@@ -114,7 +115,7 @@ def new_token() -> str:
 def _read_key_file(path: Path) -> str:
     token = path.read_text().strip()
     if not token:
-        raise SettingsError(f"{path} is empty; delete it, and the next start makes a new key.")
+        raise SettingsError(f"{path} is empty; delete it, and the next start creates a new key.")
     return token
 
 

@@ -1,4 +1,4 @@
-"""The kinds of work that share the jobs' table and a job's life: what each is called and asked for with."""
+"""The kinds of work that share the jobs table and a job's life cycle, with their names and specs."""
 
 from dataclasses import dataclass
 
@@ -9,7 +9,7 @@ Work = TrainSpec | ComparisonSpec
 
 @dataclass(frozen=True)
 class Kind:
-    """`name` stands in the row, `prefix` begins the ids, `param` is the id's name in errors."""
+    """`name` is the row's `kind`, `prefix` the start of its ids, `param` the id's name in errors."""
 
     name: str
     prefix: str
@@ -27,5 +27,5 @@ KINDS = {kind.name: kind for kind in (FINE_TUNING, COMPARISON)}
 
 
 def kind_for(spec: Work) -> Kind:
-    """The kind that is asked for with such a spec."""
+    """The kind of work that a spec describes."""
     return next(kind for kind in KINDS.values() if isinstance(spec, kind.spec))

@@ -1,4 +1,4 @@
-"""The rows. A job's row is the only truth about it.
+"""The database's tables. A job's row is the only truth about it.
 
 Times are unix seconds (float) by the database's clock. Every row that a client can page through has an
 increasing `seq`. Ids are opaque to clients; their prefixes follow OpenAI's.
@@ -95,7 +95,7 @@ class File(Row):
     storage_key: Mapped[str | None] = mapped_column(String(512))
     """Where the bytes are; null once a deleted file's bytes are gone."""
     status: Mapped[str] = mapped_column(String(16))
-    """"processed", or "error" when nothing can be done with it."""
+    """"processed", or "error" if the file cannot be used."""
     status_details: Mapped[str | None] = mapped_column(Text)
     report: Mapped[dict[str, Any] | None]
     created_at: Mapped[float] = mapped_column(default=db_now())
@@ -106,7 +106,7 @@ class File(Row):
 
 
 class Job(Row):
-    """A fine-tuning job, or a comparison of methods, which lives like one; `store/jobs.py` tells its life."""
+    """A fine-tuning job, or a comparison of methods; `store/jobs.py` has their life cycle."""
 
     __tablename__ = "jobs"
 
@@ -123,13 +123,13 @@ class Job(Row):
     seed: Mapped[int]
     job_metadata: Mapped[dict[str, Any] | None] = mapped_column("metadata")
     spec: Mapped[dict[str, Any]]
-    """What is asked for: a TrainSpec, or a ComparisonSpec."""
+    """The requested TrainSpec or ComparisonSpec."""
     resolved: Mapped[dict[str, Any] | None]
-    """TrainSpec with every "auto" a number; what the first attempt resolves, later attempts keep."""
+    """TrainSpec with every "auto" a number, as the first attempt resolved it; later attempts keep it."""
     options: Mapped[dict[str, Any]] = mapped_column(default=dict)
     """The request's `olora` object."""
     integrations: Mapped[list[Any] | None]
-    """The experiment trackers that are told of the job, as asked for; null: none."""
+    """The experiment trackers that the job reports to, as requested; null: none."""
 
     created_at: Mapped[float] = mapped_column(default=db_now())
     started_at: Mapped[float | None]
@@ -160,11 +160,11 @@ class Job(Row):
     result_files: Mapped[list[Any]] = mapped_column(default=list)
     certificate: Mapped[dict[str, Any] | None]
     samples: Mapped[dict[str, Any] | None]
-    """What the base and the tuned model answer: `file` and `rows`, as the trainer's `Samples`."""
+    """The answers of the base and the tuned model: `file` and `rows`, as in the trainer's `Samples`."""
     at_run: Mapped[dict[str, Any] | None]
-    """Which of a comparison's runs is at hand; see `store/comparisons.py`."""
+    """A comparison's current run; see `store/comparisons.py`."""
     findings: Mapped[dict[str, Any] | None]
-    """What a comparison has found: its report without the curves."""
+    """A comparison's report without its curves."""
 
     __table_args__ = (
         Index(None, "project_id", "kind", "seq"),
@@ -175,7 +175,7 @@ class Job(Row):
 
 
 class Attempt(Row):
-    """One claim of a job, for those who ask what happened."""
+    """One claim of a job, kept as its history."""
 
     __tablename__ = "attempts"
 
@@ -188,7 +188,7 @@ class Attempt(Row):
 
 
 class Event(Row):
-    """What a job's owner reads."""
+    """A message, or the metrics of a step, for the job's owner."""
 
     __tablename__ = "events"
 
@@ -205,7 +205,7 @@ class Event(Row):
 
 
 class Metric(Row):
-    """One optimizer step of a job, once, however often it was redone after a crash."""
+    """One optimizer step of a job: one row, however often the step was repeated after crashes."""
 
     __tablename__ = "metrics"
 
@@ -247,7 +247,7 @@ class Model(Row):
 
 
 class Request(Row):
-    """A creating request, remembered so that a client's retry finds what the first try made."""
+    """A request that creates an object, so that a client's retry finds what the first try created."""
 
     __tablename__ = "requests"
 
@@ -255,10 +255,10 @@ class Request(Row):
     key_digest: Mapped[str | None] = mapped_column(String(64), unique=True)
     """SHA-256 over API key, route and Idempotency-Key; null when the client sent none."""
     content_digest: Mapped[str] = mapped_column(String(64), index=True)
-    """SHA-256 over API key, route and what was sent."""
+    """SHA-256 over API key, route and body."""
     created_at: Mapped[float] = mapped_column(default=db_now(), index=True)
     turn: Mapped[int] = mapped_column(default=1)
     """The fence: rises when a retry takes over from a try that has died."""
     turn_at: Mapped[float] = mapped_column(default=db_now())
     object_id: Mapped[str | None] = mapped_column(String(512))
-    """What the request made; null while it is still being answered."""
+    """The object that the request created; null until it is answered."""

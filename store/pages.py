@@ -1,4 +1,4 @@
-"""A page of a list: total and stable order, continued after the last id that a client has seen."""
+"""Pages of a list in a stable total order, each starting after the last id that the client has seen."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -31,8 +31,8 @@ def read_page(
 ) -> RowPage[RowT]:
     """`limit` rows of `model` in the order of their sequence numbers, after the row with id `after`.
 
-    The row `after` must lie `within` the same owner, but it may have left the list since (a deleted file,
-    a cancelled job), so that a client that walks and deletes goes on. Raises UnknownCursor.
+    The row `after` must satisfy `within`, but may have left the list since (say, a deleted file), so that a
+    client can delete while it pages. Raises UnknownCursor.
     """
     if after is not None:
         seq = session.scalar(select(model.seq).where(model.id == after, within))

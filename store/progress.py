@@ -1,4 +1,4 @@
-"""What an attempt leaves behind while it trains: metrics, events, checkpoints. All of it is fenced."""
+"""What an attempt records while it trains: metrics, events, checkpoints. Every write is fenced."""
 
 import csv
 import io
@@ -14,7 +14,7 @@ from olora_core.specs import TrainSpec
 
 from .claims import Claim, write_as
 from .errors import NotFound
-from .events import event_row, storable, tell
+from .events import add_notes, event_row, storable
 from .models import Checkpoint, Event, Job, Metric, new_id
 from .pages import RowPage, read_page
 from .session import db_now
@@ -28,14 +28,14 @@ CSV_COLUMNS = {
     "full_valid_loss": "full_valid_loss",
     "full_valid_mean_token_accuracy": "full_valid_mean_token_accuracy",
 }
-"""OpenAI's columns after `step`, then those of the whole validation file; each with the metric's name."""
+"""OpenAI's columns after `step`, then those for the whole validation file; each with its metric."""
 METRIC_NAMES = {
     "loss": "train_loss",
     "accuracy": "train_mean_token_accuracy",
     "valid_accuracy": "valid_mean_token_accuracy",
     "full_valid_accuracy": "full_valid_mean_token_accuracy",
 }
-"""The trainer's names of a step's numbers, and those that clients read."""
+"""The trainer's names of a step's metrics, and the names that clients see."""
 SHOWN = (
     "step",
     "total_steps",
@@ -49,7 +49,7 @@ SHOWN = (
     "tokens",
     "seconds",
 )
-"""What a metrics event carries of a step: OpenAI's names, DPO's own figure, and what tells the speed."""
+"""The values in a metrics event: OpenAI's, DPO's reward margin, and those that show the speed."""
 
 
 def record(
@@ -64,12 +64,11 @@ def record(
     samples: Mapping[str, Any] | None = None,
     estimated_finish: float | None = None,
 ) -> None:
-    """Writes down progress. A step that was recorded before, by whichever attempt, leaves no second trace.
+    """Records progress. A step is recorded once, whichever attempt recorded it.
 
-    `steps` carry the names of the trainer's `Step` (step, loss, accuracy, valid_loss, seconds, …),
-    `evaluations` those of its `Evaluated` (step, loss, accuracy over the whole validation file), `samples`
-    those of its `Samples` (file, rows).
-    What the first attempt resolved, stays. Raises LeaseLost.
+    `steps` have the fields of the trainer's `Step` (step, loss, accuracy, valid_loss, seconds, …),
+    `evaluations` those of `Evaluated` (step, loss and accuracy over the whole validation file), `samples`
+    those of `Samples` (file, rows). The spec that the first attempt resolved is kept. Raises LeaseLost.
     """
     reached = max((int(step["step"]) for step in steps), default=0)
     job = write_as(session, claim, step=greatest(Job.step, reached))
@@ -80,8 +79,8 @@ def record(
     if samples is not None:
         job.samples = {**samples, "rows": [_storable(row) for row in samples["rows"]]}
     new, warnings = _new_metrics(session, job, steps, evaluations)
-    tell(session, job.id, *events, *warnings)
-    _tell_metrics(session, job, new)
+    add_notes(session, job.id, *events, *warnings)
+    _add_metric_events(session, job, new)
     if estimated_finish is not None:
         job.estimated_finish = estimated_finish
     elif steps:
@@ -94,7 +93,7 @@ def _storable(row: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def greatest(column: Any, value: int) -> Any:
-    """The larger of the two, in words that both databases know."""
+    """SQL for the larger of the two, in a form that both databases understand."""
     return case((column < value, value), else_=column)
 
 
@@ -145,7 +144,7 @@ def _metric_rows(session: Session, job_id: str, measured: Iterable[Mapping[str, 
 
 
 def named(step: Mapping[str, Any]) -> dict[str, Any]:
-    """The trainer's numbers under the names that clients read."""
+    """The trainer's metrics under the names that clients see."""
     return {METRIC_NAMES.get(name, name): value for name, value in step.items() if value is not None}
 
 
@@ -159,7 +158,7 @@ def _not_finite(step: int, values: Mapping[str, Any], names: Iterable[str]) -> l
     return [Note("warn", f"Step {step}: {name} is not a finite number ({values[name]}).") for name in names]
 
 
-def _tell_metrics(session: Session, job: Job, new: Sequence[dict[str, Any]]) -> None:
+def _add_metric_events(session: Session, job: Job, new: Sequence[dict[str, Any]]) -> None:
     rows = []
     for values in new:
         data = {name: values[name] for name in SHOWN if name in values}
@@ -203,10 +202,9 @@ def add_checkpoint(
     storage_key: str,
     best_step: int | None = None,
 ) -> list[str]:
-    """Records a stored checkpoint. Returns the storage keys that no row names any more: two are kept, and
-    that of `best_step`.
+    """Records a stored checkpoint. Returns the storage keys of pruned ones: two are kept, and `best_step`'s.
 
-    Progress beyond every earlier checkpoint sets the count of failures back. Raises LeaseLost.
+    A checkpoint beyond all earlier ones resets the count of failures. Raises LeaseLost.
     """
     job = write_as(session, claim, step=greatest(Job.step, step))
     furthest = session.scalar(select(func.max(Checkpoint.step)).where(Checkpoint.job_id == job.id))
@@ -230,8 +228,8 @@ def _prune(session: Session, job_id: str, best_step: int | None) -> list[str]:
     pruned = []
     steps: set[int] = set()
     for checkpoint in stored_checkpoints(session, job_id):
-        is_one_too_many = len(steps) >= KEPT_CHECKPOINTS and checkpoint.step != best_step
-        if checkpoint.step in steps or is_one_too_many:
+        is_surplus = len(steps) >= KEPT_CHECKPOINTS and checkpoint.step != best_step
+        if checkpoint.step in steps or is_surplus:
             assert checkpoint.storage_key is not None
             pruned.append(checkpoint.storage_key)
             checkpoint.storage_key = None
@@ -243,13 +241,13 @@ def _prune(session: Session, job_id: str, best_step: int | None) -> list[str]:
 def list_checkpoints(
     session: Session, job_id: str, *, after: str | None = None, limit: int = 10
 ) -> RowPage[Checkpoint]:
-    """Those that are still stored, newest first."""
+    """The checkpoints that are still stored, newest first."""
     rows = select(Checkpoint).where(Checkpoint.storage_key.is_not(None))
     return read_page(session, rows, Checkpoint, within=Checkpoint.job_id == job_id, after=after, limit=limit)
 
 
 def get_checkpoint(session: Session, job_id: str, checkpoint_id: str) -> Checkpoint:
-    """Raises NotFound, also for one that was pruned."""
+    """Raises NotFound, also for a pruned checkpoint."""
     rows = _stored(job_id).where(Checkpoint.id == checkpoint_id)
     checkpoint = session.scalar(rows)
     if checkpoint is None:
@@ -258,12 +256,12 @@ def get_checkpoint(session: Session, job_id: str, checkpoint_id: str) -> Checkpo
 
 
 def latest_checkpoint(session: Session, job_id: str) -> Checkpoint | None:
-    """The furthest one that is stored."""
+    """The stored checkpoint with the highest step."""
     return session.scalar(_stored(job_id).limit(1))
 
 
 def stored_checkpoints(session: Session, job_id: str) -> Sequence[Checkpoint]:
-    """All that can be resumed from, the furthest first."""
+    """All stored checkpoints, the highest step first."""
     return session.scalars(_stored(job_id)).all()
 
 
@@ -273,15 +271,15 @@ def _stored(job_id: str) -> Select[Checkpoint]:
 
 
 def warn_once(session: Session, claim: Claim, message: str, *, about: str) -> None:
-    """A warning from beside an attempt, also after its end; one a job of those that begin with `about`.
+    """Adds a warning about an attempt, even after its end, unless the job has one that begins with `about`.
 
-    Nothing is written once another attempt has the job.
+    Nothing is written once another attempt holds the job.
     """
     mine = select(Job.id).where(Job.id == claim.job_id, Job.attempt == claim.attempt).with_for_update()
     begins = Event.message.startswith(about, autoescape=True)
-    told = select(Event.id).where(Event.job_id == claim.job_id, Event.level == "warn", begins).limit(1)
-    if session.scalar(mine) is not None and session.scalar(told) is None:
-        tell(session, claim.job_id, Note("warn", message))
+    warned = select(Event.id).where(Event.job_id == claim.job_id, Event.level == "warn", begins).limit(1)
+    if session.scalar(mine) is not None and session.scalar(warned) is None:
+        add_notes(session, claim.job_id, Note("warn", message))
 
 
 def step_rows(session: Session, job_id: str, *, after: int = 0) -> Sequence[Metric]:
@@ -291,10 +289,10 @@ def step_rows(session: Session, job_id: str, *, after: int = 0) -> Sequence[Metr
 
 
 def step_moments(session: Session, job_id: str) -> dict[int, float]:
-    """When each step was first told to the job's owner, in unix seconds."""
-    told = select(Event.data, Event.created_at).where(Event.job_id == job_id, Event.type == "metrics")
+    """When each step's first event was written, in unix seconds."""
+    events = select(Event.data, Event.created_at).where(Event.job_id == job_id, Event.type == "metrics")
     moments: dict[int, float] = {}
-    for data, moment in session.execute(told.order_by(Event.seq)):
+    for data, moment in session.execute(events.order_by(Event.seq)):
         moments.setdefault(data["step"], moment)
     return moments
 

@@ -1,6 +1,6 @@
-"""The queue: Celery, whose messages only wake workers up. On Redis, or on a folder without any server.
+"""The queue: Celery, whose messages only wake workers, on Redis or on a folder without any server.
 
-A message may be lost or come twice and nothing happens: the task `run_next` claims the best row, or none.
+A lost or repeated message does no harm: the task `run_next` claims the best job, or none.
 """
 
 import contextlib
@@ -31,7 +31,7 @@ PUBLISH_SECONDS = 3.0
 TRANSPORT_ALIASES["folder"] = f"{__name__}:FolderTransport"
 
 REDIS_OPTIONS = {"health_check_interval": 25, "socket_timeout": 30, "socket_connect_timeout": 5}
-"""A worker's: the timeout is longer than the wait for a message, and short enough to notice a dead socket."""
+"""For workers: the timeout is longer than the wait for a message but still notices a dead socket."""
 PUBLISH_OPTIONS = {
     "socket_timeout": PUBLISH_SECONDS,
     "socket_connect_timeout": PUBLISH_SECONDS,
@@ -41,7 +41,7 @@ PUBLISH_OPTIONS = {
 
 
 def celery_app(settings: Settings) -> Celery:
-    """The Celery app of this service, for those who publish and those who consume."""
+    """The Celery app of this service, for publishers and consumers."""
     app = Celery("olora", broker=_broker_url(settings))
     app.conf.update(
         task_acks_late=False,
@@ -82,9 +82,9 @@ def _transport_options(settings: Settings) -> dict[str, Any]:
 
 
 def wake(app: Celery, count: int = 1) -> bool:
-    """Sees to it that `count` wake-ups are waiting to be taken; sends none while as many are.
+    """Sends as many wake-ups as are missing for `count` to wait. Returns whether the broker was reached.
 
-    Never raises and never takes long: a broker that is away is logged, and the answer is False.
+    Never raises and never blocks for long; an unreachable broker is logged.
     """
     try:
         options = {**app.conf.broker_transport_options, **PUBLISH_OPTIONS}
@@ -101,7 +101,7 @@ def wake(app: Celery, count: int = 1) -> bool:
 
 
 def remove_leftovers(settings: Settings, older_than_seconds: float = 86_400.0) -> int:
-    """Removes from the folder what nobody will read any more. Returns how many files that were."""
+    """Removes old messages, which nobody will read any more, from the folder. Returns how many."""
     if settings.queue_folder is None:
         return 0
     oldest = time.time() - older_than_seconds
@@ -115,10 +115,10 @@ def remove_leftovers(settings: Settings, older_than_seconds: float = 86_400.0) -
 
 
 class FolderChannel(filesystem.Channel):
-    """Messages as files. One appears whole or not at all, and exactly one reader gets it.
+    """Messages as files. Each appears complete or not at all, and exactly one reader gets it.
 
-    Kombu's own channel writes a message, and its table of queues, where readers look for them, and moves a
-    message by copying; a reader that meets half of one dies of it.
+    Kombu's own channel writes messages and its table of queues in place, and moves a message by copying it; a
+    reader that finds half of one crashes.
     """
 
     def _put(self, queue: str, payload: Any, **kwargs: Any) -> None:  # type: ignore[override]
@@ -164,7 +164,7 @@ class FolderChannel(filesystem.Channel):
 
     @contextlib.contextmanager
     def _changing(self, exchange: str) -> Iterator[list[Any]]:
-        """The table of an exchange, to be changed by one process at a time."""
+        """The table of an exchange, locked against changes by other processes."""
         with (self.control_folder / "lock").open("a") as lock:
             fcntl.flock(lock, fcntl.LOCK_EX)
             before = self.get_table(exchange)
@@ -181,7 +181,7 @@ class FolderTransport(filesystem.Transport):
 
     def __init__(self, client: Any, **kwargs: Any) -> None:
         super().__init__(client, **kwargs)  # type: ignore[no-untyped-call]
-        self.state = virtual.BrokerState()  # what is bound differs from folder to folder
+        self.state = virtual.BrokerState()  # bindings differ from folder to folder
 
 
 def _write_whole(path: Path, text: str) -> None:

@@ -28,7 +28,7 @@ DATABASE_AWAY = (OperationalError, InterfaceError, InternalError)
 
 
 class db_now(FunctionElement[float]):
-    """Unix seconds by the database's clock, the only clock that leases are measured with."""
+    """Unix seconds by the database's clock, the only clock used for leases."""
 
     type = Float(53)
     inherit_cache = True
@@ -61,7 +61,7 @@ def make_engine(url: str, *, foreign_keys: bool = True) -> Engine:
             "connect_timeout": 5,
             "keepalives_idle": 15,
             "tcp_user_timeout": 30_000,
-            # A process that freezes, or is cut off, in the middle of a transaction gives up its rows.
+            # A process that freezes or is cut off in the middle of a transaction loses its locks.
             "options": f"-c idle_in_transaction_session_timeout={1000 * FROZEN_SECONDS}",
         },
     )
@@ -71,7 +71,7 @@ def _sqlite_engine(url: str, foreign_keys: bool) -> Engine:
     database = make_url(url).database
     if database:
         make_folder(Path(database).parent)
-        # SQLite gives its journals the mode of this file. What cannot be made here, it tells by itself.
+        # SQLite gives its journals the mode of this file, and itself reports a file that cannot be created.
         with contextlib.suppress(OSError), open(database, "xb", opener=private):
             pass
     engine = create_engine(url, pool_size=POOL_SIZE, max_overflow=0, connect_args={"timeout": BUSY_SECONDS})
@@ -102,18 +102,18 @@ def sessions(engine: Engine) -> Sessions:
 
 
 def settle(session: Session, row: object) -> None:
-    """Writes a row and reads what the database made of it, so that it can be used without the session."""
+    """Flushes and refreshes a row, so that it can be used after its session has ended."""
     session.flush()
     session.refresh(row)
 
 
 def read_sessions(engine: Engine) -> Sessions:
-    """Sessions that only read and hence wait for nobody; a write in one is an error."""
+    """Read-only sessions, which wait for no lock; a write in one is an error."""
     return sessionmaker(reader(engine), expire_on_commit=False)
 
 
 def reader(engine: Engine) -> Engine:
-    """The same engine, and the same pool, with transactions that only read."""
+    """The same engine and pool, with read-only transactions."""
     return engine.execution_options(read_only=True, postgresql_readonly=True)
 
 
@@ -127,7 +127,7 @@ def _alembic_config(url: str) -> Any:
 
 
 def migrate(url: str, revision: str = "head") -> None:
-    """Brings the schema up to a revision, the newest. Of two at once, one waits (`migration_lock`)."""
+    """Upgrades the schema to a revision. Concurrent migrations wait for each other (`migration_lock`)."""
     from alembic import command
 
     command.upgrade(_alembic_config(url), revision)
@@ -135,7 +135,7 @@ def migrate(url: str, revision: str = "head") -> None:
 
 @contextlib.contextmanager
 def migration_lock(connection: Connection) -> Iterator[None]:
-    """Held while the schema changes: a lock of PostgreSQL, or a locked file beside SQLite's."""
+    """Held while the schema changes: an advisory lock in PostgreSQL, or a locked file next to SQLite's."""
     if connection.dialect.name == "postgresql":
         connection.execute(text("SELECT pg_advisory_lock(:lock)"), {"lock": MIGRATION_LOCK})
         connection.commit()

@@ -26,7 +26,7 @@ NOT_SETTINGS = (
     "OLORA_BASE_URL",
     "OLORA_DIE_WITH_PARENT",
 )
-"""Variables that belong to tests, benchmarks, clients, and from one of our processes to the next."""
+"""Variables of tests, benchmarks and clients, and those that our processes pass to each other."""
 
 
 def _in_home(scheme: str, name: str) -> Any:
@@ -42,7 +42,7 @@ def _lease_by_database(values: dict[str, Any]) -> float:
 
 
 class Settings(BaseSettings):
-    """How this service runs. Change nothing and it runs alone in `~/.olora`."""
+    """The configuration of the service. With the defaults it runs on its own in `~/.olora`."""
 
     model_config = SettingsConfigDict(
         env_prefix=PREFIX, env_ignore_empty=True, extra="ignore", frozen=True, validate_default=True
@@ -56,28 +56,28 @@ class Settings(BaseSettings):
     port: int = Field(default=8000, ge=0, le=65535, description="Port that the server listens on.")
     allowed_hosts: Annotated[tuple[str, ...], NoDecode] = Field(
         default=(),
-        description="Host names that requests may come under, as patterns with commas; unset: any.",
+        description="Host names that requests may use, as comma-separated patterns; unset: any.",
     )
     api_key: SecretStr | None = Field(
         default=None,
-        description="The API key. Unset: one is made at the first start and kept in `api_key` in the home.",
+        description="The API key; unset: one is created at the first start, in `api_key` in the home.",
     )
     database_url: str = Field(
         default_factory=_database_in_home,
         repr=False,
-        description="Where the rows are: `sqlite:///path` or `postgresql://user:password@host/name`.",
+        description="The database: `sqlite:///path` or `postgresql://user:password@host/name`.",
         json_schema_extra={"shown": "a SQLite file in the home"},
     )
     broker_url: str = Field(
         default_factory=_in_home("folder", "queue"),
         repr=False,
-        description="Where wake-ups for workers travel: `folder:///path` or `redis://host:6379/0`.",
+        description="The queue that wakes workers: `folder:///path` or `redis://host:6379/0`.",
         json_schema_extra={"shown": "a folder in the home"},
     )
     storage_url: str = Field(
         default_factory=_in_home("file", "storage"),
         repr=False,
-        description="Where uploaded and produced files are kept: `file:///path`.",
+        description="The storage of uploaded and produced files: `file:///path`.",
         json_schema_extra={"shown": "a folder in the home"},
     )
     models_dir: Path | None = Field(
@@ -86,54 +86,60 @@ class Settings(BaseSettings):
     )
     allowed_hub_models: Annotated[tuple[str, ...], NoDecode] = Field(
         default=(),
-        description="Hugging Face ids that may be trained, as patterns with commas: `Qwen/*,gpt2`.",
+        description="Hugging Face ids that may be trained, as comma-separated patterns: `Qwen/*,gpt2`.",
     )
     organization: str = Field(
         default="olora",
-        description="Stands in the names of fine-tuned models: `ft:<base>:<organization>:<suffix>:…`.",
+        description="Part of the names of fine-tuned models: `ft:<base>:<organization>:<suffix>:…`.",
     )
     lease_seconds: float = Field(
         default_factory=_lease_by_database,
         gt=0,
         le=3600,
-        description="A worker that is silent this long loses its job to another one.",
+        description="A worker that is silent for this long loses its job to another one.",
         json_schema_extra={"shown": "60, on SQLite 15"},
     )
     checkpoint_seconds: float = Field(
-        default=60.0, ge=0, le=86400, description="A checkpoint is saved after this much training."
+        default=60.0, ge=0, le=86400, description="A checkpoint is saved after this many seconds of training."
     )
     max_failures: int = Field(
-        default=3, ge=1, le=100, description="Crashes without a new checkpoint in between that end a job."
+        default=3,
+        ge=1,
+        le=100,
+        description="Crashes in a row, without a new checkpoint in between, that fail a job.",
     )
     stall_seconds: float = Field(
         default=600.0,
         gt=0,
         le=86400,
-        description="A trainer that says nothing for this long is taken for hung.",
+        description="A trainer that reports nothing for this long is considered hung.",
     )
     idle_seconds: float = Field(
-        default=600.0, ge=0, le=86400, description="A worker without a job keeps its base model this long."
+        default=600.0,
+        ge=0,
+        le=86400,
+        description="A worker without a job keeps its base model in memory for this long.",
     )
     devices_per_worker: int = Field(
         default=1,
         ge=1,
         le=64,
-        description="GPUs that one worker owns, on a CPU processes: the most `olora.devices` of a job.",
+        description="GPUs per worker (on a CPU: processes), the maximum for a job's `olora.devices`.",
     )
     max_upload_mb: int = Field(default=512, ge=1, le=1_048_576, description="Largest upload, in MB (2^20).")
-    min_examples: int = Field(default=10, ge=1, description="Fewest rows that a training file may have.")
+    min_examples: int = Field(default=10, ge=1, description="Minimum number of rows in a training file.")
     token_cache_mb: int = Field(
         default=10240,
         ge=0,
-        description="Most that a worker keeps of tokenised files, in MB (2^20); 0: nothing is kept.",
+        description="Size of a worker's cache of tokenised files, in MB (2^20); 0: no cache.",
     )
     wandb_api_key: SecretStr | None = Field(
-        default=None, description="Key of the Weights & Biases account that jobs may name as a tracker."
+        default=None, description="API key of the Weights & Biases account that jobs may report to."
     )
     wandb_base_url: str | None = Field(
         default=None,
         repr=False,
-        description="A Weights & Biases server of your own: `https://host`; unset: the public one.",
+        description="A self-hosted Weights & Biases server: `https://host`; unset: the public one.",
     )
     wandb_mode: Literal["online", "offline"] = Field(
         default="online",
@@ -142,10 +148,10 @@ class Settings(BaseSettings):
     mlflow_tracking_uri: str | None = Field(
         default=None,
         repr=False,
-        description="The MLflow that jobs may name as a tracker: `https://user:password@host` or `sqlite:///path`.",
+        description="The MLflow server or database that jobs may report to: `https://user:password@host` or `sqlite:///path`.",
     )
     mlflow_token: SecretStr | None = Field(
-        default=None, description="Bearer token for that MLflow, where it takes one."
+        default=None, description="Bearer token for the MLflow server, if it needs one."
     )
     log_level: str = Field(default="info", description="debug, info, warning or error.")
 
@@ -268,7 +274,7 @@ def _path_of(url: str) -> Path:
 def read_settings(**values: Any) -> Settings:
     """Settings from the environment; `values` win.
 
-    Raises SettingsError, naming the variable and what it may be.
+    Raises SettingsError, naming the variable and what it must be.
     """
     try:
         return Settings(**values)
@@ -300,7 +306,7 @@ def unknown_variables(environ: Mapping[str, str]) -> list[str]:
     known = [name.upper() for name in Settings.model_fields]
     sentences = []
     for name in sorted(environ):
-        own = name.removeprefix(PREFIX)  # the prefix, which all share, makes no two of them alike
+        own = name.removeprefix(PREFIX)  # without the prefix that all share
         if name.startswith(PREFIX) and not name.startswith(NOT_SETTINGS) and own not in known:
             near = difflib.get_close_matches(own, known, n=1, cutoff=0.7)
             hint = f" Did you mean {PREFIX}{near[0]}?" if near else ""

@@ -1,7 +1,7 @@
-"""The bytes of files, in a storage.
+"""The bytes of stored files.
 
-Bytes are written aside, synced and renamed, so that a key either holds all of them or does not exist. Keys
-are built from ids alone; a name that a client sent never becomes a path.
+Bytes are written to a temporary file, synced and renamed, so that a key holds either all of them or nothing.
+Keys are built from ids only; a name that a client sent never becomes a path.
 """
 
 import contextlib
@@ -42,11 +42,11 @@ class Writer:
 
     @property
     def sha256(self) -> str:
-        """Of what was written so far, in hexadecimal digits."""
+        """SHA-256 of what has been written so far, in hexadecimal."""
         return self._hash.hexdigest()
 
     def write(self, chunk: bytes) -> int:
-        """Raises TooLarge beyond the allowed size and StorageFull when the disk is."""
+        """Raises TooLarge beyond the allowed size and StorageFull if the disk is full."""
         if self._max_bytes is not None and self.bytes + len(chunk) > self._max_bytes:
             raise TooLarge(f"The file is larger than the {self._max_bytes} bytes allowed.")
         with _disk_errors():
@@ -56,7 +56,7 @@ class Writer:
         return len(chunk)
 
     def reread(self) -> BinaryIO:
-        """What was written so far, from its beginning, before it is published."""
+        """A stream of what has been written so far, before it is published."""
         with _disk_errors():
             self._file.flush()
             return self._part.open("rb")
@@ -108,7 +108,7 @@ class Storage:
             return Writer(self._path(key), self.root / INCOMING, max_bytes)
 
     def put(self, key: str, path: Path) -> tuple[int, str]:
-        """Stores a file of this machine. Returns its size and SHA-256."""
+        """Stores a local file. Returns its size and SHA-256."""
         with path.open("rb") as source, self.writer(key) as writer:
             while chunk := source.read(_CHUNK):
                 writer.write(chunk)
@@ -126,7 +126,7 @@ class Storage:
             writer.write(json.dumps({"files": listed}, indent=1).encode())
 
     def open(self, key: str) -> BinaryIO:
-        """The stored bytes. Raises StorageError when there are none."""
+        """A stream of the stored bytes. Raises StorageError if there are none."""
         with _disk_errors(key):
             return os.fdopen(os.open(self._path(key), os.O_RDONLY | os.O_NOFOLLOW), "rb")
 
@@ -138,7 +138,7 @@ class Storage:
         return self._path(key).is_file()
 
     def fetch(self, key: str, to: Path) -> str:
-        """Copies the bytes to a path of this machine and returns their SHA-256."""
+        """Copies the bytes to a local path. Returns their SHA-256."""
         digest = hashlib.sha256()
         with self.open(key) as source, _disk_errors(key):
             to.parent.mkdir(parents=True, exist_ok=True)
@@ -161,7 +161,7 @@ class Storage:
                 digest = self.fetch(f"{prefix}/{name}", target)
                 if (target.stat().st_size, digest) != listed:
                     raise StorageDamaged(
-                        f"{prefix}/{name} is damaged: its bytes are not those that were stored."
+                        f"{prefix}/{name} is damaged: its bytes differ from what was stored."
                     )
             with _disk_errors(prefix):
                 aside.mkdir(parents=True, exist_ok=True)
@@ -179,17 +179,17 @@ class Storage:
         )
 
     def delete(self, key: str) -> None:
-        """Removes the bytes; a key without any is fine."""
+        """Removes the bytes, if there are any."""
         with _disk_errors(key):
             self._path(key).unlink(missing_ok=True)
 
     def delete_folder(self, prefix: str) -> None:
-        """Removes everything below a prefix, its manifest first; a prefix without anything is fine."""
+        """Removes everything below a prefix, if there is anything, the manifest first."""
         self.delete(f"{prefix}/{MANIFEST}")
         shutil.rmtree(self._path(prefix), ignore_errors=True)
 
     def remove_part_leftovers(self) -> int:
-        """Removes half-written files whose writer has died; a living one holds a lock. Returns how many."""
+        """Removes half-written files whose writer has died; a live one holds a lock. Returns how many."""
         parts = list((self.root / INCOMING).glob(f"*{PART}"))
         return sum(_remove_if_abandoned(part) for part in parts)
 
@@ -200,7 +200,7 @@ class Storage:
                 listed = json.load(file)["files"]
             files = {name: (int(entry["bytes"]), str(entry["sha256"])) for name, entry in listed.items()}
         except (ValueError, KeyError, TypeError, AttributeError):
-            raise StorageDamaged(f"{prefix} is damaged: its list of files cannot be read.") from None
+            raise StorageDamaged(f"{prefix} is damaged: its manifest cannot be read.") from None
         for name in files:
             _check_key(name)
         return files
@@ -221,16 +221,16 @@ def storage(settings: Settings) -> Storage:
 
 def _check_key(key: str) -> None:
     if len(key) > 512 or not all(_SEGMENT.fullmatch(segment) for segment in key.split("/")):
-        raise StorageError(f"{key[:100]!r} is not a name under which files are stored.")
+        raise StorageError(f"{key[:100]!r} is not a valid storage key.")
 
 
 def _new_part(incoming: Path) -> tuple[Path, BinaryIO]:
-    """A new, locked file to write to. The lock dies with its process and says so to the cleaner."""
+    """A new file to write to, locked: a lock that has ended with its process marks the file as abandoned."""
     while True:
         part = incoming / f"{uuid.uuid4().hex}{PART}"
         file = open(part, "xb", opener=private)
         fcntl.flock(file, fcntl.LOCK_EX)
-        # Between open and lock the cleaner may have taken it for abandoned.
+        # Between open and lock it may have been removed as abandoned.
         with contextlib.suppress(FileNotFoundError):
             if part.stat().st_ino == os.fstat(file.fileno()).st_ino:
                 return part, file
@@ -241,7 +241,7 @@ def _remove_if_abandoned(part: Path) -> bool:
     try:
         with part.open("rb") as file:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            # Under the lock: a writer that was about to take it looks again, and makes another.
+            # Under the lock: a writer that was about to use it checks again, and makes another.
             part.unlink(missing_ok=True)
     except OSError:  # gone, or held by its writer
         return False
@@ -258,7 +258,7 @@ def _sync_folder(folder: Path) -> None:
 
 @contextlib.contextmanager
 def _disk_errors(key: str = "") -> Iterator[None]:
-    """Turns the operating system's complaints into sentences."""
+    """Turns the operating system's errors into StorageErrors."""
     try:
         yield
     except FileNotFoundError:
@@ -266,4 +266,4 @@ def _disk_errors(key: str = "") -> Iterator[None]:
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             raise StorageFull("No space is left where files are stored; free some and try again.") from None
-        raise StorageError(f"The storage does not work: {error.strerror}.") from error
+        raise StorageError(f"The storage failed: {error.strerror}.") from error

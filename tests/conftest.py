@@ -17,7 +17,7 @@ from tests import services
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """The slowest files first, so that one of two processes does not work on alone at the end."""
-    slowest = ("faults", "worker", "cli", "conformance")
+    slowest = ("faults", "upgrade", "worker", "cli", "conformance")
     items.sort(key=lambda item: not any(room in item.path.parts for room in slowest))
 
 
@@ -76,6 +76,12 @@ def postgres_database(postgres_server: str) -> Iterator[str]:
     for url in _postgres_database(postgres_server):
         migrate(url)
         yield url
+
+
+@pytest.fixture(scope="module")
+def own_postgres_url(postgres_server: str) -> Iterator[str]:
+    """A PostgreSQL database without any table, for all tests of a file."""
+    yield from _postgres_database(postgres_server)
 
 
 @pytest.fixture

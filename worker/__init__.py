@@ -1,1 +1,1 @@
-"""Celery: turns a queued job into a certified adapter."""
+"""The Celery worker: trains queued jobs, each to a certified adapter."""

@@ -1,4 +1,4 @@
-"""How a worker process is started: its command line, its environment, and one of them for each GPU."""
+"""How a worker process is started: its command line, its environment and the GPUs it may use."""
 
 import os
 import re
@@ -19,10 +19,10 @@ _DEVICE = re.compile(r"^(?P<indent>\s*)(?:GPU|MIG)\b.*\(UUID: (?P<uuid>[^)]+)\)"
 
 
 def worker_command(settings: Settings, *, name: str = "worker") -> list[str]:
-    """The command of one worker. Names of workers on one machine must differ.
+    """The command line of one worker. Workers on one machine need different names.
 
-    One slot: a worker drives one job at a time. A pool of threads, because its main thread goes on
-    answering `celery inspect ping` and signals while the slot's thread supervises a trainer.
+    A worker drives one job at a time, so it has one slot. The slot is a thread, so that the main thread
+    can answer `celery inspect ping` and signals meanwhile.
     """
     return [
         *(sys.executable, "-m", "celery", "-A", "worker.main", "worker"),
@@ -34,13 +34,13 @@ def worker_command(settings: Settings, *, name: str = "worker") -> list[str]:
 def worker_environment(
     environment: Mapping[str, str], *, parent: int | None = None, gpus: str | None = None
 ) -> dict[str, str]:
-    """What a worker's environment needs besides the settings it inherits.
+    """A worker's environment: the given one, with what the options add.
 
-    With `parent`, the worker ends when that process does; with `gpus` (UUIDs, with commas), it sees
-    those alone.
+    With `parent`, a pid, the worker ends when that process does. With `gpus`, comma-separated UUIDs, it
+    sees only those.
     """
     chosen = dict(environment)
-    # Celery imports `worker.main` by name, wherever it is started.
+    # Celery imports `worker.main` by name, whatever the current folder is.
     chosen["PYTHONPATH"] = os.pathsep.join([str(ROOT), *filter(None, [environment.get("PYTHONPATH")])])
     if parent is not None:
         chosen[_PARENT] = str(parent)
@@ -50,16 +50,16 @@ def worker_environment(
 
 
 def follow_parent() -> None:
-    """Ends this worker with its parent, when it was started that way."""
+    """Ends this worker with its parent, if it was started with `parent`."""
     parent = os.environ.pop(_PARENT, None)
     if parent is not None:
         die_with_parent(int(parent))
 
 
 def visible_gpus() -> list[str]:
-    """UUIDs (or indices) of the GPUs that may be used here; empty without any.
+    """UUIDs (or indices) of the GPUs available to this process; empty without any.
 
-    CUDA_VISIBLE_DEVICES is respected. Of a GPU that is divided into MIG instances, the instances count.
+    Respects CUDA_VISIBLE_DEVICES. A GPU that is divided into MIG instances is listed as its instances.
     """
     chosen = os.environ.get("CUDA_VISIBLE_DEVICES")
     if chosen is not None:
@@ -74,7 +74,7 @@ def visible_gpus() -> list[str]:
 
 
 def devices_listed(listing: str) -> list[str]:
-    """The UUIDs in what `nvidia-smi -L` prints."""
+    """The UUIDs in the output of `nvidia-smi -L`; a divided GPU is replaced by its instances."""
     devices: list[str] = []
     whole: str | None = None
     for match in filter(None, map(_DEVICE.match, listing.splitlines())):
@@ -89,7 +89,7 @@ def devices_listed(listing: str) -> list[str]:
 def inherited(
     environment: Mapping[str, str], names: tuple[str, ...], prefixes: tuple[str, ...]
 ) -> dict[str, str]:
-    """The named part of an environment, in which this project's modules are found."""
+    """The variables with these names or prefixes, and a PYTHONPATH that finds this project's modules."""
     chosen = {
         name: value for name, value in environment.items() if name in names or name.startswith(prefixes)
     }

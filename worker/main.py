@@ -1,4 +1,4 @@
-"""The Celery application of a worker: `celery -A worker.main worker`, as `worker_command` spells it out."""
+"""The Celery application of a worker: `celery -A worker.main worker`, as `worker_command` starts it."""
 
 import logging
 import sys
@@ -25,7 +25,7 @@ register(app, supervisor)
 
 
 @signals.worker_init.connect  # type: ignore[untyped-decorator]
-def _begins(**_: Any) -> None:
+def _on_init(**_: Any) -> None:
     try:
         require_current_schema(supervisor.engine)
     except SchemaBehind as behind:
@@ -33,16 +33,16 @@ def _begins(**_: Any) -> None:
 
 
 @signals.celeryd_after_setup.connect  # type: ignore[untyped-decorator]
-def _can_log(**_: Any) -> None:
+def _on_setup(**_: Any) -> None:
     supervisor.tidy()
     logger.info("Worker %s trains on %s.", supervisor.owner, ", ".join(visible_gpus()) or "the CPU")
 
 
 @signals.worker_shutting_down.connect  # type: ignore[untyped-decorator]
-def _ends(**_: Any) -> None:
+def _on_shutting_down(**_: Any) -> None:
     supervisor.stop()
 
 
 @signals.worker_shutdown.connect  # type: ignore[untyped-decorator]
-def _ended(**_: Any) -> None:
+def _on_shutdown(**_: Any) -> None:
     supervisor.close()

@@ -13,8 +13,8 @@ ORPHANED = 74
 def die_with_parent(parent: int) -> None:
     """Has the kernel kill this process as soon as the thread that started it ends.
 
-    `parent` is the pid of the process that started this one; when that has ended already, so does this
-    one. Does nothing off Linux, where a child watches its standard input for the end instead.
+    `parent` is the pid of the process that started this one; if it has already ended, this process exits
+    at once. Does nothing off Linux, where a child relies on the end of its standard input instead.
 
     Raises OSError when the kernel refuses.
     """
@@ -25,6 +25,6 @@ def die_with_parent(parent: int) -> None:
     if libc.prctl(_PR_SET_PDEATHSIG, ctypes.c_ulong(signal.SIGKILL), zero, zero, zero) != 0:
         number = ctypes.get_errno()
         raise OSError(number, f"prctl(PR_SET_PDEATHSIG): {os.strerror(number)}")
-    # The parent may have ended between fork and prctl; then no signal will ever come.
+    # If the parent ended between fork and prctl, no signal will ever come.
     if os.getppid() != parent:
         os._exit(ORPHANED)

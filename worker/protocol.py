@@ -1,20 +1,20 @@
-"""What supervisor and trainer say to each other: one JSON object a line, over the trainer's pipes.
+"""The messages between supervisor and trainer: one JSON object a line, over the trainer's pipes.
 
 Supervisor to trainer
     {"job": Order}                                 train this, or compare these
     {"lease": {"run": …, "deadline": seconds}}     the lease was renewed
-    {"wish": {"run": …, "what": …}}                "cancel": stop; "release": save a checkpoint, then stop
+    {"stop": {"run": …, "request": StopRequest}}   "cancel": at the next step; "release": with a checkpoint
 
 Trainer to supervisor
     {"ready": {"pid": …, "device": …}}             the libraries are loaded
     {"accepted": {"run": …}}                       the job has begun
     {"progress": {"kind": …, …}}                   one item of `train` or `compare`, by its class name
-    and one last word on the job: progress of kind "Finished" or "Compared", or
-    {"stopped": {"wish": …}}                       as wished
-    {"failed": {"code", "message", "param"}}       the job cannot be done
-    {"crashed": {"message"}}                       this attempt could not be done; the trainer ends
+    and one final message on the job: progress of kind "Finished" or "Compared", or
+    {"stopped": {"request": …}}                    as requested
+    {"failed": {"code", "message", "param"}}       the job fails, as every other attempt would
+    {"crashed": {"message"}}                       this attempt fails, another may not; the trainer exits
 
-Deadlines are readings of the monotonic clock, which all processes of a machine share.
+Deadlines are readings of the monotonic clock, which is the same for all processes of a machine.
 """
 
 import os
@@ -22,7 +22,7 @@ import signal
 from dataclasses import asdict, dataclass
 from typing import Any, BinaryIO, Literal
 
-Wish = Literal["cancel", "release"]
+StopRequest = Literal["cancel", "release"]
 FENCED = 75
 """Exit code of a trainer whose lease ran out."""
 
@@ -31,7 +31,7 @@ FENCED = 75
 class Order:
     """One attempt at one job, as the trainer sees it: a spec and paths.
 
-    `run` names the attempt, so that nothing meant for an earlier one is taken for this one.
+    `run` names the attempt, so that messages for an earlier one are not taken for this one's.
     """
 
     run: str
@@ -44,17 +44,20 @@ class Order:
     checkpoint_seconds: float
     deadline: float
     tokens: str | None = None
-    """Where this project's tokenised files are kept; None: nowhere."""
+    """Folder that keeps this project's tokenised files; None keeps none."""
     devices: int = 1
     kind: str = "fine_tuning"
-    """Or "comparison": which of the core's generators the spec is for."""
+    """Or "comparison": decides which of the core's generators runs the spec."""
 
     def as_message(self) -> dict[str, Any]:
         return {"job": asdict(self)}
 
 
 def claim_descriptors() -> tuple[BinaryIO, BinaryIO]:
-    """Takes standard input and output for the protocol, and leaves harmless ones to everybody else."""
+    """Reserves standard input and output for the protocol. Returns both.
+
+    Other code then reads nothing from standard input, and prints to standard error.
+    """
     received, sent = os.fdopen(os.dup(0), "rb"), os.fdopen(os.dup(1), "wb")
     nothing = os.open(os.devnull, os.O_RDONLY)
     os.dup2(nothing, 0)
@@ -65,7 +68,7 @@ def claim_descriptors() -> tuple[BinaryIO, BinaryIO]:
 
 @dataclass(frozen=True)
 class Ended:
-    """The last thing that comes from a trainer: its exit code, negative for a signal."""
+    """How a process ended: its exit code, negative for a signal."""
 
     code: int
 

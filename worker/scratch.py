@@ -1,4 +1,4 @@
-"""Folders that workers can lose: one for each attempt, locked as long as its worker lives."""
+"""Scratch folders: one for each attempt, locked while its worker is alive."""
 
 import fcntl
 import shutil
@@ -14,8 +14,8 @@ LOCK = "lock"
 
 @contextmanager
 def scratch_folder(parent: Path, name: str) -> Iterator[Path]:
-    """A fresh folder, gone afterwards. Its lock tells `remove_orphans` that somebody works in it."""
-    with _turn(parent):
+    """A fresh folder, removed afterwards. Its lock shows `remove_orphans` that it is in use."""
+    with _lock(parent):
         folder = parent / name
         shutil.rmtree(folder, ignore_errors=True)
         folder.mkdir(mode=0o700)
@@ -30,7 +30,7 @@ def scratch_folder(parent: Path, name: str) -> Iterator[Path]:
 
 def remove_orphans(parent: Path) -> list[str]:
     """Removes the folders whose worker died; returns their names."""
-    with _turn(parent):
+    with _lock(parent):
         orphans = [entry for entry in sorted(parent.iterdir()) if entry.is_dir() and _is_orphan(entry)]
         for folder in orphans:
             shutil.rmtree(folder, ignore_errors=True)
@@ -43,11 +43,11 @@ def _is_orphan(folder: Path) -> bool:
     except FileNotFoundError:
         return True
     with lock:
-        return _taken(lock)
+        return _acquire(lock)
 
 
-def _taken(lock: IO[str]) -> bool:
-    """Whether the lock could be taken, that is, whether nobody alive holds it."""
+def _acquire(lock: IO[str]) -> bool:
+    """Takes the lock unless a living process holds it; returns whether it did."""
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
@@ -56,8 +56,8 @@ def _taken(lock: IO[str]) -> bool:
 
 
 @contextmanager
-def _turn(parent: Path) -> Iterator[None]:
-    """One at a time makes or removes folders, so that none is seen before it is locked."""
+def _lock(parent: Path) -> Iterator[None]:
+    """Serialises making and removing folders, so that none is seen before it is locked."""
     make_folder(parent)
     with (parent / ".turn").open("w") as turn:
         fcntl.flock(turn, fcntl.LOCK_EX)

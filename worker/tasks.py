@@ -8,7 +8,7 @@ from .supervisor.supervisor import Supervisor
 
 
 def register(app: Celery, supervisor: Supervisor) -> None:
-    """Makes a wake-up run the jobs that wait. A second, a late or a lost one changes nothing."""
+    """Registers the wake-up, which runs all waiting jobs. It may arrive late, twice or never."""
 
     @app.task(name=TASK)  # type: ignore[untyped-decorator]
     def run_next() -> None:

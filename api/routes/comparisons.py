@@ -1,11 +1,13 @@
-"""Comparisons of methods: created, listed, looked at, cancelled; and the report that they end with."""
+"""Comparisons of methods: create, list, retrieve, cancel; their reports."""
 
+import json
 from typing import Annotated, Literal
 
 from fastapi import APIRouter, Header, Query, Request
 from sqlalchemy.orm import Session
-from starlette.responses import Response
+from starlette.responses import JSONResponse, Response
 
+from olora_core.comparison.report import FORMAT, read_report
 from olora_core.specs import ComparisonSpec
 from store import files, jobs
 from store.errors import JobStateError
@@ -34,12 +36,12 @@ PAGE_POLICY = (
     "default-src 'none'; style-src 'unsafe-inline'; sandbox; "
     "base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
 )
-"""The page has its styles and drawings in it: nothing is loaded, and nothing runs."""
+"""The page contains its styles and drawings: it loads nothing and runs nothing."""
 
 
 @router.post("", openapi_extra=BODY_SCHEMA)
 def create_comparison(body: BodyDep, call: CallDep) -> ComparisonObject:
-    """Committed before it is answered; the dispatcher then checks its files and queues it."""
+    """The comparison is committed before the answer; the dispatcher then checks its files and queues it."""
     request, spec = read_create(body.values)
     check_base(call, request.model)
     made_id, _ = once(
@@ -68,7 +70,7 @@ def _make(session: Session, call: Call, request: CreateComparison, spec: Compari
 def list_comparisons(
     request: Request, call: CallDep, after: After = None, limit: Limit = 20
 ) -> Page[ComparisonObject]:
-    """Newest first. `metadata` keeps some of them, as in the list of jobs."""
+    """Newest first. `metadata` filters as in the list of jobs."""
     wanted = metadata_filter(request)
     with call.reading() as session:
         page = jobs.list_jobs(
@@ -85,7 +87,7 @@ def retrieve_comparison(comparison_id: str, call: CallDep) -> ComparisonObject:
 
 @router.post("/{comparison_id}/cancel")
 def cancel_comparison(comparison_id: str, call: CallDep) -> ComparisonObject:
-    """One that waits ends at once, one that runs at its next step; cancelling twice is no error."""
+    """A waiting one ends at once, a running one at its next step. Cancelling twice is not an error."""
     with call.writing() as session:
         job = jobs.get_job(session, call.project_id, comparison_id, COMPARISON)
         return ComparisonObject.of(jobs.cancel(session, job))
@@ -96,21 +98,34 @@ def retrieve_report(
     comparison_id: str,
     call: CallDep,
     format: Annotated[
-        Literal["html", "json"] | None, Query(description="What to answer, whatever Accept says.")
+        Literal["html", "json"] | None, Query(description="The format of the report, whatever Accept says.")
     ] = None,
     accept: Annotated[str, Header()] = "",
     if_none_match: Annotated[str | None, Header()] = None,
 ) -> Response:
-    """The page, which needs nothing else to be read; or every number in it as JSON."""
+    """The report as one self-contained page, or all its numbers as JSON."""
     wanted = format or ("json" if "application/json" in accept and "text/html" not in accept else "html")
     row = _result(comparison_id, call, "report" if wanted == "json" else "page")
-    if is_current(row, if_none_match):
+    earlier = _of_an_earlier_format(call, row) if wanted == "json" else None
+    if earlier is None and is_current(row, if_none_match):
         return Response(status_code=304, headers={"etag": f'"{row.sha256}"', "vary": "accept"})
-    answer = send_file(call.storage, row)
+    answer = earlier or send_file(call.storage, row)
     answer.headers["content-disposition"] = "inline"
     answer.headers["content-security-policy"] = PAGE_POLICY
     answer.headers["vary"] = "accept"
     return answer
+
+
+def _of_an_earlier_format(call: Call, row: File) -> Response | None:
+    """A report that an earlier version stored, with the names of this one; None for one of this version.
+
+    It has no ETag: the stored file's stands for other bytes.
+    """
+    if row.storage_key is None:
+        return None
+    with call.storage.open(row.storage_key) as stored:
+        report = json.load(stored)
+    return None if report["format"] == FORMAT else JSONResponse(read_report(report))
 
 
 def _result(comparison_id: str, call: Call, which: str) -> File:
@@ -122,7 +137,7 @@ def _result(comparison_id: str, call: Call, which: str) -> File:
             return files.get_file(session, call.project_id, job.result_files[RESULTS.index(which)])
         except NotStored:
             raise NotFound(
-                f"The {which} of {job.id} was deleted; create the comparison again to have another.",
+                f"The {which} of {job.id} was deleted; create the comparison again to get another.",
                 param=COMPARISON.param,
             ) from None
 
@@ -131,6 +146,6 @@ def _why_no_report(job: Job) -> str:
     if job.status == "failed":
         return f"Comparison {job.id} has failed and has no report: {(job.error or {}).get('message')}"
     if job.status == "cancelled":
-        return f"Comparison {job.id} was cancelled and has no report; create it again to have one."
+        return f"Comparison {job.id} was cancelled and has no report; create it again to get one."
     reached = f" (step {job.step} of {job.total_steps})" if job.total_steps else ""
     return f"Comparison {job.id} is {job.status}{reached}; its report can be read once it has succeeded."

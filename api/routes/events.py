@@ -1,6 +1,4 @@
-"""A job's or a comparison's events: in pages, newest first, or as a stream that a client may leave and come
-back to.
-"""
+"""Events of jobs and comparisons: in pages, newest first, or as a stream that a client can resume."""
 
 import asyncio
 import time
@@ -79,7 +77,7 @@ def _page(call: Call, kind: Kind, job_id: str, after: str | None, limit: int) ->
 
 
 def _start(call: Call, kind: Kind, job_id: str, after: str | None, param: str) -> int:
-    """The sequence number to go on from. Raises NotFound, and UnknownCursor for another job's event."""
+    """The sequence number to continue after. Raises NotFound, and UnknownCursor for another job's event."""
     with call.reading() as session:
         job = jobs.get_job(session, call.project_id, job_id, kind)
         if after is None:
@@ -91,26 +89,26 @@ def _start(call: Call, kind: Kind, job_id: str, after: str | None, param: str) -
 
 
 async def _stream(call: Call, kind: Kind, job_id: str, seq: int) -> AsyncIterator[str]:
-    """Holds neither a thread nor a connection between its looks at the database."""
-    spoken = time.monotonic()
+    """Holds neither a thread nor a connection while it waits between two reads of the database."""
+    sent_at = time.monotonic()
     while not call.services.closing.is_set():
-        rows, status = await run_in_threadpool(_news, call, kind, job_id, seq)
+        rows, status = await run_in_threadpool(_new_events, call, kind, job_id, seq)
         for row in rows:
             yield _message(row.type, EventObject.of(row, kind).model_dump_json(), row.id)
-            seq, spoken = row.seq, time.monotonic()
+            seq, sent_at = row.seq, time.monotonic()
         if len(rows) == BATCH:
             continue
         if status in ENDED:
             yield _message("done", f'{{"id":"{job_id}","status":"{status}"}}')
             return
-        if time.monotonic() - spoken >= HEARTBEAT_SECONDS:
-            spoken = time.monotonic()
+        if time.monotonic() - sent_at >= HEARTBEAT_SECONDS:
+            sent_at = time.monotonic()
             yield ": still here\n\n"
         await asyncio.sleep(POLL_SECONDS)
 
 
-def _news(call: Call, kind: Kind, job_id: str, seq: int) -> tuple[list[Event], str]:
-    """The status is read first: once it says that the job has ended, its last event is there to be read."""
+def _new_events(call: Call, kind: Kind, job_id: str, seq: int) -> tuple[list[Event], str]:
+    """The status is read first: once it says that the job has ended, the last event has been written."""
     with call.reading() as session:
         status = jobs.get_job(session, call.project_id, job_id, kind).status
         return list(events_since(session, job_id, seq, BATCH)), status

@@ -1,4 +1,4 @@
-"""Files: an upload goes to the storage while it arrives, is validated, and only then exists."""
+"""Files: an upload is stored while it arrives and becomes a file once it has been validated."""
 
 import contextlib
 from collections.abc import AsyncIterator
@@ -35,7 +35,7 @@ FIELDS = ("purpose", "expires_after[anchor]", "expires_after[seconds]")
 
 @dataclass
 class Form:
-    """What an upload says about its file."""
+    """The fields of an upload."""
 
     values: dict[str, str] = field(default_factory=dict)
     filename: str | None = None
@@ -93,7 +93,7 @@ async def _writer(call: Call, key: str) -> AsyncIterator[Writer]:
 
 
 async def _receive(request: Request, writer: Writer) -> Form:
-    """Reads the form; the file's bytes go to the writer, a bad field stops the reading at once."""
+    """Reads the form and writes the file's bytes; an invalid field ends the reading at once."""
     form, name, text, pending = Form(), "", bytearray(), bytearray()
     pieces = read_form(request.stream(), request.headers.get("content-type", ""))
     async with contextlib.aclosing(pieces):
@@ -125,10 +125,10 @@ async def _write(writer: Writer, pending: bytearray) -> None:
 
 
 def _known_part(part: PartBegins, form: Form) -> str:
-    """The part's name; notes the file's own. Raises BadRequest for a part that is unknown or comes twice."""
+    """The part's name; keeps the file's own. Raises BadRequest for an unknown or repeated part."""
     if part.name == "file":
         if form.filename is not None:
-            raise BadRequest("The form holds two files; send one file in one request.", param="file")
+            raise BadRequest("The form contains two files; send one file per request.", param="file")
         form.filename = _safe_name(part.filename)
     elif part.name not in FIELDS:
         hint = nearest(part.name, (*FIELDS, "file"))
@@ -148,7 +148,9 @@ def _check_field(name: str, value: str) -> None:
     if name == "purpose" and value not in UPLOAD_PURPOSES:
         hint = nearest(value[:40], UPLOAD_PURPOSES)
         allowed = ", ".join(UPLOAD_PURPOSES)
-        raise BadRequest(f"purpose {value[:40]!r} is unknown{hint}. It may be: {allowed}.", param=name)
+        raise BadRequest(
+            f"purpose {value[:40]!r} is unknown{hint}. It must be one of: {allowed}.", param=name
+        )
     if name == "expires_after[anchor]" and value != "created_at":
         raise BadRequest(f"expires_after[anchor] must be 'created_at', not {value[:40]!r}.", param=name)
     if name == "expires_after[seconds]" and not _is_lifetime(value):
@@ -178,7 +180,7 @@ def _check_form(form: Form, writer: Writer) -> None:
 
 
 def _validate(form: Form, writer: Writer) -> Report | None:
-    """The report on a training file. Raises BadRequest when it cannot be read as rows."""
+    """The report on a training file. Raises BadRequest if it cannot be read as rows."""
     if form.values["purpose"] != "fine-tune":
         return None
     with writer.reread() as stream:
@@ -196,7 +198,7 @@ def _validate(form: Form, writer: Writer) -> Report | None:
 
 
 def _record(call: Call, file_id: str, form: Form, writer: Writer, report: Report | None) -> FileObject:
-    """The row of the stored bytes; a retry gets the first try's row, and its own bytes go."""
+    """Creates the file's row. A retry gets the first try's row, and its own bytes are deleted."""
 
     def make(session: Session) -> str:
         files.record_file(
@@ -212,7 +214,7 @@ def _record(call: Call, file_id: str, form: Form, writer: Writer, report: Report
         )
         return file_id
 
-    # Each try of a multipart request has another boundary: what counts is the fields and the file.
+    # Each try of a multipart request has another boundary, so the digest is over the fields and the file.
     content = content_digest(
         str(form.filename), *(form.values.get(name, "") for name in FIELDS), writer.sha256
     )

@@ -1,4 +1,4 @@
-"""Whether the service lives and can work; the two routes that need no key."""
+"""Liveness and readiness: the two routes that need no key."""
 
 import logging
 from typing import Literal
@@ -24,7 +24,7 @@ class Health(BaseModel):
 
 
 class Readiness(BaseModel):
-    """`broker` may be away: jobs wait in the database, and none is lost."""
+    """`broker` may be false: jobs then wait in the database, and none is lost."""
 
     ready: bool
     database: bool
@@ -40,7 +40,7 @@ async def healthz() -> Health:
 
 @router.get("/readyz", responses={503: {"model": Readiness}})
 def readyz(request: Request) -> JSONResponse:
-    """Jobs and files can be served: the database is there, in the shape that this version needs."""
+    """The database can be reached and has the schema that this version needs."""
     services: Services = request.app.state.services
     database = _answers(services.engine)
     current = database and schema_is_current(services.engine)

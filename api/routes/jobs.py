@@ -1,4 +1,4 @@
-"""Fine-tuning jobs: created, listed, looked at, cancelled; their checkpoints and their adapter."""
+"""Fine-tuning jobs: create, list, retrieve, cancel; their checkpoints and their adapters."""
 
 from fastapi import APIRouter, Request
 from sqlalchemy.orm import Session
@@ -32,7 +32,7 @@ BODY_SCHEMA = {
 
 @router.post("", openapi_extra=BODY_SCHEMA)
 def create_job(body: BodyDep, call: CallDep) -> JobObject:
-    """Committed before it is answered; the dispatcher then checks its files and queues it."""
+    """The job is committed before the answer; the dispatcher then checks its files and queues it."""
     request, spec = read_create(body.values)
     trackers = read_integrations(request.integrations or [])
     require_offered(trackers, call.settings)
@@ -72,8 +72,8 @@ def _make(
 
 @router.get("")
 def list_jobs(request: Request, call: CallDep, after: After = None, limit: Limit = 20) -> Page[JobObject]:
-    """Newest first. `metadata[key]=value`, repeated, keeps the jobs with all those pairs; `metadata=null`
-    keeps those without any.
+    """Newest first. `metadata[key]=value`, which may be repeated, selects the jobs with all these pairs;
+    `metadata=null` selects those without metadata.
     """
     wanted = metadata_filter(request)
     with call.reading() as session:
@@ -89,7 +89,7 @@ def retrieve_job(job_id: str, call: CallDep) -> JobObject:
 
 @router.post("/{job_id}/cancel")
 def cancel_job(job_id: str, call: CallDep) -> JobObject:
-    """A waiting job ends at once, a running one at its next step; cancelling twice is no error."""
+    """A waiting job ends at once, a running one at its next step. Cancelling twice is not an error."""
     with call.writing() as session:
         return _object(jobs.cancel(session, jobs.get_job(session, call.project_id, job_id)), call)
 
@@ -108,7 +108,7 @@ def list_checkpoints(
 
 @router.get("/{job_id}/adapter", response_class=Response)
 def download_adapter(job_id: str, request: Request, call: CallDep) -> Response:
-    """The certified adapter as a zip. Send the ETag back as If-None-Match to skip what you have."""
+    """The certified adapter as a zip. Send its ETag as If-None-Match to download only what has changed."""
     row = _adapter_file(job_id, call)
     if is_current(row, request.headers.get("if-none-match")):
         return Response(status_code=304, headers={"etag": f'"{row.sha256}"'})
@@ -141,9 +141,11 @@ def _why_no_adapter(job: Job) -> str:
     if job.status == "cancelled":
         return f"Job {job.id} was cancelled and has no adapter; create it again to train one."
     if jobs.leaves_model(job):
-        where = f"download its result file {job.result_files[1]}" if job.result_files else "wait for its end"
+        where = (
+            f"download its result file {job.result_files[1]}" if job.result_files else "wait until it ends"
+        )
         return (
-            f"Job {job.id} leaves no adapter but the whole model, since its adapter.export is 'merged'; "
+            f"Job {job.id} exports the whole model and no adapter, since its adapter.export is 'merged'; "
             f"{where} (olora.results.model), or train again with adapter.export = 'adapter'."
         )
     reached = f" (step {job.step} of {job.total_steps})" if job.total_steps else ""

@@ -1,4 +1,4 @@
-"""Routes of OpenAI's API that are named here but not served yet: each says so with a clear 404."""
+"""Routes of OpenAI's API that are not available yet; each says so with a 404."""
 
 from collections.abc import Awaitable, Callable
 

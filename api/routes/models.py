@@ -34,7 +34,7 @@ def retrieve_model(model: str, call: CallDep) -> ModelObject:
 
 @router.delete("/{model:path}")
 def delete_model(model: str, call: CallDep) -> Deleted:
-    """The adapter goes, the job that trained it keeps its record."""
+    """Deletes the model and its adapter; the job that trained it stays."""
     if any(ref.id == model for ref in bases.base_models(call.settings)):
         raise Forbidden(
             f"'{model}' is a base model; the operator removes it from OLORA_MODELS_DIR or "

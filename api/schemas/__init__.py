@@ -1,1 +1,1 @@
-"""The objects of the API, in OpenAI's shapes; what is ours stands under `adapter` and `olora`."""
+"""The API's objects, in OpenAI's format; our additions are in `adapter` and `olora`."""

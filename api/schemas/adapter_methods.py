@@ -6,7 +6,7 @@ from pydantic import BaseModel
 
 
 class AdapterMethodObject(BaseModel):
-    """One value of `adapter.method`, and what may stand beside it."""
+    """One value of `adapter.method`, with its options."""
 
     id: str
     object: Literal["adapter_method"] = "adapter_method"

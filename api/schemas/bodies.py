@@ -1,4 +1,4 @@
-"""What the bodies that create jobs and comparisons have in common, and how a wrong one is refused."""
+"""What the bodies that create jobs and comparisons have in common, and their error messages."""
 
 import difflib
 from typing import Any, TypeVar, get_args
@@ -10,11 +10,11 @@ from store.validation import refusal
 from ..errors import BadRequest
 
 MAX_SECONDS = 2**31 - 1
-"""68 years; a worker adds its clock to it, in which far larger numbers have no place."""
+"""68 years. A worker adds this to its clock, which far larger numbers would overflow."""
 
 
 class RequestBody(BaseModel):
-    """Takes the names it knows, in the types it says."""
+    """Accepts only the declared fields, with exactly their types."""
 
     model_config = ConfigDict(extra="forbid", strict=True)
 
@@ -53,7 +53,7 @@ class JobOptions(RequestBody):
 
 
 def read_request(model: type[BodyT], values: dict[str, Any]) -> BodyT:
-    """Reads a body's own structure. Raises BadRequest."""
+    """Validates a body. Raises BadRequest."""
     try:
         return model.model_validate(values)
     except ValidationError as error:
@@ -65,7 +65,7 @@ def hyperparameters_of(
 ) -> tuple[str, dict[str, Any], str]:
     """The type of training, its hyperparameters from either place, and the place's name for errors.
 
-    Raises BadRequest for a name that has two values, and for the options of another type.
+    Raises BadRequest for a hyperparameter with two values, and for the options of another type.
     """
     method = method or MethodRequest(type="supervised")
     for other in ("supervised" if method.type == "dpo" else "dpo", "reinforcement"):
@@ -92,18 +92,21 @@ def check_metadata(metadata: dict[str, str] | None) -> None:
     if metadata is None:
         return
     if len(metadata) > 16:
-        raise BadRequest(f"metadata has {len(metadata)} pairs; it may have 16.", param="metadata")
+        raise BadRequest(f"metadata must have at most 16 pairs (got {len(metadata)}).", param="metadata")
     for key, value in metadata.items():
         if not 1 <= len(key) <= 64:
             raise BadRequest(
-                f"metadata key {key[:70]!r} has {len(key)} characters; 1 to 64 fit.", param="metadata"
+                f"metadata key {key[:70]!r} must have 1 to 64 characters (got {len(key)}).", param="metadata"
             )
         if len(value) > 512:
-            raise BadRequest(f"metadata.{key} has {len(value)} characters; 512 fit.", param=f"metadata.{key}")
+            raise BadRequest(
+                f"metadata.{key} must have at most 512 characters (got {len(value)}).",
+                param=f"metadata.{key}",
+            )
 
 
 def _bad_field(model: type[RequestBody], error: ValidationError) -> BadRequest:
-    """The first complaint as one sentence that names the field, with the nearest known name."""
+    """The first error as one sentence that names the field, with the nearest known name."""
     problems = error.errors(include_url=False)
     problem = next((p for p in problems if p["type"] == "extra_forbidden"), problems[0])
     place = [str(part) for part in problem["loc"]]
@@ -112,7 +115,7 @@ def _bad_field(model: type[RequestBody], error: ValidationError) -> BadRequest:
         known = _fields_at(model, place[:-1])
         match = difflib.get_close_matches(place[-1], known, n=1, cutoff=0.6)
         hint = f" (did you mean '{match[0]}'?)" if match else ""
-        return BadRequest(f"{param} is unknown{hint}. Known here: {', '.join(known)}.", param=param)
+        return BadRequest(f"{param} is unknown{hint}. Known: {', '.join(known)}.", param=param)
     if problem["type"] == "missing":
         return BadRequest(f"{param} is missing; it is required.", param=param)
     return BadRequest(refusal(param, problem), param=param)

@@ -12,11 +12,9 @@ from .bodies import JobOptions, MethodRequest, RequestBody, check_metadata, hype
 from .jobs import JobError, whole_seconds
 
 RESULTS = ("page", "report")
-"""What the result files are, in their order."""
-
-
-LOOSE = ("methods", "learning_rates", "seeds", "seed", "budget", "search_share")
-"""What `read_comparison` reads by itself; null stands for what is left out."""
+"""The names of the result files, in order."""
+SPEC_FIELDS = ("methods", "learning_rates", "seeds", "seed", "budget", "search_share")
+"""The fields that `read_comparison` validates; null is the same as leaving one out."""
 
 
 class CreateComparison(RequestBody):
@@ -25,28 +23,33 @@ class CreateComparison(RequestBody):
     model: str = Field(min_length=1, max_length=256, description="Id of a base model; see GET /v1/models.")
     training_file: str = Field(min_length=1, max_length=64, description="Id of an uploaded file.")
     validation_file: str = Field(
-        min_length=1, max_length=64, description="Id of an uploaded file; what the methods are judged on."
+        min_length=1,
+        max_length=64,
+        description="Id of a file of held-out data, used only for the final results, never for tuning.",
     )
     methods: Any = Field(
         default=None,
         description='What to compare: ["olora", {"method": "adalora", "rank": 16}, …], or "all". '
-        "Without a rank a method gets the one whose trained numbers are nearest to the budget.",
+        "A method without a rank gets the one whose trainable parameters are nearest to the budget.",
     )
     learning_rates: Any = Field(
-        default=None, description='The rates to try for every method; "auto": around each one\'s own.'
+        default=None, description='Learning rates to try for every method; "auto": around its default.'
     )
-    seeds: Any = Field(default=None, description=f"Runs of each method at its best rate, 1 to {MAX_SEEDS}.")
-    seed: Any = Field(default=None, description="The first of them, 0 if left out; the search's as well.")
+    seeds: Any = Field(
+        default=None, description=f"Runs of each method at its best learning rate, 1 to {MAX_SEEDS}."
+    )
+    seed: Any = Field(default=None, description="First random seed, 0 by default; the search uses it too.")
     budget: Any = Field(
-        default=None, description='Trained numbers of each method; "auto": those of LoRA at rank 8.'
+        default=None, description='Trainable parameters per method; "auto": those of LoRA at rank 8.'
     )
     search_share: Any = Field(
-        default=None, description="Share of the training rows, 0.1, that the search for rates is judged on."
+        default=None,
+        description="Share of the training rows held out for the learning-rate search, 0.1 by default.",
     )
     metadata: dict[str, str] | None = Field(default=None, description="Up to 16 pairs of text.")
     method: MethodRequest | None = None
     hyperparameters: dict[str, Any] | None = Field(
-        default=None, description="Of every run alike; the learning rate is searched, not given."
+        default=None, description="The same for every run, without the learning rate, which is searched."
     )
     olora: JobOptions | None = None
 
@@ -55,21 +58,21 @@ def read_create(values: dict[str, Any]) -> tuple[CreateComparison, ComparisonSpe
     """The request, and the spec of what to compare. Raises BadRequest or SpecError, naming the place."""
     if values.get("validation_file") is None:
         raise BadRequest(
-            "validation_file is missing: a comparison is judged on rows that no run has trained on and no "
-            "learning rate was chosen by. Upload some and name their file.",
+            "validation_file is missing: the final results need held-out rows, on which no run has trained "
+            "and no learning rate was chosen. Upload such rows and pass the file's id.",
             param="validation_file",
         )
     request = read_request(CreateComparison, values)
     check_metadata(request.metadata)
     if request.validation_file == request.training_file:
         raise BadRequest(
-            "validation_file is the training file: rows that every run has trained on tell the methods "
-            "apart by how well they memorise. Upload other rows and name their file.",
+            "validation_file is the training file: on rows that every run has trained on, the results would "
+            "show how well the methods memorise. Upload other rows and pass the file's id.",
             param="validation_file",
         )
     if request.olora is not None and request.olora.devices != 1:
         raise BadRequest(
-            f"olora.devices = {request.olora.devices}: a comparison runs on one device; leave it out.",
+            f"olora.devices = {request.olora.devices}, but a comparison runs on one device; leave it out.",
             param="olora.devices",
         )
     return request, _spec_of(request)
@@ -77,14 +80,14 @@ def read_create(values: dict[str, Any]) -> tuple[CreateComparison, ComparisonSpe
 
 def _spec_of(request: CreateComparison) -> ComparisonSpec:
     type, hyperparameters, prefix = hyperparameters_of(request.method, request.hyperparameters)
-    asked = {name: getattr(request, name) for name in LOOSE if getattr(request, name) is not None}
+    given = {name: getattr(request, name) for name in SPEC_FIELDS if getattr(request, name) is not None}
     return read_comparison(
-        model=request.model, type=type, hyperparameters=hyperparameters, prefix=prefix, **asked
+        model=request.model, type=type, hyperparameters=hyperparameters, prefix=prefix, **given
     )
 
 
 class ComparisonProgress(BaseModel):
-    """Where a comparison is. `total_steps` and `runs` are the plan so far; the search may add to it."""
+    """A comparison's progress. `total_steps` and `runs` are as planned so far; the search may add to them."""
 
     step: int
     total_steps: int | None
@@ -100,8 +103,8 @@ class ComparisonProgress(BaseModel):
 
 
 class ComparisonObject(BaseModel):
-    """A comparison. `verdict`, `winner` (the spec of the method to take) and `figures` are the short of its
-    report, once it has succeeded.
+    """A comparison. Once it has succeeded, `verdict`, `winner` (the best method's spec) and `figures` sum up
+    its report.
     """
 
     id: str
@@ -146,7 +149,7 @@ class ComparisonObject(BaseModel):
             training_file=row.training_file,
             validation_file=row.validation_file or "",
             method={"type": spec["type"], spec["type"]: {"hyperparameters": hyperparameters}},
-            methods=[_asked(method) for method in spec["methods"]],
+            methods=[_as_requested(method) for method in spec["methods"]],
             learning_rates=spec["learning_rates"],
             seeds=spec["seeds"],
             seed=row.seed,
@@ -169,7 +172,7 @@ class ComparisonObject(BaseModel):
         )
 
 
-def _asked(method: dict[str, Any]) -> dict[str, Any]:
-    """The method's adapter object, as it may be sent again: without the rank that the budget will choose."""
+def _as_requested(method: dict[str, Any]) -> dict[str, Any]:
+    """The method's `adapter` object as requested, without a rank that the budget determines."""
     chosen = {"rank"} if method["match_budget"] else set()
     return {name: value for name, value in method["adapter"].items() if name not in chosen}

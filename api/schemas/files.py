@@ -10,8 +10,8 @@ UPLOAD_PURPOSES = ("fine-tune", "assistants", "batch", "vision", "user_data", "e
 
 
 class FileObject(BaseModel):
-    """An uploaded or produced file. `olora.report` says what the validation of its lines found; in a list it
-    counts the findings and does not show them.
+    """An uploaded or produced file. `olora.report` has the findings of its validation, in a list only their
+    counts.
     """
 
     id: str

@@ -20,17 +20,19 @@ class CreateJob(RequestBody):
     model: str = Field(min_length=1, max_length=256, description="Id of a base model; see GET /v1/models.")
     training_file: str = Field(min_length=1, max_length=64, description="Id of an uploaded file.")
     validation_file: str | None = Field(default=None, max_length=64)
-    suffix: str | None = Field(default=None, min_length=1, max_length=64, description="Part of the new name.")
+    suffix: str | None = Field(
+        default=None, min_length=1, max_length=64, description="Suffix for the fine-tuned model's name."
+    )
     seed: int | None = Field(default=None, ge=0, le=MAX_SEED)
     metadata: dict[str, str] | None = Field(default=None, description="Up to 16 pairs of text.")
     integrations: list[Any] | None = Field(
         default=None,
-        description='Trackers to tell: {"type": "wandb", "wandb": {"project", "entity", "name", "tags"}} or '
-        '{"type": "mlflow", "mlflow": {"experiment", "run_name", "tags"}}.',
+        description='Trackers to use: {"type": "wandb", "wandb": {"project", "entity", "name", "tags"}} '
+        'or {"type": "mlflow", "mlflow": {"experiment", "run_name", "tags"}}.',
     )
     method: MethodRequest | None = None
     hyperparameters: dict[str, Any] | None = Field(
-        default=None, description="As in the method's own hyperparameters, where newer callers put them."
+        default=None, description="The same as the method's hyperparameters, which newer clients send."
     )
     adapter: dict[str, Any] | None = Field(
         default=None, description='What to train: {"method": "olora", "rank": 16, …}.'
@@ -66,7 +68,7 @@ class JobError(BaseModel):
 
 
 class JobObject(BaseModel):
-    """A fine-tuning job. `adapter` is what is trained; `olora` is all else that is ours."""
+    """A fine-tuning job. `adapter` describes the adapter; `olora` holds our other additions."""
 
     id: str
     object: Literal["fine_tuning.job"] = "fine_tuning.job"
@@ -116,11 +118,11 @@ class JobObject(BaseModel):
             integrations=row.integrations or [],
             error=JobError(**row.error) if row.error else None,
             adapter=spec["adapter"],
-            olora=_own_facts(row),
+            olora=_olora(row),
         )
 
 
-def _own_facts(row: Job) -> dict[str, Any]:
+def _olora(row: Job) -> dict[str, Any]:
     """The answer's `olora` object."""
     return {
         **row.options,
@@ -138,7 +140,7 @@ def _own_facts(row: Job) -> dict[str, Any]:
 
 
 def _result_names(row: Job) -> tuple[str, ...]:
-    """What the result files are, in their order; code in the wild counts on the first."""
+    """The names of the result files, in order; existing clients expect the metrics first."""
     return "metrics", "model" if leaves_model(row) else "adapter", "tensorboard"
 
 
@@ -154,7 +156,7 @@ EVENT_OBJECTS: dict[str, EventName] = {
 
 
 class EventObject(BaseModel):
-    """Something that happened to a job; `data` carries the numbers of a metrics event."""
+    """An event of a job; `data` has the values of a metrics event."""
 
     id: str
     object: EventName
@@ -178,7 +180,7 @@ class EventObject(BaseModel):
 
 
 class CheckpointObject(BaseModel):
-    """A state that the job goes on from after an interruption."""
+    """A state from which the job resumes after an interruption."""
 
     id: str
     object: Literal["fine_tuning.job.checkpoint"] = "fine_tuning.job.checkpoint"

@@ -8,7 +8,7 @@ T = TypeVar("T", bound=BaseModel)
 
 
 class Page(BaseModel, Generic[T]):
-    """One page; a client asks for the next with `after` = the last item's id until `has_more` is false."""
+    """One page. While `has_more` is true, get the next one with `after` = `last_id`."""
 
     object: Literal["list"] = "list"
     data: list[T]

@@ -1,4 +1,4 @@
-"""Jobs keep what the base and the tuned model answer."""
+"""Jobs keep sample answers of the base and the tuned model."""
 
 import sqlalchemy as sa
 from alembic import op

@@ -1,4 +1,4 @@
-"""Jobs name the experiment trackers that are told of them."""
+"""Jobs name the experiment trackers that they report to."""
 
 import sqlalchemy as sa
 from alembic import op

@@ -1,4 +1,4 @@
-"""The jobs' table holds comparisons too."""
+"""The jobs table also holds comparisons."""
 
 import sqlalchemy as sa
 from alembic import op
@@ -10,7 +10,7 @@ depends_on = None
 
 
 def upgrade() -> None:
-    # One statement that both databases know; SQLite would otherwise make the table anew for the check.
+    # One statement that both databases know; otherwise SQLite would rebuild the table for the check.
     op.execute(
         "ALTER TABLE jobs ADD COLUMN kind VARCHAR(16) DEFAULT 'fine_tuning' NOT NULL "
         "CONSTRAINT ck_jobs_kind CHECK (kind IN ('fine_tuning', 'comparison'))"

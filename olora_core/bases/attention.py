@@ -8,6 +8,7 @@ to transformers' own SDPA, so that ordinary rows are computed as they always wer
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from inspect import signature
 from itertools import accumulate
 from typing import Any
 
@@ -68,11 +69,11 @@ def _varlen(query: Tensor, key: Tensor, value: Tensor, mask: Segments, scale: fl
 
     offsets, longest = mask.as_subclass(Tensor).view(-1), max(mask.lengths)
     q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))  # (T, heads, d)
-    grouped = q.shape[1] != k.shape[1]
-    out = varlen_attn(
-        q, k, v, offsets, offsets, longest, longest, scale=scale, window_size=(-1, 0), enable_gqa=grouped
-    )
-    return out[None]
+    how: dict[str, Any] = {"scale": scale, "window_size": (-1, 0)}
+    # The kernel shares key heads among query heads; later versions of torch ask for it by name.
+    if q.shape[1] != k.shape[1] and "enable_gqa" in signature(varlen_attn).parameters:
+        how["enable_gqa"] = True
+    return varlen_attn(q, k, v, offsets, offsets, longest, longest, **how)[None]
 
 
 AttentionInterface.register(NAME, segment_attention)

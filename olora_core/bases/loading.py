@@ -220,6 +220,9 @@ def _load_model(
     folder: Path, name: str, config: PreTrainedConfig, dtype: torch.dtype | None, how: dict[str, Any]
 ) -> tuple[PreTrainedModel, list[str]]:
     """The model, and the names of tensors in its files that it does not use. `how` is for transformers."""
+    if getattr(config.get_text_config(), "attn_logit_softcapping", None):
+        # SDPA cannot cap its logits, and older transformers (5.17) let it leave the cap out without a word.
+        how = {"attn_implementation": "eager"} | how
     try:
         with no_progress_bar():
             model, report = AutoModelForCausalLM.from_pretrained(

@@ -1,4 +1,4 @@
-"""How wide a method must be to train as many numbers as another."""
+"""How many parameters a method trains, and the rank at which it trains as many as another."""
 
 from collections.abc import Sequence
 
@@ -10,13 +10,13 @@ from ..methods import METHODS
 from ..specs import MAX_EXPORT_RANK, AdapterSpec, check_export
 
 
-def trained_numbers(adapter: AdapterSpec, sites: Sequence[Site], total_steps: int) -> int:
-    """What a run of so many steps trains in these layers."""
-    return METHODS[adapter.method].trained_numbers(adapter, sites, total_steps)
+def trainable_parameters(adapter: AdapterSpec, sites: Sequence[Site], total_steps: int) -> int:
+    """Trainable parameters of a run of `total_steps` steps in these layers."""
+    return METHODS[adapter.method].trainable_parameters(adapter, sites, total_steps)
 
 
 def within_budget(adapter: AdapterSpec, budget: int, sites: Sequence[Site], total_steps: int) -> AdapterSpec:
-    """The method with the rank at which it trains most nearly `budget` numbers.
+    """The method with the rank whose number of trainable parameters is nearest to `budget`.
 
     Of the ranks that the layers hold, the other options allow and servers load; of two that are as near, the
     one nearer to the adapter's own. Raises SpecError when there is none.
@@ -32,7 +32,7 @@ def within_budget(adapter: AdapterSpec, budget: int, sites: Sequence[Site], tota
         )
 
     def distance(changed: AdapterSpec) -> tuple[int, int]:
-        numbers = trained_numbers(changed, sites, total_steps)
+        numbers = trainable_parameters(changed, sites, total_steps)
         return abs(numbers - budget), abs(changed.rank - adapter.rank)
 
     return min(fitting, key=distance)

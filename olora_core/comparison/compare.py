@@ -41,7 +41,7 @@ from ..training.resume import Checkpoints, put, restore, snapshot
 from ..training.run import Run, borrowed, check_dtype, check_sharding, facts, start, steps_of
 from ..training.step import forget_peak_memory, peak_memory
 from ..training.train import steps
-from .budget import trained_numbers, within_budget
+from .budget import trainable_parameters, within_budget
 from .page import page
 from .report import Candidate, Facts, Outcome, Trial, report_of
 from .search import Grid, Rung, grid_around, halving, held_out
@@ -116,7 +116,7 @@ class Entrant:
     label: str
     adapter: AdapterSpec
     sites: list[Site]
-    trained_numbers: int
+    trainable_parameters: int
     own_rate: float
     grid: Grid
 
@@ -171,7 +171,7 @@ class Comparison:
         """The budget, and the methods at the ranks that meet it; why others cannot is kept."""
         adapter = self.spec.training.adapter
         sites = target_sites(self.base.model, adapter.target_modules)
-        own = trained_numbers(adapter, sites, self.total_steps)
+        own = trainable_parameters(adapter, sites, self.total_steps)
         budget = own if self.spec.budget == "auto" else self.spec.budget
         entrants = []
         for label, compared in zip(self.spec.labels, self.spec.methods, strict=True):
@@ -183,7 +183,7 @@ class Comparison:
             except SpecError as error:
                 self.unfit[label] = error.message
                 continue
-            own_rate, numbers = self.own_rate(adapter), trained_numbers(adapter, sites, self.total_steps)
+            own_rate, numbers = self.own_rate(adapter), trainable_parameters(adapter, sites, self.total_steps)
             asked = self.spec.learning_rates
             grid = grid_around(own_rate) if asked == "auto" else Grid(asked)
             entrants.append(Entrant(label, adapter, sites, numbers, own_rate, grid))
@@ -236,7 +236,7 @@ class Comparison:
         yield Note(
             "info",
             f"{len(self.entrants)} methods, {self._runs(0)} runs, {self._steps(0)} steps in all; the budget "
-            f"is {self.budget:,} trained numbers.",
+            f"is {self.budget:,} trainable parameters.",
         )
 
     def _leave_out_the_unfit(self) -> None:
@@ -469,7 +469,7 @@ class Comparison:
             steps=self.total_steps,
             seeds=self.seeds,
             budget=self.budget,
-            yardstick=self.spec.labels[self.spec.yardstick],
+            baseline=self.spec.labels[self.spec.baseline],
             training={
                 "file": training,
                 "sha256": data.hashes["training"],
@@ -497,7 +497,7 @@ class Comparison:
             label=label,
             adapter=(entrant.adapter if entrant else adapter).model_dump(mode="json", exclude_defaults=True)
             | {"method": adapter.method, "rank": (entrant.adapter if entrant else adapter).rank},
-            trained_numbers=entrant.trained_numbers if entrant else None,
+            trainable_parameters=entrant.trainable_parameters if entrant else None,
             own_rate=entrant.own_rate if entrant else None,
             trials=self.searched.get(label, []),
             best_rate=self.rates.get(label),

@@ -56,7 +56,7 @@ def _title(report: Report) -> str:
 
 def _colours(ranked: Sequence[Report], report: Report) -> dict[str, str]:
     """LoRA is grey, the method to take has the first colour; what is left goes by rank."""
-    chosen = {report["yardstick"]: "var(--c1)"}
+    chosen = {report["baseline"]: "var(--c1)"}
     chosen.setdefault(report["verdict"]["take"], "var(--c0)")
     free = iter(["var(--c0)"] * (len(chosen) == 1) + [f"var(--c{i})" for i in range(2, COLOURED)])
     for method in ranked:
@@ -72,13 +72,13 @@ def _facts(report: Report) -> str:
     taken = _find(report, report["verdict"]["take"])
     if taken is None:
         return ""
-    steps = taken["steps_to_yardstick"]
+    steps = taken["steps_to_baseline"]
     facts = [
         ("Method", f"{taken['label']}, rank {taken['rank']}"),
         ("Learning rate", f"{taken['learning_rate']:g}"),
         ("Final validation loss", _loss(taken["final"]["mean"])),
     ]
-    if taken["label"] != report["yardstick"] and steps is not None:
+    if taken["label"] != report["baseline"] and steps is not None:
         facts.append(("Reaches LoRA's final loss after", f"{steps:,.0f} of {report['steps']:,} steps"))
     shown = "".join(f"<div><dt>{text(name)}</dt><dd>{text(value)}</dd></div>" for name, value in facts)
     return f'<dl class="facts">{shown}</dl>'
@@ -98,10 +98,10 @@ def _finals(ranked: Sequence[Report], colours: Mapping[str, str], report: Report
     def at(loss: float) -> str:
         return f"{100 * min(1.0, (loss - low) / (high - low)):.2f}%"
 
-    yardstick = _find(report, report["yardstick"])
+    baseline = _find(report, report["baseline"])
     mark = ""
-    if yardstick and yardstick["final"]:
-        mark = f'<span class="mark" style="left:{at(yardstick["final"]["mean"])}"></span>'
+    if baseline and baseline["final"]:
+        mark = f'<span class="mark" style="left:{at(baseline["final"]["mean"])}"></span>'
     rows = []
     for method in ranked:
         colour, final = colours[method["label"]], method["final"]
@@ -141,11 +141,11 @@ def _range(values: Sequence[float], ranked: Sequence[Report]) -> tuple[float, fl
 
 
 def _curves(ranked: Sequence[Report], colours: Mapping[str, str], report: Report) -> str:
-    drawn = [(m, colours[m["label"]], m["label"] == report["yardstick"]) for m in reversed(ranked)]
+    drawn = [(m, colours[m["label"]], m["label"] == report["baseline"]) for m in reversed(ranked)]
     items = "".join(
-        f'<li><i class="{"dash" if is_yardstick else ""}" style="border-color:{colour}"></i>'
+        f'<li><i class="{"dash" if is_baseline else ""}" style="border-color:{colour}"></i>'
         f"{text(method['label'])}</li>"
-        for method, colour, is_yardstick in reversed(drawn)
+        for method, colour, is_baseline in reversed(drawn)
         if colour != "var(--rest)"
     )
     rest = sum(colour == "var(--rest)" for _, colour, _ in drawn)
@@ -160,12 +160,12 @@ def _curves(ranked: Sequence[Report], colours: Mapping[str, str], report: Report
 
 
 def _one_by_one(ranked: Sequence[Report], report: Report) -> str:
-    yardstick = _find(report, report["yardstick"])
+    baseline = _find(report, report["baseline"])
     charts = []
     for method in ranked:
-        if method is yardstick:
+        if method is baseline:
             continue
-        behind = [(yardstick, "var(--c1)", True)] if yardstick and yardstick["final"] else []
+        behind = [(baseline, "var(--c1)", True)] if baseline and baseline["final"] else []
         drawn = [*behind, (method, "var(--c0)", False)]
         charts.append(
             f'<div class="small"><h3>{text(method["label"])} <i>{_loss(method["final"]["mean"])}</i></h3>'
@@ -259,7 +259,7 @@ def _table(methods: Sequence[Report], report: Report) -> str:
         "Below LoRA's",
         "Learning rate",
         "Rank",
-        "Trained numbers",
+        "Trainable parameters",
         "Steps to LoRA's loss",
         "Accuracy",
         "Training time",
@@ -281,16 +281,16 @@ def _row(method: Report, report: Report, columns: int) -> str:
     name = f'<th scope="row">{text(method["label"])}</th>'
     if not method["final"]:
         return f'<tr>{name}<td class="plain" colspan="{columns - 1}">{text(method["problem"])}</td></tr>'
-    final, is_yardstick = method["final"], method["label"] == report["yardstick"]
-    steps = method["steps_to_yardstick"]
-    share = method["trained_numbers"] / report["budget"]
+    final, is_baseline = method["final"], method["label"] == report["baseline"]
+    steps = method["steps_to_baseline"]
+    share = method["trainable_parameters"] / report["budget"]
     cells = [
         _loss(final["mean"])
         + ("" if final["deviation"] is None else f"<small>± {_loss(final['deviation'])}</small>"),
-        "–" if is_yardstick else _below(final["below_yardstick"]),
+        "–" if is_baseline else _below(final["below_baseline"]),
         f"{method['learning_rate']:g}",
         str(method["rank"]),
-        f"{method['trained_numbers']:,}<small>{share:.0%} of budget</small>",
+        f"{method['trainable_parameters']:,}<small>{share:.0%} of budget</small>",
         "never" if steps is None else f"{steps:,.0f}",
         f"{final['accuracy']:.1%}",
         _seconds(method["seconds"]),
@@ -373,8 +373,8 @@ def _rules(report: Report) -> str:
     rules = [
         f"All methods train on the same tokens of {training['file']} ({training['examples']:,} rows), in the "
         f"same order for the same seed, for {report['steps']:,} steps. They share: {shared}.",
-        "Where the rank was free, it is the one at which a method trains most nearly "
-        f"{report['budget']:,} numbers; what is trained one after another counts together. Other options are "
+        "Where the rank was free, it is the one whose number of trainable parameters is nearest to "
+        f"{report['budget']:,}; what is trained one after another counts together. Other options are "
         "the method's defaults, unless given.",
         f"All results are of {validation['file']} ({validation['examples']:,} rows), by which nothing was "
         "chosen.",

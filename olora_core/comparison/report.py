@@ -8,7 +8,14 @@ from typing import Any
 from ..progress import Stage
 from .verdict import Difference, Verdict, difference, judge, steps_to
 
-FORMAT = 1
+FORMAT = 2
+RENAMED = {
+    "trained_numbers": "trainable_parameters",
+    "yardstick": "baseline",
+    "steps_to_yardstick": "steps_to_baseline",
+    "below_yardstick": "below_baseline",
+}
+"""Keys of format 1, and their names since format 2."""
 UNITS = {"supervised": "nats a token", "dpo": "nats a pair"}
 
 
@@ -52,7 +59,7 @@ class Candidate:
     label: str
     adapter: Mapping[str, Any]
     """Its options, rank included."""
-    trained_numbers: int | None
+    trainable_parameters: int | None
     own_rate: float | None
     trials: Sequence[Trial]
     best_rate: float | None
@@ -77,7 +84,7 @@ class Facts:
     steps: int
     seeds: Sequence[int]
     budget: int
-    yardstick: str
+    baseline: str
     """Label of plain LoRA."""
     training: Mapping[str, Any]
     """`file`, `sha256`, `examples`."""
@@ -87,15 +94,28 @@ class Facts:
     versions: Mapping[str, str] = field(default_factory=dict)
 
 
+def read_report(stored: Mapping[str, Any]) -> dict[str, Any]:
+    """A stored report in the present format, whichever version made it."""
+    if stored["format"] != 1:
+        return dict(stored)
+    return {**_renamed(stored), "format": FORMAT}
+
+
+def _renamed(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {RENAMED.get(name, name): _renamed(item) for name, item in value.items()}
+    return [_renamed(item) for item in value] if isinstance(value, list) else value
+
+
 def report_of(facts: Facts, candidates: Sequence[Candidate]) -> dict[str, Any]:
     """JSON-able. Methods stand in the order in which they were asked for."""
     losses = {
         c.label: [run.loss for run in c.finals if run.loss is not None] for c in candidates if not c.problem
     }
-    yardstick = next((c for c in candidates if c.label == facts.yardstick and not c.problem), None)
-    target = statistics.fmean(losses[facts.yardstick]) if yardstick else None
-    verdict = judge(losses, facts.yardstick, UNITS[facts.type]) if losses else None
-    methods = [_method(candidate, losses.get(facts.yardstick), target) for candidate in candidates]
+    baseline = next((c for c in candidates if c.label == facts.baseline and not c.problem), None)
+    target = statistics.fmean(losses[facts.baseline]) if baseline else None
+    verdict = judge(losses, facts.baseline, UNITS[facts.type]) if losses else None
+    methods = [_method(candidate, losses.get(facts.baseline), target) for candidate in candidates]
     return {
         "format": FORMAT,
         "verdict": _verdict(verdict, facts),
@@ -107,21 +127,21 @@ def report_of(facts: Facts, candidates: Sequence[Candidate]) -> dict[str, Any]:
 
 
 def _method(
-    candidate: Candidate, yardstick_losses: Sequence[float] | None, target: float | None
+    candidate: Candidate, baseline_losses: Sequence[float] | None, target: float | None
 ) -> dict[str, Any]:
     described = {
         "label": candidate.label,
         "method": candidate.adapter["method"],
         "adapter": dict(candidate.adapter),
         "rank": candidate.adapter["rank"],
-        "trained_numbers": candidate.trained_numbers,
+        "trainable_parameters": candidate.trainable_parameters,
         "own_learning_rate": candidate.own_rate,
         "learning_rate": candidate.best_rate,
         "search": _search(candidate),
         "problem": candidate.problem,
         "curve": None,
         "final": None,
-        "steps_to_yardstick": None,
+        "steps_to_baseline": None,
         "seconds": None,
         "tokens_per_second": None,
         "peak_memory_bytes": None,
@@ -141,11 +161,9 @@ def _method(
             "mean": statistics.fmean(losses),
             "deviation": statistics.stdev(losses) if len(losses) > 1 else None,
             "accuracy": statistics.fmean(run.curve[-1][2] for run in finals),
-            "below_yardstick": _difference(
-                difference(losses, yardstick_losses) if yardstick_losses else None
-            ),
+            "below_baseline": _difference(difference(losses, baseline_losses) if baseline_losses else None),
         },
-        "steps_to_yardstick": None if target is None else steps_to(means, target),
+        "steps_to_baseline": None if target is None else steps_to(means, target),
         "seconds": statistics.median(run.seconds for run in finals),
         "tokens_per_second": statistics.median(run.tokens / run.seconds for run in finals),
         "peak_memory_bytes": max(run.peak_memory_bytes for run in finals),
@@ -204,7 +222,7 @@ def _verdict(verdict: Verdict | None, facts: Facts) -> dict[str, Any]:
         "best": verdict.best,
         "runner_up": verdict.runner_up,
         "seeds": len(facts.seeds),
-        "below_yardstick": _difference(verdict.against_yardstick),
+        "below_baseline": _difference(verdict.against_baseline),
         "below_runner_up": _difference(verdict.against_runner_up),
     }
 

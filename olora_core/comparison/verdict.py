@@ -59,30 +59,30 @@ class Verdict:
     best: str
     """The lowest mean loss; not the one to take where LoRA's is within the spread."""
     sentence: str
-    against_yardstick: Difference | None
+    against_baseline: Difference | None
     """The best against LoRA; None where it is LoRA, or LoRA has no result."""
     runner_up: str | None
     against_runner_up: Difference | None
 
 
-def judge(losses: Mapping[str, Sequence[float]], yardstick: str, unit: str) -> Verdict:
+def judge(losses: Mapping[str, Sequence[float]], baseline: str, unit: str) -> Verdict:
     """From each method's final losses, one a seed in the same order; those without a result are left out."""
     means = {method: statistics.fmean(values) for method, values in losses.items()}
     best, *others = sorted(means, key=means.__getitem__)
     runner_up = others[0] if others else None
     behind = difference(losses[best], losses[runner_up]) if runner_up else None
-    against = difference(losses[best], losses[yardstick]) if yardstick in others else None
+    against = difference(losses[best], losses[baseline]) if baseline in others else None
     take = best
     if against is not None and against.half_width is not None and not against.is_beyond:
-        take = yardstick
+        take = baseline
     seeds = len(losses[best])
-    sentence = _sentence(best, yardstick, runner_up, means[best], against, behind, seeds, unit)
+    sentence = _sentence(best, baseline, runner_up, means[best], against, behind, seeds, unit)
     return Verdict(take, best, sentence, against, runner_up, behind)
 
 
 def _sentence(
     best: str,
-    yardstick: str,
+    baseline: str,
     runner_up: str | None,
     mean: float,
     against: Difference | None,
@@ -95,7 +95,7 @@ def _sentence(
         return f"Take {best}: no other method has a result to compare it with."
     its = f"its final validation loss, {mean:.4f} {unit},"
     if seeds == 1:
-        told, other = (against, yardstick) if against else (behind, runner_up)
+        told, other = (against, baseline) if against else (behind, runner_up)
         return (
             f"Take {best} for now: {its} is {told.mean:.4f} below {other}'s, but one seed tells nothing of "
             "the spread; compare with three or more."
@@ -107,13 +107,13 @@ def _sentence(
     if not against.is_beyond:
         return (
             f"The difference is within the seeds' spread: {best} is best, but {its} is only "
-            f"{against.mean:.4f} below {yardstick}'s ({_interval(against)}); nothing here speaks against "
-            f"plain {yardstick}."
+            f"{against.mean:.4f} below {baseline}'s ({_interval(against)}); nothing here speaks against "
+            f"plain {baseline}."
         )
     next_best = ""
-    if runner_up != yardstick:
+    if runner_up != baseline:
         next_best = f"; the runner-up, {runner_up}, is {behind.mean:.4f} behind, {_spread(behind)}"
-    return f"Take {best}: {its} is {against.mean:.4f} below {yardstick}'s, {_spread(against)}{next_best}."
+    return f"Take {best}: {its} is {against.mean:.4f} below {baseline}'s, {_spread(against)}{next_best}."
 
 
 def _spread(found: Difference) -> str:

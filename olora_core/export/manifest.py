@@ -9,6 +9,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -109,7 +110,8 @@ def versions() -> dict[str, str]:
             found[package] = version(package)
         except PackageNotFoundError:  # run from a checkout that was not installed
             continue
-    return found
+    # With its build ("+cu130"), which the package's metadata leaves out.
+    return found | {"torch": torch.__version__}
 
 
 def write_json(path: Path, value: Mapping[str, Any]) -> None:

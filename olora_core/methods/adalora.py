@@ -81,9 +81,9 @@ class AdaLoRA(Method[AdaLoRASpec, AdaLoRAAdapter]):
             )
 
     @classmethod
-    def trained_numbers(cls, spec: AdaLoRASpec, sites: Sequence[Site], total_steps: int) -> int:
+    def trainable_parameters(cls, spec: AdaLoRASpec, sites: Sequence[Site], total_steps: int) -> int:
         """And a number for each component."""
-        return super().trained_numbers(spec, sites, total_steps) + spec.rank * len(sites)
+        return super().trainable_parameters(spec, sites, total_steps) + spec.rank * len(sites)
 
     def adapter(self, weight: Tensor, site: Site) -> AdaLoRAAdapter:
         self.check_rank(site)

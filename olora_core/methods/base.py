@@ -71,8 +71,8 @@ class Method(Generic[SpecT, AdapterT]):
         """Sentences the job's owner should read."""
 
     @classmethod
-    def trained_numbers(cls, spec: SpecT, sites: Sequence[Site], total_steps: int) -> int:
-        """How many numbers a run of so many steps trains in all of these layers, those of rounds together."""
+    def trainable_parameters(cls, spec: SpecT, sites: Sequence[Site], total_steps: int) -> int:
+        """How many a run of `total_steps` steps has in these layers, those of all its rounds together."""
         return sum(spec.rank * (site.in_features + site.out_features) for site in sites)
 
     @classmethod

@@ -34,7 +34,7 @@ class COLA(Method[COLASpec, RoundsAdapter]):
             )
 
     @classmethod
-    def trained_numbers(cls, spec: COLASpec, sites: Sequence[Site], total_steps: int) -> int:
+    def trainable_parameters(cls, spec: COLASpec, sites: Sequence[Site], total_steps: int) -> int:
         ranks = links_ranks(spec, total_steps)
         return sum(sum(ranks) * (site.in_features + site.out_features) for site in sites)
 

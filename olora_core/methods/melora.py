@@ -1,7 +1,7 @@
 """MELoRA (arXiv 2402.17263): `delta(x) = [s B_1 A_1 x_1 ; … ; s B_n A_n x_n]`, x cut into n equal slices x_i.
 
 Each slice of the inputs has a mini LoRA of rank r that leads to the slice of the outputs with its number. So
-the update is block diagonal, of rank n·r, with the trained numbers of one LoRA of rank r.
+the update is block diagonal, of rank n·r, with the trainable parameters of one LoRA of rank r.
 """
 
 import math

@@ -1,7 +1,7 @@
 """MoRA (arXiv 2405.12130): `delta(x) = D M C drop(x)`, with a trained square matrix M (r̂×r̂).
 
 C (r̂×in) and D (out×r̂) are fixed matrices of zeros and ones: C folds the inputs into r̂ sums, D unfolds r̂
-numbers over the outputs. r̂² is about r (in + out), so that LoRA's trained numbers make an update of rank r̂.
+numbers over the outputs. r̂² is about r (in + out), as many parameters as LoRA, for an update of rank r̂.
 
 Type 6: `delta(x) = [M R_0 x_0 ; M R_1 x_1 ; …]`, x cut into blocks x_j of r̂, and R_j the rotation of rotary
 position embeddings, at position j. Such an update has any rank, and no pair.
@@ -195,7 +195,7 @@ class MoRA(Method[MoRASpec, MoRAAdapter | RotationAdapter]):
         self.adapters: Mapping[str, Any] = {}
 
     @classmethod
-    def trained_numbers(cls, spec: MoRASpec, sites: Sequence[Site], total_steps: int) -> int:
+    def trainable_parameters(cls, spec: MoRASpec, sites: Sequence[Site], total_steps: int) -> int:
         """One square matrix a layer, in which ReMoRA's rounds add up."""
         return sum(shape_of(spec, site)[1] ** 2 for site in sites)
 

@@ -101,7 +101,7 @@ class PRILoRA(FactorsMethod[PRILoRASpec, PRILoRAAdapter]):
         self.adapters: list[PRILoRAAdapter] = []
 
     @classmethod
-    def trained_numbers(cls, spec: PRILoRASpec, sites: Sequence[Site], total_steps: int) -> int:
+    def trainable_parameters(cls, spec: PRILoRASpec, sites: Sequence[Site], total_steps: int) -> int:
         return sum(rank_of(spec, site) * (site.in_features + site.out_features) for site in sites)
 
     @classmethod

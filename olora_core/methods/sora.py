@@ -57,9 +57,9 @@ class SoRA(Method[SoRASpec, GatedAdapter]):
             )
 
     @classmethod
-    def trained_numbers(cls, spec: SoRASpec, sites: Sequence[Site], total_steps: int) -> int:
+    def trainable_parameters(cls, spec: SoRASpec, sites: Sequence[Site], total_steps: int) -> int:
         """And a number for each component."""
-        return super().trained_numbers(spec, sites, total_steps) + spec.rank * len(sites)
+        return super().trainable_parameters(spec, sites, total_steps) + spec.rank * len(sites)
 
     def adapter(self, weight: Tensor, site: Site) -> GatedAdapter:
         self.check_rank(site)

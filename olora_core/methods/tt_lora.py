@@ -59,7 +59,7 @@ class TTLoRA(Method[TTLoRASpec, TTLoRAAdapter]):
     """Plain: cores that the optimizer moves like any tensor."""
 
     @classmethod
-    def trained_numbers(cls, spec: TTLoRASpec, sites: Sequence[Site], total_steps: int) -> int:
+    def trainable_parameters(cls, spec: TTLoRASpec, sites: Sequence[Site], total_steps: int) -> int:
         """r·m of the two cores at the ends of each train, r·m·r of those between."""
         r, total = spec.rank, 0
         for site in sites:

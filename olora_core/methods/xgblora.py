@@ -36,12 +36,12 @@ class XGBLoRA(Method[XGBLoRASpec, RoundsAdapter]):
         self.adapters: Mapping[str, RoundsAdapter] = {}
 
     @classmethod
-    def trained_numbers(cls, spec: XGBLoRASpec, sites: Sequence[Site], total_steps: int) -> int:
+    def trainable_parameters(cls, spec: XGBLoRASpec, sites: Sequence[Site], total_steps: int) -> int:
         """Of the blocks that each round draws, which is exact where all are alike."""
         layers = {site.layer_index for site in sites}
         drawn = min(len(layers), blocks_of_a_round(spec, len(layers)))
         rounds = -(-total_steps // steps_of_a_round(spec, total_steps))
-        return super().trained_numbers(spec, sites, total_steps) * rounds * drawn // len(layers)
+        return super().trainable_parameters(spec, sites, total_steps) * rounds * drawn // len(layers)
 
     @classmethod
     def widest_rank(cls, spec: XGBLoRASpec, sites: Sequence[Site], total_steps: int) -> int:

@@ -62,7 +62,7 @@ class ComparisonSpec(Spec):
     methods: tuple[ComparedMethod, ...] = Field(min_length=1, description="Plain LoRA is one of them.")
     budget: Auto | Annotated[int, Field(ge=1)] = Field(
         default="auto",
-        description="Numbers that each method may train; auto: as many as LoRA, of rank 8 unless given.",
+        description="Trainable parameters of each method; auto: as many as LoRA, of rank 8 unless given.",
     )
     hyperparameters: Hyperparameters = Field(default_factory=Hyperparameters)
     learning_rates: Auto | tuple[Annotated[float, Field(gt=0, le=MAX_LEARNING_RATE)], ...] = Field(
@@ -90,7 +90,7 @@ class ComparisonSpec(Spec):
         )
 
     @property
-    def yardstick(self) -> int:
+    def baseline(self) -> int:
         """Which of the methods is plain LoRA, the first where there are several."""
         return next(i for i, compared in enumerate(self.methods) if compared.is_plain_lora)
 
@@ -100,7 +100,7 @@ class ComparisonSpec(Spec):
         return TrainSpec(
             model=self.model,
             type=self.type,
-            adapter=self.methods[self.yardstick].adapter,
+            adapter=self.methods[self.baseline].adapter,
             hyperparameters=self.hyperparameters,
             seed=self.seed,
         )

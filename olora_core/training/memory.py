@@ -338,7 +338,9 @@ def can_checkpoint(model: PreTrainedModel, spec: TrainSpec) -> bool:
 
 def set_checkpointing(model: PreTrainedModel, wanted: bool) -> None:
     """Whether the blocks keep only their inputs, and are computed once more in the backward."""
+    # What transformers called "gradient checkpointing" is "activation checkpointing" in its later versions.
+    name = "activation" if hasattr(model, "activation_checkpointing_enable") else "gradient"
     if wanted:
-        model.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
-    elif model.is_activation_checkpointing:
-        model.activation_checkpointing_disable()
+        getattr(model, f"{name}_checkpointing_enable")({"use_reentrant": False})
+    elif getattr(model, f"is_{name}_checkpointing"):
+        getattr(model, f"{name}_checkpointing_disable")()

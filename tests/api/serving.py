@@ -33,7 +33,7 @@ class Service:
         return f"http://127.0.0.1:{self.port}"
 
     def resident_mib(self) -> float:
-        """Memory that the process holds now."""
+        """The process's current memory."""
         status = Path(f"/proc/{self.process.pid}/status").read_text()
         return int(re.search(r"VmRSS:\s+(\d+)", status)[1]) / 1024
 

@@ -1,4 +1,4 @@
-"""The list of methods is what a job may ask for, option by option."""
+"""The list of methods matches what a job can request, option by option."""
 
 from typing import Any
 

@@ -1,4 +1,4 @@
-"""Comparisons: asked for as jobs are, apart from the jobs, and ended with a report that is safe to open."""
+"""Comparisons: created like jobs, listed apart from them, with a report that is safe to open."""
 
 import json
 from typing import Any
@@ -274,7 +274,7 @@ def test_a_retry_finds_the_comparison_that_its_first_try_made(client: TestClient
 
 
 def test_a_comparison_without_validation_rows_is_refused_and_told_why(client: TestClient) -> None:
-    says = ("validation_file is missing", "no run has trained on", "name their file")
+    says = ("validation_file is missing", "on which no run has trained", "pass the file's id")
     body = {"model": "olora-tiny", "methods": ["olora"], "training_file": uploaded(client)}
     for given in ({}, {"validation_file": None}):
         answer = client.post("/v1/comparisons", json=body | given)
@@ -325,7 +325,13 @@ BAD_BODIES = (
     bad("suffix", {"suffix": "x"}, "suffix", "suffix is unknown", code=None),
     bad("trackers", {"integrations": []}, "integrations", "integrations is unknown", code=None),
     bad("model", {"model": "olora-tyni"}, "model", "did you mean 'olora-tiny'?", code="model_not_available"),
-    bad("metadata", {"metadata": {"k": "x" * 513}}, "metadata.k", "512 fit", code=None),
+    bad(
+        "metadata",
+        {"metadata": {"k": "x" * 513}},
+        "metadata.k",
+        "at most 512 characters (got 513)",
+        code=None,
+    ),
     bad(
         "no-file",
         {"training_file": "file-none"},

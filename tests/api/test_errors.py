@@ -1,4 +1,4 @@
-"""Troubles and what a client does about them: its own retry rules are the reference."""
+"""Errors and how a client reacts to them: its own retry rules are the reference."""
 
 import pytest
 from openai import OpenAI
@@ -7,7 +7,7 @@ from api.errors import as_api_error
 from olora_core.errors import ModelError, OloraError, SpecError
 from store import errors as store_errors
 
-TROUBLES = (
+ERRORS = (
     (SpecError("m", param="p"), 400, False),
     (ModelError("m", param="p"), 400, False),
     (store_errors.NotFound("m", param="p"), 404, False),
@@ -21,13 +21,13 @@ TROUBLES = (
 )
 
 
-@pytest.mark.parametrize(("trouble", "status", "tried_again"), TROUBLES)
-def test_a_client_tries_again_when_that_can_help(trouble: OloraError, status: int, tried_again: bool) -> None:
-    answer = as_api_error(trouble)
+@pytest.mark.parametrize(("error", "status", "tried_again"), ERRORS)
+def test_a_client_tries_again_when_that_can_help(error: OloraError, status: int, tried_again: bool) -> None:
+    answer = as_api_error(error)
     assert answer is not None
     assert answer.status == status
     body = answer.body()["error"]
-    assert (body["message"], body["param"], body["code"]) == ("m", "p", trouble.code)
+    assert (body["message"], body["param"], body["code"]) == ("m", "p", error.code)
     assert (body["type"] == "server_error") == (status >= 500)
 
     import httpx2

@@ -1,4 +1,4 @@
-"""Following a job over a real socket: a stream that ends with the job and goes on where a client left it."""
+"""Following a job over a real socket: a stream that ends with the job and that a client can resume."""
 
 import json
 import socket

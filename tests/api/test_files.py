@@ -1,4 +1,4 @@
-"""Files: what went up comes back, under its name, in pages, until it is deleted."""
+"""Files: uploads can be downloaded under their names and listed in pages until they are deleted."""
 
 import base64
 import io
@@ -59,7 +59,7 @@ def test_what_went_up_comes_back_byte_for_byte(client: TestClient) -> None:
 def test_a_file_without_problems_of_structure_is_kept_with_its_problems_of_content(
     client: TestClient,
 ) -> None:
-    """OpenAI accepts such a file too, and fails the job; here the answer says it at once."""
+    """OpenAI accepts such a file and fails the job later; here the answer says so at once."""
     file = upload(client, jsonl(chat_row(), {"messages": [{"role": "user", "content": "?"}]})).json()
     report = file["olora"]["report"]
     assert file["status"] == "processed"
@@ -175,10 +175,10 @@ def test_fields_may_come_in_any_order_and_a_file_without_a_name(client: TestClie
 
 
 BROKEN_FORMS = (
-    (multipart(PURPOSE, FILE, end=b""), "broke off"),
-    (multipart(PURPOSE, FILE, end=b"--edge"), "broke off"),
+    (multipart(PURPOSE, FILE, end=b""), "is incomplete"),
+    (multipart(PURPOSE, FILE, end=b"--edge"), "is incomplete"),
     ({**multipart(PURPOSE, FILE), "content": b"nothing of that kind"}, "multipart body cannot be read"),
-    ({**multipart(PURPOSE, FILE), "content": b""}, "broke off"),
+    ({**multipart(PURPOSE, FILE), "content": b""}, "is incomplete"),
     (multipart(PURPOSE, *[("purpose", "", b"fine-tune")]), "given twice"),
     (multipart(*[("purpose", "", b"fine-tune")] * 30), "more than 20 parts"),
     ({**multipart(PURPOSE), "headers": {"content-type": "multipart/form-data"}}, "with a boundary"),

@@ -1,4 +1,4 @@
-"""The trackers that a job may name: read, refused, kept and shown; no request carries an account."""
+"""A job's trackers: validated, stored and shown; no request carries an account."""
 
 from pathlib import Path
 from typing import Any
@@ -23,7 +23,7 @@ CANARIES = {
 
 
 def with_trackers(settings: Settings, **values: Any) -> TestClient:
-    """An application on the same database that is set up for trackers."""
+    """An application on the same database that is configured for trackers."""
     changed = settings.model_copy(update={**read_settings(**values).model_dump(include=set(values))})
     return TestClient(create_app(changed), headers={"authorization": f"Bearer {KEY}"})
 
@@ -82,8 +82,8 @@ def mlflow(**values: Any) -> dict[str, Any]:
     ("asked", "param", "says"),
     [
         ({"a": 1}, "integrations", "list"),
-        ([WANDB] * 6, "integrations", "6 entries; it may have 5"),
-        ([WANDB, WANDB], "integrations[1]", "names the same place"),
+        ([WANDB] * 6, "integrations", "at most 5 entries (got 6)"),
+        ([WANDB, WANDB], "integrations[1]", "same destination as an earlier integration"),
         (["wandb"], "integrations[0]", "must be an object"),
         ([{"type": "comet"}], "integrations[0].type", "'wandb' or 'mlflow'"),
         ([{"type": ["wandb"]}], "integrations[0].type", "'wandb' or 'mlflow'"),

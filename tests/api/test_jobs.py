@@ -1,4 +1,4 @@
-"""Jobs: what the answer says at every stage, in OpenAI's fields and in ours."""
+"""Jobs: the answer at every stage, in OpenAI's fields and in ours."""
 
 import io
 import shutil
@@ -385,7 +385,7 @@ def test_the_adapters_file_stays_as_long_as_its_model(client: TestClient, settin
     name = done["fine_tuned_model"]
     refused = client.delete(f"/v1/files/{adapter}")
     assert (refused.status_code, refused.json()["error"]["code"]) == (400, "file_in_use")
-    assert f"delete the model instead, and the file goes with it: DELETE /v1/models/{name}." in refused.text
+    assert f"delete the model instead, which also deletes the file: DELETE /v1/models/{name}." in refused.text
     assert client.get(f"/v1/fine_tuning/jobs/{done['id']}/adapter").status_code == 200
     for record in (table, events_file):
         assert client.delete(f"/v1/files/{record}").json()["deleted"] is True

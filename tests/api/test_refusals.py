@@ -1,4 +1,4 @@
-"""Whatever is wrong with a request is said at once, with place and remedy, and nothing is left behind."""
+"""An invalid request is refused at once, with place and remedy, and leaves nothing behind."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -105,7 +105,7 @@ def bad_expiry(name: str, anchor: str, seconds: str, param: str, says: str) -> A
 
 BAD_FORMS = (
     bad_form("purpose", "purpose", "'fine_tune' is unknown (did you mean 'fine-tune'?)", purpose="fine_tune"),
-    bad_form("purposes", "purpose", "It may be: fine-tune, assistants, batch", purpose="x"),
+    bad_form("purposes", "purpose", "It must be one of: fine-tune, assistants, batch", purpose="x"),
     bad_form("results", "purpose", "'fine-tune-results' is unknown", purpose="fine-tune-results"),
     bad_form("unknown", "purpos", "'purpos' is unknown (did you mean 'purpose'?)", purpos="x"),
     bad_expiry("anchor", "now", "3600", ANCHOR, "must be 'created_at'"),
@@ -178,7 +178,7 @@ BAD_BODIES = (
         code=NO_MODEL,
     ),
     bad("known-models", {"model": "gpt-4o"}, "model", "Available: olora-tiny", code=NO_MODEL),
-    bad("fine-tuned-model", {"model": "ft:a:b::c"}, "model", "name a base model", code=NO_MODEL),
+    bad("fine-tuned-model", {"model": "ft:a:b::c"}, "model", "use a base model", code=NO_MODEL),
     bad("no-model", {"model": None}, "model", "model must be a string (got None)."),
     bad("number-as-model", {"model": 7}, "model", "model must be a string (got 7)."),
     bad("no-file", {"training_file": None}, "training_file", "string"),
@@ -264,11 +264,13 @@ BAD_BODIES = (
     bad("seed-negative", {"seed": -1}, "seed", "seed must be at least 0 (got -1)."),
     bad("seed-large", {"seed": 2**31}, "seed", "must be at most 2147483647"),
     bad("seed-true", {"seed": True}, "seed", "seed must be a whole number (got True)."),
-    bad("metadata-17", {"metadata": {str(n): "x" for n in range(17)}}, "metadata", "17 pairs", "16"),
-    bad("metadata-key", {"metadata": {"k" * 65: "x"}}, "metadata", "65 characters"),
-    bad("metadata-value", {"metadata": {"k": "v" * 513}}, "metadata.k", "513 characters"),
+    bad(
+        "metadata-17", {"metadata": {str(n): "x" for n in range(17)}}, "metadata", "at most 16 pairs (got 17)"
+    ),
+    bad("metadata-key", {"metadata": {"k" * 65: "x"}}, "metadata", "1 to 64 characters (got 65)"),
+    bad("metadata-value", {"metadata": {"k": "v" * 513}}, "metadata.k", "at most 512 characters (got 513)"),
     bad("metadata-number", {"metadata": {"k": 1}}, "metadata.k", "string"),
-    bad("metadata-deep", {"metadata": DEEP}, "metadata" + "[0]" * 24, "nests deeper than 32 levels"),
+    bad("metadata-deep", {"metadata": DEEP}, "metadata" + "[0]" * 24, "nested more than 32 levels deep"),
     bad("priority-10", {"olora": {"priority": 10}}, "olora.priority", "must be at most 9"),
     bad("devices-0", {"olora": {"devices": 0}}, "olora.devices", "must be at least 1"),
     bad("devices-two", {"olora": {"devices": "2"}}, "olora.devices", "must be a whole number"),
@@ -302,7 +304,7 @@ BAD_JSON = (
     pytest.param('{"suffix": "é"}'.encode("latin-1"), "not UTF-8", id="latin-1"),
     pytest.param(b'{"suffix": "\\ud800"}', "broken character", id="surrogate"),
     pytest.param(b'{"seed": NaN}', "NaN", id="not-a-number"),
-    pytest.param(b"[" * 100_000, "nests too deep", id="nested"),
+    pytest.param(b"[" * 100_000, "nested too deeply", id="nested"),
     pytest.param(b'{"seed": %s}' % (b"9" * 6000), "more than 4300 digits", id="digits"),
     pytest.param(b'{"a": {"b": [-%s]}}' % (b"9" * 6000), "more than 4300 digits", id="digits-inside"),
 )
@@ -452,5 +454,5 @@ def test_pages_of_events_and_checkpoints_refuse_unknown_cursors(client: TestClie
 def test_a_job_that_has_ended_cannot_be_cancelled(client: TestClient) -> None:
     ended = settled(client, created(client, training_file=uploaded(client, chat_file(3)))["id"])
     answer = client.post(f"/v1/fine_tuning/jobs/{ended['id']}/cancel")
-    assert_refused(answer, code="invalid_job_state", param=None, says=("failed already",))
+    assert_refused(answer, code="invalid_job_state", param=None, says=("already failed",))
     assert job(client, ended["id"]) == ended

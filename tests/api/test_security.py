@@ -1,4 +1,4 @@
-"""Who may do what: every route, without a key, with a wrong one, and on another project's things."""
+"""Access: every route, without a key, with a wrong one, and on another project's objects."""
 
 import json
 import re
@@ -21,7 +21,7 @@ from .serving import KEY
 BOTH_DATABASES = pytest.mark.parametrize("settings", ["sqlite_url", "postgres_url"], indirect=True)
 
 OWN = "own"
-"""The route answers about the caller's own things, and shows nothing of another project's."""
+"""The route answers about the caller's own objects and shows nothing of another project."""
 HIDDEN = 404
 """Another project's object is answered like one that does not exist."""
 LATER = "later"
@@ -138,7 +138,7 @@ def test_what_does_not_exist_is_not_told_without_a_key(client: TestClient) -> No
 def test_another_projects_things_do_not_exist(
     client: TestClient, stranger: TestClient, things: Things
 ) -> None:
-    """The answer for them is the one for an id that never was, but for the id itself."""
+    """The answer is the same as for an id that never existed, except for the id itself."""
     nothing = Things("ftjob-never", "file-never", "ft:never", "cmp-never")
     for (method, path), rule in MATRIX.items():
         if rule != HIDDEN:
@@ -255,7 +255,7 @@ def test_a_path_leads_nowhere_else(client: TestClient) -> None:
 
 
 def test_no_answer_tells_of_the_machine(client: TestClient, settings: Settings, things: Things) -> None:
-    """Neither a trace nor a path, whatever is asked."""
+    """No answer contains a traceback or a path."""
     texts = []
     for method, path in MATRIX:
         if method in ("GET", "POST"):
@@ -280,7 +280,7 @@ def test_what_nobody_expected_is_a_500_without_details(
     assert answer.status_code == 500
     assert answer.json() == {
         "error": {
-            "message": f"Something went wrong in the service. Its log tells more under {mark}.",
+            "message": f"Internal error. The service's log has the details under {mark}.",
             "type": "server_error",
             "param": None,
             "code": "internal_error",

@@ -1,4 +1,4 @@
-"""Starting: what the API loads, makes and tidies, and how it refuses."""
+"""Startup: what the API loads, creates and cleans up, and how it refuses to start."""
 
 import subprocess
 import sys

@@ -1,4 +1,4 @@
-"""Uploads over real sockets: broken off, too large, without a key, twice at once, in a service that dies."""
+"""Uploads over real sockets: interrupted, too large, without a key, twice at once, in a service that dies."""
 
 import json
 import os
@@ -94,7 +94,7 @@ def test_a_form_that_ends_too_early_is_refused(served: Service) -> None:
     with closing(connect(served)) as connection:
         connection.sendall(request(f"Content-Length: {len(content)}") + content)
         status, answer = read_answer(connection)
-    assert (status, "broke off" in answer["error"]["message"]) == (400, True)
+    assert (status, "is incomplete" in answer["error"]["message"]) == (400, True)
 
 
 @pytest.mark.usefixtures("nothing_stays")
@@ -107,7 +107,7 @@ def test_a_bad_purpose_is_refused_before_the_file_is_sent(served: Service) -> No
 
 @pytest.mark.usefixtures("nothing_stays")
 def test_a_large_body_without_a_key_costs_neither_memory_nor_disk(served: Service) -> None:
-    """Refused at its headers; what a stubborn client still sends is thrown away as it comes."""
+    """Refused by its headers; what the client still sends is discarded."""
     anonymous = httpx.Client(base_url=served.url, timeout=60)
     anonymous.post("/v1/files", content=b"x" * MIB)
     memory, disk, sent = served.resident_mib(), served.stored_bytes(), 0

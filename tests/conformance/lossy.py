@@ -8,7 +8,7 @@ from contextlib import contextmanager, suppress
 
 @contextmanager
 def lossy_proxy(port: int) -> Iterator[int]:
-    """Forwards to `port`; yields its own. Closes its first connection as soon as that is replied to."""
+    """Forwards to `port`; yields its own port. Closes its first connection when the reply arrives."""
     listener = socket.create_server(("127.0.0.1", 0))
     threading.Thread(target=_accept, args=(listener, port), daemon=True).start()
     try:

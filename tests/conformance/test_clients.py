@@ -20,7 +20,7 @@ CACHE = ROOT / ".venv" / "clients"
 
 @pytest.fixture(scope="session")
 def oldest_client() -> Path:
-    """A folder with the oldest client and what it needs, installed once beside the environment."""
+    """A folder with the oldest client and its dependencies, installed once."""
     folder = CACHE / f"openai-{OLDEST}"
     if not (folder / "complete").exists():
         command = [sys.executable, "-m", "pip", "install", "-q", "--target", str(folder)]
@@ -40,7 +40,7 @@ def running(tmp_path_factory: pytest.TempPathFactory) -> int:
 def outcome(
     request: pytest.FixtureRequest, running: int, tmp_path_factory: pytest.TempPathFactory
 ) -> dict[str, str | None]:
-    """What each check of the script said under one version of the client."""
+    """The output of each check of the script with one version of the client."""
     environ = {**os.environ, "OPENAI_API_KEY": KEY, "PYTHONPATH": ""}
     if request.param == OLDEST:
         environ["PYTHONPATH"] = str(request.getfixturevalue("oldest_client"))

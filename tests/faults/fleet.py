@@ -97,7 +97,7 @@ class Fleet:
         return worker
 
     def keep(self, count: int) -> None:
-        """Sees to it that so many workers run."""
+        """Starts workers until `count` of them run."""
         self.workers = [worker for worker in self.workers if worker.process.poll() is None]
         while len(self.workers) < count:
             self.start()
@@ -115,7 +115,7 @@ class Fleet:
         return {str(answer).partition("@")[0] for answer in answers}
 
     def wake(self, times: int) -> None:
-        """So many messages, whatever waits already."""
+        """Sends wake-ups, whatever is queued already."""
         with celery_app(self.service.settings) as app:
             for _ in range(times):
                 app.send_task(TASK, queue=QUEUE, ignore_result=True)
@@ -126,7 +126,7 @@ class Fleet:
             return int(Queue(QUEUE)(connection.default_channel).queue_declare().message_count)
 
     def end(self) -> None:
-        """Kills the workers; nothing that they started may be left."""
+        """Kills the workers, and checks that every process they started ends."""
         started = [pid for worker in self.workers for pid in descendants(worker.pid)]
         for worker in self.workers:
             worker.process.kill()

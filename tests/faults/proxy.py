@@ -11,7 +11,7 @@ class Door:
     def __init__(self, server_port: int) -> None:
         self._server_port = server_port
         self._connections: set[socket.socket] = set()
-        self._turn = threading.Lock()
+        self._lock = threading.Lock()
         self._listener: socket.socket | None = None
         self.port = 0
         self.open()
@@ -28,7 +28,7 @@ class Door:
         with suppress(OSError):
             self._listener.shutdown(socket.SHUT_RDWR)
         self._listener.close()
-        with self._turn:
+        with self._lock:
             for connection in self._connections:
                 with suppress(OSError):
                     connection.shutdown(socket.SHUT_RDWR)
@@ -38,7 +38,7 @@ class Door:
             while True:
                 client, _ = listener.accept()
                 server = socket.create_connection(("127.0.0.1", self._server_port))
-                with self._turn:
+                with self._lock:
                     self._connections |= {client, server}
                 for pair in ((client, server), (server, client)):
                     threading.Thread(target=self._forward, args=pair, daemon=True).start()
@@ -50,6 +50,6 @@ class Door:
         for end in (source, target):
             with suppress(OSError):
                 end.shutdown(socket.SHUT_RDWR)
-            with self._turn:
+            with self._lock:
                 self._connections.discard(end)
         source.close()

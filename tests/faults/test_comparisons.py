@@ -51,10 +51,10 @@ def test_a_killed_trainer_and_a_killed_worker_leave_no_trace_in_the_report(fleet
     assert "was killed (out of memory?)" in killed
     assert "was lost" in lost
     assert service.report(comparison_id) == service.report(uninterrupted)
-    told = [
+    ended = [
         event.data["run"] for event in service.events(comparison_id) if event.type == "run" and event.data
     ]
     assert row.at_run is not None
-    assert told == list(range(1, row.at_run["runs"] + 1))
+    assert ended == list(range(1, row.at_run["runs"] + 1))
     results = {key.split("/")[3] for key in service.storage.list(f"jobs/{comparison_id}/results")}
     assert results == {"a3"}

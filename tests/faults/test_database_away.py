@@ -1,4 +1,4 @@
-"""The database goes away during a job: within the lease nothing happens, beyond it another one goes on."""
+"""The database goes away during a job: within the lease nothing happens, after it another attempt resumes."""
 
 import threading
 import time
@@ -29,7 +29,7 @@ def door(postgres_url: str) -> Iterator[Door]:
 
 
 @contextmanager
-def woken_again_and_again(supervisor: Supervisor) -> Iterator[None]:
+def woken_repeatedly(supervisor: Supervisor) -> Iterator[None]:
     """As the dispatcher would do it."""
     done = threading.Event()
 
@@ -69,7 +69,7 @@ def test_a_job_outlives_its_database(production: Fleet, door: Door) -> None:
     behind = make_url(service.settings.database_url).set(port=door.port).render_as_string(hide_password=False)
     supervisor = Supervisor(service.settings.model_copy(update={"database_url": behind}))
     short, long = service.submit(**JOB), service.submit(**JOB)
-    with woken_again_and_again(supervisor):
+    with woken_repeatedly(supervisor):
         service.wait_for_checkpoint(short)
         door.shut()
         time.sleep(LEASE_SECONDS / 3)

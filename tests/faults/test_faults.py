@@ -50,9 +50,9 @@ def assert_as_if_nothing_had_happened(service: Service, job_id: str, uninterrupt
     assert (job.status, job.error) == ("succeeded", None)
     assert service.losses(job_id) == uninterrupted.losses
     assert service.tensors(job_id) == uninterrupted.tensors
-    told = [event.message for event in service.events(job_id)]
-    assert sum("New fine-tuned model created" in message for message in told) == 1
-    assert sum("Fine-tuning job started" in message for message in told) == 1
+    messages = [event.message for event in service.events(job_id)]
+    assert sum("New fine-tuned model created" in message for message in messages) == 1
+    assert sum("Fine-tuning job started" in message for message in messages) == 1
     results = {key.split("/")[3] for key in service.storage.list(f"jobs/{job_id}/results")}
     assert results == {f"a{job.attempt}"}
     return job
@@ -88,7 +88,7 @@ def test_a_killed_worker_takes_its_trainer_along_and_another_goes_on(
     assert job.attempt == 2
     [warning] = embedded.service.warnings(job_id)
     assert "was lost" in warning
-    assert "goes on from step" in warning
+    assert "resumes from step" in warning
     assert not orphan.exists()
 
 
@@ -162,7 +162,7 @@ def test_a_second_signal_does_not_wait_for_a_checkpoint(embedded: Fleet) -> None
     embedded.keep(1)
     job_id, worker = in_the_middle(embedded)
     trainer = worker.trainer()
-    os.kill(trainer, signal.SIGSTOP)  # it will not come to its next step
+    os.kill(trainer, signal.SIGSTOP)  # it will not reach its next step
     worker.send(signal.SIGTERM)
     time.sleep(0.5)
     assert worker.process.poll() is None

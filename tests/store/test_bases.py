@@ -1,4 +1,4 @@
-"""Base models: which there are, and what keeps a folder from being one."""
+"""Base models: which are available, and why a folder cannot be used."""
 
 import os
 import shutil
@@ -66,7 +66,7 @@ def test_a_folder_whose_name_is_no_id_is_passed_over(tmp_path: Path, models_dir:
 def test_a_folder_that_may_not_be_read_does_no_harm(
     tmp_path: Path, models_dir: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """`lost+found`, for one, where OLORA_MODELS_DIR is a disk of its own."""
+    """For example `lost+found`, if OLORA_MODELS_DIR is a separate disk."""
     (models_dir / "lost+found").mkdir()
     may = os.access
     monkeypatch.setattr(os, "access", lambda path, mode: path.name != "lost+found" and may(path, mode))

@@ -1,4 +1,4 @@
-"""A comparison lives a job's life, beside the jobs and never taken for one of them."""
+"""A comparison has a job's life cycle and is never mistaken for a job."""
 
 import math
 
@@ -226,10 +226,10 @@ def test_its_troubles_are_told_in_its_own_name(sessions: Sessions) -> None:
         jobs.cancel(session, session.get_one(Job, made.seq))
     with sessions.begin() as session:
         jobs.fail(session, claim, TrainingError("Nothing fits."))
-    onward = "Step 25 was reached; the comparison is queued again and goes on from the start."
+    onward = "Step 25 was reached; the comparison is queued again and resumes from the start."
     assert making.messages(sessions, made.id)[-3:] == [
         f"The worker was stopped. {onward}",
-        "Cancellation was requested; the comparison ends at its next step",
+        "Cancellation requested; the comparison stops at its next step",
         "The comparison failed: Nothing fits.",
     ]
     with sessions.begin() as session, pytest.raises(JobStateError, match=f"Comparison {made.id} cannot be"):

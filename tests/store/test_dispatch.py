@@ -1,4 +1,4 @@
-"""The dispatcher moves what waits, in any number of threads, and outlives its database and its broker."""
+"""The dispatcher moves waiting jobs, in several threads too, and survives outages of database and broker."""
 
 import logging
 import threading
@@ -107,7 +107,7 @@ def test_many_waiting_jobs_do_not_fill_the_queue(
             jobs.create(session, project_id="p", spec=making.SPEC, training_file=file).status = "queued"
     for _ in range(5):
         dispatcher.tick()
-    assert waiting(settings) == dispatch.MOST_WAKE_UPS
+    assert waiting(settings) == dispatch.MAX_WAKE_UPS
     lose_messages(settings)
     make_older(sessions, 100)
     dispatcher.tick()

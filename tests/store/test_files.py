@@ -1,4 +1,4 @@
-"""Stored bytes are whole or absent, stay inside their folder, and agree with their rows."""
+"""Stored bytes are complete or absent, stay inside their folder, and agree with their rows."""
 
 import hashlib
 import os

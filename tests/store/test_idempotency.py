@@ -1,4 +1,4 @@
-"""A client that tries again gets what its first try made; a client that asks twice gets two."""
+"""A retry gets what the first try created; two deliberate requests create two objects."""
 
 import threading
 import time

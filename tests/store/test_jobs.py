@@ -1,4 +1,4 @@
-"""The life of a job: who may do what when, and what its owner reads."""
+"""The life cycle of a job: which transitions are allowed, and what its owner reads."""
 
 import csv
 import io
@@ -58,7 +58,7 @@ def add_checkpoint(
 
 
 def expire(sessions: Sessions, job_id: str) -> None:
-    """As if the worker had been silent for an hour."""
+    """Expires the lease, as if the worker had been silent for an hour."""
     with sessions.begin() as session:
         job = session.scalars(select(Job).where(Job.id == job_id)).one()
         job.lease_until = db_now() - 3600
@@ -520,7 +520,7 @@ def test_a_crash_counts_rests_and_tells_where_the_job_goes_on(sessions: Sessions
     with sessions() as session:
         warnings = session.scalars(select(Event).where(Event.level == "warn")).all()
     assert [warning.message for warning in warnings] == [
-        "The trainer died. Step 57 was reached; the job is queued again and goes on from step 40."
+        "The trainer died. Step 57 was reached; the job is queued again and resumes from step 40."
     ]
 
 
@@ -676,7 +676,7 @@ def test_a_running_job_is_asked_to_end(sessions: Sessions) -> None:
     assert (ended.status, ended.stop_request) == ("cancelled", None)
     texts = making.messages(sessions, job.id)
     assert texts[-2:] == [
-        "Cancellation was requested; the job ends at its next step",
+        "Cancellation requested; the job stops at its next step",
         "The job has been cancelled",
     ]
 

@@ -1,4 +1,4 @@
-"""Keys: made once, readable by their owner alone, and nowhere in the database."""
+"""Keys: created once, readable only by their owner, and never stored in the database."""
 
 import stat
 import threading
@@ -25,7 +25,7 @@ def find(sessions: Sessions, token: str) -> Key | None:
 
 
 def dump(sessions: Sessions, url: str) -> bytes:
-    """All that the database holds: SQLite's files as they are, or every row of every table."""
+    """The database's whole content: SQLite's files as they are, or every row of every table."""
     with sessions() as session:
         rows = [str(session.execute(select(table)).all()) for table in Row.metadata.sorted_tables]
     files = Path(url.removeprefix("sqlite:///")).parent.glob("olora.db*") if url.startswith("sqlite") else ()
@@ -148,7 +148,7 @@ def test_a_revoked_key_does_not_come_back(sessions: Sessions, settings: Settings
         keys.revoke_key(session, key)
     with pytest.raises(SettingsError, match=r"was revoked; delete the file"):
         first(sessions, settings)
-    with pytest.raises(SettingsError, match=r"OLORA_API_KEY is a key that was revoked"):
+    with pytest.raises(SettingsError, match=r"OLORA_API_KEY is a revoked key"):
         first(sessions, read_settings(home=settings.home, api_key=token))
     settings.key_file.unlink()
     assert first(sessions, settings) not in (None, token)

@@ -1,4 +1,4 @@
-"""The queue loses no wake-up while it works, and harms nobody while it does not."""
+"""The queue loses no wake-up while it works, and does no harm while it is down."""
 
 import json
 import os
@@ -143,7 +143,7 @@ def _publish(settings: Settings, publisher: int) -> None:
 
 
 def _consume(settings: Settings, results: Any, stop: Any) -> None:
-    """Reads like a worker does: a consumer on a connection, until told to stop and nothing is left."""
+    """Reads like a worker, with a consumer on a connection, until it must stop and no message is left."""
     taken: list[str] = []
 
     def receive(body: Any, message: Any) -> None:

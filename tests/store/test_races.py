@@ -1,4 +1,4 @@
-"""Many at once, as processes of their own: every job starts once, and every fault of the fence would show."""
+"""Many processes at once: every job starts once, and any fault in the fence would show."""
 
 import random
 import threading
@@ -57,7 +57,7 @@ def test_eight_claimers_start_every_job_exactly_once(database_url: str, sessions
 
 
 def test_one_job_again_and_again_goes_to_one_of_eight(sessions: Sessions) -> None:
-    """Every round all eight begin at the same moment; the winner hands the job back for the next round."""
+    """In every round all eight start at the same moment; the winner hands the job back for the next round."""
     rounds = 25
     job = making.job(sessions)
     barrier = threading.Barrier(CLAIMERS)
@@ -87,7 +87,7 @@ def test_one_job_again_and_again_goes_to_one_of_eight(sessions: Sessions) -> Non
 def _work(
     made: Sessions, settings: Settings, owner: str, chance: random.Random, stop: threading.Event
 ) -> None:
-    """A worker that often falls asleep for longer than its lease, and never notices by itself."""
+    """A worker that often sleeps for longer than its lease and does not notice."""
     while not stop.is_set():
         with made.begin() as session:
             claim = claims.claim(session, owner=owner, lease_seconds=0.15)
@@ -156,7 +156,7 @@ def test_workers_that_fall_asleep_lose_and_double_nothing(sessions: Sessions, se
 def test_without_the_fence_the_same_run_goes_wrong(
     sessions: Sessions, settings: Settings, monkeypatch: Any
 ) -> None:
-    """The control: the checks above can see the fault that they are there for, if not in every run."""
+    """The control: the checks above detect a missing fence, if not in every run."""
     monkeypatch.setattr(claims, "_mine", lambda claim: Job.id == claim.job_id)
     late = select(Checkpoint).join(Job, Job.id == Checkpoint.job_id)
     outdated = late.where(Checkpoint.attempt < Job.attempt, Checkpoint.created_at > Job.started_at)
@@ -199,4 +199,4 @@ def test_cancelling_against_succeeding_leaves_one_end(sessions: Sessions) -> Non
         assert (ended.status, ended.stop_request) == ("succeeded", None)
         texts = making.messages(sessions, job.id)
         assert texts.count("The job has successfully completed") == 1
-        assert ("refused" in ends) != ("Cancellation was requested; the job ends at its next step" in texts)
+        assert ("refused" in ends) != ("Cancellation requested; the job stops at its next step" in texts)

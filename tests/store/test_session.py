@@ -209,7 +209,7 @@ def test_sqlite_keeps_what_it_has_confirmed(sqlite_url: str) -> None:
 
 
 def test_rebuilding_a_table_keeps_the_rows_that_refer_to_it(sqlite_url: str) -> None:
-    """SQLite changes a table by making it anew; with references on, children would go with the old one."""
+    """SQLite changes a table by rebuilding it; with foreign keys on, its children would be deleted."""
     engine = make_engine(sqlite_url, foreign_keys=False)
     made = sessions(engine)
     with made.begin() as session:

@@ -1,4 +1,4 @@
-"""Settings: defaults that need nothing, and sentences for what does not fit."""
+"""Settings: defaults that need no setup, and messages for invalid values."""
 
 import logging
 from pathlib import Path

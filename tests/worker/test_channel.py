@@ -1,4 +1,4 @@
-"""The trainer's end of the line: nobody else can speak on it, and losing it is the end."""
+"""The trainer's channel: nothing else can write to it, and the trainer exits when it closes."""
 
 import json
 import subprocess
@@ -17,7 +17,7 @@ import time
 from worker.trainer.trainer import Channel
 channel = Channel()
 order = channel.orders.get()
-channel.say(accepted={"run": order.run})
+channel.send(accepted={"run": order.run})
 time.sleep(600)
 """
 NOISY = """
@@ -27,12 +27,12 @@ channel = Channel()
 print("a library prints")
 os.write(1, b"a C library prints")
 os.system("echo a child prints")
-channel.say(said=sys.stdin.read())
+channel.send(read=sys.stdin.read())
 """
 
 
 @contextmanager
-def speaking(program: str) -> Iterator[subprocess.Popen[bytes]]:
+def running(program: str) -> Iterator[subprocess.Popen[bytes]]:
     with subprocess.Popen(
         [sys.executable, "-c", program],
         stdin=subprocess.PIPE,
@@ -46,13 +46,13 @@ def speaking(program: str) -> Iterator[subprocess.Popen[bytes]]:
             process.kill()
 
 
-def tell(process: subprocess.Popen[bytes], message: dict[str, Any]) -> None:
+def send(process: subprocess.Popen[bytes], message: dict[str, Any]) -> None:
     assert process.stdin is not None
     process.stdin.write(json.dumps(message).encode() + b"\n")
     process.stdin.flush()
 
 
-def hear(process: subprocess.Popen[bytes]) -> Any:
+def receive(process: subprocess.Popen[bytes]) -> Any:
     assert process.stdout is not None
     return json.loads(process.stdout.readline())
 
@@ -72,8 +72,8 @@ def order(run: str, seconds: float) -> Order:
 
 
 def test_nothing_that_is_printed_reaches_the_supervisor() -> None:
-    with speaking(NOISY) as process:
-        assert hear(process) == {"said": ""}
+    with running(NOISY) as process:
+        assert receive(process) == {"read": ""}
         assert process.stdout is not None
         assert process.stderr is not None
         assert process.stdout.read() == b""
@@ -83,33 +83,33 @@ def test_nothing_that_is_printed_reaches_the_supervisor() -> None:
 
 
 def test_a_step_longer_than_the_lease_is_cut_short() -> None:
-    with speaking(LONG_STEP) as process:
-        tell(process, order("job-1", seconds=0.5).as_message())
-        hear(process)
+    with running(LONG_STEP) as process:
+        send(process, order("job-1", seconds=0.5).as_message())
+        receive(process)
         assert process.wait(5) == FENCED
 
 
 def test_a_renewal_holds_off_the_end() -> None:
-    with speaking(LONG_STEP) as process:
-        tell(process, order("job-1", seconds=0.5).as_message())
-        hear(process)
-        tell(process, {"lease": {"run": "job-1", "deadline": time.monotonic() + 60}})
+    with running(LONG_STEP) as process:
+        send(process, order("job-1", seconds=0.5).as_message())
+        receive(process)
+        send(process, {"lease": {"run": "job-1", "deadline": time.monotonic() + 60}})
         time.sleep(1)
         assert process.poll() is None
 
 
 def test_a_renewal_of_an_earlier_attempt_does_not() -> None:
-    with speaking(LONG_STEP) as process:
-        tell(process, order("job-2", seconds=0.5).as_message())
-        hear(process)
-        tell(process, {"lease": {"run": "job-1", "deadline": time.monotonic() + 60}})
+    with running(LONG_STEP) as process:
+        send(process, order("job-2", seconds=0.5).as_message())
+        receive(process)
+        send(process, {"lease": {"run": "job-1", "deadline": time.monotonic() + 60}})
         assert process.wait(5) == FENCED
 
 
-def test_a_closed_line_ends_the_trainer_in_the_middle_of_a_step() -> None:
-    with speaking(LONG_STEP) as process:
-        tell(process, order("job-1", seconds=60).as_message())
-        hear(process)
+def test_a_closed_pipe_ends_the_trainer_in_the_middle_of_a_step() -> None:
+    with running(LONG_STEP) as process:
+        send(process, order("job-1", seconds=60).as_message())
+        receive(process)
         assert process.stdin is not None
         process.stdin.close()
         assert process.wait(5) == 0

@@ -39,11 +39,11 @@ def test_a_comparison_becomes_a_page_and_a_report(service: Service, compared: st
     assert row.findings is not None
     assert row.findings["verdict"]["sentence"] in html.unescape(page.decode())
     assert {method["method"] for method in row.findings["methods"]} == {"olora", "lora"}
-    told = json.loads(report)
-    assert told["training"]["file"] == row.training_file
-    assert told["verdict"]["sentence"] == row.findings["verdict"]["sentence"]
+    written = json.loads(report)
+    assert written["training"]["file"] == row.training_file
+    assert written["verdict"]["sentence"] == row.findings["verdict"]["sentence"]
     assert row.findings["winner"]["adapter"]["method"] in ("olora", "lora")
-    for method, short in zip(told["methods"], row.findings["methods"], strict=True):
+    for method, short in zip(written["methods"], row.findings["methods"], strict=True):
         assert short == {name: method[name] for name in short}
         assert len(short["final"]["losses"]) == 2
     stored = {key.rpartition("/")[0] for key in service.storage.list(f"jobs/{compared}")}
@@ -51,18 +51,18 @@ def test_a_comparison_becomes_a_page_and_a_report(service: Service, compared: st
     assert stored == {*kept, f"jobs/{compared}/results/a1"}
 
 
-def test_its_owner_reads_of_every_run_and_of_no_step(service: Service, compared: str) -> None:
-    row, told = service.job(compared), service.events(compared)
-    ended = runs(told)
+def test_every_run_is_an_event_and_no_step_is(service: Service, compared: str) -> None:
+    row, events = service.job(compared), service.events(compared)
+    ended = runs(events)
     assert row.at_run is not None
     assert [run["run"] for run in ended] == list(range(1, row.at_run["runs"] + 1))
     assert row.at_run["run"] == row.at_run["runs"]
     final = [(run["method"], run["seed"]) for run in ended if run["stage"] == "final"]
     assert sorted(final) == [("lora", 7), ("lora", 8), ("olora", 7), ("olora", 8)]
     assert sum(run["steps"] for run in ended) == row.step
-    assert {event.type for event in told} == {"message", "run"}
+    assert {event.type for event in events} == {"message", "run"}
     assert service.losses(compared) == []
-    assert told[-1].message == "The comparison has successfully completed"
+    assert events[-1].message == "The comparison has successfully completed"
 
 
 def test_the_base_stays_warm_and_untouched_between_jobs_and_comparisons(
@@ -91,7 +91,7 @@ def test_a_cancelled_comparison_stops_at_its_next_step(service: Service, supervi
     assert supervisor.trainer.alive
 
 
-def test_a_stopping_worker_hands_its_comparison_back_and_another_goes_on(
+def test_a_stopping_worker_hands_its_comparison_back_and_another_resumes_it(
     service: Service, supervisor: Supervisor, compared: str
 ) -> None:
     comparison_id = service.queue_comparison()
@@ -109,8 +109,8 @@ def test_a_stopping_worker_hands_its_comparison_back_and_another_goes_on(
     assert (row.status, row.attempt, row.failures) == ("succeeded", 2, 0)
     assert service.warnings(comparison_id) == []
     assert service.report(comparison_id) == service.report(compared)
-    told = [run["run"] for run in runs(service.events(comparison_id))]
-    assert told == sorted(set(told)), "each once, in order"
+    numbers = [run["run"] for run in runs(service.events(comparison_id))]
+    assert numbers == sorted(set(numbers)), "each once, in order"
 
 
 def test_a_comparison_ends_when_its_time_is_used_up(service: Service, supervisor: Supervisor) -> None:

@@ -1,4 +1,4 @@
-"""How a worker is started, and what its trainer may know."""
+"""How a worker is started, and its trainer's environment."""
 
 import os
 from pathlib import Path
@@ -92,7 +92,7 @@ def test_a_trainer_knows_the_machine_and_none_of_the_services_addresses_and_keys
     ("code", "words"),
     [(-9, "out of memory"), (-11, "SIGSEGV"), (FENCED, "lease"), (3, "exit code 3")],
 )
-def test_the_end_of_a_trainer_is_told_in_words(code: int, words: str) -> None:
+def test_the_end_of_a_trainer_is_a_sentence(code: int, words: str) -> None:
     assert words in Ended(code).sentence
 
 

@@ -21,12 +21,13 @@ from olora_core.bases.loading import load_base
 from olora_core.errors import TrainingError
 from olora_core.specs import TrainSpec
 from olora_core.training.train import Step, train
-from store import files, progress
+from store import files, jobs, progress
+from store.errors import LeaseLost, StorageFull, StoreError
 from store.storage import Storage
 from tests.services import wait_until
 from tests.worker.service import Service, exists
 from tests.worker.tiny_base import chat_rows
-from worker.supervisor.lease import LOOK_SECONDS
+from worker.supervisor.lease import POLL_SECONDS
 from worker.supervisor.supervisor import Supervisor
 
 EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
@@ -38,9 +39,9 @@ RUINOUS = {"learning_rate": 10, "max_grad_norm": 1e9, "lora_alpha": 65536, "sche
 
 @contextmanager
 def at_work(supervisor: Supervisor, until: Callable[[], bool] = lambda: True) -> Iterator[Callable[[], None]]:
-    """The supervisor is woken, in a thread as in a Celery worker, again and again `until` it is so.
+    """Wakes the supervisor in a thread, as Celery does, again and again `until` the condition holds.
 
-    The block gets its end to wait for, and is followed by it.
+    The block gets a function that waits for the end; leaving the block waits too.
     """
 
     def work() -> None:
@@ -200,18 +201,18 @@ def test_tokenised_files_are_kept_within_their_bound(service: Service) -> None:
     assert list(settings.tokens_folder.glob("*/*")) == []
 
 
-def test_the_first_step_is_recorded_before_the_second_is_heard(
+def test_the_first_step_is_recorded_before_the_second_arrives(
     service: Service, supervisor: Supervisor, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     recorded: list[list[int]] = []
     record = progress.record
 
-    def noted(*arguments: Any, **said: Any) -> None:
-        recorded.append([step["step"] for step in said["steps"]])
-        record(*arguments, **said)
+    def noted(*arguments: Any, **recording: Any) -> None:
+        recorded.append([step["step"] for step in recording["steps"]])
+        record(*arguments, **recording)
 
     monkeypatch.setattr(progress, "record", noted)
-    monkeypatch.setattr("worker.supervisor.attempt.RECORD_SECONDS", 3600.0)
+    monkeypatch.setattr("worker.supervisor.recorder.RECORD_SECONDS", 3600.0)
     service.queue(rows=32, n_epochs=1)
     supervisor.run_until_idle()
     written = [steps for steps in recorded if steps]
@@ -219,23 +220,23 @@ def test_the_first_step_is_recorded_before_the_second_is_heard(
     assert [step for steps in written for step in steps] == list(range(1, 9)), "each once"
 
 
-def test_its_owner_reads_the_whole_story(service: Service, supervisor: Supervisor) -> None:
+def test_the_events_tell_the_whole_job(service: Service, supervisor: Supervisor) -> None:
     job_id = service.queue(rows=32, validation=chat_rows(10, first=100))
     supervisor.run_until_idle()
-    told = [event.message for event in service.events(job_id)]
+    messages = [event.message for event in service.events(job_id)]
     beginning = ["Created", "Validating", "Files validated", "Fine-tuning job started"]
-    assert [part in message for part, message in zip(beginning, told, strict=False)] == [True] * 4
-    assert any(message.startswith("Decided: learning_rate") for message in told)
-    assert any(message.startswith("Before the training: validation loss") for message in told)
+    assert [part in message for part, message in zip(beginning, messages, strict=False)] == [True] * 4
+    assert any(message.startswith("learning_rate = ") for message in messages)
+    assert any(message.startswith("Before training: validation loss") for message in messages)
     metrics = [event.data or {} for event in service.events(job_id) if event.type == "metrics"]
     assert {data["step"] for data in metrics} == set(range(1, 17))
-    assert any("full validation loss" in message for message in told)
-    assert told[-2].startswith("New fine-tuned model created: ft:tiny:")
-    assert "successfully completed" in told[-1]
+    assert any("full validation loss" in message for message in messages)
+    assert messages[-2].startswith("New fine-tuned model created: ft:tiny:")
+    assert "successfully completed" in messages[-1]
     assert service.warnings(job_id) == []
 
 
-def test_a_step_is_told_once_also_where_a_checkpoint_falls_on_it(
+def test_a_step_is_one_event_also_where_a_checkpoint_falls_on_it(
     service: Service, supervisor: Supervisor, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     often = service.settings.model_copy(update={"checkpoint_seconds": 0.001})
@@ -265,8 +266,10 @@ def test_a_job_keeps_what_its_models_answer(service: Service, supervisor: Superv
     assert kept["file"] == "validation"
     assert [row["reference"] for row in kept["rows"]] == ["101 follows 100.", "102 follows 101."]
     assert all("What follows 10" in row["prompt"] for row in kept["rows"])
-    told = service.adapter(job_id)["manifest.json"].decode().replace("\\u0000", "\ufffd")
-    assert json.loads(told)["samples"] == kept  # an untrained base says anything, and no database holds NUL
+    manifest = service.adapter(job_id)["manifest.json"].decode().replace("\\u0000", "\ufffd")
+    assert (
+        json.loads(manifest)["samples"] == kept
+    )  # an untrained base says anything, and no database holds NUL
 
 
 def test_early_stopping_ends_a_job_and_keeps_its_best_checkpoint(
@@ -290,9 +293,9 @@ def test_early_stopping_ends_a_job_and_keeps_its_best_checkpoint(
     assert job.certificate["valid_loss_after"] == full[best]
     stored = {key.rpartition("/")[0] for key in service.storage.list(f"jobs/{job_id}")}
     assert stored == {*(c.storage_key for c in kept.values()), f"jobs/{job_id}/results/a1"}
-    told = [event.message for event in service.events(job_id)]
-    assert any(f"the training stops after step {job.step} of 320" in message for message in told)
-    assert any(f"The adapter of step {best} is exported" in message for message in told)
+    messages = [event.message for event in service.events(job_id)]
+    assert any(f"the training stops after step {job.step} of 320" in message for message in messages)
+    assert any(f"The adapter of step {best} is exported" in message for message in messages)
     rows = list(csv.DictReader(io.StringIO(service.result(job_id, 0).decode())))
     evaluated = [int(row["step"]) for row in rows if row["full_valid_loss"]]
     assert evaluated == list(range(4, job.step + 1, 4))
@@ -312,7 +315,7 @@ class SlowStorage(Storage):
     """Takes longer to answer than the supervisor waits before it looks at its row again."""
 
     def list(self, prefix: str) -> list[str]:
-        time.sleep(2 * LOOK_SECONDS)
+        time.sleep(2 * POLL_SECONDS)
         return super().list(prefix)
 
 
@@ -325,6 +328,53 @@ def test_a_job_that_has_ended_is_not_taken_for_a_lost_one(service: Service, supe
     assert service.job(job_id).status == "succeeded"
     assert trainer_pid(supervisor) == before
     assert exists(before)
+
+
+class FailingStorage(Storage):
+    """Raises an error instead of storing results."""
+
+    error: StoreError
+
+    def put_folder(self, prefix: str, folder: Path) -> None:
+        if "/results/" in prefix:
+            raise self.error
+        super().put_folder(prefix, folder)
+
+
+@contextmanager
+def failing_storage(service: Service, supervisor: Supervisor, error: StoreError) -> Iterator[None]:
+    storage = FailingStorage(service.storage.root)
+    storage.error = error
+    supervisor.storage = storage
+    yield
+    supervisor.storage = service.storage
+
+
+def test_a_lost_lease_is_not_a_failed_job(service: Service, supervisor: Supervisor) -> None:
+    """The attempt writes nothing more, although its row would still let it."""
+    job_id = service.queue(rows=32, n_epochs=1)
+    with failing_storage(service, supervisor, LeaseLost(job_id, 1)):
+        supervisor.run_until_idle()
+    job = service.job(job_id)
+    assert (job.status, job.attempt, job.error) == ("running", 1, None)
+    assert service.attempts(job_id)[0].ended_at is None
+    service.wait(job_id, lambda job: job.lease_until < time.time(), "the end of the lease")
+    with service.write.begin() as session:
+        jobs.sweep(session, service.settings)
+    service.cancel(job_id)
+
+
+def test_a_full_storage_is_not_a_failed_job(service: Service, supervisor: Supervisor) -> None:
+    """The job is handed back, and another attempt may find room."""
+    job_id = service.queue(rows=32, n_epochs=1)
+    with failing_storage(service, supervisor, StorageFull("No space is left where files are stored.")):
+        supervisor.run_until_idle()
+    job = service.job(job_id)
+    assert (job.status, job.attempt, job.failures, job.error) == ("queued", 1, 1, None)
+    assert service.attempts(job_id)[0].end_reason == "storage_full"
+    [warning] = service.warnings(job_id)
+    assert warning.startswith("No space is left where files are stored.")
+    service.cancel(job_id)
 
 
 def test_the_shipped_base_model_is_trained_on_the_shipped_examples(
@@ -446,9 +496,9 @@ def test_a_job_that_is_no_longer_finite_fails_at_once_and_keeps_its_last_good_ch
     steps = []
     with pytest.raises(TrainingError, match="Step 3 is not finite"):
         steps.extend(
-            said
-            for said in train(spec, base, **paths, resume=tmp_path / "checkpoint")
-            if isinstance(said, Step)
+            update
+            for update in train(spec, base, **paths, resume=tmp_path / "checkpoint")
+            if isinstance(update, Step)
         )
     assert steps == []
 
@@ -464,7 +514,7 @@ def test_what_a_killed_attempt_stored_without_a_row_is_removed(
     assert not any("99-a0" in key for key in service.storage.list(f"jobs/{job_id}"))
 
 
-def test_a_stopping_worker_hands_its_job_back_and_another_goes_on(
+def test_a_stopping_worker_hands_its_job_back_and_another_resumes_it(
     service: Service, supervisor: Supervisor
 ) -> None:
     """The stored checkpoints are damaged meanwhile: the newest is passed over, the one before is taken."""
@@ -495,13 +545,13 @@ def test_a_stopping_worker_hands_its_job_back_and_another_goes_on(
     assert (job.status, job.attempt, job.failures) == ("succeeded", 2, 0)
     assert service.warnings(job_id) == [
         f"The checkpoint at step {newest.step} cannot be used; "
-        f"the job goes on from the one before, at step {before.step}."
+        f"the job resumes from the one before, at step {before.step}."
     ]
     assert service.losses(job_id) == service.losses(uninterrupted)
     assert service.tensors(job_id) == service.tensors(uninterrupted)
 
 
-def test_a_silent_trainer_is_taken_for_hung(service: Service, supervisor: Supervisor) -> None:
+def test_a_silent_trainer_is_killed_as_hung(service: Service, supervisor: Supervisor) -> None:
     job_id = service.queue(**LONG)
     supervisor.settings = service.settings.model_copy(update={"stall_seconds": 1.0})
     with at_work(supervisor):
@@ -513,7 +563,7 @@ def test_a_silent_trainer_is_taken_for_hung(service: Service, supervisor: Superv
     job = service.job(job_id)
     assert (job.status, job.failures) == ("queued", 1)
     [warning] = service.warnings(job_id)
-    assert "said nothing for 1 s" in warning
+    assert "sent no message for 1 s" in warning
     service.cancel(job_id)
 
 

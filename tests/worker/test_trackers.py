@@ -1,4 +1,4 @@
-"""Trackers are told what the rows hold, each by its own client, offline; none of them matters to a job."""
+"""Trackers get what the rows hold, through their own clients, offline; none of them affects a job."""
 
 import hashlib
 import json
@@ -139,8 +139,8 @@ def mlflow_uri(service: Service) -> str:
 
 
 @dataclass
-class Told:
-    """A job that both trackers were told of, and how many connections were opened for it."""
+class Tracked:
+    """A job that was sent to both trackers, and how many connections were opened for it."""
 
     job: Job
     settings: Settings
@@ -148,7 +148,7 @@ class Told:
 
 
 @pytest.fixture(scope="module")
-def told(service: Service, supervisor: Supervisor, mlflow_uri: str) -> Told:
+def tracked(service: Service, supervisor: Supervisor, mlflow_uri: str) -> Tracked:
     account = {"wandb_mode": "offline", "wandb_api_key": SecretStr(KEY), "mlflow_tracking_uri": mlflow_uri}
     with with_settings(supervisor, **account) as settings, dials() as came:
         second = {**WANDB, "wandb": {**WANDB["wandb"], "project": "other"}}
@@ -159,12 +159,12 @@ def told(service: Service, supervisor: Supervisor, mlflow_uri: str) -> Told:
     job = service.job(job_id)
     assert job.status == "succeeded"
     assert service.warnings(job_id) == []
-    return Told(job, settings, len(came))
+    return Tracked(job, settings, len(came))
 
 
-def test_an_offline_run_of_wandb_holds_the_whole_job(service: Service, told: Told) -> None:
-    job = told.job
-    [folder] = wandb_runs(told.settings, job.id)
+def test_an_offline_run_of_wandb_holds_the_whole_job(service: Service, tracked: Tracked) -> None:
+    job = tracked.job
+    [folder] = wandb_runs(tracked.settings, job.id)
     assert wandb_losses(folder) == list(enumerate(service.losses(job.id), 1))
     [run] = inspected(folder, "--summary")
     assert (run["run_id"], run["name"], run["project"], run["tags"]) == (job.id, job.id, "tuning", ["small"])
@@ -178,14 +178,14 @@ def test_an_offline_run_of_wandb_holds_the_whole_job(service: Service, told: Tol
     assert run["summary"]["valid/full_loss"] == pytest.approx(job.certificate["valid_loss_after"])
 
 
-def test_a_job_may_have_a_run_in_each_of_two_projects(service: Service, told: Told) -> None:
-    [folder] = wandb_runs(told.settings, f"{told.job.id}-2")
-    assert wandb_losses(folder) == list(enumerate(service.losses(told.job.id), 1))
+def test_a_job_may_have_a_run_in_each_of_two_projects(service: Service, tracked: Tracked) -> None:
+    [folder] = wandb_runs(tracked.settings, f"{tracked.job.id}-2")
+    assert wandb_losses(folder) == list(enumerate(service.losses(tracked.job.id), 1))
     assert inspected(folder, "--summary")[0]["project"] == "other"
 
 
 @pytest.mark.filterwarnings(MLFLOW_STORES)
-def test_the_hash_of_a_merged_model_is_told_as_a_models(
+def test_the_hash_of_a_merged_model_is_sent_as_a_models(
     service: Service, supervisor: Supervisor, mlflow_uri: str
 ) -> None:
     with with_settings(supervisor, mlflow_tracking_uri=mlflow_uri):
@@ -199,8 +199,8 @@ def test_the_hash_of_a_merged_model_is_told_as_a_models(
 
 
 @pytest.mark.filterwarnings(MLFLOW_STORES)
-def test_mlflow_holds_the_whole_job(service: Service, told: Told, mlflow_uri: str) -> None:
-    job = told.job
+def test_mlflow_holds_the_whole_job(service: Service, tracked: Tracked, mlflow_uri: str) -> None:
+    job = tracked.job
     [(client, run)] = mlflow_runs(mlflow_uri, job.id)
     assert mlflow_losses(client, run) == list(enumerate(service.losses(job.id), 1))
     assert (run.info.run_name, run.info.status, run.data.tags["team"]) == ("first", "FINISHED", "search")
@@ -217,8 +217,8 @@ def test_mlflow_holds_the_whole_job(service: Service, told: Told, mlflow_uri: st
     assert run.data.metrics["valid/full_loss"] == pytest.approx(job.certificate["valid_loss_after"])
 
 
-def test_offline_no_client_opens_a_connection_and_no_key_is_left(service: Service, told: Told) -> None:
-    assert told.connections == 0
+def test_offline_no_client_opens_a_connection_and_no_key_is_left(service: Service, tracked: Tracked) -> None:
+    assert tracked.connections == 0
     assert not any(KEY.encode() in path.read_bytes() for path in files_of(service))
 
 
@@ -228,10 +228,10 @@ def files_of(service: Service) -> list[Path]:
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings(MLFLOW_STORES)
-def test_a_job_that_goes_on_goes_on_in_the_same_run(
+def test_a_job_that_resumes_resumes_the_same_run(
     service: Service, supervisor: Supervisor, mlflow_uri: str
 ) -> None:
-    """Killed after steps that no checkpoint holds, which are done again; each is told once."""
+    """Killed after steps that no checkpoint holds, which are repeated; each is sent once."""
     with with_settings(supervisor, wandb_mode="offline", mlflow_tracking_uri=mlflow_uri) as settings:
         job_id = service.queue(rows=64, n_epochs=24, integrations=[WANDB, MLFLOW])
         with at_work(supervisor, until=lambda: service.job(job_id).status == "succeeded"):
@@ -277,7 +277,7 @@ def test_a_job_that_fails_or_is_cancelled_ends_its_run(
 
 
 @pytest.mark.slow
-def test_a_tracker_that_does_not_answer_is_no_concern_of_the_job(
+def test_a_tracker_that_does_not_answer_does_not_affect_the_job(
     service: Service,
     supervisor: Supervisor,
     monkeypatch: pytest.MonkeyPatch,
@@ -304,16 +304,18 @@ def test_a_tracker_that_does_not_answer_is_no_concern_of_the_job(
         assert came
     first, second = sorted(service.warnings(job_id))
     assert first.startswith(
-        "MLflow is not told of this job for now: it cannot be reached, or refuses the run"
+        "MLflow is not receiving this job's metrics: it cannot be reached or refuses the run"
     )
-    assert second.startswith("Weights & Biases is not told of this job for now: its client did not answer")
+    assert second.startswith(
+        "Weights & Biases is not receiving this job's metrics: its client did not answer"
+    )
     for canary in (KEY, "canary", "localhost"):
         assert canary not in caplog.text
         assert canary not in service.traces(job_id) + first + second
         assert not any(canary.encode() in path.read_bytes() for path in files_of(service))
 
 
-def test_a_tracker_that_comes_back_is_told_what_it_missed(
+def test_a_tracker_that_comes_back_gets_what_it_missed(
     service: Service, supervisor: Supervisor, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Its client was killed in the middle."""
@@ -337,21 +339,21 @@ def test_a_tracker_that_comes_back_is_told_what_it_missed(
     assert wandb_losses(folder) == list(enumerate(service.losses(job_id), 1))
     [warning] = service.warnings(job_id)
     assert warning == (
-        "Weights & Biases is not told of this job for now: its client ended unexpectedly. "
-        "The job itself goes on."
+        "Weights & Biases is not receiving this job's metrics: its client ended unexpectedly. "
+        "The job itself continues."
     )
 
 
-def test_a_worker_that_cannot_tell_a_tracker_says_why(
+def test_a_worker_that_cannot_reach_a_tracker_says_why(
     service: Service, supervisor: Supervisor, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    """The API is set up for it and this worker is not, or has not its client."""
+    """The API is configured for it and this worker is not, or lacks its client."""
     monkeypatch.setattr(follower, "FINISH_SECONDS", 3.0)
     job_id = service.queue(rows=16, integrations=[MLFLOW])
     supervisor.run_until_idle()
     settled()
     [warning] = service.warnings(job_id)
-    assert "the worker is not set up for it" in warning
+    assert "it is not configured on the worker" in warning
 
     (tmp_path / "wandb.py").write_text("raise ImportError('there is no such client')")
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
@@ -360,10 +362,10 @@ def test_a_worker_that_cannot_tell_a_tracker_says_why(
         supervisor.run_until_idle()
         settled()
     [warning] = service.warnings(job_id)
-    assert "the worker has no client for it, which its operator can install" in warning
+    assert "its client is not installed on the worker; ask its operator" in warning
 
 
-def test_each_process_knows_its_own_account_alone(tmp_path: Path) -> None:
+def test_each_process_has_its_own_account_only(tmp_path: Path) -> None:
     settings = read_settings(
         wandb_api_key=KEY,
         wandb_base_url="https://wandb.host",

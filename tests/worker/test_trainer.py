@@ -15,19 +15,19 @@ from worker.protocol import Ended, Order
 from worker.supervisor.trainer_process import TrainerProcess
 
 ANSWER_SECONDS = 60.0
-LAST_WORDS = ("stopped", "failed", "crashed")
+FINAL = ("stopped", "failed", "crashed")
 
 
 @pytest.fixture(scope="module")
 def trainer() -> Iterator[TrainerProcess]:
-    """One for all tests of this file, which is the point of it."""
+    """Shared by all tests of this file, to test that it stays usable."""
     trainer = TrainerProcess("default")
     yield trainer
     trainer.close()
 
 
 class Desk:
-    """Gives out orders in a folder and collects what comes back."""
+    """Sends orders and receives messages, as a supervisor does."""
 
     def __init__(self, trainer: TrainerProcess, base: Path, folder: Path) -> None:
         self.trainer = trainer
@@ -44,7 +44,7 @@ class Desk:
         tokens: Path | None = None,
         **hyperparameters: Any,
     ) -> str:
-        """Has a job trained. Returns the name of its run."""
+        """Sends an order for a job. Returns the name of its run."""
         self.orders += 1
         run, training = f"{self.folder.name}-{self.orders}", self.folder / f"{self.orders}.jsonl"
         training.write_bytes(data or chat_rows(32))
@@ -66,28 +66,28 @@ class Desk:
             deadline=time.monotonic() + 300,
             tokens=str(tokens) if tokens else None,
         )
-        self.trainer.say(order.as_message())
+        self.trainer.send(order.as_message())
         return run
 
-    def wish(self, run: str, what: str) -> None:
-        self.trainer.say({"wish": {"run": run, "what": what}})
+    def stop(self, run: str, request: str) -> None:
+        self.trainer.send({"stop": {"run": run, "request": request}})
 
-    def hear(self) -> dict[str, Any]:
+    def receive(self) -> dict[str, Any]:
         message = self.trainer.messages.get(timeout=ANSWER_SECONDS)
         assert not isinstance(message, Ended), message
         return message
 
-    def hear_step(self, step: int) -> None:
-        while self.hear().get("progress", {}).get("step") != step:
+    def receive_until_step(self, step: int) -> None:
+        while self.receive().get("progress", {}).get("step") != step:
             pass
 
-    def hear_all(self) -> list[dict[str, Any]]:
-        """Up to and with the last word."""
+    def receive_all(self) -> list[dict[str, Any]]:
+        """Everything up to the job's final message."""
         messages = []
         while True:
-            messages.append(self.hear())
+            messages.append(self.receive())
             kind = messages[-1].get("progress", {}).get("kind")
-            if kind == "Finished" or any(word in messages[-1] for word in LAST_WORDS):
+            if kind == "Finished" or any(name in messages[-1] for name in FINAL):
                 return messages
 
 
@@ -119,95 +119,95 @@ def tensors(messages: list[dict[str, Any]]) -> bytes:
     return (Path(finished["folder"]) / "adapter_model.safetensors").read_bytes()
 
 
-def test_a_job_is_told_from_its_beginning_to_its_end(desk: Desk) -> None:
+def test_a_job_is_reported_from_beginning_to_end(desk: Desk) -> None:
     run = desk.order()
-    messages = desk.hear_all()
+    messages = desk.receive_all()
     assert list(messages[0]) == ["ready"]
     assert messages[1] == {"accepted": {"run": run}}
     assert "loading" in phases(messages)
-    told = kinds(messages)
-    assert told.index("Resolved") < told.index("Step")
-    assert told.count("Step") == 16
-    assert told[-1] == "Finished"
+    items = kinds(messages)
+    assert items.index("Resolved") < items.index("Step")
+    assert items.count("Step") == 16
+    assert items[-1] == "Finished"
     assert messages[-1]["progress"]["certificate"]["passed"] is True
 
 
 def test_the_next_job_finds_the_base_loaded_and_pristine(desk: Desk) -> None:
     desk.order()
-    first = desk.hear_all()
+    first = desk.receive_all()
     desk.order(learning_rate=1e-2, n_epochs=1)
-    desk.hear_all()
+    desk.receive_all()
     desk.order()
-    third = desk.hear_all()
+    third = desk.receive_all()
     assert "loading" not in phases(first) | phases(third)
     assert tensors(first) == tensors(third)
 
 
 def test_the_next_job_on_the_same_data_starts_without_tokenising(desk: Desk, tmp_path: Path) -> None:
     desk.order(tokens=tmp_path / "tokens")
-    first = desk.hear_all()
+    first = desk.receive_all()
     desk.order(tokens=tmp_path / "tokens")
-    again = desk.hear_all()
+    again = desk.receive_all()
     assert "tokenising" in phases(first)
     assert "tokenising" not in phases(again)
     assert tensors(again) == tensors(first)
 
 
-def test_an_exchanged_base_is_loaded_anew(desk: Desk, base: Path) -> None:
+def test_a_replaced_base_is_loaded_again(desk: Desk, base: Path) -> None:
     stat = (base / "model.safetensors").stat()
     os.utime(base / "model.safetensors", ns=(stat.st_atime_ns, stat.st_mtime_ns + 1))
     desk.order(n_epochs=1)
-    assert "loading" in phases(desk.hear_all())
+    assert "loading" in phases(desk.receive_all())
 
 
-def test_a_base_that_is_quantised_otherwise_is_loaded_anew(desk: Desk) -> None:
-    told = []
+def test_a_base_with_another_quantisation_is_loaded_again(desk: Desk) -> None:
+    runs = []
     for quantization in ("none", "torchao-int8", "torchao-int8", "none"):
         desk.order(n_epochs=1, quantization=quantization)
-        told.append(desk.hear_all())
-    assert ["loading" in phases(messages) for messages in told[1:]] == [True, False, True]
-    assert tensors(told[0]) == tensors(told[3])
-    assert tensors(told[1]) == tensors(told[2]) != tensors(told[0])
+        runs.append(desk.receive_all())
+    assert ["loading" in phases(messages) for messages in runs[1:]] == [True, False, True]
+    assert tensors(runs[0]) == tensors(runs[3])
+    assert tensors(runs[1]) == tensors(runs[2]) != tensors(runs[0])
 
 
 def test_a_cancel_stops_at_the_next_step(desk: Desk) -> None:
     run = desk.order(n_epochs=50)
-    desk.hear_step(3)
-    desk.wish(run, "cancel")
+    desk.receive_until_step(3)
+    desk.stop(run, "cancel")
     began = time.monotonic()
-    messages = desk.hear_all()
-    assert messages[-1] == {"stopped": {"wish": "cancel"}}
+    messages = desk.receive_all()
+    assert messages[-1] == {"stopped": {"request": "cancel"}}
     assert "Saved" not in kinds(messages)
     assert time.monotonic() - began < 3
 
 
-def test_a_released_job_goes_on_elsewhere_to_the_same_bytes(desk: Desk) -> None:
+def test_a_released_job_resumes_elsewhere_to_the_same_bytes(desk: Desk) -> None:
     job = {"data": chat_rows(128), "n_epochs": 2}
     desk.order(**job)
-    uninterrupted = desk.hear_all()
+    uninterrupted = desk.receive_all()
     run = desk.order(**job)
-    desk.hear_step(5)
-    desk.wish(run, "release")
-    messages = desk.hear_all()
-    assert messages[-1] == {"stopped": {"wish": "release"}}
+    desk.receive_until_step(5)
+    desk.stop(run, "release")
+    messages = desk.receive_all()
+    assert messages[-1] == {"stopped": {"request": "release"}}
     saved = messages[-2]["progress"]
     assert saved["kind"] == "Saved"
     assert 5 <= saved["step"] < 32, "not at once, but at the epoch's end"
     desk.order(**job, resume=saved["folder"])
-    resumed = desk.hear_all()
+    resumed = desk.receive_all()
     assert kinds(resumed).count("Step") == 64 - saved["step"]
     assert tensors(resumed) == tensors(uninterrupted)
 
 
-def test_a_wish_about_an_earlier_job_is_not_heard(desk: Desk) -> None:
+def test_a_stop_request_for_an_earlier_job_is_ignored(desk: Desk) -> None:
     desk.order(n_epochs=1)
-    desk.wish("an-earlier-job", "cancel")
-    assert kinds(desk.hear_all())[-1] == "Finished"
+    desk.stop("an-earlier-job", "cancel")
+    assert kinds(desk.receive_all())[-1] == "Finished"
 
 
 def test_a_file_that_cannot_be_trained_on_is_a_sentence_with_its_line(desk: Desk) -> None:
     desk.order(data=chat_rows(3) + b'{"messages": []}\n')
-    failed = desk.hear_all()[-1]["failed"]
+    failed = desk.receive_all()[-1]["failed"]
     assert failed["code"] == "invalid_training_file"
     assert "4" in failed["message"]
     assert "Traceback" not in failed["message"]
@@ -217,7 +217,7 @@ def test_a_folder_that_is_no_base_model_is_a_sentence(desk: Desk, tmp_path: Path
     (tmp_path / "empty").mkdir()
     desk.base = tmp_path / "empty"
     desk.order()
-    failed = desk.hear_all()[-1]["failed"]
+    failed = desk.receive_all()[-1]["failed"]
     assert failed["code"] == "model_not_available"
     assert "config.json" in failed["message"]
 
@@ -229,7 +229,7 @@ def test_an_unexpected_error_is_a_short_sentence_and_the_end_of_the_process(
     desk = Desk(trainer, base, tmp_path)
     (tmp_path / "work").touch()
     desk.order(work=tmp_path / "work")
-    crashed = desk.hear_all()[-1]["crashed"]["message"]
+    crashed = desk.receive_all()[-1]["crashed"]["message"]
     assert "NotADirectoryError" in crashed
     assert "\n" not in crashed
     assert trainer.messages.get(timeout=10) == Ended(1)

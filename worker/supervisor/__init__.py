@@ -1,1 +1,1 @@
-"""The process that takes jobs from the store and supervises a trainer; never reaches torch."""
+"""The process that claims jobs and supervises a trainer; never imports torch."""

@@ -1,4 +1,4 @@
-"""An exported folder as a zip whose bytes depend on nothing but the files' names and contents."""
+"""An exported folder as a zip whose bytes depend only on the files' names and contents."""
 
 import shutil
 import zipfile
@@ -9,7 +9,7 @@ _READABLE = 0o644 << 16
 
 
 def pack(folder: Path, archive: Path) -> None:
-    """Zips the folder's files, sorted, without their times and owners; tensors do not compress."""
+    """Zips the folder's files, sorted, without times and owners. Tensors do not compress: they are stored."""
     with zipfile.ZipFile(archive, "w") as target:
         for path in sorted(path for path in folder.rglob("*") if path.is_file()):
             entry = zipfile.ZipInfo(path.relative_to(folder).as_posix(), _EPOCH)

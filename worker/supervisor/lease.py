@@ -1,4 +1,4 @@
-"""A job's lease, as the supervisor holds it: renewed in time, given up when it is lost."""
+"""A job's lease, as the supervisor holds it: renewed in time, and given up when it is lost."""
 
 import logging
 import threading
@@ -8,17 +8,20 @@ from collections.abc import Callable
 from store.errors import LeaseLost
 from store.session import DATABASE_AWAY
 
+from ..protocol import StopRequest
+
 logger = logging.getLogger(__name__)
 TRAINER_SHARE = 0.8
-"""The trainer stops before the lease ends, so that nobody else can be training the job already."""
-LOOK_SECONDS = 0.5
+"""The trainer's deadline, as a share of the lease: it stops before another worker can claim the job."""
+POLL_SECONDS = 0.5
 
 
 class Lease:
-    """Renews at a quarter of the lease, and looks for the owner's wish in between, in a thread of its own.
+    """Renews the lease at a quarter of its time and polls for a stop request in between, in a thread.
 
-    `renew` and `look` return the wish and raise LeaseLost; `taken_at` is the monotonic time before the
-    claim. `on_renewal` is told the trainer's new deadline, `on_wish` each new wish, `on_lost` the end.
+    `taken_at` is the monotonic time before the claim. `renew` and `poll` return the owner's stop request and
+    raise LeaseLost. `on_renewal` gets the trainer's new deadline, `on_stop_request` each new request;
+    `on_lost` is called once.
     """
 
     def __init__(
@@ -26,20 +29,20 @@ class Lease:
         *,
         seconds: float,
         taken_at: float,
-        renew: Callable[[], str | None],
-        look: Callable[[], str | None],
+        renew: Callable[[], StopRequest | None],
+        poll: Callable[[], StopRequest | None],
         on_renewal: Callable[[float], None],
-        on_wish: Callable[[str], None],
+        on_stop_request: Callable[[StopRequest], None],
         on_lost: Callable[[], None],
     ) -> None:
         self.seconds = seconds
         self.taken_at = taken_at
-        self._renew, self._look = renew, look
-        self._on_renewal, self._on_wish, self._on_lost = on_renewal, on_wish, on_lost
-        self._wish: str | None = None
+        self._renew, self._poll = renew, poll
+        self._on_renewal, self._on_stop_request, self._on_lost = on_renewal, on_stop_request, on_lost
+        self._request: StopRequest | None = None
         self._done = threading.Event()
         self._lost = threading.Event()
-        self._thread = threading.Thread(target=self._beat, name="lease", daemon=True)
+        self._thread = threading.Thread(target=self._run, name="lease", daemon=True)
 
     def __enter__(self) -> "Lease":
         self._thread.start()
@@ -49,7 +52,7 @@ class Lease:
         self.stop()
 
     def stop(self) -> None:
-        """Renews no more: the row is about to be given up, which must not look like a loss."""
+        """Stops renewing. Call it before the row is released, which must not look like a lost lease."""
         self._done.set()
         self._thread.join()
 
@@ -59,13 +62,13 @@ class Lease:
 
     @property
     def lost(self) -> bool:
-        """Whether the row may already belong to somebody else, by the database's word or by the clock's."""
+        """Whether another worker may hold the job already, according to the row or to the clock."""
         return self._lost.is_set() or time.monotonic() > self.taken_at + self.seconds
 
-    def _beat(self) -> None:
-        while not self._done.wait(min(LOOK_SECONDS, self.seconds / 8)):
+    def _run(self) -> None:
+        while not self._done.wait(min(POLL_SECONDS, self.seconds / 8)):
             try:
-                self._keep()
+                self._renew_or_poll()
             except LeaseLost as error:
                 logger.warning("%s", error.message)
                 self._lost.set()
@@ -76,14 +79,14 @@ class Lease:
                 self._on_lost()
                 return
 
-    def _keep(self) -> None:
+    def _renew_or_poll(self) -> None:
         now = time.monotonic()
         if now < self.taken_at + self.seconds / 4:
-            wish = self._look()
+            request = self._poll()
         else:
-            wish = self._renew()
+            request = self._renew()
             self.taken_at = now
             self._on_renewal(self.trainer_deadline)
-        if wish is not None and wish != self._wish:
-            self._wish = wish
-            self._on_wish(wish)
+        if request is not None and request != self._request:
+            self._request = request
+            self._on_stop_request(request)

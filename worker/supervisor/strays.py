@@ -1,4 +1,4 @@
-"""What an attempt left in the storage without any row naming it: an attempt stores before it names."""
+"""Stored folders that no row names: an attempt stores a folder first, and names it in a row afterwards."""
 
 import re
 
@@ -11,7 +11,7 @@ from store.storage import Storage
 
 
 def checkpoint_folder(job_id: str, step: int, attempt: int, copy: int) -> str:
-    """Where a checkpoint is stored; `copy` counts those of the same step."""
+    """Where a checkpoint is stored; `copy` counts an attempt's checkpoints of the same step from 1."""
     name = f"{step}-a{attempt}" if copy == 1 else f"{step}-a{attempt}-{copy}"
     return f"jobs/{job_id}/checkpoints/{name}"
 
@@ -23,7 +23,8 @@ def result_folder(job_id: str, attempt: int) -> str:
 def remove_strays(read: Sessions, storage: Storage, job_id: str, *, attempt: int | None = None) -> None:
     """Removes the job's stored folders that no row names.
 
-    All of them, for whoever holds the job, or once it has ended; an `attempt` that lost it removes its own.
+    Call it while holding the job's lease, or once the job has ended. An attempt that lost its lease gives its
+    number as `attempt`, and removes only its own folders.
     """
     stored = {key.rpartition("/")[0] for key in storage.list(f"jobs/{job_id}")}
     if attempt is not None:

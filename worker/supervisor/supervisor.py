@@ -35,42 +35,42 @@ class Supervisor:
         self.storage = storage(settings)
         self.owner = f"{socket.gethostname()}:{os.getpid()}:{uuid.uuid4().hex[:8]}"
         self.stopping = False
-        self.hurrying = False
+        self.force_stop = False
         self.trainer: TrainerProcess | None = None
-        self._turn = threading.Lock()
-        self._rest: threading.Timer | None = None
+        self._lock = threading.Lock()
+        self._idle_timer: threading.Timer | None = None
 
     def tidy(self) -> None:
-        """At the start: removes what workers that died here left behind."""
+        """Removes what dead workers of this machine left behind. Call it once, at the start."""
         for name in remove_orphans(self.settings.scratch_folder):
             logger.info("Removed the scratch folder of attempt %s, whose worker died.", name)
         trim_tokens(self.settings)
 
     def run_until_idle(self) -> int:
-        """Claims and runs jobs until none is left or the worker ends. Returns how many attempts were made.
+        """Claims and runs jobs until none is left or the worker ends. Returns the number of attempts.
 
-        A database that is away means no work here: whoever waits for it is woken again.
+        Returns early if the database does not answer: waiting jobs get another wake-up later.
         """
         attempts = 0
-        with self._turn:
-            self._stop_resting()
+        with self._lock:
+            self._stop_idle_timer()
             try:
                 while not self.stopping and self._run_next():
                     attempts += 1
             except DATABASE_AWAY as error:
                 logger.warning("The database does not answer: %s", error.orig)
-            self._start_resting()
+            self._start_idle_timer()
         return attempts
 
     def stop(self) -> None:
-        """Hands the job at hand back with a fresh checkpoint; asked again, without waiting for one."""
-        self.hurrying = self.stopping
+        """First call: saves a checkpoint, then releases the job. Second call: releases it at once."""
+        self.force_stop = self.stopping
         self.stopping = True
 
     def close(self) -> None:
         """Ends the trainer."""
-        with self._turn:
-            self._stop_resting()
+        with self._lock:
+            self._stop_idle_timer()
             self._close_trainer()
 
     def _run_next(self) -> bool:
@@ -100,12 +100,12 @@ class Supervisor:
             except LeaseLost as lost:
                 logger.warning("%s", lost.message)
             except Exception:
-                # Nothing was written; the lease runs out and the job goes to another attempt.
-                logger.exception("Attempt %s was given up.", name)
+                # The lease runs out, and then the job goes to another attempt.
+                logger.exception("Attempt %s ended without an entry in its row.", name)
                 attempt.trainer.kill()
             finally:
                 for follower in followers:
-                    follower.over()
+                    follower.stop()
         trim_tokens(self.settings)
         logger.info("Attempt %s is over.", name)
         return True
@@ -113,7 +113,7 @@ class Supervisor:
     # --- the trainer -----------------------------------------------------------------------------------
 
     def _trainer_for(self, project_id: str) -> TrainerProcess:
-        """The trainer at hand, or a new one: one that has seen a project's data never serves another's."""
+        """The running trainer, or a new one: a trainer that saw a project's data serves no other project."""
         trainer = self.trainer
         if trainer is None or not trainer.alive or trainer.project_id != project_id:
             self._close_trainer()
@@ -125,14 +125,14 @@ class Supervisor:
             self.trainer.close()
             self.trainer = None
 
-    def _start_resting(self) -> None:
-        """Gives the base model's memory back when no job comes for a while."""
+    def _start_idle_timer(self) -> None:
+        """Frees the base model's memory if no job comes for a while."""
         if self.trainer is not None:
-            self._rest = threading.Timer(self.settings.idle_seconds, self.close)
-            self._rest.daemon = True
-            self._rest.start()
+            self._idle_timer = threading.Timer(self.settings.idle_seconds, self.close)
+            self._idle_timer.daemon = True
+            self._idle_timer.start()
 
-    def _stop_resting(self) -> None:
-        if self._rest is not None:
-            self._rest.cancel()
-            self._rest = None
+    def _stop_idle_timer(self) -> None:
+        if self._idle_timer is not None:
+            self._idle_timer.cancel()
+            self._idle_timer = None

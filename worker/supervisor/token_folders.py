@@ -8,7 +8,7 @@ from store.settings import Settings
 
 
 def tokens_folder(settings: Settings, project_id: str) -> str | None:
-    """Where a project's tokenised files are kept; None when none are. One project's never serve another's."""
+    """A project's tokenised files, never shared with another project; None when none are kept."""
     if not settings.token_cache_mb:
         return None
     folder = settings.tokens_folder / f"project-{quote(project_id, safe='')}"
@@ -17,6 +17,6 @@ def tokens_folder(settings: Settings, project_id: str) -> str | None:
 
 
 def trim_tokens(settings: Settings) -> None:
-    """Keeps the tokenised files of all projects together within their bound."""
+    """Limits the tokenised files of all projects together to `token_cache_mb`."""
     if settings.tokens_folder.is_dir():
         trim(settings.tokens_folder.iterdir(), settings.token_cache_mb * 2**20)

@@ -1,4 +1,4 @@
-"""The supervisor's end of a trainer process: start it, talk to it, learn how it ended."""
+"""The supervisor's end of a trainer process: starts it, exchanges messages, reports how it ended."""
 
 import json
 import logging
@@ -28,7 +28,7 @@ class TrainerProcess:
 
     def __init__(self, project_id: str) -> None:
         self.project_id = project_id
-        """Whose data it sees."""
+        """The only project whose data it may see."""
         self._process = subprocess.Popen(
             [sys.executable, "-m", "worker.trainer.trainer", "--parent", str(os.getpid())],
             stdin=subprocess.PIPE,
@@ -37,7 +37,7 @@ class TrainerProcess:
             start_new_session=True,
         )
         self.messages: queue.Queue[dict[str, Any] | Ended] = queue.Queue()
-        self._speaking = threading.Lock()
+        self._lock = threading.Lock()
         threading.Thread(target=self._listen, name="trainer", daemon=True).start()
 
     @property
@@ -48,10 +48,10 @@ class TrainerProcess:
     def alive(self) -> bool:
         return self._process.poll() is None
 
-    def say(self, message: dict[str, Any]) -> None:
-        """Sends one message; a trainer that is gone will be noticed by whoever reads `messages`."""
+    def send(self, message: dict[str, Any]) -> None:
+        """Sends one message. Nothing happens if the trainer is gone: then `messages` ends with `Ended`."""
         assert self._process.stdin is not None
-        with self._speaking:
+        with self._lock:
             try:
                 self._process.stdin.write(json.dumps(message).encode() + b"\n")
                 self._process.stdin.flush()
@@ -59,7 +59,7 @@ class TrainerProcess:
                 logger.debug("The trainer %d no longer listens.", self.pid)
 
     def kill(self) -> None:
-        """Ends the trainer and whatever it started, now."""
+        """Kills the trainer and every process that it started."""
         try:
             os.killpg(self.pid, signal.SIGKILL)
         except ProcessLookupError:
@@ -67,9 +67,9 @@ class TrainerProcess:
         self._process.wait()
 
     def close(self) -> None:
-        """Ends an idle trainer: it leaves when its line closes."""
+        """Ends an idle trainer, which exits when its input is closed."""
         assert self._process.stdin is not None
-        with self._speaking:
+        with self._lock:
             try:
                 self._process.stdin.close()
             except BrokenPipeError:
@@ -93,22 +93,21 @@ class TrainerProcess:
 
 
 def tokenizer_threads() -> int:
-    """As many as there are cores for this process, up to where more of them stop helping."""
+    """One for each core of this process, up to the number beyond which more do not help."""
     return min(MOST_TOKENIZER_THREADS, len(os.sched_getaffinity(0)))
 
 
 def trainer_environment(environment: Mapping[str, str]) -> dict[str, str]:
-    """What a trainer may know: the machine, and none of the service's addresses and keys."""
+    """A trainer's environment: the machine's variables, and none of the service's addresses and keys."""
     chosen = inherited(environment, MACHINE, _INHERITED_PREFIXES)
     return chosen | {
         "HF_HUB_OFFLINE": "1",
         "TRANSFORMERS_OFFLINE": "1",
         "HF_HUB_DISABLE_TELEMETRY": "1",
-        # Said outright, the tokenizer keeps its threads without a word about forks, of which there are none.
+        # Set explicitly: keeps tokenizers parallel and silences its fork warning (we never fork).
         "TOKENIZERS_PARALLELISM": "true",
         "RAYON_NUM_THREADS": chosen.get("RAYON_NUM_THREADS", str(tokenizer_threads())),
         "PYTHONUNBUFFERED": "1",
-        # Threads that wait for each other sleep: on cores that are shared with anything else, spinning made a
-        # step seven times slower.
+        # Waiting threads sleep: on cores shared with anything else, spinning made a step seven times slower.
         "OMP_WAIT_POLICY": chosen.get("OMP_WAIT_POLICY", "PASSIVE"),
     }

@@ -1,1 +1,1 @@
-"""Experiment trackers: following a job and telling others its curves; never reaches torch."""
+"""A job's curves, in TensorBoard files and experiment trackers; never imports torch."""

@@ -1,6 +1,6 @@
-"""A run's curves: what of its steps is charted, and TensorBoard's event file of them.
+"""A run's curves: the charted numbers of its steps, and their TensorBoard event file.
 
-TensorBoard's own record writer and messages; neither TensorFlow nor torch is loaded by them.
+Files are written with TensorBoard's own record writer, which loads neither TensorFlow nor torch.
 """
 
 import math
@@ -26,15 +26,15 @@ CHARTS = {
     "full_valid_loss": "valid/full_loss",
     "full_valid_mean_token_accuracy": "valid/full_accuracy",
 }
-"""The names of a step's numbers in its row, and those of their charts."""
+"""The numbers of a step by their names in its row, and their charts."""
 SPEED = "train/tokens_per_second"
 EVENTS = "events.out.tfevents"
 VERSION = "brain.Event:2"
-"""Opens every event file."""
+"""The first record of every event file."""
 
 
 def curves(values: Mapping[str, Any]) -> Curves:
-    """What of a step's row is charted; a number that is not finite (in a row: null) is no point."""
+    """The points of a step's row, by chart. Numbers that are not finite (null in a row) are left out."""
     points = {chart: values[name] for name, chart in CHARTS.items() if values.get(name) is not None}
     if values.get("tokens") and values.get("seconds"):
         points[SPEED] = values["tokens"] / values["seconds"]
@@ -42,12 +42,12 @@ def curves(values: Mapping[str, Any]) -> Curves:
 
 
 def event_file_name(run: str, started: float) -> str:
-    """TensorBoard knows its files by this name; it reads those of one folder in the order of `started`."""
+    """The name that TensorBoard looks for. `started`, in unix seconds, orders the files of a folder."""
     return f"{EVENTS}.{int(started)}.{run}"
 
 
 class EventFile:
-    """An event file that is being written. Every step is on the disk when `add` returns."""
+    """An event file being written. Every step is on the disk when `add` returns."""
 
     def __init__(self, path: Path, started: float) -> None:
         self._file: BinaryIO = path.open("wb", buffering=0)
@@ -71,7 +71,7 @@ class EventFile:
 
 
 def read_points(path: Path) -> Iterator[tuple[int, Curves, float]]:
-    """(step, points, unix seconds) as they were added; a record that was cut short ends the file."""
+    """(step, points, unix seconds) in the order of writing. A truncated record ends the file."""
     for record in RawEventFileLoader(str(path)).Load():
         event = Event.FromString(record)
         points = {value.tag: value.simple_value for value in event.summary.value}
@@ -80,14 +80,14 @@ def read_points(path: Path) -> Iterator[tuple[int, Curves, float]]:
 
 
 def run_in(folder: Path) -> str | None:
-    """The run whose event file is in a folder, by the file's name."""
+    """The run whose event file is in a folder, from the file's name; None without one."""
     return next((path.name.split(".", 4)[4] for path in sorted(folder.glob(f"{EVENTS}.*.*"))), None)
 
 
 def go_on(folder: Path, run: str, step: int) -> tuple[EventFile, dict[int, Curves]]:
-    """The event file of a run that goes on from `step` (0: begins), and the points that it holds already.
+    """The event file of a run that resumes from `step` (0: starts), and the points that it holds already.
 
-    What was charted up to there is kept, and what will be done again is not.
+    Points up to that step are kept. Later ones are dropped: their steps will be repeated.
     """
     folder.mkdir(parents=True, exist_ok=True)
     before = sorted(folder.glob(f"{EVENTS}.*.{run}"))

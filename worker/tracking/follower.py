@@ -1,8 +1,8 @@
-"""Follows a run's rows and has a tracker told of them, in a thread beside whatever does the work.
+"""Sends a run's rows to an experiment tracker, in a thread of its own.
 
-A tracker that is slow, away or wrongly set up never delays, fails or blocks a job. What it missed it is told
-later: it says itself which step it has, and the rows hold the others. After `FINISH_SECONDS` beyond the run's
-end nobody waits for it any more.
+A tracker that is slow, unreachable or misconfigured never delays, fails or blocks a job. It catches up later:
+it reports the last step it has, and the rows hold the rest. `FINISH_SECONDS` after the work has stopped, the
+follower gives up.
 """
 
 import logging
@@ -31,59 +31,59 @@ from store.statuses import ENDED
 
 from ..scratch import scratch_folder
 from .curves import curves
-from .tracker_process import TrackerProcess, Trouble, tracker_environment
-from .trackers import Order, Row
+from .tracker_process import TrackerError, TrackerProcess, tracker_environment
+from .trackers import Row, TrackedRun
 
 logger = logging.getLogger(__name__)
 POLL_SECONDS = 2.0
 PATIENCE_SECONDS = 60.0
-"""A client that answers nothing for so long is ended."""
+"""A client that has not answered by then is killed."""
 FINISH_SECONDS = 20.0
 LONGEST_PAUSE_SECONDS = 300.0
 ROWS_AT_ONCE = 50
 
 
 @dataclass(frozen=True)
-class News:
-    """What a run has to tell: `rows` beyond those asked for, and its end once it has come."""
+class RunUpdate:
+    """What is new in a run: its `rows`, and how it ended, once it has."""
 
     config: dict[str, Any]
     rows: list[Row]
     status: str | None = None
-    """"succeeded", "failed" or "cancelled"; None: it has not ended."""
+    """"succeeded", "failed" or "cancelled"; None until it has ended."""
     summary: dict[str, Any] = field(default_factory=dict)
 
 
 class Source(Protocol):
-    def news(self, after: int) -> News | None:
-        """What there is beyond step `after`; None when the run is somebody else's now."""
+    def update(self, after: int) -> RunUpdate | None:
+        """What is new after step `after`; None when another attempt has the run."""
 
 
 class JobSource:
-    """A job's rows, as long as they are this attempt's."""
+    """A job's rows, while this attempt has the job."""
 
     def __init__(self, claim: Claim, *, read: Sessions, write: Sessions) -> None:
         self.claim = claim
         self.read, self.write = read, write
         self._config: dict[str, Any] = {}
 
-    def news(self, after: int) -> News | None:
+    def update(self, after: int) -> RunUpdate | None:
         mine = select(Job).where(Job.id == self.claim.job_id, Job.attempt == self.claim.attempt)
         try:
             with self.read.begin() as session:
                 job = session.scalar(mine)
-                return None if job is None else self._news(session, job, after)
+                return None if job is None else self._update(session, job, after)
         except DATABASE_AWAY as error:
             logger.warning("The database does not answer: %s", error.orig)
-            return News(self._config, [])
+            return RunUpdate(self._config, [])
 
-    def _news(self, session: Session, job: Job, after: int) -> News:
+    def _update(self, session: Session, job: Job, after: int) -> RunUpdate:
         spec = job.resolved or (job.spec if job.status in ENDED else {})
         self._config = {"job": job.id, "training_file": job.training_file, **spec}
         rows = [(row.step, curves(row.values)) for row in progress.step_rows(session, job.id, after=after)]
         if job.status not in ENDED:
-            return News(self._config, rows)
-        return News(self._config, rows, job.status, self._summary(session, job))
+            return RunUpdate(self._config, rows)
+        return RunUpdate(self._config, rows, job.status, self._summary(session, job))
 
     def _summary(self, session: Session, job: Job) -> dict[str, Any]:
         weights = select(File.sha256).where(File.id.in_(job.result_files[1:2]))
@@ -104,12 +104,14 @@ class JobSource:
 
 
 def follow(claim: Claim, *, settings: Settings, read: Sessions, write: Sessions) -> list["Follower"]:
-    """Begins to tell the trackers that the job names."""
+    """Starts a follower for each tracker that the job names."""
     source = JobSource(claim, read=read, write=write)
     try:
         integrations = read_integrations(claim.integrations)
-    except BadIntegration as error:  # of a newer version
-        logger.warning("Job %s names trackers that are not known here: %s", claim.job_id, error.message)
+    except BadIntegration as error:  # from a newer version of the API
+        logger.warning(
+            "Job %s names trackers that this worker does not know: %s", claim.job_id, error.message
+        )
         return []
     return [
         Follower(
@@ -125,7 +127,7 @@ def follow(claim: Claim, *, settings: Settings, read: Sessions, write: Sessions)
 
 
 def with_runs(integrations: Iterable[Integration], run: str) -> Iterator[tuple[Integration, str]]:
-    """Each integration with the id of its run: the second of a kind has its number in it."""
+    """Each integration with its run's id, which has a number from the second one of a type on."""
     kinds: Counter[str] = Counter()
     for integration in integrations:
         kinds[integration.type] += 1
@@ -134,7 +136,7 @@ def with_runs(integrations: Iterable[Integration], run: str) -> Iterator[tuple[I
 
 
 class Follower:
-    """One tracker of one run. `over` says that the work has stopped; it returns at once."""
+    """Keeps one tracker up to date with one run, from its creation until after `stop`."""
 
     def __init__(
         self,
@@ -152,19 +154,19 @@ class Follower:
         self.run, self.name = run, name
         self._warn = warn
         self._warned = False
-        self._over = threading.Event()
+        self._stopped = threading.Event()
         self._deadline: float | None = None
-        # Not a daemon: a worker that ends waits for it, no longer than FINISH_SECONDS.
+        # Not a daemon: a worker that ends waits for it, for FINISH_SECONDS at most.
         self._thread = threading.Thread(target=self._follow, name=f"follow {integration.type}")
         self._thread.start()
 
-    def over(self, *, hurry: bool = False) -> None:
-        """Nothing more will come; with `hurry` the tracker is not waited for."""
+    def stop(self, *, hurry: bool = False) -> None:
+        """The work has stopped: sends the remaining rows, or with `hurry` drops them. Does not wait."""
         self._deadline = time.monotonic() + (0 if hurry else FINISH_SECONDS)
-        self._over.set()
+        self._stopped.set()
 
     def join(self) -> None:
-        """Waits until the tracker knows everything, or is given up."""
+        """Waits until the tracker has everything, or the follower has given up."""
         self._thread.join()
 
     # --- the thread ------------------------------------------------------------------------------------
@@ -174,65 +176,68 @@ class Follower:
         while True:
             try:
                 with scratch_folder(self.settings.scratch_folder, self.name) as folder:
-                    self._tell(folder)
+                    self._send_all(folder)
                 return
-            except Trouble as trouble:
-                self._say(str(trouble))
+            except TrackerError as error:
+                self._report(str(error))
             except Exception:
                 logger.exception("Following run %s for %s failed.", self.run, self.integration.title)
-                self._say("the worker met an unexpected error; its log has the details")
-            self._over.wait(pause)
+                self._report("an unexpected error occurred; the worker's log has the details")
+            self._stopped.wait(pause)
             if self._deadline is not None and time.monotonic() + 1 > self._deadline:
                 return
             pause = min(LONGEST_PAUSE_SECONDS, 2 * pause)
 
-    def _say(self, reason: str) -> None:
-        logger.warning("%s is not told of run %s: %s.", self.integration.title, self.run, reason)
+    def _report(self, reason: str) -> None:
+        logger.warning("%s is not receiving run %s: %s.", self.integration.title, self.run, reason)
         if not self._warned:
             self._warned = True
             self._warn(
-                f"{self.integration.title} is not told of this job for now: {reason}. The job itself goes on."
+                f"{self.integration.title} is not receiving this job's metrics: {reason}. "
+                "The job itself continues."
             )
 
-    def _tell(self, folder: Path) -> None:
-        """Tells everything there is, to the end of the run or of this attempt at it. Raises Trouble."""
+    def _send_all(self, folder: Path) -> None:
+        """Sends everything until the run has ended, or this attempt at it. Raises TrackerError."""
         try:
             require_offered([self.integration], self.settings)
         except BadIntegration:
-            raise Trouble("the worker is not set up for it, which its operator can mend") from None
+            raise TrackerError("it is not configured on the worker; ask its operator") from None
         kind = self.integration.type
-        asked = self.integration.model_dump()[kind]
-        order = Order(asked, self.run, keep=str(self.settings.trackers_folder), lose=str(folder))
+        options = self.integration.model_dump()[kind]
+        run = TrackedRun(
+            options, self.run, kept_folder=str(self.settings.trackers_folder), scratch_folder=str(folder)
+        )
         environment = tracker_environment(kind, os.environ, self.settings, folder)
-        with TrackerProcess(kind, environment, self._patient) as process:
-            step = process.ask(begin=asdict(order))["step"]
-            self._tell_from(step, process)
+        with TrackerProcess(kind, environment, self._keeps_waiting) as process:
+            step = process.ask(begin=asdict(run))["step"]
+            self._send_from(step, process)
 
-    def _tell_from(self, step: int, process: TrackerProcess) -> None:
+    def _send_from(self, step: int, process: TrackerProcess) -> None:
         config: dict[str, Any] | None = None
         while True:
-            over = self._over.is_set()  # asked first: what is there then is all there is
-            news = self.source.news(step)
-            if news is None:
+            stopped = self._stopped.is_set()  # read before the rows: once set, no more are written
+            update = self.source.update(step)
+            if update is None:
                 return
-            if news.config != config:
-                config = news.config
+            if update.config != config:
+                config = update.config
                 process.ask(config=config)
-            # A step's evaluation is recorded before the next step: until then it may still grow.
-            rows = news.rows if news.status else news.rows[:-1]
+            # The newest step may still get its evaluation, which is recorded before the next step.
+            rows = update.rows if update.status else update.rows[:-1]
             for start in range(0, len(rows), ROWS_AT_ONCE):
                 batch = rows[start : start + ROWS_AT_ONCE]
                 process.ask(rows=batch)
                 step = batch[-1][0]
-            if news.status:
-                process.ask(end={"status": news.status, "summary": news.summary})
+            if update.status:
+                process.ask(end={"status": update.status, "summary": update.summary})
                 return
-            if over:
+            if stopped:
                 process.ask(leave={})
                 return
-            self._over.wait(POLL_SECONDS)
+            self._stopped.wait(POLL_SECONDS)
 
-    def _patient(self, asked_at: float) -> bool:
-        """Whether to go on waiting for an answer."""
+    def _keeps_waiting(self, asked_at: float) -> bool:
+        """Whether to keep waiting for an answer."""
         now = time.monotonic()
         return now < (asked_at + PATIENCE_SECONDS if self._deadline is None else self._deadline)

@@ -1,4 +1,4 @@
-"""The supervisor's end of a tracker's process: start it, ask it, end it."""
+"""The worker's end of a tracker's process: starts it, exchanges messages, kills it."""
 
 import json
 import logging
@@ -25,15 +25,17 @@ _NETWORK = ("HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY", "NO_PROXY", "SSL_CERT_FILE
 NETWORK = (*_NETWORK, *(name.lower() for name in _NETWORK), "REQUESTS_CA_BUNDLE", "CURL_CA_BUNDLE")
 
 
-class Trouble(Exception):
-    """A tracker is not told; the sentence quotes neither key nor address."""
+class TrackerError(Exception):
+    """A tracker's client is missing, fails or does not answer. The message has neither keys nor addresses."""
 
 
 class TrackerProcess:
-    """A running `worker.tracking.trackers`. Leaving the block ends it, and whatever it started."""
+    """A running `worker.tracking.trackers`. Leaving the block kills it and every process that it started."""
 
-    def __init__(self, tracker: str, environment: dict[str, str], patient: Callable[[float], bool]) -> None:
-        self._patient = patient
+    def __init__(
+        self, tracker: str, environment: dict[str, str], keeps_waiting: Callable[[float], bool]
+    ) -> None:
+        self._keeps_waiting = keeps_waiting
         self._process = subprocess.Popen(
             [sys.executable, "-m", "worker.tracking.trackers", tracker, "--parent", str(os.getpid())],
             stdin=subprocess.PIPE,
@@ -43,7 +45,7 @@ class TrackerProcess:
             start_new_session=True,
         )
         self._answers: queue.Queue[dict[str, Any] | None] = queue.Queue()
-        threading.Thread(target=self._listen, name=f"hear {tracker}", daemon=True).start()
+        threading.Thread(target=self._listen, name=f"listen to {tracker}", daemon=True).start()
 
     @property
     def pid(self) -> int:
@@ -65,34 +67,34 @@ class TrackerProcess:
             logger.debug("The tracker's process %d had not read everything.", self._process.pid)
 
     def ask(self, **message: Any) -> dict[str, Any]:
-        """Sends one message and waits for its answer. Raises Trouble.
+        """Sends one message and returns its answer. Raises TrackerError.
 
-        The process has answered everything before, so that its pipe is empty and takes the message at once.
+        The write does not block: the process has answered every earlier message, so the pipe is empty.
         """
         assert self._process.stdin is not None
         try:
             self._process.stdin.write(json.dumps(message).encode() + b"\n")
             self._process.stdin.flush()
         except BrokenPipeError:
-            raise Trouble(LOST) from None
+            raise TrackerError(LOST) from None
         answer = self._answer(time.monotonic())
-        if trouble := answer.get("trouble"):
-            logger.debug("The tracker's client says: %s", trouble["detail"])
-            if trouble["missing"]:
-                raise Trouble("the worker has no client for it, which its operator can install")
-            raise Trouble(f"it cannot be reached, or refuses the run ({trouble['kind']})")
+        if error := answer.get("error"):
+            logger.debug("The tracker's client failed: %s", error["detail"])
+            if error["missing"]:
+                raise TrackerError("its client is not installed on the worker; ask its operator")
+            raise TrackerError(f"it cannot be reached or refuses the run ({error['kind']})")
         return answer
 
     def _answer(self, asked_at: float) -> dict[str, Any]:
-        while self._patient(asked_at):
+        while self._keeps_waiting(asked_at):
             try:
                 answer = self._answers.get(timeout=LISTEN_SECONDS)
             except queue.Empty:
                 continue
             if answer is None:
-                raise Trouble(LOST)
+                raise TrackerError(LOST)
             return answer
-        raise Trouble(f"its client did not answer for {time.monotonic() - asked_at:.0f} s")
+        raise TrackerError(f"its client did not answer for {time.monotonic() - asked_at:.0f} s")
 
     def _listen(self) -> None:
         assert self._process.stdout is not None
@@ -105,7 +107,7 @@ class TrackerProcess:
 def tracker_environment(
     tracker: str, environment: Mapping[str, str], settings: Settings, folder: Path
 ) -> dict[str, str]:
-    """What a tracker's client may know: the machine, the way to the network, and its own account."""
+    """A client's environment: the machine's variables, the proxies, and the account of this tracker only."""
     chosen = inherited(environment, (*MACHINE, *NETWORK), ("LC_",))
     account = wandb_account(settings, folder) if tracker == "wandb" else mlflow_account(settings)
     return chosen | {"DO_NOT_TRACK": "true"} | account
@@ -122,7 +124,7 @@ def wandb_account(settings: Settings, folder: Path) -> dict[str, str]:
 
 
 def mlflow_account(settings: Settings) -> dict[str, str]:
-    """User and password do not stay in the address."""
+    """User and password move from the address to variables of their own."""
     uri = settings.mlflow_tracking_uri or ""
     parts = urlsplit(uri)
     account = {

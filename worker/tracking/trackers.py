@@ -1,16 +1,16 @@
-"""The process that tells one experiment tracker of one run, through the tracker's own client.
+"""The process that sends one run to one experiment tracker, through the tracker's own client.
 
-It is a process of its own so that a client that hangs, or ends its process, is no concern of the job: the
-supervisor asks, waits for a while, and else ends it. One JSON object a line:
+It is a process of its own so that a client that hangs or exits does not affect the job: the worker waits a
+while for each answer, then kills the process. One JSON object a line:
 
-    {"begin": Order}       answered by {"step": …}, the last one that the tracker has of this run
-    {"config": {…}}        what the run was asked for and resolved
+    {"begin": TrackedRun}                      answered by {"step": …}, the last one that the tracker has
+    {"config": {…}}                            the spec, with its "auto" values resolved
     {"rows": [[step, {chart: number}], …]}
     {"end": {"status": …, "summary": {…}}}     the run is over
-    {"leave": {}}          the run will go on in another process
+    {"leave": {}}                              the run will resume in another process
 
-Each is answered by one object; by {"trouble": {"kind": …, "detail": …}} when the client could not do it,
-and then the process ends. Accounts and addresses come in this process's environment.
+Each is answered by one object; by {"error": {"kind": …, "missing": …, "detail": …}} when the client failed,
+after which the process exits. Accounts and addresses come in this process's environment.
 """
 
 import argparse
@@ -32,7 +32,7 @@ SECRETS = (
     *("WANDB_API_KEY", "WANDB_BASE_URL"),
     *("MLFLOW_TRACKING_URI", "MLFLOW_TRACKING_TOKEN", "MLFLOW_TRACKING_USERNAME", "MLFLOW_TRACKING_PASSWORD"),
 )
-"""Variables whose values are in no sentence that leaves this process."""
+"""Variables whose values never leave this process in an error message."""
 BEGIN_SECONDS = 30.0
 RUN_TAG = "olora.run"
 MLFLOW_METRICS_AT_ONCE = 1000
@@ -41,22 +41,22 @@ MLFLOW_TEXT = 5000
 
 
 @dataclass(frozen=True)
-class Order:
-    """`asked` is the integration's own object, `run` an id that all attempts share."""
+class TrackedRun:
+    """`options` is the integration's own object; all attempts share the `id`."""
 
-    asked: dict[str, Any]
-    run: str
-    keep: str
-    """Folder for what stays on this machine."""
-    lose: str
-    """Folder for what goes with this process."""
+    options: dict[str, Any]
+    id: str
+    kept_folder: str
+    """For files that stay on this machine."""
+    scratch_folder: str
+    """For files that are removed when this process ends."""
 
 
 class Tracker(Protocol):
-    """One run, as its tracker's client sees it."""
+    """One run in one tracker, through its client."""
 
-    def begin(self, order: Order) -> int:
-        """Begins the run or goes on with it. Returns the last step that the tracker has of it, 0 for none."""
+    def begin(self, run: TrackedRun) -> int:
+        """Starts or resumes the run. Returns the last step that the tracker has, 0 for none."""
 
     def configure(self, config: dict[str, Any]) -> None: ...
     def log(self, rows: list[Row]) -> None: ...
@@ -65,24 +65,24 @@ class Tracker(Protocol):
 
 
 class Wandb:
-    """Weights & Biases. An offline run is a folder, which `wandb sync` sends."""
+    """Weights & Biases. An offline run is a folder, to be uploaded with `wandb sync`."""
 
-    def begin(self, order: Order) -> int:
+    def begin(self, run: TrackedRun) -> int:
         import wandb
 
         offline = os.environ["WANDB_MODE"] == "offline"
         if offline:
-            Path(order.keep).mkdir(parents=True, exist_ok=True)
-            self._remove_earlier(Path(order.keep), order.run)
-        asked = order.asked
+            Path(run.kept_folder).mkdir(parents=True, exist_ok=True)
+            self._remove_earlier(Path(run.kept_folder), run.id)
+        options = run.options
         self.run = wandb.init(
-            project=asked["project"],
-            entity=asked["entity"],
-            name=asked["name"] or order.run,
-            tags=asked["tags"],
-            id=order.run,
+            project=options["project"],
+            entity=options["entity"],
+            name=options["name"] or run.id,
+            tags=options["tags"],
+            id=run.id,
             resume="allow",
-            dir=order.keep if offline else order.lose,
+            dir=run.kept_folder if offline else run.scratch_folder,
             settings=wandb.Settings(
                 init_timeout=BEGIN_SECONDS,
                 console="off",
@@ -99,7 +99,7 @@ class Wandb:
         return max(0, int(self.run.step) - 1)
 
     def _remove_earlier(self, folder: Path, run: str) -> None:
-        """An offline run begins with its first step again; of one that was left, two would be sent."""
+        """An offline run cannot be resumed. It starts again, so `wandb sync` must not find the first part."""
         for earlier in (folder / "wandb").glob(f"offline-run-*-{run}"):
             shutil.rmtree(earlier)
 
@@ -120,24 +120,24 @@ class Wandb:
 
 
 class Mlflow:
-    """MLflow. A run is found again by a tag."""
+    """MLflow. The tag `olora.run` finds the run again."""
 
     ENDS = {"succeeded": "FINISHED", "failed": "FAILED", "cancelled": "KILLED"}  # noqa: RUF012
 
-    def begin(self, order: Order) -> int:
+    def begin(self, run: TrackedRun) -> int:
         from mlflow import MlflowClient
 
         self.client = MlflowClient()
-        asked = order.asked
-        experiment = self._experiment(asked["experiment"])
-        known = self.client.search_runs([experiment], f"tags.`{RUN_TAG}` = '{order.run}'", max_results=1)
+        options = run.options
+        experiment = self._experiment(options["experiment"])
+        known = self.client.search_runs([experiment], f"tags.`{RUN_TAG}` = '{run.id}'", max_results=1)
         if known:
-            run = known[0]
-            self.client.update_run(run.info.run_id, status="RUNNING")
+            stored = known[0]
+            self.client.update_run(stored.info.run_id, status="RUNNING")
         else:
-            tags = {**(asked["tags"] or {}), RUN_TAG: order.run}
-            run = self.client.create_run(experiment, tags=tags, run_name=asked["run_name"] or order.run)
-        self.id = run.info.run_id
+            tags = {**(options["tags"] or {}), RUN_TAG: run.id}
+            stored = self.client.create_run(experiment, tags=tags, run_name=options["run_name"] or run.id)
+        self.id = stored.info.run_id
         self.step = self._last_step()
         return self.step
 
@@ -148,21 +148,21 @@ class Mlflow:
         if found is None:
             try:
                 return str(self.client.create_experiment(name))
-            except MlflowException:  # another job has made it meanwhile
+            except MlflowException:  # another job has created it meanwhile
                 found = self.client.get_experiment_by_name(name)
                 if found is None:
                     raise
         return str(found.experiment_id)
 
     def _last_step(self) -> int:
-        """By the learning rate, which every step has."""
+        """From the learning rate, which every step has."""
         history = self.client.get_metric_history(self.id, "train/learning_rate")
         return max((metric.step for metric in history), default=0)
 
     def configure(self, config: dict[str, Any]) -> None:
         from mlflow.entities import Param
 
-        known = self.client.get_run(self.id).data.params  # MLflow takes each once
+        known = self.client.get_run(self.id).data.params  # MLflow refuses to change a parameter
         new = {name: value for name, value in flat(config).items() if name not in known}
         params = [Param(name, str(value)[:MLFLOW_TEXT]) for name, value in new.items()]
         for start in range(0, len(params), MLFLOW_PARAMS_AT_ONCE):
@@ -199,7 +199,7 @@ class Mlflow:
         self.client.set_terminated(self.id, self.ENDS[status])
 
     def leave(self) -> None:
-        """It stays "RUNNING"."""
+        """The run stays "RUNNING"."""
 
 
 TRACKERS: dict[str, type[Tracker]] = {"wandb": Wandb, "mlflow": Mlflow}
@@ -216,11 +216,11 @@ def flat(values: dict[str, Any], between: str = ".", prefix: str = "") -> dict[s
     return found
 
 
-def hear(tracker: Tracker, message: dict[str, Any]) -> dict[str, Any]:
-    """Does what one message asks for. Returns the answer."""
+def handle(tracker: Tracker, message: dict[str, Any]) -> dict[str, Any]:
+    """Passes one message to the tracker. Returns the answer."""
     match message:
-        case {"begin": order}:
-            return {"step": tracker.begin(Order(**order))}
+        case {"begin": run}:
+            return {"step": tracker.begin(TrackedRun(**run))}
         case {"config": config}:
             tracker.configure(config)
         case {"rows": rows}:
@@ -232,8 +232,8 @@ def hear(tracker: Tracker, message: dict[str, Any]) -> dict[str, Any]:
     return {"done": True}
 
 
-def trouble(error: BaseException) -> dict[str, Any]:
-    """What may be said of it: the client's own sentence may quote a key or an address."""
+def described(error: BaseException) -> dict[str, Any]:
+    """An error without secrets: a client's message may quote a key or an address."""
     code = getattr(error, "error_code", None)
     kind = type(error).__name__ + (f" {code}" if isinstance(code, str) else "")
     return {"kind": kind, "missing": isinstance(error, ImportError), "detail": without_secrets(str(error))}
@@ -259,12 +259,12 @@ def main() -> None:
     tracker = TRACKERS[arguments.tracker]()
     for line in received:
         try:
-            answer = hear(tracker, json.loads(line))
+            answer = handle(tracker, json.loads(line))
         except Exception as error:
-            answer = {"trouble": trouble(error)}
+            answer = {"error": described(error)}
         sent.write(json.dumps(answer).encode() + b"\n")
         sent.flush()
-        if "trouble" in answer:
+        if "error" in answer:
             sys.exit(1)
 
 

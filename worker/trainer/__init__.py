@@ -1,1 +1,1 @@
-"""The processes that train; they never reach the store."""
+"""The processes that train; they never import the store."""

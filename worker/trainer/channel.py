@@ -1,4 +1,4 @@
-"""The trainer's line to its supervisor, and the deadline that it watches."""
+"""The trainer's connection to its supervisor, and the deadline of the current job."""
 
 import json
 import os
@@ -7,58 +7,58 @@ import threading
 import time
 from typing import Any
 
-from ..protocol import FENCED, Order, Wish, claim_descriptors
+from ..protocol import FENCED, Order, StopRequest, claim_descriptors
 
 WATCH_SECONDS = 0.1
 
 
 class Channel:
-    """The supervisor's end of the line: messages out, and a thread that takes messages in."""
+    """Sends messages to the supervisor and receives its messages, in a thread."""
 
     def __init__(self) -> None:
         self._in, self._out = claim_descriptors()
         self.orders: queue.Queue[Order] = queue.Queue()
-        self._turn = threading.Lock()
+        self._lock = threading.Lock()
         self._run: str | None = None
         self._deadline: float | None = None
-        self._wish: Wish | None = None
+        self._stop_request: StopRequest | None = None
         threading.Thread(target=self._listen, name="listen", daemon=True).start()
         threading.Thread(target=self._watch, name="watch", daemon=True).start()
 
-    def say(self, **message: Any) -> None:
+    def send(self, **message: Any) -> None:
         self._out.write(json.dumps(message).encode() + b"\n")
         self._out.flush()
 
     def end(self, run: str) -> None:
-        """The job at hand is done with: its lease is nobody's concern any more."""
-        with self._turn:
+        """Forgets the deadline of a run that is over."""
+        with self._lock:
             if self._run == run:
                 self._run = self._deadline = None
 
-    def wish(self) -> Wish | None:
-        """What the supervisor wants of the job at hand; checks its lease on the way."""
+    def stop_request(self) -> StopRequest | None:
+        """The supervisor's stop request for the current job, if any. Also checks the deadline."""
         self._fence()
-        return self._wish
+        return self._stop_request
 
     def _listen(self) -> None:
         for line in self._in:
-            self._hear(json.loads(line))
-        # The supervisor closed the line or is gone; whatever is being done is nobody's any more.
+            self._on_message(json.loads(line))
+        # The supervisor closed the pipe or is gone; nobody waits for the current job any more.
         os._exit(0)
 
-    def _hear(self, message: dict[str, Any]) -> None:
-        with self._turn:
+    def _on_message(self, message: dict[str, Any]) -> None:
+        with self._lock:
             if "job" in message:
                 order = Order(**message["job"])
-                self._run, self._deadline, self._wish = order.run, order.deadline, None
+                self._run, self._deadline, self._stop_request = order.run, order.deadline, None
                 self.orders.put(order)
             elif "lease" in message and message["lease"]["run"] == self._run:
                 self._deadline = message["lease"]["deadline"]
-            elif "wish" in message and message["wish"]["run"] == self._run:
-                self._wish = message["wish"]["what"]
+            elif "stop" in message and message["stop"]["run"] == self._run:
+                self._stop_request = message["stop"]["request"]
 
     def _watch(self) -> None:
-        """For steps longer than the lease: the check between steps would come too late."""
+        """Checks during a step too: one may take longer than the lease."""
         while True:
             time.sleep(WATCH_SECONDS)
             self._fence()

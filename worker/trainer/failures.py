@@ -1,4 +1,4 @@
-"""How a training process tells why it fails, and ends."""
+"""How a training process reports why it fails, and exits."""
 
 import errno
 import logging
@@ -20,12 +20,12 @@ def sentence_of(error: Exception) -> str:
     if isinstance(error, OSError) and error.errno == errno.ENOSPC:
         return "No space is left on the worker's disk."
     lines = str(error).strip().splitlines()
-    return f"The training process met an unexpected {type(error).__name__}" + (
+    return f"The training process failed with an unexpected {type(error).__name__}" + (
         f": {lines[0][:300]}" if lines else "."
     )
 
 
 def leave(code: int) -> NoReturn:
-    """Ends the process without waiting for the threads that listen and watch."""
+    """Exits without waiting for the threads that listen and watch."""
     logging.shutdown()
     os._exit(code)

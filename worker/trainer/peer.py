@@ -1,7 +1,7 @@
-"""A process that follows the trainer on a device of its own: the same order, the same steps, and no word.
+"""A follower rank: runs rank 0's steps on its own device and reports only its own failure.
 
-It ends with code 0 when its leader's run is over, however that ended; of trouble that is its own alone it
-says one line and ends with another code. The trainer starts it; see `peers.py`.
+It exits with code 0 when rank 0's run is over, however that ended. If it fails itself, it sends one message
+and exits with code 1. The trainer starts it; see `peers.py`.
 """
 
 import argparse
@@ -54,19 +54,19 @@ def main() -> None:
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
     received, sent = claim_descriptors()
 
-    def say(**message: Any) -> None:
+    def send(**message: Any) -> None:
         sent.write(json.dumps(message).encode() + b"\n")
         sent.flush()
 
     try:
         follow(Order(**json.loads(received.readline())), options.rank, options.meeting_file)
     except ProcessLost as error:
-        say(crashed={"message": error.message})
+        send(crashed={"message": error.message})
     except OloraError as error:
-        say(failed={"code": error.code, "message": error.message, "param": error.param})
+        send(failed={"code": error.code, "message": error.message, "param": error.param})
     except Exception as error:
         logger.exception("A peer crashed.")
-        say(crashed={"message": sentence_of(error)})
+        send(crashed={"message": sentence_of(error)})
     else:
         leave(0)
     leave(1)

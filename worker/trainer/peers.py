@@ -1,6 +1,6 @@
-"""The trainer's peers: one process for each further device of the job at hand, started for it alone.
+"""The trainer's peers: one process for each further device of a job, started for that job only.
 
-They stand in the trainer's process group and die with it. One that ends before its time ends the attempt.
+They belong to the trainer's process group and die with it. A peer that exits early ends the attempt.
 """
 
 import json
@@ -21,18 +21,20 @@ from olora_core.specs import TrainSpec
 from ..protocol import Ended, Order
 
 GRACE_SECONDS = 5.0
-"""From the end of a run to the end of those who followed it."""
+"""How long peers may take to exit after the run."""
 
 
 class Peers:
-    """Ranks 1 to n − 1 of a run whose rank 0 is this process. `on_loss` is told what one that ended has said:
-    `{"failed": …}` or `{"crashed": …}`, from a thread of its own.
+    """Ranks 1 to n − 1 of a run whose rank 0 is this process.
+
+    When one exits early, `on_loss` is called in a thread with its message, `{"failed": …}` or
+    `{"crashed": …}`.
     """
 
     def __init__(
         self, order: Order, spec: TrainSpec, *, threads: int, on_loss: Callable[[dict[str, Any]], None]
     ) -> None:
-        """`spec` says dtype and sharding in so many words: what is measured is measured once."""
+        """`spec` has dtype and sharding resolved, so that peers do not probe again."""
         folder = tempfile.mkdtemp(prefix="meeting-", dir=Path(order.folder).parent)
         self.meeting_file = Path(folder) / "meeting"
         self._on_loss = on_loss
@@ -66,7 +68,7 @@ class Peers:
         self.finish()
 
     def finish(self) -> None:
-        """The run is over here: they end too, or are ended."""
+        """Waits for the peers to exit after the run, and kills those that do not."""
         self._over = True
         until = time.monotonic() + GRACE_SECONDS
         for process in self._processes:
@@ -79,10 +81,10 @@ class Peers:
     def _watch(self, process: "subprocess.Popen[bytes]") -> None:
         assert process.stdin is not None
         assert process.stdout is not None
-        words = process.stdout.read()
+        message = process.stdout.read()
         code = process.wait()
         process.stdin.close()
         process.stdout.close()
         if code != 0 and not self._over:
             ended = Ended(code).sentence.replace("training process", "training process of one device")
-            self._on_loss(json.loads(words) if words else {"crashed": {"message": ended}})
+            self._on_loss(json.loads(message) if message else {"crashed": {"message": ended}})

@@ -1,7 +1,7 @@
 """The process that trains: one job or comparison after another, on a base model that stays loaded.
 
-It has no database and no network. It ends when its supervisor does, and ends itself when the lease of the
-job at hand was not renewed in time, for then another worker may already have that job.
+It has no database and no network. It exits with its supervisor, and by itself when the current job's lease
+was not renewed in time: another worker may have that job already.
 """
 
 import argparse
@@ -31,7 +31,7 @@ from olora_core.progress import (
 from olora_core.specs import ComparisonSpec, TrainSpec
 
 from ..parent_death import die_with_parent
-from ..protocol import Order, Wish
+from ..protocol import Order, StopRequest
 from .channel import Channel
 from .failures import leave, sentence_of
 from .peers import Peers
@@ -42,16 +42,16 @@ if TYPE_CHECKING:
     from olora_core.devices import Devices
 
 
-Said = Progress | ComparisonProgress
-Work = Generator[Said, str | None, None]
+Update = Progress | ComparisonProgress
+Work = Generator[Update, str | None, None]
 
 logger = logging.getLogger("olora.trainer")
-LAST_WORDS_SECONDS = 5.0
-"""How long a peer that was lost has to say why, which it knows better."""
+LOSS_REPORT_SECONDS = 5.0
+"""How long to wait for a lost peer's own report, which is more precise."""
 
 
 class Trainer:
-    """Takes one order after another, until the supervisor closes the line."""
+    """Runs one order after another, until the supervisor closes the pipe."""
 
     def __init__(self, channel: Channel) -> None:
         self.channel = channel
@@ -60,34 +60,32 @@ class Trainer:
     def serve(self) -> NoReturn:
         import olora_core.training.train  # noqa: F401  # while the supervisor fetches the files
 
-        gc.freeze()  # the libraries' objects stay, and are many: `free_memory` need not look at them again
-        self.channel.say(ready={"pid": os.getpid(), "device": _device_name()})
+        gc.freeze()  # the libraries' many objects stay: spare `free_memory` from visiting them each time
+        self.channel.send(ready={"pid": os.getpid(), "device": _device_name()})
         while True:
             order = self.channel.orders.get()
-            self.channel.say(accepted={"run": order.run})
+            self.channel.send(accepted={"run": order.run})
             self._attempt(order)
             self.channel.end(order.run)
             free_memory()
 
     def _attempt(self, order: Order) -> None:
-        """Runs one order to its last word. Ends the process when its state can no longer be trusted."""
+        """Runs one order to its final message. Exits when the state of this process is in doubt."""
+        runners = {"fine_tuning": self._train, "comparison": self._compare}
         try:
-            if order.kind == "comparison":
-                self._compare(order)
-            else:
-                self._train(order)
+            runners[order.kind](order)
         except ProcessLost as error:
             self._lost({"crashed": {"message": error.message}})
         except OloraError as error:
-            self.channel.say(failed={"code": error.code, "message": error.message, "param": error.param})
+            self.channel.send(failed={"code": error.code, "message": error.message, "param": error.param})
         except Exception as error:
             logger.exception("The attempt %s crashed.", order.run)
-            self.channel.say(crashed={"message": sentence_of(error)})
+            self.channel.send(crashed={"message": sentence_of(error)})
             leave(1)
 
     def _lost(self, message: dict[str, Any]) -> None:
-        """A peer is gone, and this process with it: it may wait for that one in the midst of a step."""
-        self.channel.say(**message)
+        """Exits after the loss of a peer, which this process may be waiting for in the middle of a step."""
+        self.channel.send(**message)
         leave(1)
 
     def _train(self, order: Order) -> None:
@@ -100,10 +98,10 @@ class Trainer:
             self._train_on(order, spec, self._warm_base(order, spec), ALONE)
 
     def _warm_base(self, order: Order, spec: TrainSpec) -> "Base":
-        return self.base.get(Path(order.base), spec, loading=lambda: self._tell(Phase("loading", 0, 1)))
+        return self.base.get(Path(order.base), spec, loading=lambda: self._send(Phase("loading", 0, 1)))
 
     def _train_together(self, order: Order, spec: TrainSpec) -> None:
-        """As the first of several processes, each on its own device; on CPUs they share the threads."""
+        """As rank 0 of several processes, each on its own device; on CPUs they share the threads."""
         import torch
 
         from olora_core.bases.precision import compute_dtype
@@ -111,7 +109,7 @@ class Trainer:
         from olora_core.devices import join
 
         check_devices(order.devices)
-        # They talk over loopback alone.
+        # All ranks are on this machine: they need no other interface.
         os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
         os.environ.setdefault("NCCL_SOCKET_IFNAME", "lo")
         folder, threads = Path(order.base), torch.get_num_threads()
@@ -129,17 +127,17 @@ class Trainer:
             ):
                 if sharding == "full":
                     self.base.drop()
-                    self._tell(Phase("loading", 0, 1))
+                    self._send(Phase("loading", 0, 1))
                     base = shared_base(order, plan, device, devices)
                 else:
                     base = self._warm_base(order, plan)
                 try:
                     self._train_on(order, spec, base, devices)
                 except ProcessLost:
-                    time.sleep(LAST_WORDS_SECONDS)
+                    time.sleep(LOSS_REPORT_SECONDS)
                     raise
                 finally:
-                    peers.finish()  # before the line to them is taken down
+                    peers.finish()  # before `join` closes the process group
         finally:
             torch.set_num_threads(threads)
 
@@ -160,7 +158,7 @@ class Trainer:
         self._drive(run)
 
     def _compare(self, order: Order) -> None:
-        """All runs of a comparison are on one base."""
+        """All runs of a comparison use one base."""
         from olora_core.comparison.compare import compare
 
         assert order.validation is not None
@@ -179,37 +177,37 @@ class Trainer:
 
     def _drive(self, run: Work) -> None:
         stepped = False
-        request = lambda: "save" if self.channel.wish() == "release" else None  # noqa: E731
+        request = lambda: "save" if self.channel.stop_request() == "release" else None  # noqa: E731
         with closing(drive(run, request)) as updates:
             for progress in updates:
-                self._tell(progress)
+                self._send(progress)
                 stepped = stepped or isinstance(progress, Step | ComparedStep)
-                wish = self.channel.wish()
-                if wish is not None and self._stops(progress, wish, stepped):
-                    self.channel.say(stopped={"wish": wish})
+                stop_request = self.channel.stop_request()
+                if stop_request is not None and self._stops(progress, stop_request, stepped):
+                    self.channel.send(stopped={"request": stop_request})
                     return
 
-    def _stops(self, progress: Said, wish: Wish, stepped: bool) -> bool:
+    def _stops(self, progress: Update, stop_request: StopRequest, stepped: bool) -> bool:
         """Whether the job can be left here: a release does not throw away what the last steps learned."""
         match progress:
             case Finished() | Compared():
                 return False
-            case Step() | ComparedStep() if wish == "release":
+            case Step() | ComparedStep() if stop_request == "release":
                 return False  # the checkpoint comes first
             case Saved() | Phase("sampling" | "exporting" | "certifying"):
                 return True
             case _:
-                return wish == "cancel" or not stepped
+                return stop_request == "cancel" or not stepped
 
-    def _tell(self, progress: Said) -> None:
+    def _send(self, progress: Update) -> None:
         if isinstance(progress, Saved):
             progress = dataclasses.replace(progress, folder=_hand_over(progress.folder))
         fields = {f.name: _as_json(getattr(progress, f.name)) for f in dataclasses.fields(progress)}
-        self.channel.say(progress={"kind": type(progress).__name__, **fields})
+        self.channel.send(progress={"kind": type(progress).__name__, **fields})
 
 
 def _hand_over(checkpoint: Path) -> Path:
-    """Moves a checkpoint to where the run does not prune it, for the supervisor to store and remove."""
+    """Moves a checkpoint out of reach of the run's pruning, for the supervisor to store and remove."""
     place = Path(tempfile.mkdtemp(prefix="saved-", dir=checkpoint.parent.parent)) / checkpoint.name
     checkpoint.rename(place)
     return place

@@ -1,4 +1,4 @@
-"""The base model that stays loaded from one job to the next, and the memory around it."""
+"""The base model that stays loaded from one job to the next."""
 
 import gc
 from collections.abc import Callable
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 
 class WarmBase:
-    """The base model of the last job, kept for the next one that wants the same files held alike."""
+    """The last job's base model, kept for a job that loads the same files in the same way."""
 
     def __init__(self) -> None:
         import torch
@@ -27,9 +27,9 @@ class WarmBase:
         self._base: Base | None = None
 
     def get(self, folder: Path, spec: TrainSpec, loading: Callable[[], None]) -> "Base":
-        """The base that the spec is trained on; calls `loading` when it must be loaded.
+        """The spec's base model. Calls `loading` before it loads one.
 
-        Raises ModelError when the folder cannot be.
+        Raises ModelError when the folder cannot be loaded.
         """
         from olora_core.bases.loading import load_base
         from olora_core.bases.precision import compute_dtype
@@ -52,7 +52,7 @@ class WarmBase:
 
 
 def shared_base(order: Order, spec: TrainSpec, device: str, devices: "Devices") -> "Base":
-    """The order's base for one process of several, in the dtype and sharding that its spec says."""
+    """The order's base for one of several ranks, in the resolved dtype and sharding of `spec`."""
     from olora_core.bases.loading import load_base
     from olora_core.bases.precision import DTYPES
     from olora_core.bases.sharding import shard
@@ -71,13 +71,13 @@ def shared_base(order: Order, spec: TrainSpec, device: str, devices: "Devices") 
 
 
 def _files_of(folder: Path) -> tuple[tuple[str, int, int], ...]:
-    """Names, sizes and times of a folder's files: enough to see that they were exchanged."""
+    """Names, sizes and times of a folder's files: enough to notice that one was replaced."""
     stats = ((path.name, path.stat()) for path in sorted(folder.iterdir()) if path.is_file())
     return tuple((name, stat.st_size, stat.st_mtime_ns) for name, stat in stats)
 
 
 def check_devices(devices: int) -> None:
-    """Raises SpecError when a machine with GPUs has not so many for this process."""
+    """Raises SpecError when this process sees GPUs, but fewer than `devices`."""
     import torch
 
     if torch.cuda.is_available() and torch.cuda.device_count() < devices:
@@ -89,7 +89,7 @@ def check_devices(devices: int) -> None:
 
 
 def free_memory() -> None:
-    """Gives back what the last job used."""
+    """Returns unused memory to the device."""
     import torch
 
     gc.collect()

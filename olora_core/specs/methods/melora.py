@@ -10,7 +10,7 @@ from .base import FactorsSpec
 class MELoRASpec(FactorsSpec):
     """MELoRA: a stack of mini LoRAs, each of one slice of inputs and outputs (arXiv 2402.17263)."""
 
-    summary: ClassVar[str] = "Mini LoRAs along the diagonal: a higher rank for the same trained numbers."
+    summary: ClassVar[str] = "Mini LoRAs along the diagonal: a higher rank for the same trainable parameters."
     paper: ClassVar[str] = "arXiv 2402.17263"
     cost: ClassVar[str] = (
         "Trains r (in + out) numbers a layer, however many mini LoRAs share them; exports a LoRA of rank n r "

@@ -11,7 +11,7 @@ class MoRASpec(AdapterSpec):
     """MoRA: one square matrix between two fixed foldings (arXiv 2405.12130)."""
 
     summary: ClassVar[str] = (
-        "A square matrix in place of two thin factors: a far higher rank for as many trained numbers."
+        "A square matrix in place of two thin factors: a far higher rank for as many trainable parameters."
     )
     paper: ClassVar[str] = "arXiv 2405.12130"
     cost: ClassVar[str] = (

@@ -4,7 +4,7 @@ import pytest
 from transformers import PreTrainedModel
 
 from olora_core.bases.sites import target_sites
-from olora_core.comparison.budget import trained_numbers, within_budget
+from olora_core.comparison.budget import trainable_parameters, within_budget
 from olora_core.errors import SpecError
 from olora_core.layers.adapter import Site, detach
 from olora_core.methods import METHODS, Method, place
@@ -46,13 +46,13 @@ def built(adapter: AdapterSpec, model: PreTrainedModel) -> int:
 @pytest.mark.methods
 def test_the_count_of_a_method_is_what_its_run_trains(adapter: AdapterSpec, model: PreTrainedModel) -> None:
     model.requires_grad_(False)
-    assert trained_numbers(adapter, target_sites(model, "auto"), STEPS) == built(adapter, model)
+    assert trainable_parameters(adapter, target_sites(model, "auto"), STEPS) == built(adapter, model)
 
 
 def test_a_chain_counts_only_links_that_a_run_has_steps_for(model: PreTrainedModel) -> None:
     sites = target_sites(model, "auto")
-    one = trained_numbers(LoRASpec(rank=4), sites, 2)
-    assert trained_numbers(COLASpec(rank=4, links=3), sites, 2) == 2 * one
+    one = trainable_parameters(LoRASpec(rank=4), sites, 2)
+    assert trainable_parameters(COLASpec(rank=4, links=3), sites, 2) == 2 * one
 
 
 def test_every_method_comes_as_near_to_the_budget_as_its_ranks_allow(
@@ -61,7 +61,7 @@ def test_every_method_comes_as_near_to_the_budget_as_its_ranks_allow(
     """By trying every rank that can be built at all."""
     sites = target_sites(model, "auto")
     model.requires_grad_(False)
-    budget = trained_numbers(LoRASpec(rank=8), sites, STEPS)
+    budget = trainable_parameters(LoRASpec(rank=8), sites, STEPS)
     chosen = within_budget(adapter, budget, sites, STEPS)
     reached = []
     for rank in range(1, 33):

@@ -106,7 +106,7 @@ def test_every_method_trains_as_many_numbers_as_the_budget_allows(
     olora, pissa, lora = report_in(told(spec, llama, files, tmp_path))["methods"]
     assert lora["rank"] == olora["rank"] == 8
     assert pissa["rank"] == 2
-    assert lora["trained_numbers"] == 4 * pissa["trained_numbers"]
+    assert lora["trainable_parameters"] == 4 * pissa["trainable_parameters"]
     assert (lora["exported_rank"], olora["exported_rank"], pissa["exported_rank"]) == (8, 16, 4)
 
 
@@ -390,8 +390,8 @@ def test_the_report_is_written_beside_the_page_and_says_the_same(
     assert report["methods"][0]["label"] in page
     olora, lora = report["methods"]
     below = [b - a for a, b in zip(olora["final"]["losses"], lora["final"]["losses"], strict=True)]
-    assert olora["final"]["below_yardstick"]["mean"] == pytest.approx(sum(below) / 2)
-    assert lora["steps_to_yardstick"] <= STEPS
+    assert olora["final"]["below_baseline"]["mean"] == pytest.approx(sum(below) / 2)
+    assert lora["steps_to_baseline"] <= STEPS
     assert olora["tokens_per_second"] > 0
 
 

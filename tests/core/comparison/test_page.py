@@ -54,7 +54,7 @@ def report(seeds: int = 3, model: str = "olora-tiny", **more: Candidate) -> dict
         steps=STEPS,
         seeds=list(range(seeds)),
         budget=98_304,
-        yardstick="lora",
+        baseline="lora",
         training=file,
         validation=file | {"file": "valid.jsonl", "examples": 60},
         search={"learning_rates": "auto", "seed": 0, "trained_on": 144, "examples": 16},

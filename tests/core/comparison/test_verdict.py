@@ -98,6 +98,6 @@ def test_with_one_seed_the_sentence_says_so() -> None:
 
 def test_without_lora_the_best_is_compared_with_the_next() -> None:
     found = judge({"pissa": [1.3, 1.31], "olora": [1.2, 1.21]}, "lora", "nats a token")
-    assert found.against_yardstick is None
+    assert found.against_baseline is None
     assert found.sentence.startswith("Take olora")
     assert judge({"olora": [1.2, 1.3]}, "lora", "nats").sentence.startswith("Take olora: no other method")

@@ -18,14 +18,14 @@ def test_all_stands_for_every_method() -> None:
     assert list(read_comparison(model="m").labels) == list(ADAPTER_SPECS)
     rest = read_comparison(model="m", methods=[{"method": "lora", "rank": 4}, "all"])
     assert len(rest.methods) == len(ADAPTER_SPECS)
-    assert rest.yardstick == 0
+    assert rest.baseline == 0
 
 
 def test_plain_lora_is_always_among_them() -> None:
     assert read_comparison(model="m", methods=["olora"]).labels == ("olora", "lora")
     plus = read_comparison(model="m", methods=[{"method": "lora", "lora_plus_ratio": 16}])
     assert plus.labels == ("lora (lora_plus_ratio 16.0)", "lora")
-    assert plus.yardstick == 1
+    assert plus.baseline == 1
     attention = read_comparison(model="m", methods=[{"method": "olora", "target_modules": ["q_proj"]}])
     assert attention.methods[1].adapter == LoRASpec(target_modules=("q_proj",))
 

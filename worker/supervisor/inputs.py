@@ -1,0 +1,77 @@
+"""What an attempt works on, fetched to this machine: the base model, the files and a checkpoint."""
+
+from pathlib import Path
+
+from olora_core.errors import CheckpointError
+from store.bases import fetch_base, find_base
+from store.claims import Claim
+from store.errors import StorageError, StoreError
+from store.models import Checkpoint, Job
+from store.settings import Settings
+from store.storage import Storage
+
+from ..protocol import Order
+from .token_folders import tokens_folder
+
+
+class Inputs:
+    """Fetches a claimed job's inputs into the attempt's `folder`, or finds them where they are."""
+
+    def __init__(self, claim: Claim, *, settings: Settings, storage: Storage, folder: Path) -> None:
+        self.claim = claim
+        self.settings = settings
+        self.storage = storage
+        self.folder = folder
+
+    def check_devices(self, job: Job) -> None:
+        """Raises StoreError for more devices than this service's workers have."""
+        asked, own = job.options.get("devices", 1), self.settings.devices_per_worker
+        if asked > own:
+            message = (
+                f"olora.devices = {asked}, and the workers of this service own {own} each; ask for fewer, or "
+                "have its operator raise OLORA_DEVICES_PER_WORKER."
+            )
+            raise StoreError(message, param="olora.devices", code="too_many_devices")
+
+    def order(self, job: Job, *, run: str, deadline: float) -> Order:
+        """What the trainer is to do, from the start. Raises ModelError, and StoreError for a missing file."""
+        claim = self.claim
+        base = fetch_base(find_base(self.settings, claim.spec.model), self.settings)
+        training = self._fetch(job.training_file, claim.training_key, "training")
+        validation = None
+        if job.validation_file:
+            validation = self._fetch(job.validation_file, claim.validation_key, "validation")
+        return Order(
+            run=run,
+            spec=claim.spec.model_dump(mode="json"),
+            base=str(base),
+            training=str(training),
+            validation=str(validation) if validation else None,
+            folder=str(self.folder / "work"),
+            resume=None,
+            checkpoint_seconds=self.settings.checkpoint_seconds,
+            deadline=deadline,
+            tokens=tokens_folder(self.settings, claim.project_id),
+            devices=job.options.get("devices", 1),
+            kind=claim.kind.name,
+        )
+
+    def checkpoint(self, stored: Checkpoint) -> Path:
+        """Raises CheckpointError when its bytes are not those that were stored."""
+        assert stored.storage_key is not None
+        path = self.folder / f"resume-{stored.id}"
+        try:
+            self.storage.fetch_folder(stored.storage_key, path)
+        except StorageError as error:
+            raise CheckpointError(error.message) from error
+        return path
+
+    def _fetch(self, file_id: str, key: str | None, role: str) -> Path:
+        if not key or not self.storage.exists(key):
+            again = f"create a new {self.claim.kind.word}"
+            message = f"The {role} file is no longer stored; upload it again and {again}."
+            raise StoreError(message, param=f"{role}_file", code=f"invalid_{role}_file")
+        path = self.folder / role / file_id  # a comparison's report names its files by these names
+        path.parent.mkdir()
+        self.storage.fetch(key, path)
+        return path

@@ -1,0 +1,148 @@
+"""Stores what an attempt produces, checkpoints and results, and names it in the rows.
+
+The bytes are stored first, under keys of this attempt; one fenced write then makes them the job's.
+"""
+
+import hashlib
+import shutil
+import time
+from abc import ABC, abstractmethod
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+from sqlalchemy import select
+from sqlalchemy.orm import Session
+
+from olora_core.specs import TrainSpec
+from store import comparisons, fine_tuned, jobs, progress
+from store.claims import Claim
+from store.errors import StorageError
+from store.models import Checkpoint, Job
+from store.settings import Settings
+from store.storage import Storage
+
+from ..tracking.curves import EventFile, curves, event_file_name
+from .archive import pack
+from .fenced import FencedSessions
+from .recorder import Recorder
+from .strays import checkpoint_folder, result_folder
+
+METRICS_FILE = "step_metrics.csv"
+WEIGHTS_FILES = {"adapter": "adapter.zip", "merged": "model.zip"}
+"""By the spec's `export`."""
+PAGE_FILE, REPORT_FILE = "comparison.html", "comparison.json"
+
+
+class Publisher(ABC):
+    """Stores in `storage`, by way of the attempt's `folder`. Raises StorageError and LeaseLost."""
+
+    def __init__(
+        self,
+        fenced: FencedSessions,
+        recorder: Recorder,
+        *,
+        settings: Settings,
+        storage: Storage,
+        folder: Path,
+    ) -> None:
+        self.fenced = fenced
+        self.claim = fenced.claim
+        self.recorder = recorder
+        self.settings = settings
+        self.storage = storage
+        self.folder = folder
+        self._saved: Counter[int] = Counter()
+
+    def store_checkpoint(
+        self, step: int, folder: Path, metrics: dict[str, Any], best_step: int | None
+    ) -> None:
+        """Stores and removes a checkpoint's `folder`. One that cannot be stored is a warning to the owner."""
+        self.recorder.flush()  # whoever resumes from here does not repeat what came before
+        self._saved[step] += 1  # a row may name the earlier copy: it is not overwritten
+        key = checkpoint_folder(self.claim.job_id, step, self.claim.attempt, self._saved[step])
+        try:
+            self.storage.put_folder(key, folder)
+        except StorageError as error:
+            # The training itself is fine, and the storage may be again at the next checkpoint.
+            self.recorder.note("warn", f"The checkpoint at step {step} could not be stored. {error.message}")
+            return
+        for pruned in self.fenced.write(_add_checkpoint, step, metrics, key, best_step):
+            self.storage.delete_folder(pruned)
+        shutil.rmtree(folder.parent, ignore_errors=True)  # `folder` is alone in it
+
+    def publish(self, job: Job, finished: dict[str, Any]) -> None:
+        """Ends the job as succeeded, with the results of the trainer's `Finished` or `Compared`."""
+        self.recorder.flush()
+        results = self.folder / "results"
+        results.mkdir()
+        self._publish(job, finished, results)
+
+    @abstractmethod
+    def _publish(self, job: Job, finished: dict[str, Any], results: Path) -> None:
+        """Makes the result files in the empty folder `results`, stores them and ends the job."""
+
+    def _store(self, results: Path, *names: str) -> list[jobs.ResultFile]:
+        prefix = result_folder(self.claim.job_id, self.claim.attempt)
+        self.storage.put_folder(prefix, results)
+        return [_result_file(results / name, prefix) for name in names]
+
+
+class FineTuningPublisher(Publisher):
+    """The metrics, the adapter or model, and TensorBoard's event file."""
+
+    def _publish(self, job: Job, finished: dict[str, Any], results: Path) -> None:
+        spec = self.claim.spec
+        assert isinstance(spec, TrainSpec)
+        (results / METRICS_FILE).write_text(self.fenced.read(progress.metrics_csv, job.id))
+        weights_file = WEIGHTS_FILES[spec.adapter.export]
+        pack(Path(finished["folder"]), results / weights_file)
+        shutil.rmtree(finished["folder"])  # a whole model is large
+        events_file = self._write_event_file(results)
+        self.fenced.end(
+            jobs.succeed,
+            files=self._store(results, METRICS_FILE, weights_file, events_file),
+            model=fine_tuned.model_name(spec.model, self.settings.organization, job.suffix, job.id),
+            certificate=finished["certificate"],
+            trained_tokens=finished["trained_tokens"],
+        )
+
+    def _write_event_file(self, folder: Path) -> str:
+        """Returns its name. Written from the rows, it also has the steps of earlier attempts."""
+        job_id = self.claim.job_id
+        rows = self.fenced.read(progress.step_rows, job_id)
+        moments = self.fenced.read(progress.step_moments, job_id)
+        started = min(moments.values(), default=time.time())
+        name = event_file_name(job_id, started)
+        with EventFile(folder / name, started) as file:
+            for row in rows:
+                file.add(row.step, curves(row.values), moments.get(row.step, started))
+        return name
+
+
+class ComparisonPublisher(Publisher):
+    """The page and the report."""
+
+    def _publish(self, job: Job, finished: dict[str, Any], results: Path) -> None:
+        for name in (PAGE_FILE, REPORT_FILE):
+            shutil.copyfile(Path(finished["folder"]) / name, results / name)
+        self.fenced.end(
+            comparisons.succeed,
+            files=self._store(results, PAGE_FILE, REPORT_FILE),
+            findings=comparisons.findings_of(finished["report"]),
+        )
+
+
+def _add_checkpoint(
+    session: Session, claim: Claim, step: int, metrics: dict[str, Any], key: str, best_step: int | None
+) -> list[str]:
+    # A commit whose answer was lost is repeated; the second time must not add a second row.
+    if session.scalar(select(Checkpoint.id).where(Checkpoint.storage_key == key)) is not None:
+        return []
+    return progress.add_checkpoint(session, claim, step, metrics, key, best_step)
+
+
+def _result_file(path: Path, prefix: str) -> jobs.ResultFile:
+    with path.open("rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    return jobs.ResultFile(path.name, path.stat().st_size, digest, f"{prefix}/{path.name}")

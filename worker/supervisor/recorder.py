@@ -1,0 +1,168 @@
+"""Writes what the trainer reports into the rows: buffered, about once a second, whatever the kind of work."""
+
+import math
+import time
+from abc import ABC, abstractmethod
+from dataclasses import dataclass, field
+from typing import Any
+
+from olora_core.progress import Level, Note
+from olora_core.specs import TrainSpec
+from store import comparisons, progress
+from store.comparisons import EndedRun
+
+from .fenced import FencedSessions
+
+RECORD_SECONDS = 1.0
+EVALUATION_SECONDS = 0.5
+"""How long a step is held back for an evaluation that has not begun."""
+
+
+class Recorder(ABC):
+    """Buffers the trainer's messages until they are written. Writing raises LeaseLost."""
+
+    def __init__(self, fenced: FencedSessions) -> None:
+        self.fenced = fenced
+        self.stepped = False
+        """Whether this attempt has trained at all."""
+        self._stepped_at = 0.0
+        self._events: list[Note] = []
+        self._flushed_at = time.monotonic()
+
+    def record(self, kind: str, values: dict[str, Any]) -> None:
+        """Takes one progress item: its class name in `olora_core.progress`, and its fields."""
+        if kind == "Note":
+            self.note(**values)
+
+    def note(self, level: Level, message: str, data: dict[str, Any] | None = None) -> None:
+        """An event of the job: `level` is "info", "warn" or "error"."""
+        self._events.append(Note(level, message, data))
+
+    def flush_if_due(self) -> None:
+        if time.monotonic() > self._flushed_at + RECORD_SECONDS:
+            self._flush(hold_newest=True)
+
+    def flush(self) -> None:
+        """Writes everything that is buffered."""
+        self._flush(hold_newest=False)
+
+    def _flush(self, *, hold_newest: bool) -> None:
+        self._flushed_at = time.monotonic()
+        events, self._events = self._events, []
+        self._write(events, hold_newest=hold_newest)
+
+    @abstractmethod
+    def _write(self, events: list[Note], *, hold_newest: bool) -> None:
+        """Empties the buffer into the rows; with `hold_newest`, a step that may still change stays."""
+
+    def _note_step(self) -> None:
+        if not self.stepped:
+            self._flushed_at = -math.inf  # the first step is shown at once: the job visibly trains
+        self.stepped, self._stepped_at = True, time.monotonic()
+
+
+@dataclass
+class _Buffer:
+    """The arguments of the next `progress.record`, but for its events."""
+
+    steps: list[dict[str, Any]] = field(default_factory=list)
+    evaluations: list[dict[str, Any]] = field(default_factory=list)
+    resolved: TrainSpec | None = None
+    total_steps: int | None = None
+    samples: dict[str, Any] | None = None
+
+
+class FineTuningRecorder(Recorder):
+    """Every step is a row and an event."""
+
+    def __init__(self, fenced: FencedSessions) -> None:
+        super().__init__(fenced)
+        self._buffer = _Buffer()
+        self._evaluating = False
+
+    def record(self, kind: str, values: dict[str, Any]) -> None:
+        super().record(kind, values)
+        self._evaluating = kind == "Phase" and values["name"] == "evaluating"
+        match kind:
+            case "Step":
+                self._note_step()
+                self._buffer.steps.append(values)
+            case "Evaluated" if values["step"] == 0:
+                message = f"Before training: validation loss={values['loss']:.2f}"
+                self.note("info", message, {"loss": values["loss"], "accuracy": values["accuracy"]})
+            case "Evaluated":
+                self._buffer.evaluations.append(values)
+            case "Resolved":
+                self._resolved(values)
+            case "Samples":
+                self._buffer.samples = values
+
+    def _resolved(self, values: dict[str, Any]) -> None:
+        self._buffer.resolved = TrainSpec.model_validate(values["spec"])
+        self._buffer.total_steps = values["total_steps"]
+        if not self.fenced.claim.resolved:  # an earlier attempt has said so already
+            for reason in values["why"]:
+                self.note("info", reason)
+
+    def _write(self, events: list[Note], *, hold_newest: bool) -> None:
+        buffer, self._buffer = self._buffer, _Buffer()
+        if hold_newest and self._newest_may_change(buffer):
+            self._buffer.steps.append(buffer.steps.pop())
+        if not events and buffer == _Buffer():
+            return
+        self.fenced.write(
+            progress.record,
+            steps=buffer.steps,
+            evaluations=buffer.evaluations,
+            events=events,
+            resolved=buffer.resolved,
+            total_steps=buffer.total_steps,
+            samples=buffer.samples,
+        )
+
+    def _newest_may_change(self, buffer: _Buffer) -> bool:
+        """Whether the newest step's evaluation is still to come: both belong into one event.
+
+        Only the last step of an epoch, or of the run, is evaluated.
+        """
+        newest = buffer.steps[-1] if buffer.steps else None
+        if newest is None or not (newest["epoch"].is_integer() or newest["step"] == newest["total_steps"]):
+            return False
+        if any(evaluation["step"] == newest["step"] for evaluation in buffer.evaluations):
+            return False
+        return self._evaluating or time.monotonic() < self._stepped_at + EVALUATION_SECONDS
+
+
+class ComparisonRecorder(Recorder):
+    """Of the steps only the newest is kept, in the comparison's own row; every run that ended is an event."""
+
+    def __init__(self, fenced: FencedSessions) -> None:
+        super().__init__(fenced)
+        self._newest: dict[str, Any] | None = None
+        self._first: tuple[int, float] | None = None
+        """This attempt's first step and its time, to estimate the end from."""
+
+    def record(self, kind: str, values: dict[str, Any]) -> None:
+        super().record(kind, values)
+        match kind:
+            case "ComparedStep":
+                self._note_step()
+                self._first = self._first or (values["step"], self._stepped_at)
+                self._newest = values
+            case "RunFinished":
+                self._events.append(EndedRun(values))
+
+    def _write(self, events: list[Note], *, hold_newest: bool) -> None:
+        newest, self._newest = self._newest, None
+        if events or newest is not None:
+            left = self._seconds_left(newest)
+            self.fenced.write(comparisons.record, at=newest, events=events, seconds_left=left)
+
+    def _seconds_left(self, newest: dict[str, Any] | None) -> float | None:
+        """By this attempt's mean step; the time between runs counts as part of the steps."""
+        if newest is None or self._first is None:
+            return None
+        first_step, first_at = self._first
+        done = newest["step"] - first_step
+        left = newest["total_steps"] - newest["step"]
+        return left * (self._stepped_at - first_at) / done if done else None
