@@ -3,8 +3,8 @@
     python -m bench.arms prepare FOLDER --steps 12 --batch-size 8
     python -m bench.arms ours FOLDER --steps 12 --batch-size 8
 
-FOLDER is one that `bench.materials` made. `prepare` tokenises its rows once, puts them in the order in which
-our run takes them and draws the LoRA factors, so that all arms train on the same tokens from the same start.
+FOLDER was made by `bench.materials`. `prepare` tokenises its rows once, puts them in the order of our run
+and draws the LoRA factors, so that all arms train on the same tokens from the same start.
 """
 
 import argparse
@@ -38,19 +38,19 @@ class Arm:
     """One way to train. `options` are hyperparameters of ours, or arguments of the peer's trainer."""
 
     kind: str
-    says: str
+    description: str
     options: dict[str, Any] = field(default_factory=dict)
     grouped: bool = False
-    """Whether batches are put together by length, as a peer that groups does; ours keeps its own order."""
+    """Whether a peer groups batches by length; ours keeps its own order."""
     dtype: str = "bfloat16"
-    """What a peer loads the base in; ours decides by itself."""
+    """The dtype in which a peer loads the base; ours is automatic."""
     method: str = "lora"
     switch: str | None = None
-    """What is turned off inside our code, see SWITCHES."""
+    """The technique of ours that is turned off, a key of SWITCHES."""
 
     @property
     def same_batches(self) -> bool:
-        """Whether each step sees the same examples, from the same start, as ours."""
+        """Whether each step has the same examples as ours, from the same start."""
         packs_rows = self.kind == "trl" and "packing" in self.options
         return not self.grouped and not packs_rows and self.method == "lora"
 
@@ -67,7 +67,7 @@ ARMS = {
     "trl": Arm("trl", "PEFT + TRL SFTTrainer, its defaults", dtype="default"),
     "trl-packed": Arm("trl", "PEFT + TRL SFTTrainer, packing=True", {"packing": True}, dtype="default"),
     "trl-tuned": Arm("trl", "PEFT + TRL SFTTrainer tuned in the same way", BEST, grouped=True),
-    # What the peers' settings give.
+    # The peers with other settings.
     "trainer-random": Arm("trainer", "tuned, batches not grouped", BEST),
     "trainer-1-row": Arm("trainer", "tuned, 1 row at a time", TUNED | {AT_A_TIME: 8}, grouped=True),
     "trainer-4-rows": Arm("trainer", "tuned, 4 rows at a time", TUNED | {AT_A_TIME: 2}, grouped=True),
@@ -75,7 +75,7 @@ ARMS = {
     "trainer-fp32": Arm("trainer", "tuned, in fp32", BEST | {"bf16": False}, True, "float32"),
     "trainer-no-autocast": Arm("trainer", "tuned, bf16 base, fp32 LoRA", BEST | {"bf16": False}, True),
     "trainer-recast": Arm("trainer", "tuned, fp32 base cast to bf16 in every product", BEST, True, "float32"),
-    # Ours, one lever at a time.
+    # Ours, with one change each.
     "ours-olora": Arm("ours", "OLoRA instead of LoRA", method="olora"),
     "ours-fp32": Arm("ours", "fp32", {"dtype": "float32"}),
     "ours-padded": Arm("ours", "padded instead of packed", {"packing": False}),
@@ -91,7 +91,7 @@ ARMS = {
 
 @dataclass(frozen=True)
 class Task:
-    """What an arm is given."""
+    """The input of an arm."""
 
     folder: Path
     steps: int
@@ -104,11 +104,11 @@ class Task:
         return self.folder / "base"
 
 
-# --- what all arms share -------------------------------------------------------------------------------
+# --- shared by all arms --------------------------------------------------------------------------------
 
 
 def prepare(task: Task) -> dict[str, Any]:
-    """Writes ROWS and START; returns what the table's heading tells of the data."""
+    """Writes ROWS and START. Returns the facts about the data for the table's heading."""
     from olora_core.bases.loading import load_base
     from olora_core.bases.sites import target_sites
     from olora_core.data.batches import epoch_order
@@ -151,7 +151,7 @@ def write_rows(path: Path, parts: dict[str, list[tuple[np.ndarray, np.ndarray]]]
 
 
 def read_rows(folder: Path, name: str) -> list[dict[str, list[int]]]:
-    """`input_ids` and `labels` of each row, as a peer's data set has them."""
+    """`input_ids` and `labels` of each row, in the format of a peer's data set."""
     with np.load(folder / ROWS) as file:
         tokens, trained = file[f"{name}_tokens"], file[f"{name}_trained"]
         ends = file[f"{name}_ends"][:-1]
@@ -164,7 +164,7 @@ def read_rows(folder: Path, name: str) -> list[dict[str, list[int]]]:
 
 @torch.no_grad()
 def held_out_loss(model: PreTrainedModel, folder: Path) -> float:
-    """Nats per trained token of the held-out rows, one row at a time, the same way for every arm."""
+    """Nats per trained token of the held-out rows, computed one row at a time for every arm."""
     model.eval()
     total, count = 0.0, 0
     for row in read_rows(folder, "held_out"):
@@ -179,12 +179,12 @@ def held_out_loss(model: PreTrainedModel, folder: Path) -> float:
 
 @dataclass
 class Clock:
-    """Reads the time when the warm-up is over and at the end, and the memory before anything else uses it."""
+    """Records the time of each step's end, and the peak memory after the last step."""
 
     task: Task
     steps: int = 0
     ends: list[tuple[float, float]] = field(default_factory=list)
-    """Of each step: by the clock, and in this process's own CPU time."""
+    """(wall clock, CPU time of this process) in seconds at the end of each step."""
     peak_bytes: int = 0
 
     def step_ended(self) -> None:
@@ -243,21 +243,21 @@ def ours(task: Task, arm: Arm) -> dict[str, Any]:
     base = load_base(task.base, name="bench", device=task.device, dtype=dtype)
     if arm.switch:
         SWITCHES[arm.switch](base)
-    clock, said = Clock(task), []
+    clock, steps = Clock(task), []
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch) / "run"
         run = train(spec, base, task.folder / "train.jsonl", None, folder, checkpoint_seconds=86_400.0)
-        while len(said) < task.steps:
+        while len(steps) < task.steps:
             if isinstance(progress := next(run), Step):
                 clock.step_ended()
-                said.append(progress)
-        held_out = held_out_loss(base.model, task.folder)  # while the run has its adapters in place
+                steps.append(progress)
+        held_out = held_out_loss(base.model, task.folder)  # before the run removes its adapters
         run.close()
-    tokens = sum(step.tokens for step in said[task.warm_up :])
-    return result([step.loss for step in said], held_out, tokens, clock, libraries, str(dtype))
+    tokens = sum(step.tokens for step in steps[task.warm_up :])
+    return result([step.loss for step in steps], held_out, tokens, clock, libraries, str(dtype))
 
 
-# Each turns one of our techniques off, in this process alone. No user can: it is for measuring what it gives.
+# Each turns one of our techniques off in this process, to measure its effect. There is no user option for it.
 
 
 def head_on_every_token(base: Any) -> None:
@@ -326,14 +326,14 @@ def peer(task: Task, arm: Arm) -> dict[str, Any]:
     held_out = held_out_loss(trainer.model.get_base_model(), task.folder)
     lengths = [len(row["input_ids"]) for row in trainer.train_dataset]
     step_rows = len(lengths) // task.steps
-    if arm.options.get("packing"):  # the last step may hold what the others left over
+    if arm.options.get("packing"):  # the last step may hold fewer rows
         step_rows = trainer.args.per_device_train_batch_size
     tokens = sum(lengths[task.warm_up * step_rows : task.steps * step_rows])
     return result(sums, held_out, tokens, clock, libraries, arm.dtype)
 
 
 def arguments_of(task: Task, arm: Arm, scratch: str) -> dict[str, Any]:
-    """What the arms must have alike: the same steps at the same rate, and nothing written or reported."""
+    """Arguments that all arms share: the same steps and rate, nothing saved or reported."""
     return {
         "output_dir": scratch,
         "max_steps": task.steps,
@@ -369,7 +369,7 @@ def make_trainer(task: Task, arm: Arm, rows: list, lora: Any, scratch: str) -> t
 
 
 def padded(rows: list[dict[str, list[int]]], pad: int) -> dict[str, Tensor]:
-    """A batch padded on the right. No mask: attention is causal, and without one it is faster."""
+    """A (rows, longest) batch padded on the right. Causal attention needs no mask, and is faster without."""
     longest = max(len(row["input_ids"]) for row in rows)
 
     def filled(name: str, filler: int) -> Tensor:
@@ -387,7 +387,7 @@ def make_trl(task: Task, arm: Arm, rows: list, lora: Any, scratch: str) -> tuple
     if arm.dtype != "default":
         options["model_init_kwargs"] = {"dtype": arm.dtype}
     if arm.options.get("packing"):
-        # Rows as long as the mean batch has tokens, one a step: as many tokens a step as the other arms.
+        # One row per step, as long as the mean batch: the same number of tokens per step as the other arms.
         tokens = sum(len(row["input_ids"]) for row in rows)
         longest = max(len(row["input_ids"]) for row in rows)
         options |= {"max_length": max(longest, tokens // task.steps), "per_device_train_batch_size": 1}
@@ -401,21 +401,21 @@ def make_trl(task: Task, arm: Arm, rows: list, lora: Any, scratch: str) -> tuple
 
 
 def grouped(rows: list, size: int) -> list:
-    """The same rows in batches of like length, these in random order."""
+    """The same rows in batches of similar length, in random order."""
     ordered = sorted(rows, key=lambda row: -len(row["input_ids"]))
     batches = [ordered[i : i + size] for i in range(0, len(ordered), size)]
     return [row for i in np.random.default_rng(SEED).permutation(len(batches)) for row in batches[i]]
 
 
 def take_start(model: Any, start: dict[str, Tensor]) -> None:
-    """Gives PEFT's layers the factors that ours starts from; B is zero in both."""
+    """Copies our initial factors A into PEFT's layers; B is zero in both."""
     for name, A in start.items():
         layer = model.get_submodule(f"base_model.model.{name}")
         layer.lora_A["default"].weight.data.copy_(A)
 
 
 def record_losses(trainer: Any) -> list[Tensor]:
-    """The list that each micro-step's loss is added to, without waiting for it."""
+    """The list to which each micro-step's loss is appended, without synchronising with the device."""
     losses: list[Tensor] = []
     step = trainer.training_step
 
@@ -461,12 +461,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
         parser.error("--warm-up must be at least 1 and less than --steps")
     task = Task(asked.folder, asked.steps, asked.warm_up, asked.batch_size, asked.device)
     if asked.arm == "prepare":
-        told = prepare(task)
+        printed = prepare(task)
     else:
         arm = ARMS[asked.arm]
-        told = (ours if arm.kind == "ours" else peer)(task, arm)
-        told |= {"same_batches": arm.same_batches}
-    sys.stdout.write(json.dumps(told) + "\n")
+        printed = (ours if arm.kind == "ours" else peer)(task, arm)
+        printed |= {"same_batches": arm.same_batches}
+    sys.stdout.write(json.dumps(printed) + "\n")
 
 
 if __name__ == "__main__":

@@ -1,9 +1,9 @@
-"""What the benchmarks run on: random Llamas of stated shapes, and the two data sets.
+"""The benchmarks' models and data: random Llamas of several shapes, and two data sets.
 
     python -m bench.materials FOLDER --model 100m --data mixed
 
-"docstrings" is the shipped data set. "mixed" is made from its text: conversations of 32 to 512 tokens (or as
-many as the model reads), drawn log-uniformly, whose answers are about half of each. Everything is seeded.
+"docstrings" is the shipped data set. "mixed" is made from its text: conversations of 32 to 512 tokens (or
+the model's context), drawn log-uniformly, about half of each being the answer. Everything is seeded.
 """
 
 import argparse
@@ -29,7 +29,7 @@ HELD_OUT = 64
 
 @dataclass(frozen=True)
 class Shape:
-    """A Llama. Its tokenizer is the shipped one, so of a larger vocabulary only the first rows are met."""
+    """A Llama with the shipped tokenizer, which uses only the first 4,096 rows of a larger vocabulary."""
 
     vocabulary: int
     width: int
@@ -94,20 +94,20 @@ def make_base(folder: Path, model: str, device: str = "cpu") -> None:
 
 
 def lines_of(name: str, rows: int) -> Iterator[str]:
-    """Lines of a shipped file, from its beginning again when it ends."""
+    """Lines of a shipped file, repeated from its beginning as needed."""
     return islice(cycle((DOCSTRINGS / f"{name}.jsonl").read_text().splitlines()), rows)
 
 
 def conversations(
     tokenizer: PreTrainedTokenizerBase, name: str, rows: int, longest: int, seed: int
 ) -> Iterator[str]:
-    """Questions and answers cut from the shipped file's text, one after the other."""
+    """JSON lines with questions and answers cut from the shipped file's text."""
     text = "\n".join(m["content"] for line in lines_of(name, 1500) for m in json.loads(line)["messages"])
     stream = cycle(tokenizer(text, add_special_tokens=False, verbose=False).input_ids)
     empty = [{"role": role, "content": ""} for role in ("user", "assistant")]
     around = len(tokenizer.apply_chat_template(empty)["input_ids"])
     random = np.random.default_rng(seed)
-    # Cut text may come back as a token or two more than it was.
+    # Cut text may be tokenised to one or two tokens more.
     for length in np.exp(random.uniform(math.log(SHORTEST), math.log(longest - 4), rows)):
         answer = max(1, round(length / 2) - around // 2)
         question = max(1, round(length) - around - answer)

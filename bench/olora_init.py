@@ -3,10 +3,8 @@
     python bench/olora_init.py
     python bench/olora_init.py --shapes 768x768 --ranks 8 32 --repeats 3
 
-PEFT's side is its `olora_init` on a LoRA layer that is already built; ours is the whole building of an
-adapter.
-The runs alternate, each of PEFT's on a fresh copy of the weight and five of ours for one of PEFT's; the table
-shows medians.
+PEFT's time is its `olora_init` on an existing LoRA layer; ours includes building the adapter. The runs
+alternate, one of PEFT's on a fresh copy of the weight and five of ours; the table shows medians.
 """
 
 import argparse
@@ -32,9 +30,9 @@ from olora_core.specs.methods.olora import OLoRASpec
 SHAPES = ("768x768", "4096x4096", "11008x4096", "4096x11008")
 RANKS = (8, 32, 64)
 OURS_PER_PEFT = 5
-"""Ours is short enough to be hit hard by whatever else runs on the machine."""
+"""Ours is short, so that other load on the machine disturbs a single run more."""
 LARGE = 2**20
-"""Numbers in a weight above which fewer repeats have to do."""
+"""Weights with more entries get a third of the repeats."""
 
 
 @dataclass(frozen=True)
@@ -60,11 +58,11 @@ def measure(
     device: str = "cpu",
     dtype: torch.dtype = torch.float32,
 ) -> Row:
-    """Times both sides in turn on one Gaussian weight (out×in) and compares what they made."""
+    """Times both in turn on one Gaussian weight (out×in) and compares their factors."""
     random = torch.Generator(device).manual_seed(0)
     weight = (torch.randn(shape, generator=random, device=device) / shape[1] ** 0.5).to(dtype)
     theirs, ours = peft_init(weight.clone(), rank), our_init(weight, rank)
-    theirs(), ours()  # the first call pays for pages and threads
+    theirs(), ours()  # the first call allocates memory and starts threads
     times: dict[str, list[float]] = {"peft": [], "ours": []}
     for _ in range(repeats):
         theirs = peft_init(weight.clone(), rank)
@@ -85,7 +83,7 @@ def measure(
 
 
 def peft_init(weight: Tensor, rank: int) -> Callable[[], tuple[Tensor, Tensor]]:
-    """PEFT's initialisation of a layer that holds `weight`; it changes that weight. Returns A and B."""
+    """PEFT's initialisation, which modifies `weight` (out×in); the call returns A (r×in) and B (out×r)."""
     layer = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
     layer.weight = nn.Parameter(weight, requires_grad=False)
     config = LoraConfig(r=rank, lora_alpha=rank, init_lora_weights=False)

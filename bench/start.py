@@ -1,12 +1,11 @@
-"""How soon a job takes its first step: on a fresh worker, and on one that has the base model loaded.
+"""Time to a job's first step: on a fresh worker, and on one that has the base model loaded.
 
     python -m bench.start
     python -m bench.start --models shipped 100m --rounds 5 --warm 3
 
-Each round starts `olora serve` in a home of its own on a free port of 127.0.0.1. Its first job is the cold
-one; the next ones are warm: the same base, each with a training file that the service has not seen. The
-time runs from the POST of the job to the first answer of the API that tells of a step, and is shown with and
-without that step's own seconds, which no start can save. Medians; there is no other peer.
+Each round starts `olora serve` with a new home on a free port of 127.0.0.1. The first job is cold; the
+others are warm: the same base, each with a new training file. The time is from the POST of the job to the
+first response of the API that has a step, and is shown with and without the step's own time. Medians.
 """
 
 import argparse
@@ -28,13 +27,13 @@ import httpx
 ROOT = Path(__file__).parents[1]
 SERVES = re.compile(r"serves at (http://127\.0\.0\.1:\d+/v1)")
 START_SECONDS, JOB_SECONDS = 90.0, 600.0
-LOOK_SECONDS = 0.01
+POLL_SECONDS = 0.01
 ENDED = ("succeeded", "failed", "cancelled")
 
 
 @contextmanager
 def service(home: Path, models: Path) -> Iterator[httpx.Client]:
-    """A client of an `olora serve` that lives as long as the block."""
+    """A client of an `olora serve` that runs until the block ends."""
     inherited = {name: value for name, value in os.environ.items() if not name.startswith("OLORA_")}
     settings = {"OLORA_HOME": str(home), "OLORA_MODELS_DIR": str(models), "OLORA_MIN_EXAMPLES": "1"}
     log = home / "serve.log"
@@ -84,7 +83,7 @@ def answer(response: httpx.Response) -> dict:
 def first_step(
     client: httpx.Client, model: str, training: str, validation: str | None
 ) -> tuple[float, float]:
-    """Posts a job of two steps and waits for its end. Seconds until it told of the first, and of the step."""
+    """Posts a job of two steps and waits for its end. Returns the seconds to the first step, and its own."""
     body = {
         "model": model,
         "training_file": training,
@@ -107,7 +106,7 @@ def first_step(
             if status["status"] != "succeeded" or stepped is None:
                 raise SystemExit(f"The job did not succeed: {json.dumps(status['error'])}")
             return stepped
-        time.sleep(LOOK_SECONDS if stepped is None else 0.1)
+        time.sleep(POLL_SECONDS if stepped is None else 0.1)
     raise SystemExit(f"The job did not end within {JOB_SECONDS:g} s.")
 
 
@@ -117,10 +116,10 @@ Times = list[tuple[float, float]]
 def measure(
     folder: Path, model: str, *, rounds: int, warm: int, rows: int, validate: bool
 ) -> tuple[Times, Times]:
-    """What `first_step` says of the cold jobs, one a round, and of the warm ones."""
+    """`first_step` of the cold jobs, one per round, and of the warm ones."""
     models = folder / "models"
     make = [sys.executable, "-m", "bench.materials", str(folder / model), "--model", model]
-    # In a process of its own, and "docstrings", so that every base reads the same rows.
+    # A separate process frees its memory; "docstrings" gives every base the same rows.
     subprocess.run([*make, "--data", "docstrings", "--rows", str(rows * (warm + 1))], cwd=ROOT, check=True)
     models.mkdir(exist_ok=True)
     name = f"bench-{model}"
@@ -141,7 +140,7 @@ def row(model: str, cold: Times, warm: Times) -> str:
     """One line of the table."""
     cells = [model]
     for begun in (True, False):
-        of_cold, of_warm = ([told - begun * step for told, step in times] for times in (cold, warm))
+        of_cold, of_warm = ([seconds - begun * step for seconds, step in times] for times in (cold, warm))
         ratio = statistics.median(of_cold) / statistics.median(of_warm)
         cells += [shown(of_cold), shown(of_warm), f"{ratio:.1f}"]
     return f"| {' | '.join(cells)} |"

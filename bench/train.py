@@ -4,10 +4,10 @@
     python -m bench.train --models 100m --data mixed --arms ours ours-padded ours-every-logit
     python -m bench.train --device cuda --models 8b --data mixed --batch-size 24 --arms ours trainer
 
-The arms (`bench/arms.py` says what each is) run in turn, each in a process of its own, round after round. The
-first one named is what the others are measured against. Rates count tokens without padding, over the steps
-after the warm-up; the table has medians over the rounds, and of a ratio also its range. A ratio is printed
-only where both have learned the same: step by step where the batches are the same, else on held-out rows.
+The arms (described in `bench/arms.py`) run in turn, each in its own process, round after round; the first
+one is the reference. Rates count tokens without padding, over the steps after the warm-up; the table has
+medians over the rounds, and the range of ratios. A ratio is printed only if both arms have learned the
+same: in each step if their batches are the same, else on held-out rows.
 """
 
 import argparse
@@ -25,14 +25,14 @@ from typing import Any
 ROOT = Path(__file__).parents[1]
 DEFAULT_ARMS = ("ours", "trainer", "trl", "trl-packed", "trl-tuned")
 STEP_TOLERANCE, HELD_OUT_TOLERANCE = 0.02, 0.05
-"""Nats. In bf16, two arms on the same batches differ by up to 0.002 a step on the models here."""
+"""Nats. In bf16, two arms on the same batches differ by up to 0.002 per step on these models."""
 GIB = 2**30
 
 
 def run_child(arguments: Sequence[str], asked: argparse.Namespace) -> dict[str, Any]:
-    """What a child printed last, as JSON. Raises SystemExit with its last words when it fails."""
+    """The JSON in a child's last line. Raises SystemExit with the end of its stderr if it fails."""
     environment = {
-        "OMP_WAIT_POLICY": "PASSIVE",  # as the service starts its trainer
+        "OMP_WAIT_POLICY": "PASSIVE",  # as for the service's trainer
         "HF_HUB_OFFLINE": "1",
         "TOKENIZERS_PARALLELISM": "false",
         **os.environ,
@@ -48,8 +48,8 @@ def run_child(arguments: Sequence[str], asked: argparse.Namespace) -> dict[str, 
     if child.returncode:
         raise SystemExit(f"{' '.join(arguments)} failed:\n{child.stderr[-4000:]}")
     lines = child.stdout.splitlines()
-    told: dict[str, Any] = json.loads(lines[-1]) if lines else {}
-    return told
+    printed: dict[str, Any] = json.loads(lines[-1]) if lines else {}
+    return printed
 
 
 def measure(asked: argparse.Namespace, model: str, data: str) -> dict[str, Any]:
@@ -68,7 +68,7 @@ def measure(asked: argparse.Namespace, model: str, data: str) -> dict[str, Any]:
 
 
 def differences(ours: dict[str, Any], theirs: dict[str, Any]) -> tuple[float | None, float]:
-    """Largest |Δloss| of a step, None where the batches differ by design; and that of the held-out loss."""
+    """Largest |Δloss| of a step (None if the batches differ by design), and |Δloss| on the held-out rows."""
     held_out = abs(ours["held_out"] - theirs["held_out"])
     if not (ours["same_batches"] and theirs["same_batches"]):
         return None, held_out
@@ -154,7 +154,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--threads", type=int, default=os.cpu_count())
     parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
     parser.add_argument("--scratch", type=Path, help="folder for the random models; default: the system's")
-    parser.add_argument("--json", type=Path, help="file for every number of every run")
+    parser.add_argument("--json", type=Path, help="file for all numbers of all runs")
     asked = parser.parse_args(arguments)
     print(heading(asked), flush=True)
     everything = []

@@ -1,4 +1,4 @@
-"""`olora adapters`: the trained adapter, or the model it was merged into, comes down as a folder."""
+"""`olora adapters`: download a trained adapter or merged model."""
 
 import tempfile
 import zipfile
@@ -20,24 +20,21 @@ console = Console(stderr=True)
 
 @app.callback()
 def adapters() -> None:
-    """Fetch what a job has trained."""
+    """Download trained adapters."""
 
 
 @app.command()
 def download(
-    job: Annotated[str, typer.Argument(help="The job's id: ftjob-…")],
-    to: Annotated[Path | None, typer.Option(help="The folder to make; default: ./JOB.")] = None,
+    job: Annotated[str, typer.Argument(help="Job id (ftjob-…).")],
+    to: Annotated[Path | None, typer.Option(help="Folder to create (default: ./JOB).")] = None,
     base_url: BaseUrl = None,
 ) -> None:
-    """Download a job's adapter into a folder; prints the folder.
-
-    Of a job that left the whole model (adapter.export = 'merged'), that model.
-    """
+    """Download a job's adapter (or its merged model) into a folder; prints the folder."""
     folder = to or Path(job)
     with _writing(folder):
         taken = folder.exists() and (not folder.is_dir() or any(folder.iterdir()))
     if taken:
-        raise ServiceError(f"{folder} exists already and is not empty; name another folder with --to.")
+        raise ServiceError(f"{folder} already exists and is not empty; choose another folder with --to.")
     with connect(base_url) as client, tempfile.TemporaryFile() as archive:
         model = send(client, "GET", f"fine_tuning/jobs/{job}")["olora"]["results"].get("model")
         path = f"files/{model}/content" if model else f"fine_tuning/jobs/{job}/adapter"
@@ -53,12 +50,12 @@ def _writing(folder: Path) -> Iterator[None]:
         yield
     except OSError as error:
         raise ServiceError(
-            f"{folder} cannot be written: {error.strerror or error}. Name another folder with --to."
+            f"{folder} cannot be written: {error.strerror or error}. Choose another folder with --to."
         ) from None
 
 
 def _fetch(client: httpx.Client, path: str, to: IO[bytes], folder: Path) -> None:
-    """Makes the folder once the adapter is known to be there, and before it travels."""
+    """Downloads `path`. Creates the folder once the response has begun, before the content arrives."""
     bar = Progress(
         TextColumn("downloading"),
         BarColumn(),

@@ -1,4 +1,4 @@
-"""The curves of one run of `olora train`: its TensorBoard file, and the trackers that its spec file names."""
+"""The curves of one run of `olora train`: its TensorBoard file, and the trackers named in its spec file."""
 
 import hashlib
 import secrets
@@ -19,9 +19,9 @@ from worker.tracking.follower import Follower, RunUpdate, with_runs
 
 
 class Charts:
-    """Takes in what the run says. `step` is the checkpoint that it goes on from, 0 for none.
+    """Records the updates of a run. `step` is the checkpoint from which it resumes, 0 without one.
 
-    The run's id is in the event file's name: a later start goes on with the same run of each tracker.
+    The run's id is part of the event file's name, so that a resumed run continues in every tracker.
     """
 
     def __init__(
@@ -30,7 +30,7 @@ class Charts:
         step: int,
         integrations: Sequence[Integration],
         settings: Settings,
-        say: Callable[[str], None],
+        warn: Callable[[str], None],
     ) -> None:
         self.run = run_in(folder) or f"olora-{secrets.token_hex(6)}"
         self.file, self._points = go_on(folder, self.run, step)
@@ -45,7 +45,7 @@ class Charts:
                 name=f"{run}-{integration.type}",
                 source=self,
                 settings=settings,
-                warn=say,
+                warn=warn,
             )
             for integration, run in with_runs(integrations, self.run)
         ]
@@ -67,21 +67,21 @@ class Charts:
         for follower in self._followers:
             follower.join()
 
-    def hear(self, news: object) -> None:
-        match news:
+    def record(self, update: object) -> None:
+        match update:
             case Resolved():
-                self._config = {"run": self.run, **news.spec.model_dump(mode="json")}
+                self._config = {"run": self.run, **update.spec.model_dump(mode="json")}
             case Step():
-                self._add(news.step, curves(named(asdict(news))))
-            case Evaluated() if news.step:
-                measured = {"full_valid_loss": news.loss, "full_valid_accuracy": news.accuracy}
-                self._add(news.step, curves(named(measured)))
+                self._add(update.step, curves(named(asdict(update))))
+            case Evaluated() if update.step:
+                measured = {"full_valid_loss": update.loss, "full_valid_accuracy": update.accuracy}
+                self._add(update.step, curves(named(measured)))
             case Finished():
-                summary = {"trained_tokens": news.trained_tokens, "certificate": news.certificate}
-                self._end("succeeded", {**summary, "adapter_sha256": _digest(news.folder)})
+                summary = {"trained_tokens": update.trained_tokens, "certificate": update.certificate}
+                self._end("succeeded", {**summary, "adapter_sha256": _digest(update.folder)})
 
     def _add(self, step: int, points: Curves) -> None:
-        """An evaluation at a checkpoint may be done again by a run that goes on from there."""
+        """Points that are known already are dropped: a resumed run may repeat its checkpoint's evaluation."""
         with self._turn:
             known = self._points.setdefault(step, {})
             new = {chart: number for chart, number in points.items() if chart not in known}
@@ -100,7 +100,7 @@ class Charts:
 
 
 def _digest(adapter: Path) -> str | None:
-    """SHA-256 of the adapter's tensors; None for an export that has none of its own."""
+    """SHA-256 of the adapter's tensors; None for a merged model."""
     tensors = adapter / "adapter_model.safetensors"
     if not tensors.exists():
         return None

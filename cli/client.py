@@ -1,4 +1,4 @@
-"""How the client commands talk to the service: where it is, the key, and errors as sentences."""
+"""The client commands' connection to the service: its URL, the key, and errors as sentences."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -15,7 +15,7 @@ BaseUrl = Annotated[
     typer.Option(
         "--base-url",
         envvar="OLORA_BASE_URL",
-        help="Where the service answers; default: http://OLORA_HOST:OLORA_PORT/v1.",
+        help="URL of the service (default: http://OLORA_HOST:OLORA_PORT/v1).",
         show_default=False,
     ),
 ]
@@ -23,16 +23,16 @@ UPLOAD_TIMEOUT = 600.0
 
 
 class ServiceError(OloraError):
-    """The service refused, or did not answer."""
+    """The service returned an error, or did not answer."""
 
     code = "service_error"
 
 
 @contextmanager
 def connect(base_url: str | None) -> Iterator[httpx.Client]:
-    """A client of the service, with the key of OLORA_API_KEY or of the file in OLORA_HOME.
+    """A client with the key in OLORA_API_KEY, or in the key file in OLORA_HOME.
 
-    Raises ServiceError when there is no key, and for whatever keeps the service from answering.
+    Raises ServiceError if there is no key, or if the service cannot be reached.
     """
     from store.settings import get_settings
 
@@ -44,19 +44,19 @@ def connect(base_url: str | None) -> Iterator[httpx.Client]:
     try:
         client = httpx.Client(base_url=url, headers=headers, timeout=timeout, follow_redirects=True)
     except httpx.InvalidURL as error:
-        raise ServiceError(f"{url} is no address of a service ({error}); look at --base-url.") from None
+        raise ServiceError(f"{url} is not a valid URL ({error}); check --base-url.") from None
     with client:
         try:
             yield client
         except httpx.TransportError as error:
             raise ServiceError(
-                f"Nothing answers at {url} ({error}). Start the service with `olora serve`, or name another "
-                "with --base-url or OLORA_BASE_URL."
+                f"Cannot reach the service at {url} ({error}). Start it with `olora serve`, or set "
+                "--base-url or OLORA_BASE_URL."
             ) from None
 
 
 def reachable(host: str) -> str:
-    """The address to call a service by that listens on `host`."""
+    """The address at which a client reaches a service that listens on `host`."""
     if host in ("0.0.0.0", "::", ""):
         return "127.0.0.1"
     return f"[{host}]" if ":" in host else host
@@ -67,13 +67,13 @@ def _kept_key(path: Path) -> str:
         return path.read_text(encoding="utf-8").strip()
     except OSError:
         raise ServiceError(
-            f"There is no API key: set OLORA_API_KEY, or set OLORA_HOME to the home of the service "
-            f"({path} cannot be read)."
+            f"No API key: set OLORA_API_KEY, or set OLORA_HOME to the home of the service ({path} cannot be "
+            "read)."
         ) from None
 
 
 def send(client: httpx.Client, method: str, path: str, **options: Any) -> Any:
-    """One request; the answer's JSON. Raises ServiceError with the service's own sentence."""
+    """The JSON response to one request. Raises ServiceError with the service's message."""
     response = client.request(method, path, **options)
     raise_for(response)
     try:
@@ -96,6 +96,6 @@ def raise_for(response: httpx.Response) -> None:
 
 def _not_this_service(response: httpx.Response) -> ServiceError:
     return ServiceError(
-        f"{response.request.url} answered {response.status_code} {response.reason_phrase}, "
-        "not as this service does; look at --base-url."
+        f"{response.request.url} returned {response.status_code} {response.reason_phrase}, which is not a "
+        "response of this service; check --base-url."
     )

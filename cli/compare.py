@@ -1,4 +1,4 @@
-"""`olora compare`: several methods on the same data, each at its best learning rate, and which to take."""
+"""`olora compare`: several methods on the same data, each at its best learning rate."""
 
 import os
 import shutil
@@ -25,72 +25,68 @@ from .local import (
     newest_checkpoint,
     stop_signals,
 )
+from .options import (
+    VALIDATION_HELP,
+    Budget,
+    Epochs,
+    FirstSeed,
+    Hyperparameters,
+    LearningRates,
+    Methods,
+    Seeds,
+    TrainingType,
+    read_budget,
+    read_hyperparameters,
+    read_methods,
+    read_rates,
+)
 from .progress import ComparisonBars
 
 REQUEST = "request.json"
-"""In the output folder: what is compared, so that a later start goes on with nothing else."""
+"""In the output folder: the comparison's spec, which a resumed comparison must match."""
 PAGE, REPORT = "comparison.html", "comparison.json"
 TOKENS = "tokens"
 
 
 def compare(
-    training_file: Annotated[Path, typer.Argument(metavar="TRAIN.jsonl", help="The rows to train on.")],
-    validation_file: Annotated[
-        Path,
-        typer.Option("--validation", help="The rows that the results are of; no choice is made by them."),
-    ],
-    base: Annotated[str, typer.Option(help="The base model: an id, or a folder.")] = "olora-tiny",
-    methods: Annotated[
-        str,
-        typer.Option(
-            help="Names with commas, or all; with options as {method: olora, rank: 16}. LoRA is added."
-        ),
-    ] = "all",
-    learning_rates: Annotated[
-        str, typer.Option(help="Rates to try for every method, with commas; auto: around each one's own.")
-    ] = "auto",
-    seeds: Annotated[int, typer.Option(help="Runs of each method at its best rate.")] = 3,
-    seed: Annotated[int, typer.Option(help="The first of them.")] = 0,
-    budget: Annotated[
-        str, typer.Option(help="Trainable parameters of each method; auto: as many as LoRA of rank 8.")
-    ] = "auto",
-    training: Annotated[
-        str, typer.Option("--type", help="What to learn: supervised (answers) or dpo (preferences).")
-    ] = "supervised",
-    epochs: Annotated[int | None, typer.Option(help="Passes over the data; default: auto.")] = None,
-    max_steps: Annotated[int | None, typer.Option(help="Optimizer steps of a full run, at most.")] = None,
-    batch_size: Annotated[int | None, typer.Option(help="Examples in a step; default: auto.")] = None,
-    options: Annotated[
-        list[str] | None,
-        typer.Option("--set", "-s", help="Any other hyperparameter, as NAME=VALUE; may be repeated."),
+    training_file: Annotated[Path, typer.Argument(metavar="TRAIN.jsonl", help="Training file.")],
+    validation_file: Annotated[Path, typer.Option("--validation", help=VALIDATION_HELP)],
+    base: Annotated[str, typer.Option(help="Base model: an id or a folder.")] = "olora-tiny",
+    methods: Methods = "all",
+    learning_rates: LearningRates = "auto",
+    seeds: Seeds = 3,
+    seed: FirstSeed = 0,
+    budget: Budget = "auto",
+    training: TrainingType = "supervised",
+    epochs: Epochs = None,
+    max_steps: Annotated[int | None, typer.Option(help="Maximum optimizer steps per full run.")] = None,
+    batch_size: Annotated[
+        int | None, typer.Option(help="Examples per optimizer step (default: auto).")
     ] = None,
+    options: Hyperparameters = None,
     search_share: Annotated[
-        float, typer.Option(help="Of the training rows, held out to choose learning rates by.")
+        float, typer.Option(help="Share of the training data held out for choosing learning rates.")
     ] = 0.1,
-    output: Annotated[Path, typer.Option(help="Where the page, the numbers and checkpoints go.")] = Path(
-        "comparison"
-    ),
-    device: Annotated[
-        str, typer.Option(help="Where to train: cpu, cuda, cuda:1; auto takes a GPU.")
-    ] = "auto",
+    output: Annotated[Path, typer.Option(help="Folder for the report and checkpoints.")] = Path("comparison"),
+    device: Annotated[str, typer.Option(help="cpu, cuda or cuda:N (auto: a GPU if there is one).")] = "auto",
     fresh: Annotated[
-        bool, typer.Option("--fresh", help="Begin anew where the output holds a comparison.")
+        bool, typer.Option("--fresh", help="Discard a comparison in the output folder.")
     ] = False,
 ) -> None:
-    """Compare methods on your data, and say which to take.
+    """Compare methods on your data and recommend one.
 
-    Same rows, same order, the same number of trainable parameters; the learning rate is searched for every
-    method. The result is a page (comparison.html) and its numbers (comparison.json). A comparison that was
-    interrupted (Ctrl-C saves a checkpoint) goes on when the same command is given again.
+    All methods train on the same rows in the same order, with about the same number of trainable parameters;
+    the learning rate is tuned for each. Writes comparison.html and comparison.json. Ctrl-C saves a
+    checkpoint; the same command resumes from it.
     """
-    given = {"n_epochs": epochs, "max_steps": max_steps, "batch_size": batch_size}
     spec = read_comparison(
         model=base,
         methods=read_methods(methods),
         type=training,
         budget=read_budget(budget),
-        hyperparameters=dict(map(_option, options or []))
-        | {name: value for name, value in given.items() if value is not None},
+        hyperparameters=read_hyperparameters(
+            options, n_epochs=epochs, max_steps=max_steps, batch_size=batch_size
+        ),
         learning_rates=read_rates(learning_rates),
         seeds=seeds,
         seed=seed,
@@ -102,7 +98,7 @@ def compare(
         _clear(output)
     elif (output / REPORT).exists():
         raise SpecError(
-            f"{output} holds a comparison that is finished; name another output, or say --fresh.",
+            f"{output} holds a finished comparison; choose another --output or add --fresh.",
             param="output",
         )
     _check_request(output, spec)
@@ -112,83 +108,38 @@ def compare(
     (output / REQUEST).write_text(spec.model_dump_json(indent=2) + "\n", encoding="utf-8")
     report = _compare(spec, folder, training_file, validation_file, output, device)
     if report is None:
-        console.print("Stopped; the same command goes on from here.")
+        console.print("Stopped. Run the same command to resume.")
         raise typer.Exit(STOPPED)
     show_report(report)
     typer.echo(str(output / PAGE))
-
-
-# --- what was said on the command line -------------------------------------------------------------------
-
-
-def read_methods(text: str) -> list[Any]:
-    import yaml
-
-    try:
-        found = yaml.safe_load(f"[{text}]")
-    except yaml.YAMLError:
-        found = None
-    if not found:
-        raise SpecError(
-            f"--methods {text!r} is no list such as 'olora, lora' or 'lora, {{method: olora, rank: 16}}'.",
-            param="methods",
-        )
-    return list(found)
-
-
-def read_rates(text: str) -> Any:
-    return text if text == "auto" else [_number(part, "learning-rates") for part in text.split(",")]
-
-
-def read_budget(text: str) -> Any:
-    return text if text == "auto" else _number(text, "budget")
-
-
-def _number(text: str, name: str) -> float | int:
-    try:
-        return int(text) if text.strip().isdigit() else float(text)
-    except ValueError:
-        raise SpecError(f"--{name}: {text.strip()!r} is no number; auto, or numbers.", param=name) from None
-
-
-def _option(text: str) -> tuple[str, Any]:
-    import yaml
-
-    name, equals, value = text.partition("=")
-    if not name or not equals:
-        raise SpecError(f"--set {text!r} is not NAME=VALUE.", param="set")
-    try:
-        return name, yaml.safe_load(value)
-    except yaml.YAMLError:
-        return name, value
 
 
 # --- the output folder -----------------------------------------------------------------------------------
 
 
 def _check_request(output: Path, spec: ComparisonSpec) -> None:
-    """Raises SpecError, by name, when the folder's comparison was asked for otherwise."""
+    """Raises SpecError if the unfinished comparison in `output` has another spec, naming what differs."""
     if not (output / REQUEST).exists():
         return
     try:
         before = ComparisonSpec.model_validate_json((output / REQUEST).read_text(encoding="utf-8"))
     except (ValidationError, ValueError):
         raise SpecError(
-            f"{output / REQUEST} does not say what was compared; name another output, or say --fresh.",
+            f"{output / REQUEST} is damaged; choose another --output or add --fresh.",
             param="output",
         ) from None
     fields = ComparisonSpec.model_fields
     changed = [name for name in fields if getattr(before, name) != getattr(spec, name)]
     if changed:
         raise SpecError(
-            f"{output} holds an unfinished comparison with other {' and '.join(changed)}; give the same, "
-            "name another output, or say --fresh to begin anew.",
+            f"{output} holds an unfinished comparison with different {' and '.join(changed)}; give the same, "
+            "choose another --output, or add --fresh to start over.",
             param="output",
         )
 
 
 def _clear(output: Path) -> None:
-    """Removes what an earlier comparison left in `output`, and nothing else."""
+    """Removes the files of an earlier comparison from `output`, and nothing else."""
     shutil.rmtree(output / "checkpoints", ignore_errors=True)
     for name in (REQUEST, PAGE, REPORT):
         (output / name).unlink(missing_ok=True)
@@ -200,7 +151,7 @@ def _clear(output: Path) -> None:
 def _compare(
     spec: ComparisonSpec, folder: Path, training: Path, validation: Path, output: Path, device: str
 ) -> Mapping[str, Any] | None:
-    """Drives the core. None when Ctrl-C or SIGTERM stopped it, after a checkpoint."""
+    """The report; None if Ctrl-C or SIGTERM stopped the comparison, after a checkpoint."""
     with ComparisonBars(console) as bars, stop_signals() as stopping, ExitStack() as stack:
         bars.phase("loading torch")
         os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # as for the service's trainer
@@ -210,7 +161,7 @@ def _compare(
         from olora_core.bases.precision import compute_dtype
         from olora_core.comparison.compare import compare as run_comparison
         from olora_core.data.token_cache import trim
-        from olora_core.progress import Compared, ComparedStep, Note, Phase, RunFinished, Saved, drive
+        from olora_core.progress import Compared, Saved, drive
 
         if device == "auto":
             device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -224,44 +175,37 @@ def _compare(
         )
         resume = newest_checkpoint(output)
         if resume is not None:
-            bars.say(f"Going on from {resume.name}.")
+            bars.print(f"Resuming from {resume.name}.")
         trim([output / TOKENS])
         progress = run_comparison(
             *(spec, base, training, validation, output), resume=resume, cache=output / TOKENS
         )
         updates = stack.enter_context(closing(drive(progress, lambda: "save" if stopping else None)))
         report: Mapping[str, Any] | None = None
-        for news in updates:
-            match news:
-                case Phase():
-                    bars.phase(news.name, news.done, news.total)
-                case Note():
-                    bars.say(news.message, "yellow" if news.level == "warn" else "")
-                case ComparedStep():
-                    bars.step(news)
-                case RunFinished():
-                    bars.finished(news)
+        for update in updates:
+            bars.show_update(update)
+            match update:
                 case Saved() if stopping:
                     return None
                 case Compared():
-                    report = news.report
+                    report = update.report
         shutil.rmtree(output / "checkpoints", ignore_errors=True)
         return report
 
 
-# --- what came of it -------------------------------------------------------------------------------------
+# --- the result ------------------------------------------------------------------------------------------
 
 
 def show_report(report: Mapping[str, Any]) -> None:
-    """The table of the page, shorter, and the sentence."""
+    """Prints a short form of the page's table, and the verdict."""
     table = Table(box=None, pad_edge=False)
     table.add_column("method")
     for name in (
         "final loss",
-        "below LoRA's",
+        "below LoRA",
         "learning rate",
         "rank",
-        "steps to LoRA's",
+        "steps to LoRA's loss",
         "time",
         "exported rank",
     ):
@@ -274,8 +218,8 @@ def show_report(report: Mapping[str, Any]) -> None:
     console.print(table)
     for method in ranked:
         if method["problem"]:
-            _say(f"{method['label']} has no result: {method['problem']}", "yellow")
-    _say(report["verdict"]["sentence"], "bold")
+            _print(f"{method['label']} has no result: {method['problem']}", "yellow")
+    _print(report["verdict"]["sentence"], "bold")
 
 
 def _cells(method: Mapping[str, Any], is_baseline: bool) -> Sequence[str]:
@@ -296,5 +240,5 @@ def _cells(method: Mapping[str, Any], is_baseline: bool) -> Sequence[str]:
     ]
 
 
-def _say(message: str, style: str) -> None:
+def _print(message: str, style: str) -> None:
     console.print(message, style=style, markup=False, highlight=False, soft_wrap=True)

@@ -1,4 +1,4 @@
-"""`olora files`: training files go up."""
+"""`olora files`: upload training files."""
 
 from pathlib import Path
 from typing import Annotated, Any, BinaryIO
@@ -21,8 +21,8 @@ def files() -> None:
 
 @app.command()
 def upload(
-    path: Annotated[Path, typer.Argument(help="JSONL, a JSON array, CSV or Parquet.")],
-    purpose: Annotated[str, typer.Option(help="What it is for.")] = "fine-tune",
+    path: Annotated[Path, typer.Argument(help="File to upload: JSONL, JSON array, CSV or Parquet.")],
+    purpose: Annotated[str, typer.Option(help="Purpose of the file.")] = "fine-tune",
     base_url: BaseUrl = None,
 ) -> None:
     """Upload a file; prints its id."""

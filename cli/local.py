@@ -1,6 +1,4 @@
-"""What `olora train` and `olora compare` do alike: look at files and folders before anything is loaded, and
-hear the signals that stop a run.
-"""
+"""What `olora train` and `olora compare` share: early checks, and stopping by a signal."""
 
 import os
 import signal
@@ -15,7 +13,7 @@ from olora_core.errors import SpecError
 
 console = Console(stderr=True)
 STOPPED = 130
-"""Exit code of a run that was stopped and can go on."""
+"""Exit code of a run that was stopped and can be resumed."""
 
 
 def existing_file(path: Path, name: str) -> Path:
@@ -25,7 +23,7 @@ def existing_file(path: Path, name: str) -> Path:
 
 
 def check_data(training: Path, validation: Path | None, type: str) -> None:
-    """Raises DataError with the first bad line, before anything is loaded."""
+    """Raises DataError for the first bad line."""
     from olora_core.formats import check_for_training, validate
 
     with training.open("rb") as stream:
@@ -42,7 +40,7 @@ def check_data(training: Path, validation: Path | None, type: str) -> None:
 
 
 def base_folder(model: str, here: Path) -> Path:
-    """A folder, beside the spec file or as the service knows it. Raises ModelError for an unknown name."""
+    """The folder of `model`: a path relative to `here`, or a name the service knows. Raises ModelError."""
     from store.bases import fetch_base, find_base
     from store.settings import get_settings
 
@@ -54,17 +52,17 @@ def base_folder(model: str, here: Path) -> Path:
 
 
 def make_output(output: Path) -> None:
-    """The output folder. Raises SpecError when it cannot be made, or nothing can be written there."""
+    """Creates the output folder. Raises SpecError if it cannot be created or written to."""
     try:
         output.mkdir(parents=True, exist_ok=True)
         writable = os.access(output, os.W_OK | os.X_OK)
     except (OSError, ValueError) as error:  # ValueError: a name with a null byte
         reason = getattr(error, "strerror", None) or error
         raise SpecError(
-            f"output: {output} cannot be made: {reason}. Name another folder.", param="output"
+            f"output: cannot create {output}: {reason}. Choose another folder.", param="output"
         ) from None
     if not writable:
-        raise SpecError(f"output: nothing can be written to {output}. Name another folder.", param="output")
+        raise SpecError(f"output: {output} is not writable. Choose another folder.", param="output")
 
 
 def newest_checkpoint(output: Path) -> Path | None:
@@ -74,14 +72,14 @@ def newest_checkpoint(output: Path) -> Path | None:
 
 @contextmanager
 def stop_signals() -> Iterator[list[int]]:
-    """Collects SIGINT and SIGTERM; a second one ends the process at once."""
+    """Collects SIGINT and SIGTERM; a second one raises KeyboardInterrupt."""
     received: list[int] = []
 
     def stop(number: int, frame: FrameType | None) -> None:
         if received:
             raise KeyboardInterrupt
         received.append(number)
-        console.print("Stopping at the next step, with a checkpoint; once more to stop at once.")
+        console.print("Stopping after this step, with a checkpoint. Press Ctrl-C again to stop at once.")
 
     before = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
     try:

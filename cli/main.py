@@ -1,6 +1,6 @@
 """`olora`: the service, its clients, and training without the service, from the command line.
 
-A command loads what it needs when it runs, so that `olora --help` answers at once.
+Commands import what they need when they run, so that `olora --help` is fast.
 """
 
 import os
@@ -19,7 +19,7 @@ from . import adapters, compare, comparisons, files, jobs, methods, serve, train
 LONGEST_REASON = 300
 
 app = typer.Typer(
-    help="Self-hosted fine-tuning: OpenAI's API, your machines, adapters that load everywhere.",
+    help="Self-hosted fine-tuning with OpenAI's API. Adapters load in PEFT, transformers and vLLM.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -31,21 +31,21 @@ app.command()(train.train)
 app.command()(compare.compare)
 app.command()(methods.methods)
 app.add_typer(files.app, name="files", help="Upload training files.")
-app.add_typer(jobs.app, name="jobs", help="Ask for fine-tuning jobs, and follow them.")
-app.add_typer(comparisons.app, name="comparisons", help="Have the service compare methods.")
-app.add_typer(adapters.app, name="adapters", help="Fetch what a job has trained.")
+app.add_typer(jobs.app, name="jobs", help="Create, list, watch and cancel fine-tuning jobs.")
+app.add_typer(comparisons.app, name="comparisons", help="Compare fine-tuning methods in the service.")
+app.add_typer(adapters.app, name="adapters", help="Download trained adapters.")
 
 
 def main() -> None:
-    """Runs a command; trouble ends it with one sentence and exit code 1."""
+    """Runs a command. An error is printed as one sentence, with exit code 1."""
     try:
         app()
     except OloraError as error:
         _end(str(error))
     except Exception as error:
-        if _tells_more():
+        if _is_debug():
             traceback.print_exc()
-        _end(_of_the_system(error) if isinstance(error, OSError) else _unexpected(error))
+        _end(_system_error(error) if isinstance(error, OSError) else _unexpected(error))
 
 
 def _end(sentence: str) -> NoReturn:
@@ -53,23 +53,22 @@ def _end(sentence: str) -> NoReturn:
     sys.exit(1)
 
 
-def _of_the_system(error: OSError) -> str:
-    """The place that the system refused, where it names one."""
+def _system_error(error: OSError) -> str:
     if error.filename is None or error.strerror is None:
         return _unexpected(error)
-    place = error.filename if isinstance(error.filename, int) else os.fsdecode(error.filename)
-    return f"{place} cannot be read or written: {error.strerror}. Mend this place, or name another one."
+    path = error.filename if isinstance(error.filename, int) else os.fsdecode(error.filename)
+    return f"Cannot read or write {path}: {error.strerror}. Choose another path."
 
 
 def _unexpected(error: Exception) -> str:
     reason = " ".join(str(error).split())[:LONGEST_REASON].rstrip(".")
     return (
-        f"This was not expected: {type(error).__name__}{': ' if reason else ''}{reason}. "
-        "The same command with OLORA_LOG_LEVEL=debug shows where it happened."
+        f"Unexpected error: {type(error).__name__}{': ' if reason else ''}{reason}. "
+        "Run the command with OLORA_LOG_LEVEL=debug for a traceback."
     )
 
 
-def _tells_more() -> bool:
+def _is_debug() -> bool:
     from store.settings import get_settings
 
     try:

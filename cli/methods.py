@@ -1,4 +1,4 @@
-"""`olora methods`: what can be trained, and the options of each method. Needs no service."""
+"""`olora methods`: the fine-tuning methods and their options. Needs no service."""
 
 import json
 from typing import Annotated, Any
@@ -13,13 +13,15 @@ from olora_core.specs import ADAPTER_SPECS, AdapterSpec, nearest
 
 
 def methods(
-    method: Annotated[str | None, typer.Argument(help="Show this one's cost, use and options.")] = None,
+    method: Annotated[
+        str | None, typer.Argument(help="Show the cost, use and options of this method.")
+    ] = None,
 ) -> None:
-    """List the methods of this version, or the options of one; on a pipe a line each, with tabs."""
+    """List the fine-tuning methods, or the options of one. Piped output is tab-separated."""
     console = Console()
     if method is None:
         rows = [[name, spec.paper, spec.summary] for name, spec in ADAPTER_SPECS.items()]
-        _print(console, ["method", "paper", "what it is"], rows)
+        _print(console, ["method", "paper", "summary"], rows)
         return
     if method not in ADAPTER_SPECS:
         raise SpecError(
@@ -30,17 +32,17 @@ def methods(
     if console.is_terminal:
         _describe(console, method, spec)
     rows = [
-        [name, json.dumps(option["default"]), _takes(option), option["description"]]
+        [name, json.dumps(option["default"]), _values(option), option["description"]]
         for name, option in spec.options()["properties"].items()
         if name != "method"
     ]
-    _print(console, ["option", "default", "takes", "meaning"], rows)
+    _print(console, ["option", "default", "values", "meaning"], rows)
 
 
 def _describe(console: Console, method: str, spec: type[AdapterSpec]) -> None:
-    told = (method, spec.summary), ("paper", spec.paper), ("cost", spec.cost), ("choose it", spec.choose)
+    facts = (method, spec.summary), ("paper", spec.paper), ("cost", spec.cost), ("choose it", spec.choose)
     table = Table.grid(padding=(0, 2))
-    for name, sentence in told:
+    for name, sentence in facts:
         table.add_row(Text(name, style="bold"), Text(sentence))
     console.print(table)
     console.print()
@@ -60,10 +62,10 @@ def _print(console: Console, header: list[str], rows: list[list[str]]) -> None:
     console.print(table)
 
 
-def _takes(option: dict[str, Any]) -> str:
-    """What a value may be, from its JSON schema: `integer, 1 to 4096`, `number above 0`, `"auto" or list`."""
+def _values(option: dict[str, Any]) -> str:
+    """The accepted values, from a JSON schema: `integer, 1 to 4096`, `number above 0`, `"auto" or list`."""
     if "anyOf" in option:
-        return " or ".join(_takes(choice) for choice in option["anyOf"])
+        return " or ".join(_values(choice) for choice in option["anyOf"])
     if "const" in option or "enum" in option:
         return " or ".join(json.dumps(value) for value in option.get("enum", [option.get("const")]))
     if option["type"] in ("integer", "number"):
@@ -80,5 +82,5 @@ def _bounds(option: dict[str, Any]) -> str:
         "maximum": "at most",
         "exclusiveMaximum": "below",
     }
-    told = " and ".join(f"{word} {option[name]:g}" for name, word in words.items() if name in option)
-    return told and f" {told}"
+    bounds = " and ".join(f"{word} {option[name]:g}" for name, word in words.items() if name in option)
+    return bounds and f" {bounds}"

@@ -1,4 +1,4 @@
-"""What the base and the tuned model answer, a few lines for each row."""
+"""Sample answers of the base and the tuned model, a few lines for each row."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -9,10 +9,10 @@ WIDTH = 100
 
 
 def show_samples(console: Console, samples: Mapping[str, Any] | None) -> None:
-    """`samples` as a job's `olora` object holds them; nothing is said of none."""
+    """`samples` as in a job's `olora` object; None prints nothing."""
     if not samples:
         return
-    console.print(f"What it answers to rows of the {samples['file']} file:", highlight=False, soft_wrap=True)
+    console.print(f"Sample answers to rows of the {samples['file']} file:", highlight=False, soft_wrap=True)
     for row in samples["rows"]:
         _line(console, f"line {row['line']}", _one_line(row["prompt"], from_the_end=True), "dim")
         _line(console, "in the file", _one_line(row["reference"]))
@@ -25,7 +25,7 @@ def _line(console: Console, name: str, text: str, style: str = "") -> None:
 
 
 def _one_line(text: str, *, from_the_end: bool = False) -> str:
-    """Shortened, and without characters that a terminal would obey."""
+    """Shortened, and without control characters."""
     words = "".join(c if c.isprintable() else "\ufffd" for c in " ".join(text.split()))
     if len(words) <= WIDTH:
         return words

@@ -1,4 +1,4 @@
-"""`olora serve`, `olora worker`, `olora migrate`: the service, whole or in halves."""
+"""`olora serve`, `olora worker` and `olora migrate`: the service, or a part of it."""
 
 import ipaddress
 import logging
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 console = Console(stderr=True, soft_wrap=True, highlight=False)
 STREAM_GRACE_SECONDS = 5
-"""How long open event streams may keep a stopping server."""
+"""How long a stopping server waits for open event streams."""
 
 
 class ServeError(OloraError):
@@ -34,13 +34,13 @@ class ServeError(OloraError):
 
 
 def serve(
-    host: Annotated[str | None, typer.Option(help="Address to listen on; default: OLORA_HOST.")] = None,
-    port: Annotated[int | None, typer.Option(help="Port; 0 takes a free one; default: OLORA_PORT.")] = None,
+    host: Annotated[str | None, typer.Option(help="Address to listen on (default: OLORA_HOST).")] = None,
+    port: Annotated[int | None, typer.Option(help="Port; 0 picks a free one (default: OLORA_PORT).")] = None,
     with_worker: Annotated[
-        bool, typer.Option("--worker/--no-worker", help="Start workers too: one for each GPU, else one.")
+        bool, typer.Option("--worker/--no-worker", help="Also start workers: one per GPU, or one on the CPU.")
     ] = True,
 ) -> None:
-    """Start the API and workers beside it. Ctrl-C stops both; running jobs go back to the queue."""
+    """Start the API and its workers. Ctrl-C checkpoints running jobs, then stops both."""
     import uvicorn
 
     from api.main import create_app
@@ -56,7 +56,7 @@ def serve(
     settings = read_settings(host=settings.host, port=listener.getsockname()[1])
     _prepare(settings)
     if not _is_loopback(settings.host):
-        _say(f"Listening on {settings.host} without TLS: put a proxy that speaks TLS in front.")
+        _print(f"Listening on {settings.host} without TLS; put a TLS-terminating proxy in front.")
     server = uvicorn.Server(
         uvicorn.Config(
             create_app(settings),
@@ -75,14 +75,14 @@ def serve(
         finally:
             stopped.set()
             if workers:
-                _say("Stopping; running jobs go back to the queue with their checkpoints.")
+                _print("Stopping. Running jobs are checkpointed and resume when a worker starts.")
                 _join(workers)
     if not server.started:
-        raise ServeError("The API did not start; the lines above say why.")
+        raise ServeError("The API did not start; see the log lines above.")
 
 
 def worker() -> None:
-    """Start this machine's workers: one for each GPU, else one. Ctrl-C: running jobs go back to the queue."""
+    """Start workers: one per GPU, or one on the CPU. Ctrl-C checkpoints running jobs, then stops them."""
     from sqlalchemy.exc import SQLAlchemyError
 
     from store.session import make_engine, require_current_schema
@@ -98,33 +98,33 @@ def worker() -> None:
     finally:
         engine.dispose()
     with _signals() as received:
-        workers = Workers(settings, _say)
-        _say(f"Workers: {', '.join(worker.name for worker in workers.workers)}. Ctrl-C stops them.")
+        workers = Workers(settings, _print)
+        _print(f"Workers: {', '.join(worker.name for worker in workers.workers)}. Ctrl-C stops them.")
         workers.run(lambda: bool(received), lambda: len(received) > 1)
 
 
 def migrate() -> None:
-    """Bring the database to this version's schema, and end."""
+    """Upgrade the database schema, then exit."""
     _prepare(_settings(None, None))
-    _say("The database is up to date.")
+    _print("The database is up to date.")
 
 
 def _settings(host: str | None, port: int | None) -> "Settings":
     from store.settings import get_settings, read_settings
 
     given: dict[str, Any] = {"host": host, "port": port}
-    get_settings()  # names unknown variables
+    get_settings()  # refuses unknown variables
     return read_settings(**{name: value for name, value in given.items() if value is not None})
 
 
 def _log(settings: "Settings") -> None:
-    """What goes wrong goes to standard error, a line each."""
+    """Warnings and errors go to standard error."""
     logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
     logging.getLogger("olora").setLevel(settings.log_level.upper())
 
 
 def _listen(host: str, port: int) -> socket.socket:
-    """A bound socket. Raises ServeError when the address cannot be had."""
+    """A listening socket. Raises ServeError if the address is not available."""
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     listener = socket.socket(family, socket.SOCK_STREAM)
     listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -141,7 +141,7 @@ def _listen(host: str, port: int) -> socket.socket:
 
 
 def _prepare(settings: "Settings") -> None:
-    """Home and schema. Raises StoreError or ServeError."""
+    """Creates the home folder and upgrades the schema. Raises StoreError or ServeError."""
     from sqlalchemy.exc import SQLAlchemyError
 
     from store.home import make_folder
@@ -150,7 +150,7 @@ def _prepare(settings: "Settings") -> None:
     try:
         make_folder(settings.home)
     except OSError as error:
-        raise ServeError(f"OLORA_HOME = {settings.home} cannot be made: {error.strerror}.") from None
+        raise ServeError(f"OLORA_HOME: cannot create {settings.home}: {error.strerror}.") from None
     try:
         migrate(settings.database_url)
     except SQLAlchemyError as error:
@@ -160,14 +160,14 @@ def _prepare(settings: "Settings") -> None:
 def _database_trouble(error: Exception) -> ServeError:
     lines = str(getattr(error, "orig", None) or error).strip().splitlines()
     reason = lines[0] if lines else type(error).__name__
-    return ServeError(f"The database does not answer ({reason}). Start it, or correct OLORA_DATABASE_URL.")
+    return ServeError(f"The database does not answer ({reason}). Start it, or check OLORA_DATABASE_URL.")
 
 
 def _start_workers(settings: "Settings", stopped: threading.Event, received: list[int]) -> threading.Thread:
-    """The workers' thread, which they live no longer than."""
+    """The thread that runs the workers, and stops them when it ends."""
     from .workers import Workers
 
-    workers = Workers(settings, _say, log=settings.home / "logs" / "worker.log")
+    workers = Workers(settings, _print, log=settings.home / "logs" / "worker.log")
     thread = threading.Thread(
         target=workers.run,
         args=(lambda: stopped.is_set() or bool(received), lambda: len(received) > 1),
@@ -179,12 +179,12 @@ def _start_workers(settings: "Settings", stopped: threading.Event, received: lis
 
 def _join(thread: threading.Thread) -> None:
     while thread.is_alive():
-        thread.join(0.2)  # in short waits, so that a second Ctrl-C is heard
+        thread.join(0.2)  # a join without timeout would hold back a second Ctrl-C
 
 
 @contextmanager
 def _signals() -> Iterator[list[int]]:
-    """Collects SIGINT and SIGTERM, which end nothing by themselves."""
+    """Collects SIGINT and SIGTERM instead of letting them end the process."""
     received: list[int] = []
 
     def note(number: int, frame: FrameType | None) -> None:
@@ -206,27 +206,27 @@ def _greet_when_up(server: Any, settings: "Settings", stopped: threading.Event) 
 
 
 def _greet(settings: "Settings") -> None:
-    """Where the service is, the key, and three lines to paste."""
+    """Prints the URL, the key, and three examples to paste."""
     url = f"http://{reachable(settings.host)}:{settings.port}/v1"
-    _say(f"OLoRA serves at {url}")
+    _print(f"OLoRA serves at {url}")
     if settings.api_key:
         key = "$OLORA_API_KEY"
-        _say("API key: the value of OLORA_API_KEY")
+        _print("API key: the value of OLORA_API_KEY")
     elif settings.key_file.exists():
         key = settings.key_file.read_text(encoding="utf-8").strip()
-        _say(f"API key: {key}   (kept in {settings.key_file})")
+        _print(f"API key: {key}   (kept in {settings.key_file})")
     else:
         key = "sk-olora-…"
-        _say(f"API key: one of those made before ({settings.key_file} is not here)")
-    _say(f"Home: {settings.home}   Ctrl-C stops everything.\n\nTo paste:")
-    _say(f'  client = openai.OpenAI(base_url="{url}", api_key="{key}")')
-    _say(f'  curl {url}/models -H "Authorization: Bearer {key}"')
+        _print(f"API key: an existing one ({settings.key_file} does not exist)")
+    _print(f"Home: {settings.home}   Ctrl-C stops everything.\n\nTo paste:")
+    _print(f'  client = openai.OpenAI(base_url="{url}", api_key="{key}")')
+    _print(f'  curl {url}/models -H "Authorization: Bearer {key}"')
     home, command = shlex.quote(str(settings.home)), shlex.quote(_command())
-    _say(f"  OLORA_HOME={home} {command} jobs list --base-url {url}\n")
+    _print(f"  OLORA_HOME={home} {command} jobs list --base-url {url}\n")
 
 
 def _command() -> str:
-    """`olora` as it was called here, for it may not be on the PATH."""
+    """`olora` as it was called here; it may not be on the PATH."""
     return sys.argv[0] if sys.argv[0].endswith("olora") else "olora"
 
 
@@ -237,5 +237,5 @@ def _is_loopback(host: str) -> bool:
         return host == "localhost"
 
 
-def _say(message: str) -> None:
+def _print(message: str) -> None:
     console.print(message, markup=False)

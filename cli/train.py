@@ -1,4 +1,4 @@
-"""`olora train`: one run described by a file, without the service."""
+"""`olora train`: one run described by a spec file, without the service."""
 
 import json
 import os
@@ -37,15 +37,15 @@ if TYPE_CHECKING:
     from .charts import Charts
 
 RUN_FILE = "run.json"
-"""In the output folder: what was asked for and what "auto" became, so that a later start goes on with it."""
+"""In the output folder: the spec as given and as resolved, so that a resumed run uses the same."""
 TOKENS = "tokens"
-"""In the output folder: the tokenised files, for the next start."""
+"""In the output folder: the tokenised files, reused by the next run."""
 CURVES_FOLDER = "tensorboard"
 _LAUNCHED = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0"}
 
 
 def _with_text_names(values: Any) -> Any:
-    """YAML reads `1:` as a number; as a name it is unknown like any other, and the spec says so."""
+    """Names as text: YAML reads `1:` as a number, which the spec would not report as an unknown name."""
     return {str(name): value for name, value in values.items()} if isinstance(values, dict) else values
 
 
@@ -53,7 +53,7 @@ Named = Annotated[dict[str, Any], BeforeValidator(_with_text_names)]
 
 
 class RunFile(BaseModel):
-    """What `olora train` reads: a spec and where its files are."""
+    """The content of a spec file: a spec and the paths of its files."""
 
     model_config = ConfigDict(extra="forbid")
 
@@ -73,26 +73,23 @@ def train(
         Path,
         typer.Argument(
             metavar="SPEC.yaml",
-            help="model, training_file, validation_file, output, type, adapter, hyperparameters, seed, "
-            "integrations.",
+            help="Spec file: model, training_file, validation_file, output, type, adapter, hyperparameters, "
+            "seed, integrations.",
         ),
     ],
     fresh: Annotated[
-        bool, typer.Option("--fresh", help="Begin anew where the output holds an unfinished run.")
+        bool, typer.Option("--fresh", help="Discard an earlier run in the output folder.")
     ] = False,
-    device: Annotated[
-        str, typer.Option(help="Where to train: cpu, cuda, cuda:1; auto takes a GPU.")
-    ] = "auto",
+    device: Annotated[str, typer.Option(help="cpu, cuda or cuda:N (auto: a GPU if there is one).")] = "auto",
 ) -> None:
-    """Train an adapter on this machine, without the service; prints its folder, or the merged model's.
+    """Train on this machine, without the service; prints the folder of the adapter or merged model.
 
-    A run that was interrupted (Ctrl-C saves a checkpoint) goes on from its last checkpoint when the same
-    command is given again. Paths in the file are relative to it.
+    Ctrl-C saves a checkpoint; the same command resumes from it. Paths in the file are relative to it.
 
     On several devices: torchrun --nproc-per-node N -m cli.main train SPEC.yaml
     """
-    if _place()[0] > 0:
-        _follow(device)
+    if _ranks()[0] > 0:
+        _run_follower(device)
         return
     run = read_run(spec_file)
     asked = read_spec(
@@ -112,21 +109,19 @@ def train(
     if fresh:
         _clear(output)
     elif (exported / "manifest.json").exists():
-        raise SpecError(
-            f"{exported} is finished already; name another output, or say --fresh.", param="output"
-        )
+        raise SpecError(f"{exported} already exists; choose another output or add --fresh.", param="output")
     spec = _recorded(output, asked)
     check_data(training, validation, spec.type)
     folder = base_folder(run.model, here)
     make_output(output)
     if not _train(spec, asked, folder, training, validation, output, device, trackers):
-        console.print("Stopped; the same command goes on from the last checkpoint.")
+        console.print("Stopped. Run the same command to resume.")
         raise typer.Exit(STOPPED)
     typer.echo(str(exported))
 
 
 def read_run(path: Path) -> RunFile:
-    """Raises SpecError, naming the place in the file and what fits there."""
+    """Raises SpecError, which names the place in the file and what it must be."""
     import yaml
 
     try:
@@ -134,9 +129,9 @@ def read_run(path: Path) -> RunFile:
     except OSError as error:
         raise SpecError(f"{path} cannot be read: {error.strerror}.") from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise SpecError(f"{path} is not YAML: {' '.join(str(error).split())}") from None
+        raise SpecError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from None
     if not isinstance(content, dict):
-        raise SpecError(f"{path} must hold names and values, such as 'model: olora-tiny'.")
+        raise SpecError(f"{path} must be a mapping of names to values, such as 'model: olora-tiny'.")
     for name in content:
         if name not in RunFile.model_fields:
             known = ", ".join(RunFile.model_fields)
@@ -153,7 +148,7 @@ def read_run(path: Path) -> RunFile:
 
 
 def _trackers(run: RunFile) -> "list[Integration]":
-    """Raises BadIntegration, also for a tracker that the settings have no account for."""
+    """Raises BadIntegration, also for a tracker without an account in the settings."""
     from store.integrations import read_integrations, require_offered
     from store.settings import get_settings
 
@@ -163,7 +158,7 @@ def _trackers(run: RunFile) -> "list[Integration]":
 
 
 def _recorded(output: Path, asked: TrainSpec) -> TrainSpec:
-    """The spec to train: what an unfinished run in `output` resolved, or as asked."""
+    """The spec to train: the resolved one of an unfinished run in `output`, else `asked`."""
     if not (output / RUN_FILE).exists():
         return asked
     try:
@@ -171,14 +166,13 @@ def _recorded(output: Path, asked: TrainSpec) -> TrainSpec:
         before, resolved = (TrainSpec.model_validate(recorded[name]) for name in ("asked", "resolved"))
     except (ValueError, KeyError, TypeError):
         raise SpecError(
-            f"{output / RUN_FILE} does not say what the unfinished run was; name another output, or say "
-            "--fresh to begin anew.",
+            f"{output / RUN_FILE} is damaged; choose another output, or add --fresh to start over.",
             param="output",
         ) from None
     if before != asked:
         raise SpecError(
-            f"{output} holds an unfinished run of another spec; name another output, or say --fresh to "
-            "begin anew.",
+            f"{output} holds an unfinished run with another spec; choose another output, or add --fresh to "
+            "start over.",
             param="output",
         )
     return resolved
@@ -192,7 +186,7 @@ def _record(output: Path, asked: TrainSpec, resolved: TrainSpec) -> None:
 
 
 def _clear(output: Path) -> None:
-    """Removes what an earlier run left in `output`, and nothing else."""
+    """Removes the files of an earlier run from `output`, and nothing else."""
     import shutil
 
     for name in ("checkpoints", "adapter", "model", CURVES_FOLDER):
@@ -210,22 +204,12 @@ def _train(
     device: str,
     trackers: "list[Integration]",
 ) -> bool:
-    """Drives the core. False when Ctrl-C or SIGTERM stopped the run, after a checkpoint."""
+    """False if Ctrl-C or SIGTERM stopped the run, after a checkpoint."""
     with TrainingBar(console) as bar, stop_signals() as stopping, ExitStack() as stack:
         bar.phase("loading torch")
         os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # as for the service's trainer
         from olora_core.data.token_cache import trim
-        from olora_core.progress import (
-            Evaluated,
-            Finished,
-            Note,
-            Phase,
-            Resolved,
-            Samples,
-            Saved,
-            Step,
-            drive,
-        )
+        from olora_core.progress import Finished, Resolved, Samples, Saved, drive
         from olora_core.training.train import train as run_training
 
         device, devices = stack.enter_context(_devices(device))
@@ -234,7 +218,7 @@ def _train(
         devices.broadcast_object((spec, folder, training, validation, output, resume))
         base = _load(spec, folder, device, devices)
         if resume is not None:
-            bar.say(f"Going on from {resume.name}.")
+            bar.print(f"Resuming from {resume.name}.")
         charts = stack.enter_context(_charts(output, resume, trackers, bar))
         trim([output / TOKENS])
         progress = run_training(
@@ -245,34 +229,18 @@ def _train(
         )
         updates = stack.enter_context(closing(drive(progress, lambda: "save" if stopping else None)))
         samples: dict[str, Any] | None = None
-        for news in updates:
-            charts.hear(news)
-            match news:
-                case Phase():
-                    bar.phase(news.name, news.done, news.total)
-                case Note():
-                    bar.say(news.message, "yellow" if news.level == "warn" else "")
+        for update in updates:
+            charts.record(update)
+            bar.show_update(update)
+            match update:
                 case Resolved():
-                    _record(output, asked, news.spec)
-                    for sentence in news.why:
-                        bar.say(sentence, "dim")
-                case Step():
-                    bar.step(
-                        news.step,
-                        news.total_steps,
-                        loss=news.loss,
-                        valid_loss=news.valid_loss,
-                        tokens=news.tokens,
-                        seconds=news.seconds,
-                    )
-                case Evaluated():
-                    bar.say(f"step {news.step}: validation loss {news.loss:.4f}")
+                    _record(output, asked, update.spec)
                 case Saved() if stopping:
                     return False
                 case Samples():
-                    samples = asdict(news)
+                    samples = asdict(update)
                 case Finished():
-                    _summarise(bar, news)
+                    _summarise(bar, update)
                     show_samples(console, samples)
     return True
 
@@ -283,12 +251,12 @@ def _charts(output: Path, resume: Path | None, trackers: "list[Integration]", ba
     from .charts import Charts
 
     step = int(resume.name.removeprefix("step-")) if resume else 0
-    say = lambda sentence: bar.say(sentence, "yellow")  # noqa: E731
-    return Charts(output / CURVES_FOLDER, step, trackers, get_settings(), say)
+    warn = partial(bar.print, style="yellow")
+    return Charts(output / CURVES_FOLDER, step, trackers, get_settings(), warn)
 
 
-def _place() -> tuple[int, int, int]:
-    """Rank, number of processes and rank on this machine, as torchrun and `accelerate launch` tell them."""
+def _ranks() -> tuple[int, int, int]:
+    """Rank, number of processes and local rank, as set by torchrun and `accelerate launch`."""
     rank, count, here = (int(os.environ.get(name, fallback)) for name, fallback in _LAUNCHED.items())
     return rank, count, here
 
@@ -300,7 +268,7 @@ def _devices(device: str) -> Iterator[tuple[str, "Devices"]]:
 
     from olora_core.devices import SINGLE, join
 
-    _, count, here = _place()
+    _, count, here = _ranks()
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     if count == 1:
@@ -326,11 +294,8 @@ def _load(spec: TrainSpec, folder: Path, device: str, devices: "Devices") -> "Ba
     return loaded(device=device)
 
 
-def _follow(device: str) -> None:
-    """As one of several processes: without a word, to the end of the first one's run.
-
-    That one hears the signals, and its run's end is told here by the line between them.
-    """
+def _run_follower(device: str) -> None:
+    """Runs as a follower rank: prints nothing and ignores signals, since rank 0 stops the run for all."""
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
@@ -351,16 +316,15 @@ def _follow(device: str) -> None:
 
 def _summarise(bar: TrainingBar, finished: Any) -> None:
     certificate = finished.certificate
-    bar.say(
-        f"Trained {finished.trained_tokens:,} tokens in {finished.steps} steps. Certified: exported and "
-        f"trained logits differ by at most {certificate['max_abs_logit_diff']:.1e} "
-        f"(allowed: {certificate['bound']:.1e}).",
+    bar.print(
+        f"Trained {finished.trained_tokens:,} tokens in {finished.steps} steps. Adapter verified: largest "
+        f"logit difference {certificate['max_abs_logit_diff']:.1e} (allowed {certificate['bound']:.1e}).",
         "green",
     )
     if (written := certificate.get("as_written")) is not None:
-        bar.say(
-            f"As written, in {written['dtype']}, they differ by up to {written['max_abs_logit_diff']:.1e}."
+        bar.print(
+            f"As written in {written['dtype']}: largest logit difference {written['max_abs_logit_diff']:.1e}."
         )
     before, after = certificate.get("valid_loss_before"), certificate.get("valid_loss_after")
     if before is not None and after is not None:
-        bar.say(f"Validation loss {before:.4f} before, {after:.4f} after.")
+        bar.print(f"Validation loss {before:.4f} before, {after:.4f} after.")

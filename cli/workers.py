@@ -1,5 +1,6 @@
-"""The worker processes of this machine: one for each GPU (or so many of them), else one; restarted when they
-die.
+"""The worker processes of this machine: one per GPU, or per OLORA_DEVICES_PER_WORKER GPUs, or one on the CPU.
+
+A worker that dies is restarted, after a wait that doubles while it keeps dying.
 """
 
 import os
@@ -18,17 +19,17 @@ POLL_SECONDS = 0.2
 FIRST_WAIT_SECONDS = 1.0
 LONGEST_WAIT_SECONDS = 60.0
 SETTLED_SECONDS = 60.0
-"""A worker that lived this long has started well: its next death is waited for from the beginning again."""
+"""A worker that lived this long gets the first wait again at its next death."""
 STOP_GRACE_SECONDS = 120.0
-"""From TERM to KILL. A running job needs a step and a checkpoint to go back to the queue."""
+"""From SIGTERM to SIGKILL. A running job needs time to finish a step and save a checkpoint."""
 LOG_BYTES = 10 * 2**20
 
-Say = Callable[[str], None]
+Report = Callable[[str], None]
 
 
 @dataclass
 class Worker:
-    """One worker process, and when to start it again once it has died."""
+    """One worker process, and when to restart it after its death."""
 
     name: str
     gpus: str | None
@@ -39,14 +40,14 @@ class Worker:
 
 
 class Workers:
-    """Started and watched by the thread that calls `run`, which they do not outlive."""
+    """Starts and restarts the workers in the thread that calls `run`, and stops them when it returns."""
 
-    def __init__(self, settings: "Settings", say: Say, log: Path | None = None) -> None:
+    def __init__(self, settings: "Settings", report: Report, log: Path | None = None) -> None:
         """With `log`, the workers write there instead of to this process's own output."""
         from worker.launch import visible_gpus
 
         self._settings = settings
-        self._say = say
+        self._report = report
         self._log = log
         gpus, each = visible_gpus(), settings.devices_per_worker
         self.workers = [
@@ -54,16 +55,16 @@ class Workers:
         ] or [Worker("cpu", None)]
 
     def run(self, should_stop: Callable[[], bool], should_kill: Callable[[], bool] = lambda: False) -> None:
-        """Keeps the workers up until `should_stop`, then ends them: TERM, a grace, KILL."""
+        """Keeps the workers running until `should_stop`; then SIGTERM, and SIGKILL after a grace period."""
         try:
             while not should_stop():
                 for worker in self.workers:
-                    self._look_after(worker)
+                    self._keep_running(worker)
                 time.sleep(POLL_SECONDS)
         finally:
             self._stop(should_kill)
 
-    def _look_after(self, worker: Worker) -> None:
+    def _keep_running(self, worker: Worker) -> None:
         now = time.monotonic()
         if worker.process is None:
             if now >= worker.start_at:
@@ -76,9 +77,9 @@ class Workers:
         if now - worker.started_at > SETTLED_SECONDS:
             worker.wait_seconds = FIRST_WAIT_SECONDS
         worker.start_at = now + worker.wait_seconds
-        where = f"; its log: {self._log}" if self._log else ""
-        self._say(
-            f"Worker {worker.name} {_ending(code)}; it starts again in {worker.wait_seconds:.0f} s{where}"
+        where = f" (log: {self._log})" if self._log else ""
+        self._report(
+            f"Worker {worker.name} {_ending(code)}; restarting in {worker.wait_seconds:.0f} s{where}"
         )
         worker.wait_seconds = min(LONGEST_WAIT_SECONDS, 2 * worker.wait_seconds)
 
@@ -88,7 +89,7 @@ class Workers:
         worker.started_at = time.monotonic()
         output = self._open_log()
         try:
-            # Its own session: Ctrl-C reaches this process alone, which then stops the workers in order.
+            # Its own session: Ctrl-C reaches only this process, which then stops the workers with SIGTERM.
             worker.process = subprocess.Popen(
                 worker_command(self._settings, name=worker.name),
                 env=worker_environment(os.environ, parent=os.getpid(), gpus=worker.gpus),
@@ -126,8 +127,8 @@ class Workers:
 
 def _ending(code: int) -> str:
     if code >= 0:
-        return f"ended with exit code {code}"
+        return f"exited with code {code}"
     try:
-        return f"was ended by {signal.Signals(-code).name}"
+        return f"was killed by {signal.Signals(-code).name}"
     except ValueError:
-        return f"was ended by signal {-code}"
+        return f"was killed by signal {-code}"

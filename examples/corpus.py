@@ -1,6 +1,6 @@
-"""The text that everything in this folder is made from: the standard library of the running CPython.
+"""The text from which everything in this folder is made: the standard library of the running CPython.
 
-It says once which modules count, which of them are held out, and how a module is cut into documents.
+Defines which modules are used, which of them are held out, and how a module is split into documents.
 """
 
 import ast
@@ -15,12 +15,12 @@ from pathlib import Path
 LEFT_OUT = {
     "site-packages",  # not the standard library
     "dist-packages",
-    "test",  # the test suites: more text than the library itself, and of another kind
+    "test",  # the test suites: more text than the library itself, in another style
     "tests",
     "idle_test",
     "encodings",  # mostly generated tables of code points
 }
-GENERATED = ("_sysconfigdata", "config-")  # written when the interpreter is built: they differ by machine
+GENERATED = ("_sysconfigdata", "config-")  # generated when the interpreter is built; differ by machine
 HELD_OUT_ONE_IN = 10
 MADE_FROM = "033073e18ac8a767e033dcc588446d06fbe7d629d8903f13503e5e8f76cb735d"  # digest() of CPython 3.11.7
 
@@ -32,13 +32,13 @@ class Module:
 
     @property
     def held_out(self) -> bool:
-        """A fixed share of the modules, chosen by name alone, is never trained on."""
+        """Whether the module, by its name alone, is excluded from training."""
         return zlib.crc32(self.name.encode()) % HELD_OUT_ONE_IN == 0
 
 
 @cache
 def modules() -> tuple[Module, ...]:
-    """Every module of the library, by name."""
+    """All modules of the library, sorted by name."""
     root = Path(sysconfig.get_paths()["stdlib"])
     read = (_read(root, path) for path in root.rglob("*.py"))
     return tuple(sorted((module for module in read if module), key=lambda module: module.name))
@@ -53,7 +53,7 @@ def _read(root: Path, path: Path) -> Module | None:
 
 
 def documents(module: Module) -> Iterator[str]:
-    """A module's text, cut before its top-level functions and classes."""
+    """A module's text, split before its top-level functions and classes."""
     lines = module.source.split("\n")  # not splitlines(), which also cuts at form feeds
     cuts = [_first_line(node) for node in ast.parse(module.source).body if _is_definition(node)]
     for start, stop in zip([0, *cuts], [*cuts, len(lines)], strict=True):
@@ -67,13 +67,13 @@ def _is_definition(node: ast.stmt) -> bool:
 
 
 def _first_line(node: ast.stmt) -> int:
-    """Where a definition starts, counted from 0, its decorators included."""
+    """The line of a definition or its first decorator, counted from 0."""
     decorators = getattr(node, "decorator_list", [])
     return min([node.lineno, *(decorator.lineno for decorator in decorators)]) - 1
 
 
 def digest() -> str:
-    """A fingerprint of the text: the same digest gives the same files, whatever the machine."""
+    """SHA-256 of the text. The same digest gives the same files on any machine."""
     total = hashlib.sha256()
     for module in modules():
         total.update(f"{module.name}\0{module.source}\0".encode())

@@ -1,10 +1,10 @@
 """Makes `examples/base`: a tiny Llama and its tokenizer, pretrained on the standard library's source.
 
-    python -m examples.make_base            # from the root of the repository; a run that was stopped goes on
-    python -m examples.make_base --fresh    # forget an earlier run
+    python -m examples.make_base            # from the root of the repository; resumes a stopped run
+    python -m examples.make_base --fresh    # discard an earlier run
 
-The training state is kept in `examples/.build`, never in the base itself. Every export is written aside and
-then moved into place, so that the base can be loaded at any moment of the run.
+The training state is kept in `examples/.build`. Every export is written there and then moved into place, so
+that the base can be loaded at any time during the run.
 """
 
 import argparse
@@ -37,7 +37,7 @@ BUILD = Path(__file__).parent / ".build"
 PAD, START, END = "<|pad|>", "<|im_start|>", "<|im_end|>"
 VOCABULARY = 4096
 CONTEXT = 256
-# Training learns what stands between `generation` and `endgeneration`: the answer and its end of turn.
+# Training uses the tokens between `generation` and `endgeneration`: the answer and its end of turn.
 CHAT_TEMPLATE = """\
 {%- for message in messages -%}
 {{- '<|im_start|>' + message['role'] + '\\n' -}}
@@ -57,7 +57,7 @@ CHAT_TEMPLATE = """\
 @dataclass(frozen=True)
 class Recipe:
     batch: int = 8  # windows of CONTEXT tokens
-    # The learning rate goes in straight lines through these points: steps done, rate.
+    # The learning rate is linear between these points of (steps done, rate).
     learning_rates: tuple[tuple[int, float], ...] = ((0, 0.0), (200, 3e-3), (3750, 1.164e-3), (4500, 0.0))
     weight_decay: float = 0.1  # matrices only
     clip: float = 1.0
@@ -79,7 +79,7 @@ class Recipe:
 
 
 def make_tokenizer() -> PreTrainedTokenizerFast:
-    """A byte-level BPE tokenizer: every text has a token sequence, and every sequence gives its text back."""
+    """A byte-level BPE tokenizer: it can encode any text, and decoding gives the same text back."""
     backend = Tokenizer(models.BPE())
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     backend.decoder = decoders.ByteLevel()
@@ -108,7 +108,7 @@ def make_tokenizer() -> PreTrainedTokenizerFast:
 
 
 def encode(tokenizer: PreTrainedTokenizerFast, held_out: bool) -> list[Tensor]:
-    """The documents of one side of the split, framed as a chat turn is, as tensors of token ids."""
+    """The token ids, (tokens,) each, of one side's documents, wrapped like chat turns."""
     texts = [text for module in modules() if module.held_out == held_out for text in documents(module)]
     framed = [f"{START}source\n{text}{END}\n" for text in texts]
     encoded = tokenizer(framed, add_special_tokens=False, verbose=False)["input_ids"]
@@ -116,7 +116,7 @@ def encode(tokenizer: PreTrainedTokenizerFast, held_out: bool) -> list[Tensor]:
 
 
 def windows(docs: list[Tensor], generator: torch.Generator | None = None) -> Tensor:
-    """Documents end to end, cut into (n, CONTEXT); in an order of the generator's, or as they stand."""
+    """Documents end to end, split into (n, CONTEXT); shuffled if a generator is given."""
     if generator is None:
         stream = torch.cat(docs)
         return stream[: len(stream) // CONTEXT * CONTEXT].view(-1, CONTEXT)
@@ -126,13 +126,13 @@ def windows(docs: list[Tensor], generator: torch.Generator | None = None) -> Ten
 
 
 def batches(docs: list[Tensor], recipe: Recipe, first_step: int) -> Iterator[Tensor]:
-    """(batch, CONTEXT) for each step from `first_step` on. The step alone decides what is in it."""
+    """(batch, CONTEXT) for each step from `first_step` on. A batch depends only on its step."""
 
     @cache
     def epoch(number: int) -> Tensor:
         return windows(docs, torch.Generator().manual_seed(recipe.seed + number))
 
-    steps_per_epoch = len(epoch(0)) // recipe.batch  # every epoch has as many tokens, so as many windows
+    steps_per_epoch = len(epoch(0)) // recipe.batch  # all epochs have the same number of windows
     for step in range(first_step, recipe.steps):
         place = step % steps_per_epoch * recipe.batch
         yield epoch(step // steps_per_epoch)[place : place + recipe.batch]
@@ -180,7 +180,7 @@ def loss_of(model: LlamaForCausalLM, ids: Tensor, autocast: bool) -> Tensor:
 
 @torch.no_grad()
 def validation_loss(model: LlamaForCausalLM, held_out: Tensor, batch: int = 16) -> float:
-    """Mean loss a token over (n, CONTEXT), in the model's own precision."""
+    """Mean loss per token over (n, CONTEXT), in the model's own precision."""
     model.eval()
     total = sum(loss_of(model, ids, autocast=False).item() * len(ids) for ids in held_out.split(batch))
     model.train()
@@ -241,12 +241,12 @@ def save_state(model: LlamaForCausalLM, optimizer: torch.optim.Optimizer, recipe
 
 
 def load_state(model: LlamaForCausalLM, optimizer: torch.optim.Optimizer, recipe: Recipe) -> int:
-    """The step an earlier run of the same recipe got to; 0 when there is none."""
+    """The last step of an earlier run of the same recipe; 0 without one."""
     if not (BUILD / "state.pt").exists():
         return 0
     state = torch.load(BUILD / "state.pt", weights_only=True)
     if state["recipe"] != vars(recipe):
-        raise SystemExit("examples/.build holds a run of another recipe: give --fresh to forget it")
+        raise SystemExit("examples/.build holds a run of another recipe; add --fresh to discard it")
     model.load_state_dict(state["model"])
     optimizer.load_state_dict(state["optimizer"])
     return int(state["step"])
@@ -261,15 +261,15 @@ def export(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast) -> None:
     shipped.generation_config = model.generation_config
     shipped.to(torch.bfloat16).save_pretrained(aside)
     tokenizer.save_pretrained(aside)
-    speak_to_older_readers(aside / "tokenizer_config.json")
+    use_older_names(aside / "tokenizer_config.json")
     BASE.mkdir(exist_ok=True)
     for file in aside.iterdir():
         file.chmod(0o644)
         os.replace(file, BASE / file.name)
 
 
-def speak_to_older_readers(path: Path) -> None:
-    """The names that transformers 4 knows, where transformers 5 writes new ones and reads both."""
+def use_older_names(path: Path) -> None:
+    """The names in transformers 4; transformers 5 writes new ones and reads both."""
     config = json.loads(path.read_text(encoding="utf-8"))
     config["tokenizer_class"] = "PreTrainedTokenizerFast"
     config["additional_special_tokens"] = config.pop("extra_special_tokens")
@@ -282,7 +282,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--export-every", type=int, default=250, help="steps between checkpoints")
     parser.add_argument("--fp32", action="store_true", help="compute in fp32, not in bf16")
-    parser.add_argument("--fresh", action="store_true", help="forget an earlier run")
+    parser.add_argument("--fresh", action="store_true", help="discard an earlier run")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     if args.fresh:

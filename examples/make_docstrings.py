@@ -2,8 +2,8 @@
 
     python -m examples.make_docstrings      # from the root of the repository, after examples.make_base
 
-The rows are in OpenAI's chat format. Validation rows come from the held-out modules, of which the training
-rows and the base have seen nothing. The same library text and tokenizer give the same files, byte for byte.
+The rows are in OpenAI's chat format. Validation rows come from the held-out modules, which are in neither the
+training rows nor the base's text. The same library text and tokenizer give the same files, byte for byte.
 """
 
 import ast
@@ -47,7 +47,7 @@ class Example:
 
     @property
     def place(self) -> str:
-        """Orders the rows as if shuffled, the same way each time."""
+        """Sort key for a reproducible shuffle."""
         return hashlib.sha256(f"{self.module}\0{self.source}\0{self.summary}".encode()).hexdigest()
 
 
@@ -64,7 +64,7 @@ def examples_of(module: Module) -> Iterator[Example]:
 
 
 def statements(node: ast.AST) -> Iterator[ast.AST]:
-    """Every statement below a node. `ast.walk` would visit the expressions too, most of the tree."""
+    """Every statement below a node. `ast.walk` would also visit expressions, most of the tree."""
     for block in ("body", "handlers", "orelse", "finalbody"):
         for child in getattr(node, block, []):
             yield child
@@ -72,7 +72,7 @@ def statements(node: ast.AST) -> Iterator[ast.AST]:
 
 
 def summary_of(function: Function) -> str | None:
-    """The docstring's first line, where it is a whole sentence that says something."""
+    """The docstring's first line, if it is a complete and informative sentence; else None."""
     first, _, rest = (ast.get_docstring(function) or "").partition("\n")
     first = first.strip()
     whole = first.endswith(".") and not rest.partition("\n")[0].strip()
@@ -82,7 +82,7 @@ def summary_of(function: Function) -> str | None:
 
 
 def bare_source(module: Module, function: Function) -> str | None:
-    """The function without its docstring; None where nothing is left to describe."""
+    """The function without its docstring; None if no real body is left."""
     docstring, *body = function.body
     if not any(does_something(statement) for statement in body):
         return None
@@ -102,7 +102,7 @@ def does_something(statement: ast.stmt) -> bool:
 
 
 def is_same_function(source: str, function: Function) -> bool:
-    """Cutting lines goes wrong where a docstring shares one with code; the syntax tree tells."""
+    """False if removing lines also removed code, which a docstring may share a line with."""
     try:
         cut = ast.parse(source).body[0]
     except (SyntaxError, IndexError):
@@ -118,7 +118,7 @@ def is_same_function(source: str, function: Function) -> bool:
 
 
 def select(tokenizer: PreTrainedTokenizerBase) -> dict[str, list[Example]]:
-    """The examples of each file. No answer and no source stands twice, in a file or across the two."""
+    """The examples of each file, without duplicate answers or sources within or across the files."""
     training = [example for module in modules() if not module.held_out for example in examples_of(module)]
     held_out = [example for module in modules() if module.held_out for example in examples_of(module)]
     seen = {key for example in training for key in keys(example)}

@@ -1,10 +1,10 @@
-"""The whole way of an adapter, in one run:
+"""From rows to a loaded adapter, in one run:
 
     make quickstart
 
-starts the service (API and worker, embedded defaults), uploads training and validation rows, asks for an
-OLoRA job with the unmodified `openai` client, watches it, downloads the adapter, loads it in PEFT on the
-untouched base model, and holds what PEFT computes against what the service certified.
+starts the service (API and worker, embedded defaults), uploads training and validation rows, creates an OLoRA
+job with the unmodified `openai` client, watches it, downloads the adapter, loads it in PEFT on the untouched
+base model, and compares PEFT's logits with the certificate.
 """
 
 import json
@@ -37,7 +37,7 @@ TRAINING, VALIDATION = EXAMPLES / "docstrings" / "train.jsonl", EXAMPLES / "docs
 BASE = EXAMPLES / "base"
 START_SECONDS, STOP_SECONDS = 90, 150
 MEASURED, SHOWN = 100, 3
-"""Held-out rows whose loss is measured here, and those that are shown before and after."""
+"""Held-out rows whose loss is measured here, and those whose answers are printed."""
 
 console = Console(highlight=False, soft_wrap=True)
 
@@ -47,21 +47,21 @@ def main() -> int:
     try:
         with service(settings) as url:
             client = OpenAI(base_url=f"{url}/v1", api_key=key_of(settings))
-            job = follow(client, ask(client, TRAINING, VALIDATION))
+            job = follow(client, create_job(client, TRAINING, VALIDATION))
             folder = download(client, job, settings.home / "quickstart" / job.id)
         show(folder, job)
         console.print(f"Done in {time.monotonic() - started:.0f} s. Next: make serve")
         return 0
     except KeyboardInterrupt:
-        console.print("\n[yellow]Stopped, and everything that was started with it.[/yellow]")
+        console.print("\n[yellow]Stopped, including the service.[/yellow]")
         return 130
-    except Trouble as trouble:
-        console.print(f"[red]{trouble}[/red]", markup=True)
+    except QuickstartError as error:
+        console.print(f"[red]{error}[/red]", markup=True)
         return 1
 
 
-class Trouble(Exception):
-    """What keeps the run from its end, as a sentence."""
+class QuickstartError(Exception):
+    """Why the run cannot continue, as a sentence."""
 
 
 # The service
@@ -71,25 +71,24 @@ class Trouble(Exception):
 def service(
     settings: Settings, start_seconds: float = START_SECONDS, stop_seconds: float = STOP_SECONDS
 ) -> Iterator[str]:
-    """`olora serve` on a free port; yields its address, and stops it however the block ends."""
+    """`olora serve` on a free port until the block ends; yields its address."""
     port = settings.port or free_port(settings.host)
     if not is_free(settings.host, port):
         port = free_port(settings.host)
         console.print(f"Port {settings.port} is taken; using {port}.")
     log = settings.home / "logs" / "quickstart.log"
     log.parent.mkdir(parents=True, exist_ok=True)
-    console.print(f"Starting the API and a worker (their log: {log.parent}) ...")
+    console.print(f"Starting the API and a worker (logs: {log.parent}) ...")
     with log.open("wb") as output:
         process = subprocess.Popen(
             [sys.executable, "-m", "cli.main", "serve", "--port", str(port)],
             cwd=EXAMPLES.parent,
-            env=worker_environment(
-                os.environ, parent=os.getpid()
-            ),  # it ends with this process, whatever happens
+            # The service ends with this process, even if it is killed.
+            env=worker_environment(os.environ, parent=os.getpid()),
             stdin=subprocess.DEVNULL,
             stdout=output,
             stderr=output,
-            start_new_session=True,  # Ctrl-C comes here, and from here it goes there
+            start_new_session=True,  # Ctrl-C reaches only this process, which then stops the service
         )
     try:
         url = f"http://{settings.host}:{port}"
@@ -119,16 +118,16 @@ def wait_until_up(url: str, process: "subprocess.Popen[bytes]", log: Path, secon
     until = time.monotonic() + seconds
     while time.monotonic() < until:
         if process.poll() is not None:
-            raise Trouble(f"The service did not start:\n{log.read_text(errors='replace')[-2000:]}")
+            raise QuickstartError(f"The service did not start:\n{log.read_text(errors='replace')[-2000:]}")
         with suppress(httpx.TransportError):
             if httpx.get(f"{url}/readyz", timeout=5).is_success:
                 return
         time.sleep(0.2)
-    raise Trouble(f"The service did not answer within {seconds:g} s; its log is {log}.")
+    raise QuickstartError(f"The service did not answer within {seconds:g} s; see {log}.")
 
 
 def stop(process: "subprocess.Popen[bytes]", seconds: float) -> None:
-    """In order if it can be, and in any case."""
+    """SIGTERM, then SIGKILL if that takes longer than `seconds`."""
     if process.poll() is not None:
         return
     console.print("Stopping the API and the worker ...")
@@ -146,11 +145,11 @@ def key_of(settings: Settings) -> str:
     return settings.key_file.read_text(encoding="utf-8").strip()
 
 
-# The job: this part is OpenAI's API and nothing else
+# The job: this part uses only OpenAI's API
 
 
-def ask(client: OpenAI, training: Path, validation: Path, **hyperparameters: Any) -> Any:
-    """Uploads both files and asks for a job. Returns the job."""
+def create_job(client: OpenAI, training: Path, validation: Path, **hyperparameters: Any) -> Any:
+    """Uploads both files and creates a job. Returns the job."""
     with training.open("rb") as rows, validation.open("rb") as held_out:
         training_file = client.files.create(file=rows, purpose="fine-tune")
         validation_file = client.files.create(file=held_out, purpose="fine-tune")
@@ -166,7 +165,7 @@ def ask(client: OpenAI, training: Path, validation: Path, **hyperparameters: Any
         seed=42,
         extra_body={"adapter": {"method": "olora", "rank": 16}},
     )
-    console.print(f"Asked for {job.id}: OLoRA of rank 16 on {job.model}, one pass over the data")
+    console.print(f"Created {job.id}: OLoRA of rank 16 on {job.model}, one epoch")
     return job
 
 
@@ -180,17 +179,19 @@ def follow(client: OpenAI, job: Any) -> Any:
                 if event.type == "metrics":
                     bar.metrics(event.data)
                 else:
-                    bar.say(event.message, "yellow" if event.level == "warn" else "dim")
+                    bar.print(event.message, "yellow" if event.level == "warn" else "dim")
             if job.status not in ("validating_files", "queued", "running"):
                 break
             time.sleep(0.5)
     if job.status != "succeeded":
-        raise Trouble(f"The job {job.status}: {job.error.message if job.error else 'no reason was given'}")
+        raise QuickstartError(
+            f"The job {job.status}: {job.error.message if job.error else 'no reason given'}"
+        )
     return job
 
 
 def new_events(client: OpenAI, job_id: str, seen: set[str]) -> list[Any]:
-    """Those not seen before, oldest first; the service lists the newest first."""
+    """Events not yet in `seen`, oldest first; the service lists the newest first."""
     fresh = []
     for event in client.fine_tuning.jobs.list_events(job_id, limit=100):
         if event.id in seen:
@@ -211,14 +212,14 @@ def download(client: OpenAI, job: Any, to: Path) -> Path:
     return to / "adapter"
 
 
-# The adapter: this part is PEFT and transformers and nothing else
+# The adapter: this part uses only PEFT and transformers
 
 
 def show(folder: Path, job: Any) -> None:
-    """Loads base and adapter, checks the certificate, and shows what was learned. Raises Trouble."""
+    """Loads base and adapter, checks the certificate, prints both models' answers. Raises QuickstartError."""
     console.print("Loading the adapter in PEFT, on the untouched base ...")
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # threads that wait sleep, and let others work
-    warnings.filterwarnings("ignore", category=FutureWarning)  # what PEFT and transformers say to each other
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # waiting threads sleep instead of spinning
+    warnings.filterwarnings("ignore", category=FutureWarning)  # from PEFT about transformers
     import torch
     from peft import PeftModel
     from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -247,7 +248,7 @@ def show(folder: Path, job: Any) -> None:
         table.add_row("function", Text(row["messages"][0]["content"].partition("\n\n")[2]))
         table.add_row("before", Text(old))
         table.add_row("after", Text(new, style="green"))
-        table.add_row("its author", Text(row["messages"][1]["content"]))
+        table.add_row("author", Text(row["messages"][1]["content"]))
         console.print(table)
         console.print()
     console.print(f"Loss on {len(rows)} held-out rows: {before:.3f} before, [green]{after:.3f}[/green] after")
@@ -257,7 +258,7 @@ def show(folder: Path, job: Any) -> None:
 
 
 def trained_logits(base: Any, folder: Path, tokenizer: Any, rows: list[Any]) -> Any:
-    """Logits of what was trained: the paper's `W x + s (B A x - B0 A0 x)`, from the method's own tensors."""
+    """(tokens, vocabulary) logits of `W x + s (B A x - B0 A0 x)`, from the method's own tensors."""
     from safetensors.torch import load_file
 
     spec = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))["spec"]["resolved"]["adapter"]
@@ -265,7 +266,7 @@ def trained_logits(base: Any, folder: Path, tokenizer: Any, rows: list[Any]) -> 
     sites = sorted({name.rpartition(".")[0] for name in tensors})
     scale = spec["alpha"] / spec["rank"]
 
-    def adds(site: str) -> Any:
+    def update_hook(site: str) -> Any:
         A, B, A0, B0 = (tensors[f"{site}.{name}"] for name in ("A", "B", "A0", "B0"))
 
         def hook(layer: Any, inputs: tuple[Any], output: Any) -> Any:
@@ -274,7 +275,7 @@ def trained_logits(base: Any, folder: Path, tokenizer: Any, rows: list[Any]) -> 
 
         return hook
 
-    hooks = [base.get_submodule(site).register_forward_hook(adds(site)) for site in sites]
+    hooks = [base.get_submodule(site).register_forward_hook(update_hook(site)) for site in sites]
     try:
         return logits(base, tokenizer, rows)
     finally:
@@ -283,7 +284,7 @@ def trained_logits(base: Any, folder: Path, tokenizer: Any, rows: list[Any]) -> 
 
 
 def logits(model: Any, tokenizer: Any, rows: list[Any]) -> Any:
-    """Of every token of every row, one row below the other: (tokens, vocabulary)."""
+    """(tokens, vocabulary) logits for the tokens of all rows, concatenated."""
     import torch
 
     with torch.no_grad():
@@ -291,14 +292,14 @@ def logits(model: Any, tokenizer: Any, rows: list[Any]) -> Any:
 
 
 def check(served: Any, trained: Any, certificate: dict[str, Any]) -> None:
-    """What PEFT computes must be what was trained, as closely as the certificate says. Raises Trouble."""
-    difference, largest, allowed = compared(served, trained, certificate)
-    verdict = f"{difference:.1e} at most, of logits up to {largest:.1f} (allowed: {allowed:.1e})"
+    """Raises QuickstartError if PEFT's logits differ from the trained ones by more than the bound."""
+    difference, _, allowed = compared(served, trained, certificate)
+    result = f"{difference:.1e} (allowed {allowed:.1e})"
     if not difference <= allowed:
-        raise Trouble(f"PEFT's logits are not the trained model's: they differ by {verdict}.")
+        raise QuickstartError(f"PEFT's logits are not the trained model's: largest difference {result}.")
     console.print(
-        f"[green]Certified[/green] by the service: {certificate['max_abs_logit_diff']:.1e}. "
-        f"Checked here in PEFT: logits differ from the trained model's by {verdict}"
+        f"[green]Adapter verified[/green] by the service: largest logit difference "
+        f"{certificate['max_abs_logit_diff']:.1e}. Checked here in PEFT: {result}"
     )
 
 
@@ -309,7 +310,7 @@ def compared(served: Any, trained: Any, certificate: dict[str, Any]) -> tuple[fl
 
 
 def encode(tokenizer: Any, row: Any) -> tuple[Any, Any]:
-    """Token ids and which of them are trained, both (1, tokens)."""
+    """Token ids and the mask of trained tokens, both (1, tokens)."""
     encoded = tokenizer.apply_chat_template(
         row["messages"], return_assistant_tokens_mask=True, return_dict=True, return_tensors="pt"
     )
@@ -317,7 +318,7 @@ def encode(tokenizer: Any, row: Any) -> tuple[Any, Any]:
 
 
 def mean_loss(model: Any, tokenizer: Any, rows: list[Any]) -> float:
-    """Nats per token of the answers."""
+    """Mean loss of the answers in nats per token."""
     import torch
 
     total, count = 0.0, 0
@@ -333,12 +334,12 @@ def mean_loss(model: Any, tokenizer: Any, rows: list[Any]) -> float:
 
 
 def answer(model: Any, tokenizer: Any, row: Any) -> str:
-    """What the model says to the row's question, the likeliest token each time."""
+    """The model's greedy answer to the row's question."""
     asked = tokenizer.apply_chat_template(
         row["messages"][:1], add_generation_prompt=True, return_dict=True, return_tensors="pt"
     )
-    said = model.generate(**asked, max_new_tokens=32, do_sample=False)[0, asked["input_ids"].shape[1] :]
-    return re.sub(r"\s+", " ", tokenizer.decode(said, skip_special_tokens=True)).strip()
+    generated = model.generate(**asked, max_new_tokens=32, do_sample=False)[0, asked["input_ids"].shape[1] :]
+    return re.sub(r"\s+", " ", tokenizer.decode(generated, skip_special_tokens=True)).strip()
 
 
 if __name__ == "__main__":

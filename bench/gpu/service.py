@@ -112,7 +112,7 @@ def write(path: Path, lines: list[str]) -> Path:
 
 def train(client: OpenAI, training: Path, validation: Path, until: float, **asked: int) -> tuple[Any, Times]:
     """The quickstart's job on these rows. Raises RuntimeError when it does not succeed in time."""
-    job = quickstart.ask(client, training, validation, **asked)
+    job = quickstart.create_job(client, training, validation, **asked)
     posted, first_step, steps = time.monotonic(), 0.0, []
     seen: set[str] = set()
     while time.monotonic() < until:

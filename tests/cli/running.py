@@ -1,4 +1,4 @@
-"""`olora` as people run it: commands and a service as processes, on a home and a port of their own."""
+"""Runs `olora` commands and a service as processes, with their own home and port."""
 
 import os
 import re
@@ -56,7 +56,7 @@ class Serving:
 
 @contextmanager
 def serving(home: Path, *options: str, **settings: str) -> Iterator[Serving]:
-    """`olora serve` on a free port until the block ends; it must then stop in order."""
+    """`olora serve` on a free port until the block ends; it must then exit with code 0."""
     home.mkdir(parents=True, exist_ok=True)
     log = home / "serve.log"
     with log.open("wb") as output:
@@ -90,7 +90,7 @@ def _port(process: "subprocess.Popen[bytes]", log: Path) -> int:
 
 
 def descendants(pid: int) -> dict[int, str]:
-    """Processes below this one, and their command lines."""
+    """The process's descendants, with their command lines."""
     found: dict[int, str] = {}
     for folder in Path("/proc").iterdir():
         if folder.name.isdigit() and _parent(folder) in {pid, *found}:
@@ -113,7 +113,7 @@ def _command(folder: Path) -> str:
 
 
 def lives(pid: int) -> bool:
-    """Whether the process is there and no zombie."""
+    """Whether the process exists and is not a zombie."""
     try:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
     except OSError:

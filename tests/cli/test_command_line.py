@@ -1,4 +1,4 @@
-"""The command line answers at once, and in sentences."""
+"""The command line is fast, and its errors are sentences."""
 
 import stat
 import subprocess
@@ -12,7 +12,9 @@ import pytest
 import typer
 from rich.console import Console
 
-from cli import jobs, main
+from cli import main
+from cli.progress import TrainingBar
+from cli.watching import JOBS, print_table, watch
 from store.settings import get_settings
 from tests.cli.running import ROOT, ROWS, olora
 
@@ -45,7 +47,7 @@ def test_help_names_every_command(tmp_path: Path) -> None:
 
 
 def refusal(home: Path, *arguments: str | Path, **settings: str) -> str:
-    """The one sentence that a command ends with."""
+    """The only line that a failed command prints."""
     done = olora(home, *arguments, **settings)
     assert done.returncode == 1, done.stdout + done.stderr
     assert done.stdout == ""
@@ -64,17 +66,17 @@ def test_without_a_service_the_client_says_how_to_start_one(tmp_path: Path) -> N
     assert "olora serve" in sentence
 
 
-def test_a_setting_that_does_not_fit_is_named(tmp_path: Path) -> None:
+def test_an_invalid_setting_is_named(tmp_path: Path) -> None:
     assert "OLORA_LEASE_SECONDS" in refusal(tmp_path, "serve", "--port", "0", lease_seconds="soon")
     assert "OLORA_STORAGE_URL" in refusal(tmp_path, "serve", "--port", "0", storage_url="s3://bucket")
 
 
-def test_a_home_that_cannot_be_made_is_named(tmp_path: Path) -> None:
+def test_a_home_that_cannot_be_created_is_named(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     assert "OLORA_HOME" in refusal(tmp_path / "file" / "home", "serve", "--port", "0")
 
 
-def test_a_database_that_is_away_is_named(tmp_path: Path) -> None:
+def test_an_unreachable_database_is_named(tmp_path: Path) -> None:
     away = "postgresql://olora:hidden@127.0.0.1:9/olora"
     for command in (["serve", "--port", "0"], ["migrate"], ["worker"]):
         sentence = refusal(tmp_path, *command, database_url=away)
@@ -93,16 +95,16 @@ def test_migrating_twice_does_nothing_the_second_time(tmp_path: Path) -> None:
         assert "up to date" in done.stderr
 
 
-def test_options_that_are_no_pairs_are_refused(tmp_path: Path) -> None:
+def test_options_that_are_not_pairs_are_refused(tmp_path: Path) -> None:
     sentence = refusal(tmp_path, "jobs", "create", ROWS, "--set", "batch_size", api_key="k")
     assert "NAME=VALUE" in sentence
 
 
 @pytest.mark.parametrize("option", ["--learning-rates", "--budget"])
-def test_numbers_of_a_comparison_that_are_none_are_refused(tmp_path: Path, option: str) -> None:
+def test_what_is_not_a_number_is_refused(tmp_path: Path, option: str) -> None:
     asked = ("comparisons", "create", ROWS, "--validation-file", ROWS, option, "soon")
     sentence = refusal(tmp_path, *asked, api_key="k")
-    assert f"{option}: 'soon' is no number" in sentence
+    assert f"{option}: 'soon' is not a number" in sentence
 
 
 def test_a_download_spares_a_folder_that_holds_something(tmp_path: Path) -> None:
@@ -117,8 +119,8 @@ def test_a_download_spares_a_folder_that_holds_something(tmp_path: Path) -> None
     [
         ("model: olora-tiny\n", ["training_file", "output", "must be given"]),
         ("model: olora-tiny\ntrainingfile: x\noutput: y\n", ["trainingfile", "did you mean 'training_file'"]),
-        ("- a\n- list\n", ["names and values"]),
-        ("model: [\n", ["not YAML"]),
+        ("- a\n- list\n", ["mapping of names to values"]),
+        ("model: [\n", ["not valid YAML"]),
         ("model: olora-tiny\ntraining_file: nowhere.jsonl\noutput: out\n", ["nowhere.jsonl", "not a file"]),
         ("model: olora-tiny\ntraining_file: ROWS\noutput: out\nadapter: {rank: 0}\n", ["adapter.rank"]),
         (
@@ -139,7 +141,7 @@ def test_a_download_spares_a_folder_that_holds_something(tmp_path: Path) -> None
         ("model: olora-tiny\ntraining_file: ROWS\noutput: out\nseed: -1\n", ["seed"]),
     ],
 )
-def test_a_spec_file_that_does_not_fit_is_explained(tmp_path: Path, content: str, words: list[str]) -> None:
+def test_an_invalid_spec_file_is_explained(tmp_path: Path, content: str, words: list[str]) -> None:
     spec = tmp_path / "spec.yaml"
     spec.write_text(content.replace("ROWS", str(ROWS)))
     sentence = refusal(tmp_path, "train", spec)
@@ -148,18 +150,18 @@ def test_a_spec_file_that_does_not_fit_is_explained(tmp_path: Path, content: str
     assert not (tmp_path / "out").exists()
 
 
-def test_a_spec_file_that_is_not_there_is_named(tmp_path: Path) -> None:
+def test_a_missing_spec_file_is_named(tmp_path: Path) -> None:
     assert "none.yaml" in refusal(tmp_path, "train", tmp_path / "none.yaml")
 
 
 @pytest.mark.parametrize("option", [[], ["--fresh"]])
 @pytest.mark.parametrize("output", ["spec.yaml", "spec.yaml/below", "/proc/x", "o" * 300])
-def test_an_output_that_cannot_be_made_is_named(tmp_path: Path, output: str, option: list[str]) -> None:
+def test_an_output_that_cannot_be_created_is_named(tmp_path: Path, output: str, option: list[str]) -> None:
     spec = tmp_path / "spec.yaml"
     spec.write_text(f"model: olora-tiny\ntraining_file: {ROWS}\noutput: {output}\n")
     sentence = refusal(tmp_path, "train", spec, *option)
     assert output in sentence
-    assert "ame another" in sentence
+    assert "hoose another" in sentence
 
 
 def test_a_damaged_record_of_a_run_is_named(tmp_path: Path) -> None:
@@ -179,12 +181,12 @@ def test_a_path_that_the_system_refuses_is_named(tmp_path: Path) -> None:
     assert long in refusal(tmp_path, "adapters", "download", "ftjob-1", "--to", long, api_key="k")
 
 
-def test_an_address_that_is_none_is_named(tmp_path: Path) -> None:
+def test_an_invalid_url_is_named(tmp_path: Path) -> None:
     sentence = refusal(tmp_path, "jobs", "list", "--base-url", "http://[::1", api_key="k")
     assert "--base-url" in sentence
 
 
-def test_what_nobody_expected_is_one_sentence_and_the_trace_is_for_those_who_ask(
+def test_an_unexpected_error_is_one_sentence_and_debug_adds_the_traceback(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def broken() -> None:
@@ -219,7 +221,7 @@ LISTED = [
 @pytest.mark.parametrize("width", [200, 80, 30])
 def test_the_list_of_jobs_keeps_ids_whole_on_any_terminal(width: int) -> None:
     console = Console(file=StringIO(), width=width, force_terminal=True, color_system=None)
-    jobs.print_jobs(LISTED, console)
+    print_table(LISTED, console, JOBS)
     shown = console.file.getvalue()  # type: ignore[attr-defined]
     assert LISTED[0]["id"] in shown
     if width >= 80:
@@ -228,9 +230,9 @@ def test_the_list_of_jobs_keeps_ids_whole_on_any_terminal(width: int) -> None:
         assert max(map(len, shown.splitlines())) <= width
 
 
-def test_the_list_of_jobs_is_a_line_each_on_a_pipe() -> None:
+def test_the_list_of_jobs_has_one_line_each_on_a_pipe() -> None:
     console = Console(file=StringIO(), width=80)
-    jobs.print_jobs(LISTED * 2, console)
+    print_table(LISTED * 2, console, JOBS)
     lines = console.file.getvalue().splitlines()  # type: ignore[attr-defined]
     assert len(lines) == 2
     cells = lines[0].split("\t")
@@ -239,23 +241,22 @@ def test_the_list_of_jobs_is_a_line_each_on_a_pipe() -> None:
         "Qwen/Qwen3-0.6B-Base",
         "Line 1501 of the [training] file has no assistant message to learn from.",
     ]
-    assert " " not in "".join(cells[:4]), "awk counts columns by blanks"
+    assert " " not in "".join(cells[:4]), "awk splits columns at spaces"
 
 
-def test_ctrl_c_leaves_the_watch_with_a_command_in_one_piece(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    def interrupted(client: httpx.Client, job_id: str) -> None:
+def test_ctrl_c_stops_watching_and_prints_the_command_on_one_line(capsys: pytest.CaptureFixture[str]) -> None:
+    def interrupted(request: httpx.Request) -> httpx.Response:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(jobs, "_follow", interrupted)
-    monkeypatch.setattr(jobs, "console", Console(stderr=True, width=40))
-    with httpx.Client() as client, pytest.raises(typer.Exit):
-        jobs._watch(client, LISTED[0]["id"])
-    assert f"olora jobs watch {LISTED[0]['id']}\n" in capsys.readouterr().err
+    job_id = LISTED[0]["id"]
+    bar = TrainingBar(Console(stderr=True, width=40))
+    with httpx.Client(transport=httpx.MockTransport(interrupted), base_url="http://service/v1") as client:
+        with pytest.raises(typer.Exit):
+            watch(client, JOBS, job_id, bar)
+    assert f"olora jobs watch {job_id}\n" in capsys.readouterr().err
 
 
-def test_a_fresh_home_is_its_owners_alone(tmp_path: Path) -> None:
+def test_only_its_owner_can_read_a_new_home(tmp_path: Path) -> None:
     home = tmp_path / "a" / "home"
     assert olora(home, "migrate").returncode == 0
     assert [stat.S_IMODE(path.stat().st_mode) for path in (home.parent, home)] == [0o700, 0o700]

@@ -1,4 +1,4 @@
-"""`olora compare`: which method to take, on from where it was stopped, and refused in sentences."""
+"""`olora compare`: its verdict, resuming it, and its errors."""
 
 import json
 import signal
@@ -30,7 +30,7 @@ def command(folder: Path, output: str, *more: str) -> list[str | Path]:
 
 
 def report(folder: Path) -> dict[str, Any]:
-    """Without what differs from one run of the same to the next."""
+    """The report without its timings, which differ between equal runs."""
     found = json.loads((folder / "comparison.json").read_text())
     for method in found["methods"]:
         for name in TIMINGS:
@@ -56,7 +56,7 @@ def interrupted(folder: Path, arguments: list[str | Path]) -> str:
 
 @pytest.fixture(scope="module")
 def through(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The home of a comparison that nothing has interrupted; tests only read it."""
+    """The home of an uninterrupted comparison; tests only read it."""
     home = tmp_path_factory.mktemp("through")
     done = olora(home, *command(home, "out"), timeout=250)
     assert done.returncode == 0, done.stderr
@@ -65,7 +65,7 @@ def through(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return home
 
 
-def test_a_comparison_says_which_to_take_and_where_its_page_is(through: Path) -> None:
+def test_a_comparison_prints_its_verdict_and_its_page(through: Path) -> None:
     page = through / "out" / "comparison.html"
     assert (through / "stdout").read_text().strip() == str(page)
     found = report(through / "out")
@@ -85,7 +85,7 @@ def test_a_browser_opens_the_page(through: Path, tmp_path: Path) -> None:
     assert browser.overflow(page, 500) == 0
 
 
-def test_what_the_page_says_of_training_it_is_what_train_takes(through: Path, tmp_path: Path) -> None:
+def test_train_accepts_the_winners_spec(through: Path, tmp_path: Path) -> None:
     found = report(through / "out")
     command(tmp_path, "out")  # the files
     spec = tmp_path / "winner.yaml"
@@ -97,16 +97,16 @@ def test_what_the_page_says_of_training_it_is_what_train_takes(through: Path, tm
     assert manifest["metrics"]["valid_loss_after"] == pytest.approx(taken["final"]["losses"][0], abs=1e-5)
 
 
-def test_the_same_command_goes_on_after_an_interruption(through: Path, tmp_path: Path) -> None:
-    said = interrupted(tmp_path, command(tmp_path, "out"))
-    assert "the same command goes on" in said
+def test_the_same_command_resumes_after_an_interruption(through: Path, tmp_path: Path) -> None:
+    output = interrupted(tmp_path, command(tmp_path, "out"))
+    assert "Run the same command to resume" in output
     assert not (tmp_path / "out" / "comparison.html").exists()
     changed = olora(tmp_path, *command(tmp_path, "out", "--seeds", "3"))
     assert changed.returncode == 1
-    assert "with other seeds" in changed.stderr
+    assert "with different seeds" in changed.stderr
     again = olora(tmp_path, *command(tmp_path, "out"), timeout=250)
     assert again.returncode == 0, again.stderr
-    assert "Going on from step-" in again.stderr
+    assert "Resuming from step-" in again.stderr
     assert "run 1/" not in again.stderr
     assert report(tmp_path / "out") == report(through / "out")
 
@@ -115,8 +115,8 @@ def test_the_same_command_goes_on_after_an_interruption(through: Path, tmp_path:
     ("more", "sentence"),
     [
         (("--methods", "olora, lara"), "method 'lara' is unknown (did you mean 'lora'?)"),
-        (("--methods", "olora, {"), "is no list such as"),
-        (("--learning-rates", "quick"), "--learning-rates: 'quick' is no number"),
+        (("--methods", "olora, {"), "is not a list such as"),
+        (("--learning-rates", "quick"), "--learning-rates: 'quick' is not a number"),
         (("--set", "learning_rate=1"), "learning_rate must be left out"),
         (("--set", "nonsense"), "is not NAME=VALUE"),
         (("--seeds", "0"), "seeds must be at least 1 (got 0)"),
@@ -124,7 +124,7 @@ def test_the_same_command_goes_on_after_an_interruption(through: Path, tmp_path:
         (("--base", "no-such-model"), "no-such-model"),
     ],
 )
-def test_what_does_not_fit_is_refused_before_anything_is_loaded(
+def test_invalid_options_are_refused_before_anything_is_loaded(
     tmp_path: Path, more: tuple[str, ...], sentence: str
 ) -> None:
     refused = olora(tmp_path, *command(tmp_path, "out", *more))

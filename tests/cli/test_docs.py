@@ -1,4 +1,4 @@
-"""What the documentation says is so."""
+"""The documentation agrees with the code."""
 
 import re
 import subprocess
@@ -26,6 +26,21 @@ def blocks(page: Path, language: str) -> list[str]:
 
 def targets() -> set[str]:
     return set(re.findall(r"^([a-z][a-z-]*):.*## ", (ROOT / "Makefile").read_text(), re.MULTILINE))
+
+
+def test_the_functions_on_the_architecture_page_exist() -> None:
+    text = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
+    named = re.findall(r"`([\w/]+\.py): ([\w.]+)`", " ".join(text.split()))
+    assert len(named) > 20
+    files = [
+        file for folder in ("api", "store", "worker", "olora_core") for file in (ROOT / folder).rglob("*.py")
+    ]
+    for path, name in named:
+        sources = [file.read_text(encoding="utf-8") for file in files if str(file).endswith(f"/{path}")]
+        last = name.rpartition(".")[2]
+        assert any(
+            re.search(rf"^ *(async )?(def|class) {last}\b", source, re.MULTILINE) for source in sources
+        ), name
 
 
 def test_the_table_of_settings_is_the_settings() -> None:

@@ -1,4 +1,4 @@
-"""`olora methods` tells what can be trained, on a pipe and on a terminal."""
+"""`olora methods` lists the methods and their options, on a pipe and on a terminal."""
 
 from io import StringIO
 from pathlib import Path
@@ -22,14 +22,14 @@ def test_the_methods_are_a_line_each_on_a_pipe(tmp_path: Path) -> None:
 
 def test_a_methods_options_are_a_line_each_on_a_pipe(tmp_path: Path) -> None:
     rows = [line.split("\t") for line in olora(tmp_path, "methods", "lora").stdout.splitlines()]
-    told = {name: (default, takes) for name, default, takes, _ in rows}
-    assert told["rank"] == ("8", "integer, 1 to 4096")
-    assert told["alpha"] == ("16", "number above 0 and at most 65536")
-    assert told["dropout"] == ("0.0", "number at least 0 and below 1")
-    assert told["rslora"] == ("false", "boolean")
-    assert told["target_modules"] == ('"auto"', '"auto" or string or list')
-    assert told["export_rank"] == ("null", "integer, 1 to 4096 or null")
-    assert "method" not in told
+    options = {name: (default, takes) for name, default, takes, _ in rows}
+    assert options["rank"] == ("8", "integer, 1 to 4096")
+    assert options["alpha"] == ("16", "number above 0 and at most 65536")
+    assert options["dropout"] == ("0.0", "number at least 0 and below 1")
+    assert options["rslora"] == ("false", "boolean")
+    assert options["target_modules"] == ('"auto"', '"auto" or string or list')
+    assert options["export_rank"] == ("null", "integer, 1 to 4096 or null")
+    assert "method" not in options
     assert all(meaning.endswith(".") for *_, meaning in rows)
 
 
@@ -51,7 +51,7 @@ def test_a_terminal_shows_cost_use_and_every_option(
         assert spec.model_fields.keys() <= words | {"method"}
 
 
-def test_a_method_that_is_not_there_is_told_with_the_nearest(tmp_path: Path) -> None:
+def test_an_unknown_method_is_refused_with_the_nearest_name(tmp_path: Path) -> None:
     done = olora(tmp_path, "methods", "olorra")
     assert done.returncode == 1
     assert "did you mean 'olora'" in done.stderr

@@ -1,4 +1,4 @@
-"""`make quickstart`: the whole way, and nothing left running when it fails or is stopped."""
+"""`make quickstart` succeeds, and leaves nothing running when it fails or is stopped."""
 
 import os
 import signal
@@ -19,7 +19,7 @@ pytestmark = pytest.mark.slow
 
 @pytest.fixture
 def taken_port(monkeypatch: pytest.MonkeyPatch) -> Iterator[int]:
-    """The service's own port, which something else has."""
+    """The service's port, taken by another socket."""
     with socket.socket() as other:
         other.bind(("127.0.0.1", 0))
         other.listen()
@@ -29,7 +29,7 @@ def taken_port(monkeypatch: pytest.MonkeyPatch) -> Iterator[int]:
         yield port
 
 
-def test_it_ends_with_a_checked_adapter_twice(
+def test_it_can_run_twice_and_checks_its_adapters(
     taken_port: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
@@ -53,20 +53,20 @@ def test_it_ends_with_a_checked_adapter_twice(
         assert (folder / "metrics.csv").read_text().startswith("step,")
 
 
-def test_an_adapter_that_is_not_what_was_trained_is_noticed() -> None:
+def test_an_adapter_that_differs_from_the_trained_one_is_noticed() -> None:
     import torch
 
     certificate = {"bound": 1e-3, "max_abs_logit": 10.0, "max_abs_logit_diff": 0.0}
     logits = torch.linspace(-10, 10, 50)
     quickstart.check(logits + 5e-4, logits, certificate)
-    with pytest.raises(quickstart.Trouble):
+    with pytest.raises(quickstart.QuickstartError):
         quickstart.check(logits + 2e-3, logits, certificate)
-    with pytest.raises(quickstart.Trouble):
+    with pytest.raises(quickstart.QuickstartError):
         quickstart.check(logits + float("nan"), logits, certificate)
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL])
-def test_stopping_it_stops_what_it_started(tmp_path: Path, number: signal.Signals) -> None:
+def test_stopping_it_stops_the_service(tmp_path: Path, number: signal.Signals) -> None:
     log = tmp_path / "quickstart.log"
     with log.open("wb") as output:
         process = subprocess.Popen(
@@ -76,7 +76,7 @@ def test_stopping_it_stops_what_it_started(tmp_path: Path, number: signal.Signal
             stdin=subprocess.DEVNULL,
             stdout=output,
             stderr=output,
-            # As at a terminal: whoever runs the tests in the background had Ctrl-C ignored.
+            # As at a terminal: a test run in the background ignores SIGINT, and its children inherit that.
             preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
         )
     try:
@@ -93,7 +93,7 @@ def test_stopping_it_stops_what_it_started(tmp_path: Path, number: signal.Signal
         assert "Traceback" not in log.read_text()
 
 
-def test_a_service_that_does_not_start_is_told(
+def test_a_service_that_does_not_start_is_reported(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setenv("OLORA_DATABASE_URL", "postgresql://u:p@127.0.0.1:9/none")

@@ -1,4 +1,4 @@
-"""How the answers of both models are shown on a terminal."""
+"""How both models' sample answers are printed."""
 
 import io
 
@@ -22,7 +22,7 @@ def test_each_answer_has_a_line_of_its_own() -> None:
         "tuned": "Four.",
     }
     assert shown({"file": "validation", "rows": [row]}).splitlines() == [
-        "What it answers to rows of the validation file:",
+        "Sample answers to rows of the validation file:",
         "  line 7       user Two and two?",
         "  in the file  Four.",
         "  base         [bold]",
@@ -30,19 +30,19 @@ def test_each_answer_has_a_line_of_its_own() -> None:
     ]
 
 
-def test_of_long_texts_the_end_of_the_prompt_and_the_beginning_of_answers_is_shown() -> None:
+def test_long_texts_show_the_end_of_the_prompt_and_the_beginning_of_answers() -> None:
     row = {"line": 1, "prompt": "a" * 200 + "?", "reference": "b" * 200, "base": "", "tuned": ""}
     _, prompt, reference, *_ = shown({"file": "training", "rows": [row]}).splitlines()
     assert prompt == "  line 1       …" + "a" * 99 + "?"
     assert reference == "  in the file  " + "b" * 100 + "…"
 
 
-def test_nothing_that_a_terminal_obeys_reaches_it() -> None:
+def test_control_characters_are_replaced() -> None:
     row = {"line": 1, "prompt": "", "reference": "", "base": "\x1b[2J\x07\x9b", "tuned": "\u202eright"}
-    said = shown({"file": "training", "rows": [row]})
-    assert "base         \ufffd[2J\ufffd\ufffd" in said
-    assert "\u202e" not in said
+    printed = shown({"file": "training", "rows": [row]})
+    assert "base         \ufffd[2J\ufffd\ufffd" in printed
+    assert "\u202e" not in printed
 
 
-def test_of_no_samples_nothing_is_said() -> None:
+def test_without_samples_nothing_is_printed() -> None:
     assert shown(None) == ""

@@ -1,4 +1,4 @@
-"""`olora serve` and its clients, from an upload to a loaded adapter, and what becomes of the processes."""
+"""`olora serve` and its clients, from an upload to a loaded adapter, and the life of its processes."""
 
 import json
 import os
@@ -46,7 +46,7 @@ def only_worker(service: Serving) -> int:
     return found[0] if len(found) == 1 else 0
 
 
-def test_the_greeting_has_what_one_pastes(service: Serving) -> None:
+def test_the_printed_examples_work(service: Serving) -> None:
     shown, key = service.log.read_text(), (service.home / "api_key").read_text().strip()
     assert f"API key: {key}" in shown
     assert f'openai.OpenAI(base_url="{service.url}", api_key="{key}")' in shown
@@ -56,22 +56,22 @@ def test_the_greeting_has_what_one_pastes(service: Serving) -> None:
     assert "olora-tiny" in httpx.get(url, headers={name: value}).text
 
 
-def test_the_key_is_kept_for_its_owner_alone(service: Serving) -> None:
+def test_only_its_owner_can_read_the_key(service: Serving) -> None:
     assert (service.home / "api_key").stat().st_mode & 0o777 == 0o600
 
 
 @pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")  # PEFT asks transformers
-def test_a_job_is_asked_for_watched_and_downloaded(service: Serving, few_rows: Path, tmp_path: Path) -> None:
-    asked = service.run(
+def test_a_job_is_created_watched_and_downloaded(service: Serving, few_rows: Path, tmp_path: Path) -> None:
+    created = service.run(
         *("jobs", "create", few_rows, "--rank", "4", "--epochs", "1", "--seed", "7", "--suffix", "cli"),
         *("--set", "batch_size=8", "--set", "dtype=float32", "--watch"),
     )
-    assert asked.returncode == 0, asked.stderr
-    job = asked.stdout.strip()
-    assert re.search(r"step 3/3 .*loss \d", asked.stderr)
-    assert "succeeded" in asked.stderr
-    assert "What it answers to rows of the training file:" in asked.stderr
-    assert len(re.findall(r"^  tuned  ", asked.stderr, re.MULTILINE)) == 4
+    assert created.returncode == 0, created.stderr
+    job = created.stdout.strip()
+    assert re.search(r"step 3/3 .*loss \d", created.stderr)
+    assert "succeeded" in created.stderr
+    assert "Sample answers to rows of the training file:" in created.stderr
+    assert len(re.findall(r"^  tuned  ", created.stderr, re.MULTILINE)) == 4
     listed = service.run("jobs", "list").stdout
     assert job in listed
     assert "succeeded" in listed
@@ -90,16 +90,16 @@ def test_a_job_is_asked_for_watched_and_downloaded(service: Serving, few_rows: P
     assert manifest["certificate"]["passed"]
 
 
-def test_a_merged_model_is_downloaded_in_the_adapters_place(
+def test_a_merged_model_is_downloaded_instead_of_an_adapter(
     service: Serving, few_rows: Path, tmp_path: Path
 ) -> None:
-    asked = service.run(
+    created = service.run(
         *("jobs", "create", few_rows, "--method", "mora", "--set", "type=6", "--set", "export=merged"),
         *("--epochs", "1", "--set", "max_steps=2", "--set", "samples=0", "--watch"),
     )
-    assert asked.returncode == 0, asked.stderr
-    job = asked.stdout.strip()
-    assert f"Fetch it: olora adapters download {job}" in asked.stderr
+    assert created.returncode == 0, created.stderr
+    job = created.stdout.strip()
+    assert f"Download it: olora adapters download {job}" in created.stderr
     fetched = service.run("adapters", "download", job, "--to", tmp_path / "model")
     assert fetched.stdout.strip() == str(tmp_path / "model"), fetched.stderr
     assert not (tmp_path / "model" / "adapter_config.json").exists()
@@ -112,13 +112,13 @@ def test_an_uploaded_file_is_named_by_its_id(service: Serving, few_rows: Path, t
     uploaded = service.run("files", "upload", odd_name)
     assert odd_name.name in uploaded.stderr
     assert uploaded.stdout.startswith("file-")
-    asked = service.run("jobs", "create", uploaded.stdout.strip(), "--set", "max_steps=1", "--epochs", "1")
-    job = asked.stdout.strip()
+    created = service.run("jobs", "create", uploaded.stdout.strip(), "--set", "max_steps=1", "--epochs", "1")
+    job = created.stdout.strip()
     assert job.startswith("ftjob-")
     assert service.run("jobs", "watch", job).returncode == 0
 
 
-def test_the_calls_of_the_readme_work_as_they_stand(service: Serving, few_rows: Path, tmp_path: Path) -> None:
+def test_the_calls_in_the_readme_work(service: Serving, few_rows: Path, tmp_path: Path) -> None:
     page = (ROOT / "README.md").read_text(encoding="utf-8")
     ask, ask_for_more, fetch = re.findall(r"^```python\n(.*?)^```$", page, re.MULTILINE | re.DOTALL)
     ended = "client.fine_tuning.jobs.retrieve(job.id).status in ('succeeded', 'failed', 'cancelled')"
@@ -140,21 +140,23 @@ def test_the_calls_of_the_readme_work_as_they_stand(service: Serving, few_rows: 
         assert "adapter_model.safetensors" in adapter.namelist()
 
 
-def test_a_comparison_is_asked_for_watched_and_read(service: Serving, few_rows: Path, tmp_path: Path) -> None:
+def test_a_comparison_is_created_watched_and_downloaded(
+    service: Serving, few_rows: Path, tmp_path: Path
+) -> None:
     held_out = tmp_path / "valid.jsonl"
     held_out.write_text("".join(ROWS.read_text().splitlines(keepends=True)[24:36]))
-    asked = service.run(
+    created = service.run(
         *("comparisons", "create", few_rows, "--validation-file", held_out, "--methods", "olora,lora"),
         *("--learning-rates", "1e-3,3e-3", "--seeds", "1", "--epochs", "1"),
         *("--set", "batch_size=8", "--set", "dtype=float32", "--watch"),
     )
-    assert asked.returncode == 0, asked.stderr
-    comparison = asked.stdout.strip()
-    assert re.search(r"run 1/\d+  (olora|lora), search, \d+ steps, rate", asked.stderr)
-    assert f"Its page: olora comparisons report {comparison}" in asked.stderr
+    assert created.returncode == 0, created.stderr
+    comparison = created.stdout.strip()
+    assert re.search(r"run 1/\d+  (olora|lora), search, \d+ steps, rate", created.stderr)
+    assert f"Download the report: olora comparisons report {comparison}" in created.stderr
     listed = service.run("comparisons", "list").stdout.split("\t")
     assert listed[:2] == [comparison, "succeeded"]
-    assert listed[-1].strip() in " ".join(asked.stderr.split()), "the sentence"
+    assert listed[-1].strip() in " ".join(created.stderr.split()), "the sentence"
     assert comparison not in service.run("jobs", "list").stdout
 
     page, numbers = tmp_path / "report.html", tmp_path / "report.json"
@@ -167,8 +169,8 @@ def test_a_comparison_is_asked_for_watched_and_read(service: Serving, few_rows: 
 
 
 def test_a_comparison_is_cancelled(service: Serving, few_rows: Path) -> None:
-    asked = ("comparisons", "create", ROWS, "--validation-file", few_rows, "--methods", "olora")
-    comparison = service.run(*asked).stdout.strip()
+    arguments = ("comparisons", "create", ROWS, "--validation-file", few_rows, "--methods", "olora")
+    comparison = service.run(*arguments).stdout.strip()
     assert service.run("comparisons", "cancel", comparison).returncode == 0
     watched = service.run("comparisons", "watch", comparison)
     assert watched.returncode == 1
@@ -193,7 +195,7 @@ def test_a_failed_job_ends_the_watch_with_its_reason(service: Serving, tmp_path:
     assert re.search(r"Error: ftjob-\w+ failed: .*1501", watched.stderr)
 
 
-def test_the_services_refusals_are_printed_as_they_are(service: Serving) -> None:
+def test_the_services_errors_are_printed_unchanged(service: Serving) -> None:
     refused = service.run("jobs", "create", "file-unknown", "--model", "olora-tinny")
     assert refused.returncode == 1
     assert re.match(r"Error: .*olora-tinny.*did you mean 'olora-tiny'", refused.stderr)
@@ -208,19 +210,19 @@ def test_a_taken_port_is_one_sentence(service: Serving, tmp_path: Path) -> None:
     assert service.process.poll() is None
 
 
-def test_a_worker_that_dies_is_started_again_and_its_job_goes_on(service: Serving, few_rows: Path) -> None:
+def test_a_worker_that_dies_is_restarted(service: Serving, few_rows: Path) -> None:
     wait_for(lambda: only_worker(service), what="a worker")
     first = only_worker(service)
     below = [first, *descendants(first)]
     os.kill(first, signal.SIGKILL)
     wait_for(lambda: only_worker(service) not in (0, first), 90, "a new worker")
     wait_for(lambda: not any(map(lives, below)), 20, "the end of the old worker's processes")
-    assert "Worker cpu was ended by SIGKILL; it starts again in 1 s" in service.log.read_text()
+    assert "Worker cpu was killed by SIGKILL; restarting in 1 s" in service.log.read_text()
     done = service.run("jobs", "create", few_rows, "--epochs", "1", "--set", "max_steps=1", "--watch")
     assert done.returncode == 0, done.stderr
 
 
-def test_the_halves_run_alone(tmp_path: Path) -> None:
+def test_the_api_runs_without_a_worker(tmp_path: Path) -> None:
     with serving(tmp_path, "--no-worker") as api:
         assert descendants(api.process.pid) == {}
         assert httpx.get(f"{api.url[:-3]}/readyz").json()["ready"]
@@ -236,7 +238,7 @@ def test_the_pasted_command_works_in_a_home_with_a_space(tmp_path: Path) -> None
         assert (done.returncode, done.stderr) == (0, "")
 
 
-def test_without_tls_the_world_is_warned_of(tmp_path: Path) -> None:
+def test_listening_beyond_loopback_without_tls_warns(tmp_path: Path) -> None:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
@@ -256,7 +258,7 @@ def test_ctrl_c_ends_everything(tmp_path: Path) -> None:
         assert "Traceback" not in service.log.read_text()
 
 
-def test_a_stop_gives_the_job_back_and_the_next_start_goes_on(tmp_path: Path, few_rows: Path) -> None:
+def test_a_stopped_job_resumes_with_the_next_start(tmp_path: Path, few_rows: Path) -> None:
     with serving(tmp_path) as service:
         job = endless_job(service, few_rows)
         wait_for(lambda: steps(service, job) > 0, 120, "the first step")
@@ -286,8 +288,10 @@ def test_killing_the_service_leaves_no_process_behind(tmp_path: Path, few_rows: 
 
 
 def endless_job(service: Serving, rows: Path) -> str:
-    asked = service.run("jobs", "create", rows, "--epochs", "50", "-s", "dtype=float32", "-s", "batch_size=1")
-    return asked.stdout.strip()
+    created = service.run(
+        "jobs", "create", rows, "--epochs", "50", "-s", "dtype=float32", "-s", "batch_size=1"
+    )
+    return created.stdout.strip()
 
 
 def get(service: Serving, path: str) -> dict:  # type: ignore[type-arg]
@@ -301,6 +305,6 @@ def steps(service: Serving, job: str) -> int:
 
 
 def steps_in(home: Path) -> int:
-    """What the rows say once nothing runs any more."""
+    """The last recorded step, once nothing runs any more."""
     with sqlite3.connect(home / "olora.db") as database:
         return int(database.execute("SELECT max(step) FROM jobs").fetchone()[0])

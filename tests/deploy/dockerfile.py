@@ -1,7 +1,7 @@
-"""Carries out a stage of the Dockerfile in a folder and a clean virtual environment, where no engine runs.
+"""Builds a stage of the Dockerfile in a folder and a clean virtual environment, without a container engine.
 
-COPY, ENV, WORKDIR, `RUN pip …` and CMD are done as they are written. What only an image has (users, ports)
-is recognised and left out; anything else is an error, so that the Dockerfile cannot drift away from this.
+COPY, ENV, WORKDIR, `RUN pip …` and CMD are executed. Instructions that only make sense in an image (users,
+ports) are skipped; any other is an error, so that the Dockerfile cannot diverge from this.
 """
 
 import json
@@ -21,7 +21,7 @@ INSTALL_SECONDS = 280
 
 @dataclass
 class Image:
-    """What a stage has become: its folder, environment and start command."""
+    """A built stage: its folder, environment and start command."""
 
     app: Path
     environment: dict[str, str]
@@ -44,7 +44,7 @@ class Image:
 
 
 def instructions(stage: str) -> list[tuple[str, str]]:
-    """(instruction, rest) of the stage, after those of the stages it is built from."""
+    """(instruction, rest) pairs of the stage and, before them, of the stages it is built from."""
     text = (ROOT / "Dockerfile").read_text()
     text = re.sub(r"^\s*#.*\n", "", text, flags=re.MULTILINE).replace("\\\n", " ")
     stages: dict[str, list[tuple[str, str]]] = {}
@@ -60,7 +60,7 @@ def instructions(stage: str) -> list[tuple[str, str]]:
 
 
 def build(stage: str, folder: Path) -> Image:
-    """Builds in `folder`. Installs what the Dockerfile installs, from the same lock."""
+    """Builds in `folder`, with the packages and pins of the Dockerfile."""
     venv.create(folder / "venv", with_pip=True)
     inherited = {k: v for k, v in os.environ.items() if not k.startswith(("OLORA_", "VIRTUAL_ENV", "PYTHON"))}
     image = Image(
@@ -68,11 +68,11 @@ def build(stage: str, folder: Path) -> Image:
     )
     image.app.mkdir(parents=True)
     for word, rest in instructions(stage):
-        _carry_out(image, word, rest)
+        _execute(image, word, rest)
     return image
 
 
-def _carry_out(image: Image, word: str, rest: str) -> None:
+def _execute(image: Image, word: str, rest: str) -> None:
     if word == "COPY":
         *sources, target = rest.split()
         for source in sources:

@@ -1,4 +1,4 @@
-"""docker-compose.yml keeps to the specification, and starts nothing unsafe."""
+"""docker-compose.yml follows the specification, and starts nothing unsafe."""
 
 import json
 import re
@@ -19,12 +19,12 @@ SERVICES: dict[str, Any] = COMPOSE["services"]
 SECRETS = {"POSTGRES_PASSWORD", "REDIS_PASSWORD", "OLORA_API_KEY"}
 
 
-def test_it_keeps_to_the_compose_specification() -> None:
+def test_it_follows_the_compose_specification() -> None:
     validator = jsonschema.Draft201909Validator(SCHEMA)
     assert [error.message for error in validator.iter_errors(COMPOSE)] == []
 
 
-def test_the_schema_at_hand_sees_a_mistake() -> None:
+def test_the_schema_finds_a_mistake() -> None:
     broken = {"services": {"api": {"depends_on": {"redis": {"condition": "service_happy"}}}}}
     assert list(jsonschema.Draft201909Validator(SCHEMA).iter_errors(broken))
 
@@ -62,7 +62,7 @@ def test_settings_accept_what_compose_gives(monkeypatch: pytest.MonkeyPatch) -> 
     assert str(settings.storage_folder) == "/data/storage"
 
 
-def test_nothing_starts_before_the_schema_is_there() -> None:
+def test_nothing_starts_before_the_migration() -> None:
     for name in ("api", "worker", "worker-gpu"):
         needs = SERVICES[name]["depends_on"]
         assert needs["migrate"]["condition"] == "service_completed_successfully"
@@ -73,12 +73,12 @@ def test_everything_that_stays_up_has_a_health_check() -> None:
     for name, service in SERVICES.items():
         if service.get("restart") == "no":
             continue
-        # The API's is in its image.
+        # The API's health check is in its image.
         assert "healthcheck" in service or service["build"]["target"] == "api", name
     assert "HEALTHCHECK" in (ROOT / "Dockerfile").read_text().partition("AS api")[2].partition("FROM")[0]
 
 
-def test_redis_keeps_what_it_is_given() -> None:
+def test_redis_is_durable() -> None:
     command = SERVICES["redis"]["command"][-1]
     assert "--appendonly yes" in command
     assert "--maxmemory-policy noeviction" in command

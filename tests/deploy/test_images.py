@@ -1,4 +1,4 @@
-"""The images' own install and start commands, in a clean virtual environment."""
+"""The images' install and start commands, in a clean virtual environment."""
 
 import os
 import re
@@ -30,7 +30,7 @@ def free_port() -> int:
 
 @contextmanager
 def started(image: Image, log: Path, **settings: str) -> Iterator[subprocess.Popen[bytes]]:
-    """The image's start command, until the block ends; it must stop in order on SIGTERM."""
+    """The image's start command, until the block ends; it must then exit with code 0 on SIGTERM."""
     environment = image.environment | {f"OLORA_{name.upper()}": value for name, value in settings.items()}
     program, *options = image.command
     with log.open("wb") as output:
@@ -61,7 +61,7 @@ def health(port: int, process: subprocess.Popen[bytes], log: Path) -> int:
 
 @pytest.fixture(scope="module")
 def workshop() -> Iterator[Path]:
-    """A folder for two environments; in memory where there is plenty, for one of them holds torch."""
+    """A folder for two environments; in memory if there is enough, since one of them has torch."""
     memory = Path("/dev/shm")
     plenty = memory.is_dir() and shutil.disk_usage(memory).free > ROOM_BYTES
     runs = plenty and not os.statvfs(memory).f_flag & os.ST_NOEXEC
@@ -80,7 +80,7 @@ def worker_image(workshop: Path) -> Image:
 
 
 def held(image: Image, *names: str) -> list[str]:
-    """Those of the modules that the image has."""
+    """The modules among `names` that are installed in the image."""
     code = f"from importlib.util import find_spec; print(*[n for n in {names} if find_spec(n)])"
     return image.python(code).split()
 
@@ -123,7 +123,7 @@ def test_both_images_install_from_the_one_lock() -> None:
     ("trackers", "extras"),
     [("", "worker,gpu,postgres"), ("wandb,mlflow", "worker,gpu,postgres,wandb,mlflow")],
 )
-def test_clients_of_trackers_come_by_a_build_argument(trackers: str, extras: str) -> None:
+def test_a_build_argument_adds_the_tracker_clients(trackers: str, extras: str) -> None:
     [install] = [rest for word, rest in instructions("worker") if word == "RUN" and "[worker" in rest]
     command = install.partition("pip install")[2]
     done = subprocess.run(
@@ -132,7 +132,7 @@ def test_clients_of_trackers_come_by_a_build_argument(trackers: str, extras: str
     assert done.stdout.split()[-1] == f".[{extras}]"
 
 
-def test_images_hold_no_room_they_do_not_use() -> None:
+def test_images_contain_no_unused_folder() -> None:
     copied = {
         stage: {rest.split()[0] for word, rest in instructions(stage) if word == "COPY"}
         for stage in ("api", "worker")
@@ -141,7 +141,7 @@ def test_images_hold_no_room_they_do_not_use() -> None:
     assert "api" not in copied["worker"]
 
 
-def test_the_ignore_file_lets_pass_what_is_copied() -> None:
+def test_the_ignore_file_allows_what_is_copied() -> None:
     allowed = {line[1:] for line in (ROOT / ".dockerignore").read_text().splitlines() if line.startswith("!")}
     for stage in ("api", "worker"):
         for word, rest in instructions(stage):

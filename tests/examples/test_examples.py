@@ -1,4 +1,4 @@
-"""What a user may rely on in `examples/`: the base loads and speaks its template, rows fit and never leak."""
+"""The base loads and follows its template; the rows fit its context, and none leaks into training."""
 
 import json
 import math
@@ -156,7 +156,7 @@ def test_every_row_fits_the_context_and_trains_something(
         assert mask[-2:] == [1, 0]
 
 
-def test_no_answer_stands_twice() -> None:
+def test_no_answer_occurs_twice() -> None:
     answers = [row["messages"][-1]["content"].casefold() for name in FILES for row in rows(name)]
     assert len(answers) == len(set(answers))
 

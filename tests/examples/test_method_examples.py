@@ -1,4 +1,4 @@
-"""`examples/methods/`: a file for each method, which the command line reads and the service trains."""
+"""`examples/methods/` has a file for each method; the command line reads it and the service trains it."""
 
 import io
 import json
@@ -37,7 +37,7 @@ def training_file(client: OpenAI) -> str:
     return client.files.create(file=("rows.jsonl", rows), purpose="fine-tune").id
 
 
-def test_every_method_has_a_file_and_no_other_is_there() -> None:
+def test_every_method_has_a_file() -> None:
     assert sorted(path.stem for path in FOLDER.iterdir()) == sorted(METHODS)
 
 
