@@ -158,6 +158,8 @@ class FrozenHeadLoss(torch.autograd.Function):
                 if smoothing:
                     p -= smoothing / weight.shape[0]
                 torch.mm(p.to(weight.dtype), weight, out=gradient[piece])
+                del p
+            del logits, log_p  # or the next chunk would be computed while this one is still held
         ctx.save_for_backward(gradient)
         ctx.mark_non_differentiable(correct)
         return total, correct

@@ -256,8 +256,18 @@ def _measured(
                 code="out_of_memory",
             ) from None
         peaks.append(max(0, peak - min(head * tokens, HEAD_BYTES)))
-    a, b, c = np.linalg.lstsq(np.array(rows, dtype=float), np.array(peaks, dtype=float), rcond=None)[0]
-    return float(max(0.0, a)), float(b), float(max(0.0, c))
+    return fitted(np.array(rows, dtype=float), np.array(peaks, dtype=float))
+
+
+def fitted(rows: np.ndarray, peaks: np.ndarray) -> tuple[float, float, float]:
+    """a, b and c of `a + b T + c T L`, by least squares; a and c are not negative.
+
+    `rows` (n, 3) holds (1, T, T L) of each pass of T tokens in rows of L, `peaks` (n,) its bytes.
+    """
+    a, b, c = np.linalg.lstsq(rows, peaks, rcond=None)[0]
+    if c < 0:  # nothing grows with T L; cut off alone, it would leave b too steep
+        (a, b), c = np.linalg.lstsq(rows[:, :2], peaks, rcond=None)[0], 0.0
+    return float(max(0.0, a)), float(b), float(c)
 
 
 def _probe_lengths(model: PreTrainedModel) -> tuple[int, ...]:

@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -19,9 +20,10 @@ from olora_core.layers.adapter import detach
 from olora_core.methods import METHODS
 from olora_core.methods.base import build_adapters
 from olora_core.progress import Finished, Note, Progress, Resolved, Saved, Step
+from olora_core.training import losses as loss_room
 from olora_core.training import memory
 from olora_core.training.losses import loss_of
-from olora_core.training.memory import Estimate, LiveBytes, estimate_memory
+from olora_core.training.memory import Estimate, LiveBytes, estimate_memory, fitted
 from olora_core.training.train import train
 
 from ..conftest import CONTEXT, VOCABULARY, save_base
@@ -38,6 +40,37 @@ def test_live_bytes_are_those_of_all_tensors_alive_at_once() -> None:
         c = b * 2
         c.mul_(3)
     assert (live.peak, live.now) == (6000, 4000)
+
+
+def test_the_heads_loss_holds_one_chunk_of_logits_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Three chunks take no more than one does, beside what grows with the rows."""
+    positions, vocabulary, width = 8, 4096, 4
+    monkeypatch.setattr(loss_room, "LOGITS_AT_ONCE", positions * vocabulary)
+    weight = torch.randn(vocabulary, width, generator=torch.Generator().manual_seed(0))
+
+    def peak(rows: int) -> int:
+        hidden = torch.ones(rows, width, requires_grad=True)
+        targets = torch.arange(rows)
+        with LiveBytes() as live:
+            loss_room.FrozenHeadLoss.apply(hidden, weight, None, targets, 0.0)
+        return live.peak
+
+    chunk = positions * vocabulary * 4
+    assert peak(positions) > chunk
+    assert peak(3 * positions) < peak(positions) + chunk // 8
+
+
+def test_a_pass_without_a_quadratic_term_is_fitted_as_a_line() -> None:
+    """Peaks of 1000 + 10 T, the middle one 5 % higher, as an allocator rounds: c would be negative."""
+    rows = np.array([[1, length, length**2] for length in (32, 64, 128)], dtype=float)
+    peaks = 1000 + 10 * rows[:, 1]
+    peaks[1] *= 1.05
+    a, b, c = fitted(rows, peaks)
+    slope, start = np.polyfit(rows[:, 1], peaks, 1)
+    assert c == 0
+    assert (a, b) == pytest.approx((start, slope))
+    quadratic = 2000 + 30 * rows[:, 1] + 0.5 * rows[:, 2]
+    assert fitted(rows, quadratic) == pytest.approx((2000, 30, 0.5))
 
 
 def estimate(**changes: Any) -> Estimate:
