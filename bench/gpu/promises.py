@@ -28,14 +28,14 @@ from olora_core.bases.passes import evaluating
 from olora_core.bases.sites import target_sites
 from olora_core.data.batches import epoch_order
 from olora_core.layers.adapter import adapters_off, attached, full_precision
-from olora_core.layers.quantisation import held_tensors
+from olora_core.layers.quantisation import stored_tensors
 from olora_core.methods import METHODS
 from olora_core.progress import Finished, Resolved, Saved, Step
 from olora_core.specs import TrainSpec
 from olora_core.training.train import train
 
-from .memory import RANK, SEED, Parts, chat_rows, each, make_base, spec_for, write_rows
 from .report import Report, Task, main
+from .runs import RANK, SEED, Parts, chat_rows, each, make_base, spec_for, write_rows
 
 FEW = ("olora", "lora")
 """The methods that stand for all where time is short."""
@@ -57,7 +57,7 @@ def tensors_of(model: nn.Module) -> dict[str, Tensor]:
     return {
         f"{path}.{name}": tensor.detach().clone()
         for path, module in model.named_modules()
-        for name, tensor in (*held_tensors(module).items(), *module.named_buffers(recurse=False))
+        for name, tensor in (*stored_tensors(module).items(), *module.named_buffers(recurse=False))
     }
 
 

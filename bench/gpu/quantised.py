@@ -15,11 +15,12 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from olora_core.bases.loading import load_base
-from olora_core.layers.quantisation import PACKAGES, held_tensors, loading_config, quantised_layers
+from olora_core.layers.quantisation import PACKAGES, loading_config, quantised_layers, stored_tensors
 
-from .memory import Parts, allocated, chat_rows, each, make_base, spec_for, write_rows
+from .memory import allocated
 from .promises import FEW, logits_of, promises, tokens_of
 from .report import Report, Task, main
+from .runs import Parts, chat_rows, each, make_base, spec_for, write_rows
 
 DTYPE = torch.bfloat16
 KINDS = {"llama": list(PACKAGES), "gpt2": [kind for kind in PACKAGES if PACKAGES[kind] == "bitsandbytes"]}
@@ -46,7 +47,7 @@ def keeps_its_promises(report: Report, name: str, kind: str, folder: Path, task:
     base = load_base(folder, name="bench", device=device, dtype=DTYPE, quantization=kind)
     figures = {"gpu_bytes": allocated(base.device) - before, "numbers": base.model.num_parameters()}
     layers = [layer for _, layer in quantised_layers(base.model)]
-    parts = (tensor for layer in layers for part, tensor in held_tensors(layer).items() if part != "bias")
+    parts = (tensor for layer in layers for part, tensor in stored_tensors(layer).items() if part != "bias")
     share = sum(part.nbytes for part in parts) / sum(
         DTYPE.itemsize * layer.out_features * layer.in_features for layer in layers
     )

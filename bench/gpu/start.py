@@ -207,7 +207,7 @@ def order(task: Task, number: int, rows: Sequence[str]) -> Order:
 
 def follow(trainer: TrainerProcess, order: Order, began: float, until: float) -> Job:
     """Orders a job and listens to its end. Raises RuntimeError when it has none in time, or a bad one."""
-    trainer.say(order.as_message())
+    trainer.send(order.as_message())
     job = Job()
     while True:
         try:

@@ -54,11 +54,11 @@ class PRILoRAAdapter(LoRAAdapter):
         self.register_buffer("seen", torch.zeros(self.in_features + 1), persistent=False)
         self.register_buffer("kept", None if regrow else torch.ones_like(A))
 
-    def beside(self, layer: nn.Module, x: Tensor) -> Tensor:
+    def forward(self, layer: nn.Module, x: Tensor) -> Tensor:
         if self.training and self.current.counts:
             seen = squares(x.detach(), self.current.is_token)
             self.pending = seen if self.pending is None else self.pending + seen
-        return super().beside(layer, x)
+        return super().forward(layer, x)
 
     @torch.no_grad()
     def prune(self, share: float, by_row: bool) -> None:
