@@ -43,8 +43,8 @@ from olora_core.layers.adapter import detach
 from olora_core.methods import METHODS, place
 from olora_core.specs import TrainSpec
 from olora_core.training.train import Finished, Note, Progress, Resolved, train
+from tests.tiny_base import CONTEXT, VOCABULARY, save_base
 
-from ..conftest import CONTEXT, VOCABULARY, save_base
 from ..runs import ROWS, chat_rows, losses, one, spec_for, write_rows
 
 # PEFT reads a property that transformers deprecates.

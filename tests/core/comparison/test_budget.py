@@ -10,8 +10,7 @@ from olora_core.layers.adapter import Site, detach
 from olora_core.methods import METHODS, Method, place
 from olora_core.methods.xgblora import XGBLoRA
 from olora_core.specs import ADAPTER_SPECS, AdapterSpec, COLASpec, LoRASpec, MELoRASpec, MoRASpec, OLoRASpec
-
-from ..conftest import make_gpt2, make_llama
+from tests.tiny_base import make_gpt2, make_llama
 
 STEPS = 50
 BASES = {"linear": make_llama, "conv1d": make_gpt2}

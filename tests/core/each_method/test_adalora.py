@@ -15,8 +15,8 @@ from olora_core.layers.adapter import Site, adapter_tensors
 from olora_core.methods import Outputs, place
 from olora_core.methods.adalora import AdaLoRA, AdaLoRAAdapter
 from olora_core.specs import AdaLoRASpec, read_spec
+from tests.tiny_base import make_llama
 
-from ..conftest import make_llama
 from ..export.test_adapter import reloaded
 from ..runs import Finished, Step, chat_rows, spec_for, train, write_rows
 

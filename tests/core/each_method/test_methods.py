@@ -19,8 +19,8 @@ from olora_core.methods.base import generator
 from olora_core.methods.lora import LoRA
 from olora_core.methods.olora import OLoRA, OLoRAAdapter, qr_factors
 from olora_core.specs import ADAPTER_SPECS, LoRASpec, OLoRASpec, read_spec
+from tests.tiny_base import make_gpt2, make_llama
 
-from ..conftest import make_gpt2, make_llama
 from ..runs import OPTIONS
 
 # PEFT looks at a property that transformers has deprecated.

@@ -14,8 +14,8 @@ from olora_core.layers.adapter import Site, adapter_tensors, load_adapter_tensor
 from olora_core.methods import place
 from olora_core.methods.mora import MoRA, MoRAAdapter, RotationAdapter, square_side
 from olora_core.specs import MoRASpec, read_spec
+from tests.tiny_base import make_gpt2, make_llama
 
-from ..conftest import make_gpt2, make_llama
 from ..runs import chat_rows, losses, spec_for, train, write_rows
 
 SHAPES = [(24, 24), (12, 40), (40, 12), (31, 17)]
