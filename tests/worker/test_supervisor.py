@@ -247,6 +247,14 @@ def test_a_step_is_told_once_also_where_a_checkpoint_falls_on_it(
     assert [data["step"] for data in metrics if "full_valid_loss" in data] == [8, 16]
 
 
+@pytest.fixture
+def _no_checkpoint_by_time(supervisor: Supervisor, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Leaves those of epochs and evaluations, whose steps do not depend on how busy the machine is."""
+    seldom = supervisor.settings.model_copy(update={"checkpoint_seconds": 3600.0})
+    monkeypatch.setattr(supervisor, "settings", seldom)
+
+
+@pytest.mark.usefixtures("_no_checkpoint_by_time")
 def test_two_checkpoints_are_kept_and_nothing_else(service: Service, supervisor: Supervisor) -> None:
     job_id = service.queue(rows=32, n_epochs=4)
     supervisor.run_until_idle()
@@ -269,6 +277,7 @@ def test_a_job_keeps_what_its_models_answer(service: Service, supervisor: Superv
     assert json.loads(told)["samples"] == kept  # an untrained base says anything, and no database holds NUL
 
 
+@pytest.mark.usefixtures("_no_checkpoint_by_time")
 def test_early_stopping_ends_a_job_and_keeps_its_best_checkpoint(
     service: Service, supervisor: Supervisor
 ) -> None:
