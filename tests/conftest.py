@@ -1,18 +1,26 @@
-"""Fixtures for the whole suite: databases, Redis, settings. Every test gets its own database and home."""
+"""Fixtures for the whole suite: databases, Redis, settings, base models.
+
+Every test gets its own database and home.
+"""
 
 import os
 import shutil
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import pytest
+from filelock import FileLock
 from sqlalchemy import Engine, create_engine, make_url, text
 
 from store.models import Row
 from store.session import Sessions, make_engine, migrate, read_sessions, sessions
 from store.settings import Settings, get_settings, read_settings
 from tests import services
+
+# Before torch is imported: matrices this small only lose by threads, and a fixed count keeps results bit for
+# bit. Started processes inherit it.
+os.environ["OMP_NUM_THREADS"] = "1"
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -31,6 +39,29 @@ def _own_settings(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[N
     get_settings.cache_clear()
     yield
     get_settings.cache_clear()
+
+
+@pytest.fixture(scope="session")
+def shared_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder that all processes of this test run have in common; whoever writes in it holds a lock."""
+    base = tmp_path_factory.getbasetemp()
+    return base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
+
+
+@pytest.fixture(scope="session")
+def base_folders(shared_folder: Path) -> Mapping[str, Path]:
+    """The folder of each tiny base model; tests only read them."""
+    from tests.tiny_base import BaseFolders
+
+    return BaseFolders(shared_folder / "bases")
+
+
+@pytest.fixture(scope="session")
+def models_dir(shared_folder: Path) -> Path:
+    """OLORA_MODELS_DIR with the base model `tiny`; tests only read it."""
+    from tests.tiny_base import BaseFolders
+
+    return BaseFolders(shared_folder / "models")["tiny"].parent
 
 
 @pytest.fixture(scope="session")
@@ -63,10 +94,13 @@ def _postgres_database(server: str) -> Iterator[str]:
 
 
 @pytest.fixture(scope="session")
-def sqlite_template(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def sqlite_template(shared_folder: Path) -> Path:
     """A migrated database file that others are copied from."""
-    path = tmp_path_factory.mktemp("template") / "olora.db"
-    migrate(f"sqlite:///{path}")
+    path = shared_folder / "template.db"
+    with FileLock(f"{path}.lock"):
+        if not path.exists():
+            migrate(f"sqlite:///{path.with_suffix('.part')}")
+            path.with_suffix(".part").rename(path)
     return path
 
 

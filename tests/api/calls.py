@@ -1,7 +1,6 @@
 """What the tests of the API send: training files, uploads, jobs; and jobs led to their end by the store."""
 
 import io
-import json
 import time
 import zipfile
 from collections.abc import Callable
@@ -15,29 +14,9 @@ from store.comparisons import EndedRun
 from store.session import make_engine, sessions
 from store.settings import Settings
 from store.storage import storage
+from tests.rows import chat_file
 
 T = TypeVar("T")
-
-
-def chat_row(number: int = 0) -> dict[str, Any]:
-    return {
-        "messages": [
-            {"role": "user", "content": f"Say {number}."},
-            {"role": "assistant", "content": f"{number}, as you wish."},
-        ]
-    }
-
-
-def jsonl(*rows: Any) -> bytes:
-    return "".join(json.dumps(row) + "\n" for row in rows).encode()
-
-
-def chat_file(rows: int = 12) -> bytes:
-    return jsonl(*(chat_row(number) for number in range(rows)))
-
-
-def completion_file(rows: int = 12) -> bytes:
-    return jsonl(*({"prompt": f"{number} is", "completion": " a number"} for number in range(rows)))
 
 
 def upload(client: TestClient, content: bytes | None = None, **fields: str) -> Any:

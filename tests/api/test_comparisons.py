@@ -7,18 +7,17 @@ import pytest
 from starlette.testclient import TestClient
 
 from store.settings import Settings
+from tests.rows import chat_file, completion_file
 
 from .calls import (
     FINDINGS,
     PAGE,
     Attempt,
-    chat_file,
     compare,
     compared,
     compared_and_queued,
     compared_to_the_end,
     comparison,
-    completion_file,
     created,
     eventually,
     uploaded,

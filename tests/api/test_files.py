@@ -11,15 +11,13 @@ from pyarrow import parquet
 from starlette.testclient import TestClient
 
 from store.settings import Settings
+from tests.rows import chat_file, chat_row, jsonl
 
 from .calls import (
-    chat_file,
-    chat_row,
     created,
     eventually,
     finished,
     job,
-    jsonl,
     settled,
     upload,
     uploaded,

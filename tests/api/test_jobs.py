@@ -11,19 +11,17 @@ from starlette.testclient import TestClient
 
 from store.bases import SHIPPED_FOLDER
 from store.settings import Settings
+from tests.rows import chat_file, completion_file, jsonl
 
 from .calls import (
     SAMPLE,
     Attempt,
-    chat_file,
-    completion_file,
     create,
     created,
     events,
     eventually,
     finished,
     job,
-    jsonl,
     settled,
     uploaded,
 )

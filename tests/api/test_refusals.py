@@ -9,15 +9,12 @@ import pytest
 from starlette.testclient import TestClient
 
 from store.settings import Settings
+from tests.rows import chat_file, chat_row, completion_file, jsonl
 
 from .calls import (
-    chat_file,
-    chat_row,
-    completion_file,
     create,
     created,
     job,
-    jsonl,
     settled,
     upload,
     uploaded,

@@ -16,7 +16,9 @@ from typing import Any
 import httpx
 import pytest
 
-from .calls import chat_file, eventually, upload, uploaded
+from tests.rows import chat_file
+
+from .calls import eventually, upload, uploaded
 from .serving import KEY, Service, service
 
 MIB = 2**20

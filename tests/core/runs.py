@@ -1,6 +1,5 @@
 """Runs of the training generator that several test files start."""
 
-import json
 import tempfile
 from collections.abc import Iterable
 from pathlib import Path
@@ -14,6 +13,7 @@ from olora_core.data.tokenising import tokenise
 from olora_core.progress import Finished, Note, Progress, Resolved, Step, result_of
 from olora_core.specs import TrainSpec, read_spec
 from olora_core.training.train import train
+from tests.rows import uneven_chat, uneven_preference, write_rows
 
 ROWS = 11
 OPTIONS: dict[str, dict[str, Any]] = {
@@ -25,33 +25,12 @@ OPTIONS: dict[str, dict[str, Any]] = {
 
 
 def chat_rows(count: int = ROWS) -> list[dict[str, Any]]:
-    """Questions and answers of different lengths, so that padding and cutting matter."""
-    return [
-        {
-            "messages": [
-                {"role": "user", "content": "ab"[i % 2] * (1 + 3 * i % 7)},
-                {"role": "assistant", "content": "xyz"[i % 3] * (2 + 5 * i % 9)},
-            ]
-        }
-        for i in range(count)
-    ]
+    return [uneven_chat(i) for i in range(count)]
 
 
 def preference_rows(count: int = ROWS) -> list[dict[str, Any]]:
-    """The same questions, each with the answer above and another one."""
-    return [
-        {
-            "input": {"messages": row["messages"][:1]},
-            "preferred_output": row["messages"][1:],
-            "non_preferred_output": [{"role": "assistant", "content": "pqr"[i % 3] * (1 + 4 * i % 11)}],
-        }
-        for i, row in enumerate(chat_rows(count))
-    ]
-
-
-def write_rows(path: Path, rows: Iterable[dict[str, Any]]) -> Path:
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return path
+    """The questions and answers of `chat_rows`, each with another answer."""
+    return [uneven_preference(i) for i in range(count)]
 
 
 def tokenised(

@@ -12,7 +12,7 @@ from sqlalchemy import func, select
 from store.models import Attempt, Model
 from tests.cli.running import serving
 from tests.faults.fleet import Fleet, settings_environment
-from tests.worker.service import chat_rows
+from tests.rows import chat_file
 
 JOB = {"rows": 64, "n_epochs": 6}
 
@@ -43,7 +43,7 @@ def test_the_whole_service_runs_on_them_behind_the_official_client(production: F
     with serving(home, "--no-worker", api_key="sk-of-this-test", **settings) as up:
         production.keep(2)
         client = OpenAI(base_url=up.url, api_key="sk-of-this-test")
-        file = client.files.create(file=("train.jsonl", chat_rows(64)), purpose="fine-tune")
+        file = client.files.create(file=("train.jsonl", chat_file(64)), purpose="fine-tune")
         jobs = [
             client.fine_tuning.jobs.create(
                 model="tiny",

@@ -1,7 +1,6 @@
 """Rows and files that the tests of the store begin with."""
 
 import io
-import json
 from typing import Any
 
 from sqlalchemy import select
@@ -13,14 +12,11 @@ from store import claims, files, jobs
 from store.events import events_since
 from store.models import File, Job, Project, Row
 from store.session import Sessions
+from tests.rows import chat, jsonl, preference
 
-CHAT = {"messages": [{"role": "user", "content": "2 + 2?"}, {"role": "assistant", "content": "4"}]}
+CHAT = chat("2 + 2?", "4")
 COMPLETION = {"prompt": "2 + 2 =", "completion": " 4"}
-PREFERENCE = {
-    "input": {"messages": [{"role": "user", "content": "2 + 2?"}]},
-    "preferred_output": [{"role": "assistant", "content": "4"}],
-    "non_preferred_output": [{"role": "assistant", "content": "5"}],
-}
+PREFERENCE = preference("2 + 2?", "4", "5")
 SPEC = TrainSpec(model="olora-tiny", seed=7)
 COMPARISON = read_comparison(model="olora-tiny", methods=["olora", "lora"], seed=7)
 
@@ -33,8 +29,7 @@ def project(session: Session, project_id: str = "p") -> Project:
 
 
 def report(rows: list[dict[str, Any]]) -> dict[str, Any]:
-    text = "".join(json.dumps(row) + "\n" for row in rows)
-    return formats.validate(io.BytesIO(text.encode())).model_dump(mode="json")
+    return formats.validate(io.BytesIO(jsonl(*rows))).model_dump(mode="json")
 
 
 def file(session: Session, rows: list[dict[str, Any]] | None = None, **values: Any) -> File:

@@ -2,6 +2,7 @@
 
 import io
 import json
+import shutil
 import time
 import zipfile
 from collections.abc import Callable, Sequence
@@ -20,15 +21,29 @@ from store.events import events_since
 from store.files import file_key, new_file_id, record_file
 from store.models import Attempt, Checkpoint, Event, File, Job, Metric, Project
 from store.session import Sessions, make_engine, sessions
-from store.settings import Settings
+from store.settings import Settings, read_settings
 from store.statuses import ENDED
 from store.storage import Storage, storage
-from tests.worker.tiny_base import chat_rows
+from tests.rows import chat_file
 
 PROJECT = "default"
-HELD_OUT = chat_rows(10, first=100)
+HELD_OUT = chat_file(10, first=100)
 MEASURES = ("second", "memory", "file")
 WAIT_SECONDS = 90.0
+
+
+def service_settings(home: Path, models_dir: Path, template: Path | None = None, **given: Any) -> Settings:
+    """Settings with everything in `home`; the database is a copy of `template` unless `given` names one."""
+    home.mkdir(exist_ok=True)
+    if template is not None:
+        shutil.copyfile(template, home / "olora.db")
+    chosen = {
+        "database_url": f"sqlite:///{home / 'olora.db'}",
+        "broker_url": f"folder://{home / 'queue'}",
+        "storage_url": f"file://{home / 'storage'}",
+        "checkpoint_seconds": 0.3,
+    }
+    return read_settings(home=home, models_dir=models_dir, **(chosen | given))
 
 
 @dataclass
@@ -83,7 +98,7 @@ class Service:
         **hyperparameters: Any,
     ) -> str:
         """A job in `validating_files`. Returns its id."""
-        training = self.upload(data or chat_rows(rows), project)
+        training = self.upload(data or chat_file(rows), project)
         held_out = self.upload(validation, project) if validation else None
         asked = {"batch_size": 4, "n_epochs": 2, "samples": 0, **hyperparameters}
         spec = read_spec(model=model, type=type, hyperparameters=asked, adapter=adapter, seed=7)
@@ -109,7 +124,7 @@ class Service:
         **hyperparameters: Any,
     ) -> str:
         """A comparison of two methods at two rates with two seeds, in `validating_files`. Returns its id."""
-        training, held_out = self.upload(chat_rows(rows), project), self.upload(HELD_OUT, project)
+        training, held_out = self.upload(chat_file(rows), project), self.upload(HELD_OUT, project)
         spec = read_comparison(
             model=model,
             methods=methods,
@@ -252,13 +267,3 @@ def exists(pid: int) -> bool:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
     except (FileNotFoundError, ProcessLookupError):
         return False
-
-
-def model_folder(root: Path) -> Path:
-    """OLORA_MODELS_DIR with the tiny base in it, made once a session."""
-    from tests.worker.tiny_base import make_base
-
-    folder = root / "models"
-    if not folder.exists():
-        make_base(folder / "tiny")
-    return folder

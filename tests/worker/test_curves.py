@@ -12,10 +12,10 @@ from sqlalchemy import select
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from store.models import File, Metric
+from tests.rows import chat_file
 from tests.services import wait_until
 from tests.worker.service import Service
 from tests.worker.test_supervisor import at_work, trainer_pid
-from tests.worker.tiny_base import chat_rows
 from worker.supervisor.supervisor import Supervisor
 from worker.tracking.curves import EventFile, curves, event_file_name, go_on, read_points, run_in
 
@@ -47,7 +47,7 @@ def rows_of(service: Service, job_id: str) -> dict[int, dict[str, float]]:
 def test_a_job_leaves_an_event_file_of_all_its_steps(
     service: Service, supervisor: Supervisor, tmp_path: Path
 ) -> None:
-    job_id = service.queue(rows=32, validation=chat_rows(10, first=100))
+    job_id = service.queue(rows=32, validation=chat_file(10, first=100))
     supervisor.run_until_idle()
     rows, shown = rows_of(service, job_id), charts_of(service, job_id, tmp_path)
     assert len(rows) == 16

@@ -10,9 +10,9 @@ from typing import Any
 
 import pytest
 
+from tests.rows import chat_file
 from tests.services import wait_until
 from tests.worker.service import Service, exists
-from tests.worker.tiny_base import chat_rows
 from worker.supervisor.supervisor import Supervisor
 
 pytestmark = pytest.mark.slow
@@ -54,7 +54,7 @@ def begun(service: Service, supervisor: Supervisor, **job: Any) -> tuple[str, th
 def test_two_devices_give_the_losses_of_one_and_one_certified_adapter(
     service: Service, supervisor: Supervisor
 ) -> None:
-    job = {"rows": 18, "validation": chat_rows(5, first=100), "micro_batch_size": 2}
+    job = {"rows": 18, "validation": chat_file(5, first=100), "micro_batch_size": 2}
     alone, together = service.queue(**job), service.queue(**job, options=TWO)
     sharded = service.queue(**job, options=TWO, sharding="full")
     assert supervisor.run_until_idle() == 3

@@ -25,9 +25,9 @@ from olora_core.training.train import train
 from store import files, jobs, progress
 from store.errors import LeaseLost, StorageFull, StoreError
 from store.storage import Storage
+from tests.rows import chat_file
 from tests.services import wait_until
 from tests.worker.service import Service, exists
-from tests.worker.tiny_base import chat_rows
 from worker.supervisor.lease import POLL_SECONDS
 from worker.supervisor.supervisor import Supervisor
 
@@ -69,7 +69,7 @@ def trainer_pid(supervisor: Supervisor) -> int:
 
 
 def test_a_job_becomes_a_certified_adapter(service: Service, supervisor: Supervisor) -> None:
-    job_id = service.queue(rows=32, validation=chat_rows(10, first=100))
+    job_id = service.queue(rows=32, validation=chat_file(10, first=100))
     assert supervisor.run_until_idle() == 1
     job = service.job(job_id)
     assert (job.status, job.attempt, job.failures) == ("succeeded", 1, 0)
@@ -181,7 +181,7 @@ def test_instructions_in_tables_are_trained_and_validated(service: Service, supe
 def test_the_next_job_on_the_same_file_finds_it_tokenised_and_another_project_does_not(
     service: Service, supervisor: Supervisor
 ) -> None:
-    data, kept = chat_rows(32, first=500), service.settings.tokens_folder
+    data, kept = chat_file(32, first=500), service.settings.tokens_folder
     jobs = [service.queue(data=data), service.queue(data=data), service.queue(data=data, project="another")]
     before = set(kept.glob("*/*"))
     supervisor.run_until_idle()
@@ -222,7 +222,7 @@ def test_the_first_step_is_recorded_before_the_second_arrives(
 
 
 def test_the_events_tell_the_whole_job(service: Service, supervisor: Supervisor) -> None:
-    job_id = service.queue(rows=32, validation=chat_rows(10, first=100))
+    job_id = service.queue(rows=32, validation=chat_file(10, first=100))
     supervisor.run_until_idle()
     messages = [event.message for event in service.events(job_id)]
     beginning = ["Created", "Validating", "Files validated", "Fine-tuning job started"]
@@ -242,13 +242,21 @@ def test_a_step_is_one_event_also_where_a_checkpoint_falls_on_it(
 ) -> None:
     often = service.settings.model_copy(update={"checkpoint_seconds": 0.001})
     monkeypatch.setattr(supervisor, "settings", often)
-    job_id = service.queue(rows=32, validation=chat_rows(10, first=100))
+    job_id = service.queue(rows=32, validation=chat_file(10, first=100))
     supervisor.run_until_idle()
     metrics = [event.data or {} for event in service.events(job_id) if event.type == "metrics"]
     assert [data["step"] for data in metrics] == list(range(1, 17))
     assert [data["step"] for data in metrics if "full_valid_loss" in data] == [8, 16]
 
 
+@pytest.fixture
+def _no_checkpoint_by_time(supervisor: Supervisor, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Leaves those of epochs and evaluations, whose steps do not depend on how busy the machine is."""
+    seldom = supervisor.settings.model_copy(update={"checkpoint_seconds": 3600.0})
+    monkeypatch.setattr(supervisor, "settings", seldom)
+
+
+@pytest.mark.usefixtures("_no_checkpoint_by_time")
 def test_two_checkpoints_are_kept_and_nothing_else(service: Service, supervisor: Supervisor) -> None:
     job_id = service.queue(rows=32, n_epochs=4)
     supervisor.run_until_idle()
@@ -260,7 +268,7 @@ def test_two_checkpoints_are_kept_and_nothing_else(service: Service, supervisor:
 
 
 def test_a_job_keeps_what_its_models_answer(service: Service, supervisor: Supervisor) -> None:
-    job_id = service.queue(rows=32, validation=chat_rows(10, first=100), n_epochs=1, samples=2)
+    job_id = service.queue(rows=32, validation=chat_file(10, first=100), n_epochs=1, samples=2)
     supervisor.run_until_idle()
     kept = service.job(job_id).samples
     assert kept is not None
@@ -273,11 +281,12 @@ def test_a_job_keeps_what_its_models_answer(service: Service, supervisor: Superv
     )  # an untrained base says anything, and no database holds NUL
 
 
+@pytest.mark.usefixtures("_no_checkpoint_by_time")
 def test_early_stopping_ends_a_job_and_keeps_its_best_checkpoint(
     service: Service, supervisor: Supervisor
 ) -> None:
     """The validation rows expect other answers than those that are learned."""
-    wrong = chat_rows(10).replace(b" follows ", b" precedes ")
+    wrong = chat_file(10).replace(b" follows ", b" precedes ")
     options = {"eval_steps": 4, "early_stopping_patience": 3, "learning_rate": 3e-3}
     job_id = service.queue(rows=32, n_epochs=40, validation=wrong, **options)
     supervisor.run_until_idle()
@@ -475,7 +484,7 @@ def test_a_job_that_is_no_longer_finite_fails_at_once_and_keeps_its_last_good_ch
 ) -> None:
     often = service.settings.model_copy(update={"checkpoint_seconds": 0.001})
     monkeypatch.setattr(supervisor, "settings", often)
-    data = chat_rows(32)
+    data = chat_file(32)
     job_id = service.queue(data=data, **RUINOUS)
     supervisor.run_until_idle()
     job = service.job(job_id)

@@ -20,10 +20,10 @@ from pydantic import SecretStr
 
 from store.models import Job
 from store.settings import Settings, read_settings
+from tests.rows import chat_file
 from tests.services import wait_until
 from tests.worker.service import Service
 from tests.worker.test_supervisor import at_work, trainer_pid
-from tests.worker.tiny_base import chat_rows
 from worker.supervisor.supervisor import Supervisor
 from worker.supervisor.trainer_process import trainer_environment
 from worker.tracking import follower
@@ -153,7 +153,7 @@ def tracked(service: Service, supervisor: Supervisor, mlflow_uri: str) -> Tracke
     with with_settings(supervisor, **account) as settings, dials() as came:
         second = {**WANDB, "wandb": {**WANDB["wandb"], "project": "other"}}
         trackers = [WANDB, MLFLOW, second]
-        job_id = service.queue(rows=32, validation=chat_rows(10, first=100), integrations=trackers)
+        job_id = service.queue(rows=32, validation=chat_file(10, first=100), integrations=trackers)
         supervisor.run_until_idle()
         settled()
     job = service.job(job_id)

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from olora_core.specs import read_spec
-from tests.worker.tiny_base import chat_rows, make_base
+from tests.rows import chat_file
 from worker.protocol import Ended, Order
 from worker.supervisor.trainer_process import TrainerProcess
 
@@ -47,7 +47,7 @@ class Desk:
         """Sends an order for a job. Returns the name of its run."""
         self.orders += 1
         run, training = f"{self.folder.name}-{self.orders}", self.folder / f"{self.orders}.jsonl"
-        training.write_bytes(data or chat_rows(32))
+        training.write_bytes(data or chat_file(32))
         if work is None:
             work = self.folder / f"work-{self.orders}"
             work.mkdir()
@@ -91,11 +91,9 @@ class Desk:
                 return messages
 
 
-@pytest.fixture(scope="module")
-def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("base") / "tiny"
-    make_base(folder)
-    return folder
+@pytest.fixture
+def base(models_dir: Path) -> Path:
+    return models_dir / "tiny"
 
 
 @pytest.fixture
@@ -182,7 +180,7 @@ def test_a_cancel_stops_at_the_next_step(desk: Desk) -> None:
 
 
 def test_a_released_job_resumes_elsewhere_to_the_same_bytes(desk: Desk) -> None:
-    job = {"data": chat_rows(128), "n_epochs": 2}
+    job = {"data": chat_file(128), "n_epochs": 2}
     desk.order(**job)
     uninterrupted = desk.receive_all()
     run = desk.order(**job)
@@ -206,7 +204,7 @@ def test_a_stop_request_for_an_earlier_job_is_ignored(desk: Desk) -> None:
 
 
 def test_a_file_that_cannot_be_trained_on_is_a_sentence_with_its_line(desk: Desk) -> None:
-    desk.order(data=chat_rows(3) + b'{"messages": []}\n')
+    desk.order(data=chat_file(3) + b'{"messages": []}\n')
     failed = desk.receive_all()[-1]["failed"]
     assert failed["code"] == "invalid_training_file"
     assert "4" in failed["message"]

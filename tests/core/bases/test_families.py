@@ -44,8 +44,8 @@ from olora_core.methods import METHODS, build_adapters
 from olora_core.progress import Finished, Note, Progress, Resolved
 from olora_core.specs import TrainSpec
 from olora_core.training.train import train
+from tests.tiny_base import CONTEXT, VOCABULARY, save_base
 
-from ..conftest import CONTEXT, VOCABULARY, save_base
 from ..runs import ROWS, chat_rows, losses, one, spec_for, write_rows
 
 # PEFT reads a property that transformers deprecates.

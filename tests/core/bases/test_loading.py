@@ -13,8 +13,7 @@ from olora_core.bases.loading import Base, load_base
 from olora_core.bases.precision import compute_dtype
 from olora_core.errors import ModelError
 from olora_core.specs import read_spec
-
-from ..conftest import END, make_llama, make_tokenizer
+from tests.tiny_base import END, make_llama, make_tokenizer
 
 
 @pytest.fixture

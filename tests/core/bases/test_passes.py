@@ -11,8 +11,8 @@ from olora_core.bases.attention import longest_segment, segment_attention, segme
 from olora_core.bases.loading import Base
 from olora_core.bases.passes import passes_of
 from olora_core.data.batches import MicroBatch, micro_batches
+from tests.tiny_base import VOCABULARY
 
-from ..conftest import VOCABULARY
 from ..training.test_losses import examples_of
 
 LENGTHS = (5, 1, 17, 9)

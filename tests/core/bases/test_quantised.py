@@ -23,8 +23,8 @@ from olora_core.layers.quantisation import PACKAGES, stored_tensors
 from olora_core.methods import METHODS, build_adapters
 from olora_core.progress import Evaluated, Finished, Step
 from olora_core.training.train import train
+from tests.tiny_base import make_tokenizer
 
-from ..conftest import make_tokenizer
 from ..export.test_adapter import exported
 from ..export.test_certificate import ROWS, change_config, change_tensors, first, swap_layers
 from ..runs import chat_rows, losses, one, preference_rows, spec_for, write_rows

@@ -13,8 +13,7 @@ from olora_core.bases.sites import target_sites, unadapted
 from olora_core.errors import SpecError
 from olora_core.layers.adapter import attach
 from olora_core.methods.lora import LoRAAdapter
-
-from ..conftest import make_gpt2, make_llama, save_base
+from tests.tiny_base import make_gpt2, make_llama, save_base
 
 LLAMA_LAYERS = [
     "self_attn.q_proj",

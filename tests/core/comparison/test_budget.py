@@ -15,8 +15,7 @@ from olora_core.specs.methods.lora import LoRASpec
 from olora_core.specs.methods.melora import MELoRASpec
 from olora_core.specs.methods.mora import MoRASpec
 from olora_core.specs.methods.olora import OLoRASpec
-
-from ..conftest import make_gpt2, make_llama
+from tests.tiny_base import make_gpt2, make_llama
 
 STEPS = 50
 BASES = {"linear": make_llama, "conv1d": make_gpt2}

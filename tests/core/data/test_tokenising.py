@@ -18,8 +18,8 @@ from olora_core.data.templates import end_of_turn_tokens
 from olora_core.data.tokenising import overlap_note, token_from
 from olora_core.errors import DataError, ModelError
 from olora_core.progress import Note
+from tests.tiny_base import make_tokenizer
 
-from ..conftest import make_tokenizer
 from ..runs import tokenised
 
 EXAMPLE_BASE = Path(__file__).resolve().parents[3] / "examples" / "base"

@@ -16,8 +16,8 @@ from olora_core.methods import Outputs, build_adapters
 from olora_core.methods.adalora import AdaLoRA, AdaLoRAAdapter
 from olora_core.specs import read_spec
 from olora_core.specs.methods.adalora import AdaLoRASpec
+from tests.tiny_base import make_llama
 
-from ..conftest import make_llama
 from ..export.test_adapter import reloaded
 from ..runs import Finished, Step, chat_rows, spec_for, train, write_rows
 

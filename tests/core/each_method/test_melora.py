@@ -17,8 +17,8 @@ from olora_core.methods.lora import LoRAAdapter
 from olora_core.methods.melora import MELoRAAdapter
 from olora_core.specs import read_spec
 from olora_core.specs.methods.melora import MELoRASpec
+from tests.tiny_base import make_llama
 
-from ..conftest import make_llama
 from ..runs import chat_rows, losses, spec_for, train, write_rows
 from .test_methods import make_method, randomise
 

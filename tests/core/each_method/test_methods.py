@@ -21,8 +21,8 @@ from olora_core.methods.olora import OLoRA, OLoRAAdapter, qr_factors
 from olora_core.specs import ADAPTER_SPECS, read_spec
 from olora_core.specs.methods.lora import LoRASpec
 from olora_core.specs.methods.olora import OLoRASpec
+from tests.tiny_base import make_gpt2, make_llama
 
-from ..conftest import make_gpt2, make_llama
 from ..runs import OPTIONS
 
 # PEFT looks at a property that transformers has deprecated.

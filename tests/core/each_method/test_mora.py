@@ -15,8 +15,8 @@ from olora_core.methods import build_adapters
 from olora_core.methods.mora import MoRA, MoRAAdapter, RotationAdapter, square_side
 from olora_core.specs import read_spec
 from olora_core.specs.methods.mora import MoRASpec
+from tests.tiny_base import make_gpt2, make_llama
 
-from ..conftest import make_gpt2, make_llama
 from ..runs import chat_rows, losses, spec_for, train, write_rows
 
 SHAPES = [(24, 24), (12, 40), (40, 12), (31, 17)]

@@ -12,8 +12,8 @@ from olora_core.errors import ModelError
 from olora_core.layers.adapter import Site
 from olora_core.methods import build_adapters
 from olora_core.methods.olora import OLoRAAdapter
+from tests.tiny_base import make_gpt2, make_llama
 
-from ..conftest import make_gpt2, make_llama
 from .test_methods import adapted, make_method, sgd_losses
 
 # PEFT looks at a property that transformers has deprecated.

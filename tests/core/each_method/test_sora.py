@@ -18,8 +18,8 @@ from olora_core.methods.gated import GatedAdapter
 from olora_core.methods.sora import SoRA
 from olora_core.specs import read_spec
 from olora_core.specs.methods.sora import SoRASpec
+from tests.tiny_base import make_llama
 
-from ..conftest import make_llama
 from ..runs import Finished, chat_rows, losses, one, spec_for, train, write_rows
 
 # PEFT looks at a property that transformers has deprecated.

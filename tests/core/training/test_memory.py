@@ -25,8 +25,8 @@ from olora_core.training import memory
 from olora_core.training.losses import loss_of
 from olora_core.training.memory import Estimate, LiveBytes, estimate_memory, fitted
 from olora_core.training.train import train
+from tests.tiny_base import CONTEXT, VOCABULARY, save_base
 
-from ..conftest import CONTEXT, VOCABULARY, save_base
 from ..runs import chat_rows, losses, one, preference_rows, spec_for, write_rows
 
 ROOT = Path(__file__).parents[3]

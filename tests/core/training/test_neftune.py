@@ -19,8 +19,8 @@ from olora_core.progress import Evaluated, Finished, Progress, Resolved, Step
 from olora_core.specs import read_spec
 from olora_core.training.neftune import with_noise
 from olora_core.training.randomness import Randomness
+from tests.tiny_base import PAD
 
-from ..conftest import PAD
 from ..runs import chat_rows, losses, spec_for, train, write_rows
 
 ALPHA, WIDTH = 5.0, 32
