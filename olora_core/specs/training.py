@@ -174,32 +174,7 @@ def read_spec(
     training_values: dict[str, Any] = {}
     for name, value in (hyperparameters or {}).items():
         _route_hyperparameter(name, value, training_values, adapter_values, places, prefix)
-    multiplier = training_values.get("learning_rate_multiplier", "auto")
-    if multiplier != "auto" and training_values.get("learning_rate", "auto") != "auto":
-        raise SpecError(
-            "learning_rate and learning_rate_multiplier exclude each other; pass only one.",
-            param=f"{prefix}.learning_rate",
-        )
-    if type == "dpo" and training_values.get("beta") is None:
-        training_values["beta"] = "auto"
-    if type != "dpo" and training_values.get("beta") is not None:
-        raise SpecError(
-            f"{prefix}.beta is for method.type 'dpo', and this is '{type}'; leave it out, or use dpo.",
-            param=f"{prefix}.beta",
-        )
-    chosen = read(Hyperparameters, training_values, lambda name: prefix)
-    if type == "dpo" and chosen.neftune_alpha:
-        raise SpecError(
-            f"{prefix}.neftune_alpha is for method.type 'supervised': dpo compares the model with the base, "
-            "and noise on one side would distort the comparison. Leave it out, or set it to 0.",
-            param=f"{prefix}.neftune_alpha",
-        )
-    if chosen.early_stopping_min_delta and chosen.early_stopping_patience is None:
-        raise SpecError(
-            f"{prefix}.early_stopping_min_delta needs early_stopping_patience, the number of evaluations "
-            "after which to stop; pass that too, or leave this out.",
-            param=f"{prefix}.early_stopping_min_delta",
-        )
+    chosen = _read_hyperparameters(type, training_values, prefix)
     method = adapter_values.setdefault("method", DEFAULT_METHOD)
     if not isinstance(method, str) or method not in ADAPTER_SPECS:
         raise SpecError(
@@ -216,6 +191,37 @@ def read_spec(
         hyperparameters=chosen,
         seed=_read_seed(seed),
     )
+
+
+def _read_hyperparameters(type: str, values: dict[str, Any], prefix: str) -> Hyperparameters:
+    """The training options, checked against each other and against the type of training."""
+    multiplier = values.get("learning_rate_multiplier", "auto")
+    if multiplier != "auto" and values.get("learning_rate", "auto") != "auto":
+        raise SpecError(
+            "learning_rate and learning_rate_multiplier exclude each other; pass only one.",
+            param=f"{prefix}.learning_rate",
+        )
+    if type == "dpo" and values.get("beta") is None:
+        values["beta"] = "auto"
+    if type != "dpo" and values.get("beta") is not None:
+        raise SpecError(
+            f"{prefix}.beta is for method.type 'dpo', and this is '{type}'; leave it out, or use dpo.",
+            param=f"{prefix}.beta",
+        )
+    chosen = read(Hyperparameters, values, lambda name: prefix)
+    if type == "dpo" and chosen.neftune_alpha:
+        raise SpecError(
+            f"{prefix}.neftune_alpha is for method.type 'supervised': dpo compares the model with the base, "
+            "and noise on one side would distort the comparison. Leave it out, or set it to 0.",
+            param=f"{prefix}.neftune_alpha",
+        )
+    if chosen.early_stopping_min_delta and chosen.early_stopping_patience is None:
+        raise SpecError(
+            f"{prefix}.early_stopping_min_delta needs early_stopping_patience, the number of evaluations "
+            "after which to stop; pass that too, or leave this out.",
+            param=f"{prefix}.early_stopping_min_delta",
+        )
+    return chosen
 
 
 def _route_hyperparameter(

@@ -403,7 +403,7 @@ def test_type_6_is_merged_or_refused_with_both_remedies() -> None:
     with pytest.raises(SpecError, match=r"adapter\.type = 6") as refused:
         read_spec(model="m", adapter={"method": "mora", "type": 6})
     assert refused.value.param == "adapter.export"
-    assert "adapter.export = 'merged', or another adapter.type" in refused.value.message
+    assert "adapter.export = 'merged', or use another adapter.type" in refused.value.message
     assert read_spec(model="m", adapter={"method": "mora", "type": 6, "export": "merged"}).adapter.type == 6
 
 
