@@ -55,7 +55,7 @@ class Measured:
     """One configuration."""
 
     rows: int
-    """A pass holds so many times 4,096 tokens."""
+    """Rows of a pass, of 4,096 tokens each."""
     steps: int
     tokens_per_second: float
     seconds_per_step: float
@@ -94,7 +94,7 @@ class Section:
         return max(found, key=lambda measured: measured.tokens_per_second, default=None)
 
     def has_time(self, name: str, operations: float, beside: float) -> bool:
-        """Whether so many operations and seconds beside them still fit; if not, the report says so."""
+        """Whether the section has time for `operations` and `beside` seconds more; if not, the report says so."""
         needed = (beside if self.task.device == "cuda" and not self.task.tiny else 0) + operations / self.rate
         left = self.report.seconds_left
         if needed > left:
@@ -168,7 +168,7 @@ def first_sentence(error: BaseException) -> str:
 def measure_ours(
     section: Section, base: Base, method: str, examples: Examples, batch_size: int, rows: int, work: Work
 ) -> Measured:
-    """Steps of so many examples in passes of so many rows' tokens."""
+    """Times steps of `batch_size` examples, in passes that hold `rows` full rows."""
     size, device = section.size, section.task.device
     forget_peak_memory(base.device)
     with prepared(base, method, examples, batch_size, rows * size.length) as (started, start_seconds):

@@ -197,7 +197,7 @@ def run(task: Task, report: Report) -> None:
     def parts() -> Parts:
         for name, setting in SETTINGS.items():
             yield name, predicts, setting, base_of, rows
-            if setting.dtype == torch.float32:  # which a difference of two losses is told in
+            if setting.dtype == torch.float32:  # two losses are compared
                 yield "a pass that does not fit", runs_out, base_of, rows
 
     each(report, parts())

@@ -127,7 +127,7 @@ def train_peer(
     section: Section, tuned: Any, batches: Batches, work: Work, rows: int, scratch: str, began: float
 ) -> Measured:
     """`began` is when the adapters began to be made."""
-    from transformers import PrinterCallback, Trainer, TrainerCallback, TrainingArguments
+    from transformers import PrinterCallback, Trainer, TrainerCallback
 
     size, device = section.size, section.task.device
     ends: list[float] = []
@@ -155,7 +155,28 @@ def train_peer(
             return loss
 
     stop = [batches.steps]
-    arguments = TrainingArguments(
+    arguments = arguments_of(batches, device, scratch)
+    trainer = Recording(
+        tuned, arguments, train_dataset=batches.rows, data_collator=stacked, callbacks=[Clock()]
+    )
+    trainer.remove_callback(PrinterCallback)
+    trainer.train()
+    *_, warm, end = ends
+    first, last = WARM_UP * batches.size, stop[0] * batches.size
+    lengths = np.array([length for row in batches.lengths[first:last] for length in row], dtype=float)
+    trained = sum(batches.trained[first:last])
+    operations = work.operations(lengths.sum(), trained, (lengths**2).sum())
+    steps, seconds = stop[0] - WARM_UP, end - warm
+    return measured_of(
+        section, rows, steps, seconds, lengths.sum(), operations, warm - began, float(losses[0])
+    )
+
+
+def arguments_of(batches: Batches, device: str, scratch: str) -> Any:
+    """Trainer's, tuned: fused AdamW, no checkpointing, nothing logged or written."""
+    from transformers import TrainingArguments
+
+    return TrainingArguments(
         output_dir=scratch,
         max_steps=batches.steps,
         per_device_train_batch_size=batches.size,
@@ -174,18 +195,4 @@ def train_peer(
         disable_tqdm=True,
         use_cpu=device == "cpu",
         seed=SEED,
-    )
-    trainer = Recording(
-        tuned, arguments, train_dataset=batches.rows, data_collator=stacked, callbacks=[Clock()]
-    )
-    trainer.remove_callback(PrinterCallback)
-    trainer.train()
-    *_, warm, end = ends
-    first, last = WARM_UP * batches.size, stop[0] * batches.size
-    lengths = np.array([length for row in batches.lengths[first:last] for length in row], dtype=float)
-    trained = sum(batches.trained[first:last])
-    operations = work.operations(lengths.sum(), trained, (lengths**2).sum())
-    steps, seconds = stop[0] - WARM_UP, end - warm
-    return measured_of(
-        section, rows, steps, seconds, lengths.sum(), operations, warm - began, float(losses[0])
     )

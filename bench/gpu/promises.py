@@ -41,7 +41,7 @@ FEW = ("olora", "lora")
 """The methods that stand for all where time is short."""
 NEVER = 86_400.0
 JUDGED, LEARNS_BY = 8, 0.02
-"""So many training rows say by how many nats a token a run has learned at least."""
+"""Training rows that a run is judged by, and the nats per token that it must have learned."""
 LOSS_TOLERANCE, NORM_TOLERANCE = 1e-4, 1e-3
 """Relative, between two loops in fp32: sums of a few hundred terms differ by some 1e-6, each step hands that
 on, and AdamW makes whole steps of gradients that are no larger."""
@@ -90,13 +90,13 @@ def promises(report: Report, name: str, spec: TrainSpec, base: Base, training: P
     """A whole run, and which of its promises it kept."""
     began, losses, folder = time.monotonic(), [], training.parent / "run"
     bare, before, loss_before = logits_of(base), tensors_of(base.model), loss_of(base)
-    for said in train(spec, base, training, None, folder, cache=training.parent / "cache"):
-        if isinstance(said, Resolved):
+    for update in train(spec, base, training, None, folder, cache=training.parent / "cache"):
+        if isinstance(update, Resolved):
             starts = torch.equal(logits_of(base), bare)
-        elif isinstance(said, Step):
-            losses.append(said.loss)
-        elif isinstance(said, Finished):
-            certificate, loss_after = said.certificate, loss_of(base)
+        elif isinstance(update, Step):
+            losses.append(update.loss)
+        elif isinstance(update, Finished):
+            certificate, loss_after = update.certificate, loss_of(base)
             with adapters_off(base.model):
                 turns_off = torch.equal(logits_of(base), bare)
     kept = {
@@ -123,18 +123,18 @@ def trained(
     then, and the checkpoint it made in the middle.
     """
     steps: list[Step] = []
-    folder, checkpoint, wish = training.parent / "left", None, None
+    folder, checkpoint, stop_request = training.parent / "left", None, None
     cache = training.parent / "cache"
     if resume is None:
         shutil.rmtree(folder, ignore_errors=True)  # a run keeps its newest two checkpoints, by their steps
     run = train(spec, base, training, None, folder, resume=resume, checkpoint_seconds=NEVER, cache=cache)
     while not steps or steps[-1].step < (count or steps[-1].total_steps):
-        said, wish = run.send(wish), None
-        if isinstance(said, Step):
-            steps.append(said)
-            wish = "save" if said.step == said.total_steps // 2 else None
-        elif isinstance(said, Saved):
-            checkpoint = said.folder
+        update, stop_request = run.send(stop_request), None
+        if isinstance(update, Step):
+            steps.append(update)
+            stop_request = "save" if update.step == update.total_steps // 2 else None
+        elif isinstance(update, Saved):
+            checkpoint = update.folder
     adapters = enumerate(layer.adapter.state_dict() for layer in attached(base.model))
     tensors = {f"{i}.{name}": tensor.clone() for i, held in adapters for name, tensor in held.items()}
     run.close()

@@ -135,13 +135,13 @@ class Work:
     """`6 layers heads d`."""
 
     def operations(self, tokens: float, trained: float, squares: float) -> float:
-        """Of so many tokens and trained tokens, in segments whose squared lengths have this sum."""
+        """FLOP for these tokens and trained tokens; `squares` sums the squared lengths of the segments."""
         linear = 4 * self.blocks * tokens + 4 * self.head * trained + 6 * self.adapters * tokens
         return linear + self.attention * squares
 
 
 def work_of(shape: Shape, sites: list[Site], adapters: int) -> Work:
-    """For adapters of so many numbers beside all linear layers of the blocks."""
+    """`adapters` counts the parameters of the adapters of all linear layers."""
     blocks = sum(site.in_features * site.out_features for site in sites)
     attention = 6 * shape.layers * shape.heads * shape.head_dim
     return Work(blocks, shape.vocabulary * shape.width, adapters, attention)

@@ -162,7 +162,7 @@ def best_rows(section: Section, shape: Shape) -> tuple[int, ...]:
 
 
 def measure_rows(section: Section, base: Base, shape: Shape, part: str, rows: tuple[int, ...]) -> None:
-    """A method of ours, or the peer, on full rows, so many a pass; keeps the fastest."""
+    """Measures a method of ours, or the peer, on full rows, `rows` of them per pass; keeps the fastest."""
     size, report = section.size, section.report
     sites = target_sites(base.model, "auto")
     work = work_of(shape, sites, sum(RANK * (site.in_features + site.out_features) for site in sites))

@@ -113,17 +113,7 @@ def plan_passes(
     share its memory. Raises SpecError for an option that this base does not support.
     """
     asked, why, notes = spec.hyperparameters, [], []
-    packing = base.passes.packing is not None if asked.packing == "auto" else asked.packing
-    if packing and base.passes.packing is None:
-        raise SpecError(
-            "hyperparameters.packing: this base model lets packed examples see each other; set it to false.",
-            param="hyperparameters.packing",
-        )
-    if asked.gradient_checkpointing is True and not can_checkpoint(base.model, spec):
-        raise SpecError(
-            "hyperparameters.gradient_checkpointing: this base model does not offer it; set it to false.",
-            param="hyperparameters.gradient_checkpointing",
-        )
+    packing = _checked_packing(spec, base)
     if asked.packing == "auto":
         reason = "keeps packed examples apart" if packing else "would let packed examples see each other"
         why.append(f"packing = {str(packing).lower()} (auto: this base model {reason})")
@@ -157,6 +147,23 @@ def plan_passes(
         update={"packing": packing, "micro_batch_tokens": tokens, "gradient_checkpointing": checkpointing}
     )
     return Plan(spec.model_copy(update={"hyperparameters": hyperparameters}), why, notes)
+
+
+def _checked_packing(spec: TrainSpec, base: Base) -> bool:
+    """Whether examples are packed. Raises SpecError for an option that this base does not support."""
+    asked, can_pack = spec.hyperparameters, base.passes.packing is not None
+    packing = can_pack if asked.packing == "auto" else asked.packing
+    if packing and not can_pack:
+        raise SpecError(
+            "hyperparameters.packing: this base model lets packed examples see each other; set it to false.",
+            param="hyperparameters.packing",
+        )
+    if asked.gradient_checkpointing is True and not can_checkpoint(base.model, spec):
+        raise SpecError(
+            "hyperparameters.gradient_checkpointing: this base model does not offer it; set it to false.",
+            param="hyperparameters.gradient_checkpointing",
+        )
+    return packing
 
 
 def _tokens_of_a_pass(estimate: Estimate, one: int, length: int, device: str, checkpointing: bool) -> int:

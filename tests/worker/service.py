@@ -147,15 +147,15 @@ class Service:
         with self.write.begin() as session:
             jobs.admit(session, self.settings)
 
-    def queue(self, **wishes: Any) -> str:
+    def queue(self, **options: Any) -> str:
         """A job that can be claimed."""
-        job_id = self.submit(**wishes)
+        job_id = self.submit(**options)
         self.admit()
         return job_id
 
-    def queue_comparison(self, **wishes: Any) -> str:
+    def queue_comparison(self, **options: Any) -> str:
         """A comparison that can be claimed."""
-        comparison_id = self.submit_comparison(**wishes)
+        comparison_id = self.submit_comparison(**options)
         self.admit()
         return comparison_id
 

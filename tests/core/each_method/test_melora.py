@@ -30,7 +30,7 @@ def melora_adapter(out_features: int, in_features: int, **options: object) -> Ad
 
 @pytest.fixture(params=[2, 4, 8])
 def moved(request: pytest.FixtureRequest) -> MELoRAAdapter:
-    """An adapter 24×40 of so many mini LoRAs of rank 3, alpha 6, with random factors."""
+    """A 24×40 adapter of 2, 4 or 8 mini LoRAs of rank 3, alpha 6, with random factors."""
     adapter = melora_adapter(24, 40, rank=3, mini_loras=request.param)
     assert isinstance(adapter, MELoRAAdapter)
     randomise({"": adapter}, 1.0)
