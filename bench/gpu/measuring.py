@@ -94,7 +94,7 @@ class Section:
         return max(found, key=lambda measured: measured.tokens_per_second, default=None)
 
     def has_time(self, name: str, operations: float, beside: float) -> bool:
-        """Whether the section has time for `operations` and `beside` seconds more; if not, the report says so."""
+        """Whether `operations` and `beside` seconds still fit; if not, the report says so."""
         needed = (beside if self.task.device == "cuda" and not self.task.tiny else 0) + operations / self.rate
         left = self.report.seconds_left
         if needed > left:
