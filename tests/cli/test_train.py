@@ -134,7 +134,7 @@ def test_an_interrupted_run_resumes_to_the_same_bytes(tmp_path: Path) -> None:
 def test_a_tracker_without_an_account_is_refused_before_anything_is_loaded(tmp_path: Path) -> None:
     refused = olora(tmp_path, "train", write_spec(tmp_path, "out", more=TRACKERS))
     assert refused.returncode == 1
-    assert "operator set OLORA_WANDB_API_KEY" in " ".join(refused.stderr.split())
+    assert "operator to set OLORA_WANDB_API_KEY" in " ".join(refused.stderr.split())
     assert not (tmp_path / "out").exists()
     unknown = olora(tmp_path, "train", write_spec(tmp_path, "out", more="integrations: [{type: comet}]\n"))
     assert "integrations[0] must be an object whose type is 'wandb' or 'mlflow'" in unknown.stderr
