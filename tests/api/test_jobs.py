@@ -324,7 +324,7 @@ MERGED = {"method": "mora", "type": 6, "export": "merged"}
 def test_a_job_that_merges_leaves_a_model_and_no_adapter(client: TestClient, settings: Settings) -> None:
     made = created(client, adapter=MERGED)
     refused = client.get(f"/v1/fine_tuning/jobs/{made['id']}/adapter")
-    assert "adapter.export is 'merged'; wait for its end" in refused.json()["error"]["message"]
+    assert "adapter.export is 'merged'; wait until it ends" in refused.json()["error"]["message"]
     client.post(f"/v1/fine_tuning/jobs/{made['id']}/cancel")
 
     done = finished(client, settings, adapter=MERGED)

@@ -301,7 +301,7 @@ BAD_JSON = (
     pytest.param(b"[]", "must be a JSON object, not a list", id="list"),
     pytest.param(b"3", "not a number", id="number"),
     pytest.param('{"suffix": "é"}'.encode("latin-1"), "not UTF-8", id="latin-1"),
-    pytest.param(b'{"suffix": "\\ud800"}', "broken character", id="surrogate"),
+    pytest.param(b'{"suffix": "\\ud800"}', "invalid character", id="surrogate"),
     pytest.param(b'{"seed": NaN}', "NaN", id="not-a-number"),
     pytest.param(b"[" * 100_000, "nested too deeply", id="nested"),
     pytest.param(b'{"seed": %s}' % (b"9" * 6000), "more than 4300 digits", id="digits"),
@@ -312,7 +312,7 @@ BAD_JSON = (
 @pytest.mark.parametrize(("content", "says"), BAD_JSON)
 def test_a_body_that_is_no_json_object_is_refused(content: bytes, says: str, client: TestClient) -> None:
     answer = client.post("/v1/fine_tuning/jobs", content=content)
-    param = "suffix" if says == "broken character" else None
+    param = "suffix" if says == "invalid character" else None
     assert_refused(answer, code=None, param=param, says=(says,))
 
 

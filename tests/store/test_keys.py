@@ -146,7 +146,7 @@ def test_a_revoked_key_does_not_come_back(sessions: Sessions, settings: Settings
         key = keys.find_key(session, token)
         assert key is not None
         keys.revoke_key(session, key)
-    with pytest.raises(SettingsError, match=r"was revoked; delete the file"):
+    with pytest.raises(SettingsError, match=r"holds a revoked key; delete it"):
         first(sessions, settings)
     with pytest.raises(SettingsError, match=r"OLORA_API_KEY is a revoked key"):
         first(sessions, read_settings(home=settings.home, api_key=token))
