@@ -24,9 +24,9 @@ from starlette.exceptions import HTTPException
 from starlette.responses import JSONResponse
 
 from olora_core.errors import OloraError
+from olora_core.specs.validation import refusal
 from store import errors as store_errors
 from store.session import DATABASE_AWAY
-from store.validation import refusal
 
 KEY_REMEDY = (
     "The API key is missing or unknown. Send it as 'Authorization: Bearer <key>'; "

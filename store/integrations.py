@@ -9,10 +9,10 @@ from typing import Annotated, Any, ClassVar, Literal
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 
 from olora_core.specs import nearest
+from olora_core.specs.validation import refusal
 
 from .errors import BadIntegration
 from .settings import Settings
-from .validation import refusal
 
 MAX_INTEGRATIONS = 5
 
@@ -128,8 +128,6 @@ def _refused(error: ValidationError, kind: str, place: str) -> BadIntegration:
     problem = error.errors(include_url=False)[0]
     *path, last = problem["loc"]
     param = ".".join([place, *map(str, problem["loc"])])
-    if problem["type"] == "missing":
-        return BadIntegration(f"{param} is missing; it is required.", param=param)
     if problem["type"] == "extra_forbidden":
         model = INTEGRATIONS[kind].model_fields[kind].annotation if path else INTEGRATIONS[kind]
         known = model.model_fields if isinstance(model, type) and issubclass(model, BaseModel) else {}

@@ -13,8 +13,9 @@ from urllib.parse import unquote, urlsplit
 from pydantic import Field, SecretStr, ValidationError, ValidationInfo, field_validator
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
+from olora_core.specs.validation import requirement, shown
+
 from .errors import SettingsError
-from .validation import requirement, shown
 
 log = logging.getLogger(__name__)
 

@@ -5,7 +5,7 @@ from typing import Any, TypeVar, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from store.validation import refusal
+from olora_core.specs.validation import refusal
 
 from ..errors import BadRequest
 
@@ -116,8 +116,6 @@ def _bad_field(model: type[RequestBody], error: ValidationError) -> BadRequest:
         match = difflib.get_close_matches(place[-1], known, n=1, cutoff=0.6)
         hint = f" (did you mean '{match[0]}'?)" if match else ""
         return BadRequest(f"{param} is unknown{hint}. Known: {', '.join(known)}.", param=param)
-    if problem["type"] == "missing":
-        return BadRequest(f"{param} is missing; it is required.", param=param)
     return BadRequest(refusal(param, problem), param=param)
 
 
