@@ -1,15 +1,21 @@
-"""Runs `olora` commands and a service as processes, with their own home and port."""
+"""Runs `olora` commands, and a service as a process, with their own home and port."""
 
+import contextlib
 import os
 import re
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from unittest import mock
+
+from cli import main
+from store.settings import get_settings
 
 ROOT = Path(__file__).resolve().parents[2]
 SHIPPED = ROOT / "examples" / "base"
@@ -23,9 +29,57 @@ def environment(home: Path, **settings: str) -> dict[str, str]:
     return {**inherited, "OLORA_HOME": str(home), "OMP_NUM_THREADS": "1", "COLUMNS": "200", **given}
 
 
-def olora(
+def olora(home: Path, *arguments: str | Path, **settings: str) -> "subprocess.CompletedProcess[str]":
+    """A command in this process, which has imported torch already: its exit code and what it printed."""
+    words = ["olora", *map(str, arguments)]
+    with (
+        mock.patch.dict(os.environ, environment(home, **settings), clear=True),
+        mock.patch.object(sys, "argv", words),
+        open(os.devnull) as nothing,
+        mock.patch.object(sys, "stdin", nothing),
+        contextlib.chdir(ROOT),
+        _captured("stdout", 1) as out,
+        _captured("stderr", 2) as err,
+    ):
+        get_settings.cache_clear()
+        code: object = 0
+        try:
+            main.main()
+        except SystemExit as exit:
+            code = exit.code or 0
+        finally:
+            get_settings.cache_clear()
+        return subprocess.CompletedProcess(words, code, out(), err())  # type: ignore[arg-type]
+
+
+@contextmanager
+def _captured(name: str, number: int) -> Iterator[Callable[[], str]]:
+    """Reads what is written to a standard stream, by this process and by those that it starts."""
+    getattr(sys, name).flush()
+    before = os.dup(number)
+    with tempfile.TemporaryFile("w+", encoding="utf-8") as file:
+        os.dup2(file.fileno(), number)
+        try:
+            with (
+                open(number, "w", encoding="utf-8", buffering=1, closefd=False) as stream,
+                mock.patch.object(sys, name, stream),
+            ):
+
+                def read() -> str:
+                    stream.flush()
+                    file.seek(0)
+                    return file.read()
+
+                yield read
+        finally:
+            os.dup2(before, number)
+            os.close(before)
+
+
+def olora_process(
     home: Path, *arguments: str | Path, timeout: float = 120, **settings: str
 ) -> "subprocess.CompletedProcess[str]":
+    """A command in a process of its own."""
     return subprocess.run(
         [sys.executable, "-m", "cli.main", *map(str, arguments)],
         cwd=ROOT,
@@ -50,8 +104,8 @@ class Serving:
     def url(self) -> str:
         return f"http://127.0.0.1:{self.port}/v1"
 
-    def run(self, *arguments: str | Path, timeout: float = 200) -> "subprocess.CompletedProcess[str]":
-        return olora(self.home, *arguments, timeout=timeout, port=str(self.port))
+    def run(self, *arguments: str | Path) -> "subprocess.CompletedProcess[str]":
+        return olora(self.home, *arguments, port=str(self.port))
 
 
 @contextmanager

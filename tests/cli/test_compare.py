@@ -10,21 +10,25 @@ from typing import Any
 import pytest
 
 from tests.browser import chromium
-from tests.cli.running import ROOT, ROWS, environment, olora, wait_for
+from tests.cli.running import ROOT, environment, olora, wait_for
+from tests.rows import chat_file
 
-pytestmark = pytest.mark.slow
 TIMINGS = ("seconds", "tokens_per_second", "peak_memory_bytes")
 
 
-def command(folder: Path, output: str, *more: str) -> list[str | Path]:
-    rows = ROWS.read_text().splitlines(keepends=True)
-    (folder / "train.jsonl").write_text("".join(rows[:40]))
-    (folder / "valid.jsonl").write_text("".join(rows[40:50]))
+@pytest.fixture(scope="module")
+def base(models_dir: Path) -> Path:
+    return models_dir / "tiny"
+
+
+def command(folder: Path, base: Path, *more: str) -> list[str | Path]:
+    (folder / "train.jsonl").write_bytes(chat_file(40))
+    (folder / "valid.jsonl").write_bytes(chat_file(10, first=100))
     return [
         *("compare", folder / "train.jsonl", "--validation", folder / "valid.jsonl"),
-        *("--base", "olora-tiny", "--methods", "olora, lora", "--learning-rates", "1e-3,3e-3"),
-        *("--seeds", "2", "--max-steps", "6", "--batch-size", "2", "--set", "dtype=float32"),
-        *("--output", folder / output),
+        *("--base", base, "--methods", "olora, lora", "--learning-rates", "1e-3,3e-3"),
+        *("--seeds", "2", "--max-steps", "8", "--batch-size", "2", "--set", "dtype=float32"),
+        *("--output", folder / "out"),
         *more,
     ]
 
@@ -48,24 +52,28 @@ def interrupted(folder: Path, arguments: list[str | Path]) -> str:
             stdout=output,
             stderr=output,
         )
-    wait_for(lambda: "run 3/" in log.read_text() or process.poll() is not None, 200, "the third run")
-    process.send_signal(signal.SIGINT)
-    assert process.wait(60) == 130, log.read_text()
+    try:
+        wait_for(lambda: "run 3/" in log.read_text() or process.poll() is not None, 200, "the third run")
+        process.send_signal(signal.SIGINT)
+        assert process.wait(60) == 130, log.read_text()
+    finally:
+        process.kill()
+        process.wait()
     return log.read_text()
 
 
 @pytest.fixture(scope="module")
-def through(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def through(tmp_path_factory: pytest.TempPathFactory, base: Path) -> Path:
     """The home of an uninterrupted comparison; tests only read it."""
     home = tmp_path_factory.mktemp("through")
-    done = olora(home, *command(home, "out"), timeout=250)
+    done = olora(home, *command(home, base))
     assert done.returncode == 0, done.stderr
     (home / "stderr").write_text(done.stderr)
     (home / "stdout").write_text(done.stdout)
     return home
 
 
-def test_a_comparison_prints_its_verdict_and_its_page(through: Path) -> None:
+def test_a_comparison_prints_its_verdict_and_its_page(through: Path, base: Path) -> None:
     page = through / "out" / "comparison.html"
     assert (through / "stdout").read_text().strip() == str(page)
     found = report(through / "out")
@@ -73,7 +81,7 @@ def test_a_comparison_prints_its_verdict_and_its_page(through: Path) -> None:
     assert [method["label"] for method in found["methods"]] == ["olora", "lora"]
     assert not (through / "out" / "checkpoints").exists()
 
-    refused = olora(through, *command(through, "out"))
+    refused = olora(through, *command(through, base))
     assert refused.returncode == 1
     assert "finished" in refused.stderr
     assert "--fresh" in refused.stderr
@@ -85,26 +93,26 @@ def test_a_browser_opens_the_page(through: Path, tmp_path: Path) -> None:
     assert browser.overflow(page, 500) == 0
 
 
-def test_train_accepts_the_winners_spec(through: Path, tmp_path: Path) -> None:
+def test_train_accepts_the_winners_spec(through: Path, base: Path, tmp_path: Path) -> None:
     found = report(through / "out")
-    command(tmp_path, "out")  # the files
+    command(tmp_path, base)  # the files
     spec = tmp_path / "winner.yaml"
     spec.write_text(json.dumps(found["winner"]))
-    trained = olora(tmp_path, "train", spec, timeout=250)
+    trained = olora(tmp_path, "train", spec)
     assert trained.returncode == 0, trained.stderr
     manifest = json.loads((tmp_path / found["winner"]["output"] / "adapter" / "manifest.json").read_text())
     taken = next(m for m in found["methods"] if m["label"] == found["verdict"]["take"])
     assert manifest["metrics"]["valid_loss_after"] == pytest.approx(taken["final"]["losses"][0], abs=1e-5)
 
 
-def test_the_same_command_resumes_after_an_interruption(through: Path, tmp_path: Path) -> None:
-    output = interrupted(tmp_path, command(tmp_path, "out"))
+def test_the_same_command_resumes_after_an_interruption(through: Path, base: Path, tmp_path: Path) -> None:
+    output = interrupted(tmp_path, command(tmp_path, base))
     assert "Run the same command to resume" in output
     assert not (tmp_path / "out" / "comparison.html").exists()
-    changed = olora(tmp_path, *command(tmp_path, "out", "--seeds", "3"))
+    changed = olora(tmp_path, *command(tmp_path, base, "--seeds", "3"))
     assert changed.returncode == 1
     assert "with different seeds" in changed.stderr
-    again = olora(tmp_path, *command(tmp_path, "out"), timeout=250)
+    again = olora(tmp_path, *command(tmp_path, base))
     assert again.returncode == 0, again.stderr
     assert "Resuming from step-" in again.stderr
     assert "run 1/" not in again.stderr
@@ -125,9 +133,9 @@ def test_the_same_command_resumes_after_an_interruption(through: Path, tmp_path:
     ],
 )
 def test_invalid_options_are_refused_before_anything_is_loaded(
-    tmp_path: Path, more: tuple[str, ...], sentence: str
+    tmp_path: Path, base: Path, more: tuple[str, ...], sentence: str
 ) -> None:
-    refused = olora(tmp_path, *command(tmp_path, "out", *more))
+    refused = olora(tmp_path, *command(tmp_path, base, *more))
     assert refused.returncode == 1
     assert sentence in " ".join(refused.stderr.split())
     assert not (tmp_path / "out").exists()

@@ -14,8 +14,6 @@ from examples import quickstart
 from store.settings import get_settings
 from tests.cli.running import ROOT, ROWS, descendants, environment, lives, wait_for
 
-pytestmark = pytest.mark.slow
-
 
 @pytest.fixture
 def taken_port(monkeypatch: pytest.MonkeyPatch) -> Iterator[int]:

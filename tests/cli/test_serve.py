@@ -4,7 +4,6 @@ import json
 import os
 import re
 import signal
-import socket
 import sqlite3
 import subprocess
 import sys
@@ -18,9 +17,17 @@ import torch
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
-from tests.cli.running import ROOT, ROWS, SHIPPED, Serving, descendants, lives, olora, serving, wait_for
-
-pytestmark = pytest.mark.slow
+from tests.cli.running import (
+    ROOT,
+    ROWS,
+    SHIPPED,
+    Serving,
+    descendants,
+    lives,
+    olora_process,
+    serving,
+    wait_for,
+)
 
 
 @pytest.fixture(scope="module")
@@ -38,6 +45,14 @@ def few_rows(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def service(home: Path) -> Iterator[Serving]:
     with serving(home) as started:
+        yield started
+
+
+@pytest.fixture(scope="module")
+def api_alone(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Serving]:
+    """A service without a worker, in a home with a space in its name."""
+    home = tmp_path_factory.mktemp("alone") / "my home"
+    with serving(home, "--no-worker", "--host", "127.0.0.1") as started:
         yield started
 
 
@@ -202,7 +217,7 @@ def test_the_services_errors_are_printed_unchanged(service: Serving) -> None:
 
 
 def test_a_taken_port_is_one_sentence(service: Serving, tmp_path: Path) -> None:
-    refused = olora(tmp_path, "serve", "--port", str(service.port))
+    refused = olora_process(tmp_path, "serve", "--port", str(service.port))
     assert refused.returncode == 1
     assert str(service.port) in refused.stderr
     assert "--port" in refused.stderr
@@ -222,29 +237,23 @@ def test_a_worker_that_dies_is_restarted(service: Serving, few_rows: Path) -> No
     assert done.returncode == 0, done.stderr
 
 
-def test_the_api_runs_without_a_worker(tmp_path: Path) -> None:
-    with serving(tmp_path, "--no-worker") as api:
-        assert descendants(api.process.pid) == {}
-        assert httpx.get(f"{api.url[:-3]}/readyz").json()["ready"]
+def test_the_api_runs_without_a_worker(api_alone: Serving) -> None:
+    assert descendants(api_alone.process.pid) == {}
+    assert httpx.get(f"{api_alone.url[:-3]}/readyz").json()["ready"]
 
 
-def test_the_pasted_command_works_in_a_home_with_a_space(tmp_path: Path) -> None:
-    with serving(tmp_path / "my home", "--no-worker") as service:
-        [command] = re.findall(r"OLORA_HOME=.* jobs list .*", service.log.read_text())
-        path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
-        done = subprocess.run(
-            command, shell=True, env={"PATH": path}, capture_output=True, text=True, timeout=60
-        )
-        assert (done.returncode, done.stderr) == (0, "")
+def test_the_pasted_command_works_in_a_home_with_a_space(api_alone: Serving) -> None:
+    [command] = re.findall(r"OLORA_HOME=.* jobs list .*", api_alone.log.read_text())
+    path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+    done = subprocess.run(command, shell=True, env={"PATH": path}, capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stderr) == (0, "")
 
 
-def test_listening_beyond_loopback_without_tls_warns(tmp_path: Path) -> None:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    with serving(tmp_path, "--no-worker", "--host", "127.0.0.1") as quiet:
-        assert "TLS" not in quiet.log.read_text()
-    with serving(tmp_path, "--no-worker", "--host", "0.0.0.0", "--port", str(port)) as loud:
+def test_listening_beyond_loopback_without_tls_warns(
+    api_alone: Serving, tmp_path: Path, free_port: int
+) -> None:
+    assert "TLS" not in api_alone.log.read_text()
+    with serving(tmp_path, "--no-worker", "--host", "0.0.0.0", "--port", str(free_port)) as loud:
         assert "TLS" in loud.log.read_text()
 
 

@@ -12,10 +12,7 @@ import pytest
 from mlflow import MlflowClient
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from tests.cli.running import ROOT, ROWS, environment, olora, wait_for
-
-pytestmark = pytest.mark.slow
-
+from tests.cli.running import ROOT, ROWS, environment, olora, olora_process, wait_for
 
 TRACKERS = """\
 integrations:
@@ -63,16 +60,20 @@ def interrupted(spec: Path, home: Path, number: signal.Signals, **settings: str)
             stdout=output,
             stderr=output,
         )
-    wait_for(lambda: "step 4/40" in log.read_text() or process.poll() is not None, 200, "the fourth step")
-    process.send_signal(number)
-    assert process.wait(60) == 130, log.read_text()
+    try:
+        wait_for(lambda: "step 4/40" in log.read_text() or process.poll() is not None, 200, "the fourth step")
+        process.send_signal(number)
+        assert process.wait(60) == 130, log.read_text()
+    finally:
+        process.kill()
+        process.wait()
     return log.read_text()
 
 
 def test_merged_weights_replace_the_adapter(tmp_path: Path) -> None:
     spec = write_spec(tmp_path, "whole")
     spec.write_text(spec.read_text().replace("rank: 4}", "rank: 4, export: merged}").replace("2, b", "1, b"))
-    done = olora(tmp_path, "train", spec, timeout=250)
+    done = olora(tmp_path, "train", spec)
     assert done.returncode == 0, done.stderr
     assert done.stdout.strip() == str(tmp_path / "whole" / "model")
     assert re.search(r"As written in \w+: largest logit difference", done.stderr)
@@ -84,7 +85,7 @@ def test_merged_weights_replace_the_adapter(tmp_path: Path) -> None:
 
 @pytest.mark.filterwarnings("ignore::sqlalchemy.exc.SADeprecationWarning")  # MLflow's own
 def test_an_interrupted_run_resumes_to_the_same_bytes(tmp_path: Path) -> None:
-    through = olora(tmp_path, "train", write_spec(tmp_path, "through"), timeout=250)
+    through = olora(tmp_path, "train", write_spec(tmp_path, "through"))
     assert len(list((tmp_path / "through" / "tokens").iterdir())) == 2
     assert through.returncode == 0, through.stderr
     assert through.stdout.strip() == str(tmp_path / "through" / "adapter")
@@ -100,7 +101,7 @@ def test_an_interrupted_run_resumes_to_the_same_bytes(tmp_path: Path) -> None:
     output = interrupted(spec, tmp_path, signal.SIGINT, **trackers)
     assert "Run the same command to resume" in output
     assert not (tmp_path / "stopped" / "adapter").exists()
-    again = olora(tmp_path, "train", spec, timeout=250, **trackers)
+    again = olora(tmp_path, "train", spec, **trackers)
     assert again.returncode == 0, again.stderr
     assert "Resuming from step-" in again.stderr
     assert "is not receiving" not in again.stderr
@@ -146,7 +147,7 @@ def test_an_unfinished_run_is_not_mixed_with_another(tmp_path: Path) -> None:
     refused = olora(tmp_path, "train", other)
     assert refused.returncode == 1
     assert "another spec" in refused.stderr
-    fresh = olora(tmp_path, "train", other, "--fresh", timeout=250)
+    fresh = olora(tmp_path, "train", other, "--fresh")
     assert fresh.returncode == 0, fresh.stderr
     assert "Resuming" not in fresh.stderr
     assert json.loads((tmp_path / "out" / "run.json").read_text())["asked"]["seed"] == 6
@@ -162,7 +163,7 @@ def test_preferences_are_trained_by_the_type_dpo(tmp_path: Path) -> None:
     assert refused.returncode == 1
     assert 'method.type "dpo"' in " ".join(refused.stderr.split())
     spec.write_text(f"{content}type: dpo\n")
-    done = olora(tmp_path, "train", spec, timeout=250)
+    done = olora(tmp_path, "train", spec)
     assert done.returncode == 0, done.stderr
     assert "beta = 0.1" in done.stderr
     asked = json.loads((tmp_path / "dpo" / "adapter" / "manifest.json").read_text())["spec"]
@@ -173,7 +174,7 @@ def test_the_manifest_records_how_the_base_was_quantised(tmp_path: Path) -> None
     spec = write_spec(tmp_path, "nf4")
     content = spec.read_text().replace("n_epochs: 2,", "max_steps: 2, quantization: nf4,")
     spec.write_text(content)
-    done = olora(tmp_path, "train", spec, timeout=250)
+    done = olora_process(tmp_path, "train", spec, timeout=250)  # it loads what a quantised base needs
     assert done.returncode == 0, done.stderr
     assert "Failed to load" not in done.stderr
     manifest = json.loads((tmp_path / "nf4" / "adapter" / "manifest.json").read_text())
@@ -186,7 +187,7 @@ def test_the_manifest_records_how_the_base_was_quantised(tmp_path: Path) -> None
 
 def test_torchrun_trains_one_adapter_on_two_devices(tmp_path: Path) -> None:
     """Also after an interruption, with the losses of one device."""
-    alone = olora(tmp_path, "train", write_spec(tmp_path, "alone"), timeout=250)
+    alone = olora(tmp_path, "train", write_spec(tmp_path, "alone"))
     assert alone.returncode == 0, alone.stderr
     spec, log = write_spec(tmp_path, "together"), tmp_path / "train.log"
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
