@@ -6,7 +6,7 @@ Every test gets its own database and home.
 import os
 import shutil
 import uuid
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 import pytest
@@ -23,10 +23,42 @@ from tests import services
 os.environ["OMP_NUM_THREADS"] = "1"
 
 
+SLOW = (
+    "faults",
+    "worker",
+    "upgrade",
+    "conformance",
+    "cli/test_serve.py",
+    "cli/test_train.py",
+    "cli/test_compare.py",
+    "cli/test_quickstart.py",
+    "deploy/test_images.py",
+)
+"""Starts services, trainers or long runs. Slow tests elsewhere have a mark of their own."""
+LONGEST_FIRST = (
+    *SLOW,
+    *("bench", "examples"),
+    *("core/bases", "core/training", "core/each_method", "core/export", "core"),
+    "api",
+)
+
+
+@pytest.hookimpl(tryfirst=True)  # before `-m` selects by marks
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """The slowest files first, so that one of two processes does not work on alone at the end."""
-    slowest = ("faults", "upgrade", "worker", "cli", "conformance")
-    items.sort(key=lambda item: not any(room in item.path.parts for room in slowest))
+    """Marks the slow folders, and puts the longest files first.
+
+    Each process takes a file at a time in this order: with short files last, none works alone at the end.
+    """
+    for item in items:
+        if _place(item, SLOW) < len(SLOW):
+            item.add_marker(pytest.mark.slow)
+    items.sort(key=lambda item: _place(item, LONGEST_FIRST))
+
+
+def _place(item: pytest.Item, folders: Sequence[str]) -> int:
+    """The position of the first folder or file that the test is in, or their number."""
+    path = item.path.relative_to(Path(__file__).parent)
+    return next((i for i, name in enumerate(folders) if path.is_relative_to(name)), len(folders))
 
 
 @pytest.fixture(autouse=True)

@@ -71,7 +71,6 @@ def _training_files(folder: Path) -> list[Path]:
     return paths
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("check", [check.__name__ for check in CHECKS])
 def test_the_official_client_works(check: str, outcome: dict[str, str | None]) -> None:
     assert outcome[check] is None, outcome[check]

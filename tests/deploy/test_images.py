@@ -18,7 +18,7 @@ import pytest
 from tests.cli.running import ROWS, olora
 from tests.deploy.dockerfile import ROOT, Image, build, instructions
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(600)]
+pytestmark = pytest.mark.timeout(600)
 ROOM_BYTES = 4 * 2**30
 
 

@@ -65,7 +65,6 @@ def test_a_job_leaves_an_event_file_of_all_its_steps(
     assert shown["train/tokens_per_second"] == speeds
 
 
-@pytest.mark.slow
 def test_after_a_crash_the_event_file_holds_each_step_once(
     service: Service, supervisor: Supervisor, tmp_path: Path
 ) -> None:

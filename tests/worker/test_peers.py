@@ -15,7 +15,6 @@ from tests.services import wait_until
 from tests.worker.service import Service, exists
 from worker.supervisor.supervisor import Supervisor
 
-pytestmark = pytest.mark.slow
 TWO = {"devices": 2}
 LONG = {"rows": 64, "n_epochs": 40, "options": TWO}
 """A job of 640 steps: longer than any test of it."""

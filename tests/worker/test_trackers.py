@@ -226,7 +226,6 @@ def files_of(service: Service) -> list[Path]:
     return [path for path in service.settings.home.rglob("*") if path.is_file()]
 
 
-@pytest.mark.slow
 @pytest.mark.filterwarnings(MLFLOW_STORES)
 def test_a_job_that_resumes_resumes_the_same_run(
     service: Service, supervisor: Supervisor, mlflow_uri: str
@@ -252,7 +251,6 @@ def test_a_job_that_resumes_resumes_the_same_run(
     assert "was killed" in warning
 
 
-@pytest.mark.slow
 @pytest.mark.filterwarnings(MLFLOW_STORES)
 def test_a_job_that_fails_or_is_cancelled_ends_its_run(
     service: Service, supervisor: Supervisor, mlflow_uri: str
@@ -276,7 +274,6 @@ def test_a_job_that_fails_or_is_cancelled_ends_its_run(
     assert mlflow_losses(client, run) == list(enumerate(service.losses(cancelled), 1))
 
 
-@pytest.mark.slow
 def test_a_tracker_that_does_not_answer_does_not_affect_the_job(
     service: Service,
     supervisor: Supervisor,
