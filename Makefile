@@ -13,7 +13,8 @@ TORCH := $(shell grep '^torch==' constraints.txt)
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 # Tests are small: a thread each, and as many files at a time as there are JOBS.
 JOBS ?= 2
-PYTEST := env -u OLORA_HOME OMP_NUM_THREADS=1 \
+# Compiled modules are kept, for many tests start an interpreter.
+PYTEST := env -u OLORA_HOME -u PYTHONDONTWRITEBYTECODE OMP_NUM_THREADS=1 \
   $(BIN)/python -m pytest -n $(JOBS) --dist loadfile --no-loadscope-reorder
 SOURCES := api worker cli store olora_core migrations examples bench tests
 
