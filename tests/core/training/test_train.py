@@ -493,7 +493,7 @@ def test_a_validation_loss_that_is_not_finite_ends_the_run_with_a_sentence(
 ) -> None:
     monkeypatch.setitem(methods.METHODS, "lora", Spoils)
     progress = train(spec_for("lora"), llama, training, validation, tmp_path / "run", checkpoint_seconds=0.0)
-    with pytest.raises(TrainingError, match=r"The validation loss after step 2 is nan\..*of step 1, is kept"):
+    with pytest.raises(TrainingError, match=r"The validation loss after step 2 is nan\..*of step 1 is kept"):
         list(progress)
 
 
