@@ -215,11 +215,7 @@ class Service:
     def traces(self, job_id: str) -> str:
         """Everything that the rows and the storage hold of a job, to see that nothing changed."""
         job = self.job(job_id)
-        row = {
-            column.name: getattr(job, column.key)
-            for column in Job.__mapper__.columns
-            if column.key != "metadata"
-        }
+        row = {column.key: getattr(job, column.key) for column in Job.__mapper__.column_attrs}
         events = [event.id for event in self.events(job_id)]
         return json.dumps([row, events, self.storage.list(f"jobs/{job_id}")], default=str, sort_keys=True)
 
