@@ -24,7 +24,8 @@ def wait_for_another_checkpoint(fleet: Fleet, comparison_id: str, beyond: int = 
     def newest() -> int:
         return max((checkpoint.step for checkpoint in service.checkpoints(comparison_id)), default=0)
 
-    row = service.wait(comparison_id, lambda _: newest() > beyond, f"a checkpoint beyond step {beyond}")
+    service.wait(comparison_id, lambda _: newest() > beyond, f"a checkpoint beyond step {beyond}")
+    row = service.job(comparison_id)  # read once more: the awaited one is older than the checkpoint
     assert row.status == "running"
     assert row.total_steps
     assert row.step < row.total_steps / 2
