@@ -20,6 +20,7 @@ Deadlines are readings of the monotonic clock, which is the same for all process
 import os
 import signal
 from dataclasses import asdict, dataclass
+from datetime import date
 from typing import Any, BinaryIO, Literal
 
 StopRequest = Literal["cancel", "release"]
@@ -46,8 +47,14 @@ class Order:
     tokens: str | None = None
     """Folder that keeps this project's tokenised files; None keeps none."""
     devices: int = 1
+    day: str | None = None
+    """The day on which the job was created, in ISO format; chat templates write it as today's date."""
     kind: str = "fine_tuning"
     """Or "comparison": decides which of the core's generators runs the spec."""
+
+    @property
+    def created_on(self) -> date | None:
+        return date.fromisoformat(self.day) if self.day else None
 
     def as_message(self) -> dict[str, Any]:
         return {"job": asdict(self)}

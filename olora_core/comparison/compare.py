@@ -8,6 +8,7 @@ import hashlib
 import json
 from collections.abc import Generator, Iterator, Mapping
 from contextlib import closing
+from datetime import date
 from pathlib import Path
 from typing import Any
 
@@ -52,13 +53,14 @@ def compare(
     resume: Path | None = None,
     checkpoint_seconds: float = 60.0,
     cache: Path | None = None,
+    day: date | None = None,
 ) -> Progress:
     """Finds each method's learning rate on rows held out of `training`, then trains it with several seeds.
 
     Ends with Compared: `folder` then holds `comparison.html` and `comparison.json`. `base` is loaded in
     `compute_dtype(spec.training, …)`, as for `train`, and restored when the generator ends. Sending "save" at
     a ComparedStep makes Saved the next update. With `resume`, the folder of a Saved, the comparison continues
-    exactly there. Tokenised files are kept in `cache`, or else in `folder`.
+    exactly there. Tokenised files are kept in `cache`, or else in `folder`. `day` is as in `train`.
 
     Raises OloraErrors for expected failures. A method that diverges or cannot be trained here does not raise;
     the report says why it has no result.
@@ -66,7 +68,8 @@ def compare(
     check_dtype(spec.training, base)
     check_quantization(spec.training, base)
     check_sharding(spec.training, base, SINGLE)
-    data = yield from read_data(spec.training, base, training, validation, cache or folder / "tokens")
+    day = checkpoint.day_of(resume) or day or date.today()
+    data = yield from read_data(spec.training, base, training, validation, cache or folder / "tokens", day)
     comparison = Comparison(spec, base, data, folder, checkpoint_seconds)
     if resume is not None:
         comparison.resume(resume)
@@ -280,7 +283,7 @@ class Comparison:
         """What a checkpoint must agree with to be resumed by this comparison."""
         terms = self.terms
         return {
-            "comparison": hashlib.sha256(terms.spec.model_dump_json().encode()).hexdigest(),
+            "comparison": hashlib.sha256(_without_new_defaults(terms.spec).encode()).hexdigest(),
             "training data": terms.data.training.digest,
             "validation data": terms.data.validation.digest,
             "base model": terms.base.fingerprint,
@@ -295,6 +298,7 @@ class Comparison:
             "unfit": {each.label: each.problem for each in self.entrants if not each.can_train},
             "outcomes": [result.state() for result in self.results],
             "run": unfinished.state,
+            "day": unfinished.state["day"],
         }
         step = sum(result.steps for result in self.results) + run.step
         saved = write_checkpoint(self.folder, step, Snapshot(self.identity, state, unfinished.tensors))
@@ -317,3 +321,14 @@ class Comparison:
             raise CheckpointError(
                 f"Checkpoint '{folder.name}' does not fit this comparison: {error}. Start it anew."
             ) from None
+
+
+ADDED = ("train_on_reasoning", "control_tokens")
+"""Hyperparameters that are younger than the checkpoints of some unfinished comparisons."""
+
+
+def _without_new_defaults(spec: ComparisonSpec) -> str:
+    """The spec as JSON, as a version without these options wrote it, unless they are used."""
+    fields = Hyperparameters.model_fields
+    unused = {name for name in ADDED if getattr(spec.hyperparameters, name) == fields[name].default}
+    return spec.model_dump_json(exclude={"hyperparameters": unused})

@@ -8,31 +8,29 @@ from array import array
 from collections import deque
 from collections.abc import Generator, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from datetime import date
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
-from ..errors import DataError, ModelError
-from ..formats import (
-    NOUNS,
-    Container,
-    canonical,
-    container_of,
-    detect_format,
-    plain_text,
-    read_preference,
-    read_records,
-)
+from ..errors import DataError
+from ..formats import NOUNS, Container, container_of, read_records
 from ..progress import Note, Phase
+from .answers import Answers
+from .drafts import Draft, drafts_of
+from .encoding import Encoder
 from .example_files import ExampleWriter
 from .examples import Examples, Rows
-from .templates import ChatTemplate, Span
+from .templates import ChatTemplate
 
 ROWS_AT_ONCE, CHARACTERS_AT_ONCE = 256, 2**20
 LINES_NAMED = 50
+UNTRAINED = {
+    "reasoning": "with reasoning that the base model's chat template does not write, so it is not trained",
+    "content": "with content that the base model's chat template does not write, so it is not trained",
+}
 
 
 def tokenise(
@@ -44,24 +42,30 @@ def tokenise(
     end_tokens: frozenset[int],
     role: str,
     total: int,
+    day: date | None = None,
+    reasoning: bool = True,
+    literal: bool = False,
 ) -> Generator[Phase, None, tuple[Examples, list[Note]]]:
     """Tokenises a validated file of `total` rows. Yields progress; returns the examples and notes on them.
 
     Rows are cut at `context_length` tokens, plain texts are split there. An example with a row without
-    trained tokens is dropped. Raises DataError with the line for a row that cannot be trained on.
+    trained tokens is dropped. A chat template that writes today's date writes `day`, today if that is not
+    given; `reasoning` and `literal` are options of `Answers`. Raises DataError with the line for a row that
+    cannot be trained on.
     """
-    encoder = Encoder(tokenizer, end_tokens)
+    template = ChatTemplate(tokenizer, day or date.today())
+    answers = Answers(template, end_tokens, reasoning=reasoning, literal=literal)
+    encoder = Encoder(tokenizer, answers.ends)
     rows = _Rows(writer, role, container_of(path), context_length, encoder)
-    chat = ChatTemplate(tokenizer, end_tokens)
     noun = NOUNS[rows.container].capitalize()
-    drafts = (_drafts(line, f"{noun} {line}", record, chat) for line, record in read_records(path))
+    drafts = (drafts_of(line, f"{noun} {line}", record, answers) for line, record in read_records(path))
     done = 0
     # The tokenizer's threads encode one batch while the template renders the next.
     with ThreadPoolExecutor(1) as tokenizing:
-        ahead: deque[tuple[list[list[_Draft]], Future[list[Any]]]] = deque()
+        ahead: deque[tuple[list[list[Draft]], Future[list[Any]]]] = deque()
         for batch in _batches(drafts):
-            texts = [draft.text for sides in batch for draft in sides]
-            ahead.append((batch, tokenizing.submit(encoder.encode, texts)))
+            drafted = [draft for sides in batch for draft in sides]
+            ahead.append((batch, tokenizing.submit(encoder.encode, drafted)))
             if len(ahead) > 1:
                 done += rows.take(*ahead.popleft())
                 yield Phase("tokenising", done, max(done, total))
@@ -71,21 +75,9 @@ def tokenise(
     return rows.examples()
 
 
-@dataclass(frozen=True)
-class _Draft:
-    """One row before it is tokenised."""
-
-    line: int
-    text: str
-    spans: list[Span]
-    """(start, end) characters of `text` that are trained."""
-    kind: str
-    """"chat", rendered by its template; or "completion" or "text", which still need begin and end tokens."""
-
-
-def _batches(drafts: Iterable[list[_Draft]]) -> Iterator[list[list[_Draft]]]:
+def _batches(drafts: Iterable[list[Draft]]) -> Iterator[list[list[Draft]]]:
     """Batches of ROWS_AT_ONCE records, or fewer with long texts."""
-    batch: list[list[_Draft]] = []
+    batch: list[list[Draft]] = []
     characters = 0
     for sides in drafts:
         batch.append(sides)
@@ -95,135 +87,6 @@ def _batches(drafts: Iterable[list[_Draft]]) -> Iterator[list[list[_Draft]]]:
             batch, characters = [], 0
     if batch:
         yield batch
-
-
-# --- records to text -----------------------------------------------------------------------------------
-
-
-def _drafts(line: int, place: str, record: dict[str, Any], chat: ChatTemplate) -> list[_Draft]:
-    """The rows of an example: one, or for a preference pair the prompt with each of its answers."""
-    record = canonical(record)
-    format = detect_format(record)
-    if format == "text":
-        return [_Draft(line, record["text"], [], "text")]
-    if format != "preference":
-        return [_draft(line, place, record, chat)]
-    pair = read_preference(record)
-    around = {"prompt": pair.prompt, "tools": pair.tools, "functions": pair.functions}
-    drafts = []
-    for answer in (pair.chosen, pair.rejected):
-        draft = _draft(line, place, around | {"completion": answer}, chat)
-        drafts.append(draft if _says_something(answer) else _Draft(line, draft.text, [], "chat"))
-    return drafts
-
-
-def _says_something(answer: str | list[dict[str, Any]]) -> bool:
-    """Whether an answer has any text or tool call besides its end of turn."""
-    if isinstance(answer, str):
-        return bool(answer.strip())
-    called = ("tool_calls", "function_call")
-    return any(plain_text(m.get("content")).strip() or any(m.get(key) for key in called) for m in answer)
-
-
-def _draft(line: int, place: str, record: dict[str, Any], chat: ChatTemplate) -> _Draft:
-    prompt, completion = record.get("prompt"), record.get("completion")
-    if isinstance(prompt, str) and isinstance(completion, str):
-        text = prompt + completion
-        return _Draft(line, text, [(len(prompt), len(text))], "completion")
-    if prompt is not None:
-        messages = [*({**message, "weight": 0} for message in prompt), *record["completion"]]
-    else:
-        messages = record["messages"]
-    tools = record.get("tools") or [
-        {"type": "function", "function": function} for function in record.get("functions") or []
-    ]
-    text, spans = chat.draft(place, messages, tools or None)
-    return _Draft(line, text, spans, "chat")
-
-
-# --- text to tokens ------------------------------------------------------------------------------------
-
-
-class Encoder:
-    """Texts to token ids and masks, on all of the tokenizer's threads."""
-
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, end_tokens: frozenset[int]) -> None:
-        if not tokenizer.is_fast:
-            raise ModelError(
-                "The base model's tokenizer gives no character offsets, which masking needs; use a base "
-                "model with a tokenizer.json."
-            )
-        self.end_tokens = end_tokens
-        self.bos, self.eos = tokenizer.bos_token_id, tokenizer.eos_token_id
-        # This call also turns off truncation and padding that tokenizer.json may ask for.
-        alone = tokenizer("", verbose=False).input_ids
-        self.adds_bos = self.bos is not None and alone[:1] == [self.bos]
-        self._core = tokenizer.backend_tokenizer
-
-    def encode(self, texts: list[str]) -> list[Any]:
-        """One `tokenizers.Encoding` for each text, without special tokens."""
-        return self._core.encode_batch(texts, add_special_tokens=False)
-
-    def row(self, draft: _Draft, encoding: Any) -> tuple[np.ndarray, np.ndarray]:
-        """Token ids of a row, (tokens,) int64, and which are trained, (tokens,) bool."""
-        ids = np.array(encoding.ids, dtype=np.int64)
-        if draft.kind == "chat":
-            return ids, self._mask(draft, encoding, ids)
-        prompt_tokens = 0
-        if draft.kind == "completion":
-            ids, prompt_tokens = self._split(draft, encoding, ids)
-        if self.adds_bos:
-            ids, prompt_tokens = np.concatenate([[self.bos], ids]), prompt_tokens + 1
-        if self.eos is None:
-            raise ModelError(
-                "The base model's tokenizer has no end-of-sequence token, which a completion or a text needs "
-                "to end with; set eos_token in its tokenizer_config.json."
-            )
-        if not len(ids) or ids[-1] != self.eos:
-            ids = np.append(ids, self.eos)
-        return ids, np.arange(len(ids)) >= prompt_tokens
-
-    def _mask(self, draft: _Draft, encoding: Any, ids: np.ndarray) -> np.ndarray:
-        trained = np.zeros(len(ids), dtype=bool)
-        for start, end in draft.spans:
-            first, last = (token_from(encoding, position, len(draft.text)) for position in (start, end))
-            trained[first : self._with_its_end(ids, first, last)] = True
-        return trained
-
-    def _with_its_end(self, ids: np.ndarray, first: int, last: int) -> int:
-        """End of a trained turn: after its end-of-turn token, without the line breaks that follow."""
-        if ids[last - 1] in self.end_tokens:
-            return last
-        # A template may put the token just outside its marks; a model that never learns it never stops.
-        if last < len(ids) and ids[last] in self.end_tokens:
-            return last + 1
-        inside = (at for at in range(last - 1, first - 1, -1) if ids[at] in self.end_tokens)
-        return next(inside, last - 1) + 1
-
-    def _split(self, draft: _Draft, encoding: Any, ids: np.ndarray) -> tuple[np.ndarray, int]:
-        """Ids of prompt and completion, and the number of prompt tokens."""
-        boundary = draft.spans[0][0]
-        at = token_from(encoding, boundary, len(draft.text))
-        if at and encoding.token_to_chars(at - 1)[1] > boundary:
-            # A token across the boundary cannot occur at inference, where the prompt is encoded alone.
-            head, tail = self.encode([draft.text[:boundary], draft.text[boundary:]])
-            return np.array(head.ids + tail.ids, dtype=np.int64), len(head.ids)
-        return ids, at
-
-
-def token_from(encoding: Any, position: int, length: int) -> int:
-    """Index of the first token that begins at character `position` or later, in a text of `length`."""
-    if position == 0:
-        return 0
-    if position >= length:
-        return len(encoding)
-    token = encoding.char_to_token(position)
-    if token is None:  # the tokenizer drops this character
-        starts = np.fromiter((start for start, _ in encoding.offsets), dtype=np.int64, count=len(encoding))
-        return int(np.searchsorted(starts, position))
-    while token < len(encoding) and encoding.token_to_chars(token)[0] < position:
-        token += 1
-    return int(token)
 
 
 # --- rows to a file ------------------------------------------------------------------------------------
@@ -241,14 +104,17 @@ class _Rows:
         self.context_length = context_length
         self.encoder = encoder
         self.cut, self.split, self.equal, self.dropped = (array("q") for _ in range(4))
+        self.untrained = {kind: array("q") for kind in UNTRAINED}
         self.dropped_by_cut = 0
         self.parts = 0
 
-    def take(self, batch: list[list[_Draft]], encodings: Future[list[Any]]) -> int:
+    def take(self, batch: list[list[Draft]], encodings: Future[list[Any]]) -> int:
         """Adds a batch of examples. Returns the number of records."""
         encoded = iter(encodings.result())
         for sides in batch:
             rows = [self.encoder.row(draft, next(encoded)) for draft in sides]
+            for kind in frozenset().union(*(draft.untrained for draft in sides)):
+                self.untrained[kind].append(sides[0].line)
             if sides[0].kind == "text":
                 self._add_text(sides[0].line, *rows[0])
             else:
@@ -302,11 +168,12 @@ class _Rows:
                 "begins with two begin-of-sequence tokens. Leave that token out of the text, or out of the "
                 "chat template.",
             )
-        if trained.any() and not ends.intersection(ids[trained].tolist()):
+        if _unended(ids, trained, ends):
             raise self.error(
                 line,
-                "has no end-of-turn token among its trained tokens, so the tuned model would never stop. Use "
-                "a chat template that writes the model's end-of-turn token after each answer.",
+                "has an answer with no end-of-turn token among its trained tokens, so the tuned model would "
+                "never stop. Use a chat template that writes the model's end-of-turn token after each "
+                "answer.",
             )
 
     def error(self, line: int, what: str) -> DataError:
@@ -351,12 +218,26 @@ class _Rows:
             ),
             self._note("no_trained_token", self.dropped, f"dropped, without a trained token{reason}"),
             self._note("equal_preference", self.equal, "dropped, with two answers of the same tokens"),
+            *(
+                self._note(f"{kind}_not_written", self.untrained[kind], what)
+                for kind, what in UNTRAINED.items()
+            ),
             self._note("duplicate", _repeated(examples), "the same as an earlier one"),
         ]
         return [note for note in notes if note is not None]
 
     def _note(self, code: str, lines: Sequence[int], what: str) -> Note | None:
         return lines_note(code, lines, f"of the {self.role} file {what}", NOUNS[self.container])
+
+
+def _unended(ids: np.ndarray, trained: np.ndarray, ends: frozenset[int]) -> bool:
+    """Whether one of the runs of trained tokens has none of the tokens that end an answer.
+
+    `ids` (tokens,) int64; `trained` (tokens,) bool, or float32 weights.
+    """
+    edges = np.flatnonzero(np.diff(np.concatenate([[False], trained != 0, [False]]).astype(np.int8)))
+    ended = np.concatenate([[0], np.cumsum(np.isin(ids, list(ends)))])
+    return bool((ended[edges[1::2]] == ended[edges[::2]]).any())
 
 
 def lines_note(code: str, lines: Sequence[int], what: str, noun: str = "line") -> Note | None:

@@ -5,6 +5,7 @@ import os
 import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from datetime import date
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -41,6 +42,8 @@ class RunRecord:
     losses: Sequence[tuple[int, float]] = ()
     """(step, training loss), for the curve."""
     samples: Samples | None = None
+    day: date | None = None
+    """Today's date as the chat template wrote it; None if it writes none."""
 
 
 @dataclass(frozen=True)
@@ -86,6 +89,7 @@ def manifest(base: Base, record: RunRecord, export: Mapping[str, Any]) -> dict[s
             "resolved": record.resolved.model_dump(mode="json"),
         },
         "data": {role: {"sha256": digest} for role, digest in record.data.items()},
+        "chat_template_day": record.day and record.day.isoformat(),
         "export": dict(export),
         "metrics": dict(record.metrics),
         "samples": None if record.samples is None else asdict(record.samples),

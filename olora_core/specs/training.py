@@ -87,6 +87,15 @@ class Hyperparameters(Spec):
         default="auto",
         description="Recompute each block in the backward to save memory; auto: only if needed.",
     )
+    train_on_reasoning: bool = Field(
+        default=True,
+        description="Train the reasoning before an answer too; false: the final answer alone.",
+    )
+    control_tokens: Literal["refuse", "text"] = Field(
+        default="refuse",
+        description="Control tokens of the base, such as <|im_end|>, inside messages: refuse the file, or "
+        "train them as ordinary text.",
+    )
     label_smoothing: float = Field(
         default=0.0,
         ge=0,

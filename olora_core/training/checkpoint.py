@@ -11,6 +11,7 @@ import os
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from datetime import date
 from pathlib import Path
 from typing import Any
 
@@ -83,6 +84,12 @@ def load(folder: Path, identity: Mapping[str, Any]) -> Snapshot:
     except SafetensorError as error:
         raise _damaged(folder, str(error)) from None
     return Snapshot(manifest["identity"], _read_json(folder / STATE), tensors)
+
+
+def day_of(folder: Path | None) -> date | None:
+    """The day that the run's chat template writes; None without a checkpoint, or if it writes none."""
+    written = None if folder is None else _read_json(folder / STATE).get("day")
+    return date.fromisoformat(written) if written else None
 
 
 def _check_identity(folder: Path, found: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:

@@ -5,7 +5,8 @@ import json
 import tempfile
 from collections.abc import Generator, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
+from datetime import date
 from pathlib import Path
 from typing import Any, Literal
 
@@ -16,16 +17,17 @@ from transformers import PreTrainedTokenizerBase
 from ..bases.loading import Base
 from ..data.example_files import DamagedExamples, ExampleWriter, file_hash, open_examples
 from ..data.examples import Examples
-from ..data.templates import end_of_turn_tokens
+from ..data.templates import writes_the_day
 from ..data.token_cache import keep, new_entry, use
 from ..data.tokenising import overlap_note, tokenise
+from ..data.turns import end_of_turn_tokens
 from ..formats import NOUNS, Report, check_for_training, checking
 from ..progress import Note, Phase
 from ..specs import MAX_CONTEXT, TrainSpec
 
 UNKNOWN_CONTEXT = 2048
 """Context length when neither the model nor the tokenizer gives one."""
-VERSION = 1
+VERSION = 2
 """Version of how records become examples; raising it invalidates every cached file."""
 Role = Literal["training", "validation"]
 
@@ -39,6 +41,8 @@ class Data:
     hashes: dict[str, str]
     """SHA-256 of each file by its role."""
     notes: list[Note]
+    day: date | None = None
+    """Today's date as the chat template writes it; None if it writes none."""
 
 
 @dataclass(frozen=True)
@@ -49,6 +53,11 @@ class Reading:
     tokenizer: PreTrainedTokenizerBase
     context_length: int
     end_tokens: frozenset[int]
+    day: date = field(default_factory=date.today)
+    """Today's date, for chat templates that write it."""
+    reasoning: bool = True
+    literal: bool = False
+    """Options of `Answers`."""
 
 
 @dataclass(frozen=True)
@@ -63,11 +72,17 @@ class Tokenised:
 
 
 def read_data(
-    spec: TrainSpec, base: Base, training: Path, validation: Path | None, cache: Path | None = None
+    spec: TrainSpec,
+    base: Base,
+    training: Path,
+    validation: Path | None,
+    cache: Path | None = None,
+    day: date | None = None,
 ) -> Generator[Phase, None, Data]:
     """Checks and tokenises the files, or takes them from the folder `cache`.
 
-    The result stays readable after the folder is deleted. The folder grows until the caller trims it.
+    A chat template that writes today's date writes `day`, today if that is not given. The result stays
+    readable after the folder is deleted. The folder grows until the caller trims it.
     """
     kept = spec.hyperparameters.context_length
     how = Reading(
@@ -75,6 +90,9 @@ def read_data(
         base.tokenizer,
         context_length(base) if kept == "auto" else kept,
         end_of_turn_tokens(base.tokenizer, base.model.generation_config.eos_token_id),
+        day or date.today(),
+        spec.hyperparameters.train_on_reasoning,
+        spec.hyperparameters.control_tokens == "text",
     )
     with _folder(cache) as folder:
         first = yield from read_file(training, "training", how, folder)
@@ -84,7 +102,8 @@ def read_data(
             hashes["validation"], held_out = second.sha256, second.examples
             overlap = overlap_note(first.examples, held_out, NOUNS[second.report.container])
             notes = [*notes, *second.notes, *([overlap] if overlap else [])]
-    return Data(first.examples, held_out, hashes, notes)
+    written = how.day if writes_the_day(base.tokenizer) else None
+    return Data(first.examples, held_out, hashes, notes, written)
 
 
 @contextmanager
@@ -116,6 +135,9 @@ def read_file(
                 end_tokens=how.end_tokens,
                 role=role,
                 total=report.rows,
+                day=how.day,
+                reasoning=how.reasoning,
+                literal=how.literal,
             )
             about = {"report": _brief(report), "notes": [asdict(note) for note in notes]}
             writer.finish(examples, about)
@@ -165,6 +187,8 @@ def _key(sha256: str, role: Role, how: Reading) -> str:
         tokenizer.special_tokens_map,
         how.context_length,
         sorted(how.end_tokens),
+        *(how.reasoning, how.literal),
+        how.day.isoformat() if writes_the_day(tokenizer) else None,
     ]
     return hashlib.sha256(json.dumps(parts, default=str, sort_keys=True).encode()).hexdigest()[:40]
 

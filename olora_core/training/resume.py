@@ -82,6 +82,7 @@ def snapshot(run: Run) -> Snapshot:
         "glances": run.quick_evaluations,
         "evaluations": [asdict(evaluated) for evaluated in run.evaluations],
         "evaluated_at": run.evaluated_at,
+        "day": run.data.day and run.data.day.isoformat(),
     }
     tensors = {"adapter": adapter_tensors(run.adapters), "optimizer": moments}
     if run.best_tensors is not None:

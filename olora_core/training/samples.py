@@ -16,8 +16,9 @@ from transformers import GenerationConfig
 
 from ..bases.loading import Base
 from ..bases.passes import evaluating
+from ..data.conversations import normalised
 from ..data.examples import Examples
-from ..data.templates import end_of_turn_tokens, normalised
+from ..data.turns import end_of_turn_tokens
 from ..errors import ModelError
 from ..layers.adapter import adapters_off
 from ..progress import Note, Phase, Sample, Samples

@@ -5,6 +5,7 @@ The functions stand in the order of events: `train`, then what it calls.
 
 import shutil
 from collections.abc import Callable, Generator, Iterator
+from datetime import date
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from ..export.merged import Merged, check_mergeable, export_merged
 from ..layers.adapter import adapter_tensors, load_adapter_tensors
 from ..progress import Evaluated, Finished, Note, Phase, Progress, Resolved, Samples, Saved, Step
 from ..specs import TrainSpec, check_validation, resolve
+from .checkpoint import day_of
 from .data import Data, read_data
 from .early_stopping import is_over
 from .evaluate import evaluate_fully
@@ -46,6 +48,7 @@ def train(
     checkpoint_seconds: float = 60.0,
     cache: Path | None = None,
     devices: Devices = SINGLE,
+    day: date | None = None,
 ) -> Training:
     """Trains an adapter for `base` and exports it, certified, to `folder / "adapter"`.
 
@@ -56,6 +59,8 @@ def train(
     is scratch space and holds the checkpoints. Tokenised files are cached in `cache`, or without it in
     `folder`. Sending "save" at a Step makes the next update a Saved. With `resume`, the folder of a
     checkpoint, the run continues from there and gives the same bytes as one that was never interrupted.
+    A chat template that writes today's date writes `day`: the checkpoint's, if there is one, and today if it
+    is not given.
 
     With several `devices`, each process calls this with the same arguments and iterates to the end. Only the
     main process's updates and stop requests count, and only it writes; when it leaves, the others end.
@@ -71,7 +76,8 @@ def train(
         sites = target_sites(base.model, spec.adapter.target_modules)
         check_mergeable(spec, base, sites)
         own_cache = folder / "tokens" if devices.is_main else None
-        data = yield from read_data(spec, base, training, validation, cache or own_cache)
+        day = devices.broadcast_object(day_of(resume) or day or date.today())
+        data = yield from read_data(spec, base, training, validation, cache or own_cache, day)
         spec, why = resolve(spec, run_facts(base, data, devices))
         with restored_afterwards(base):
             run, plan = yield from start(asked, spec, base, data, sites, devices)
@@ -161,7 +167,7 @@ def finish(run: Run, folder: Path) -> Iterator[Note | Phase | Samples | Finished
     yield Phase("exporting", 0, 1)
     shutil.rmtree(exported, ignore_errors=True)
     losses = [(step, loss) for step, loss, _, _ in run.history]
-    record = RunRecord(run.asked, run.spec, run.data.hashes, metrics, losses, samples)
+    record = RunRecord(run.asked, run.spec, run.data.hashes, metrics, losses, samples, run.data.day)
     if merges:
         yield rounding_note(export_merged(run.base, run.adapters, exported, record))
     else:

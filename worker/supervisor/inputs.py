@@ -1,5 +1,6 @@
 """What an attempt works on, fetched to this machine: the base model, the files and a checkpoint."""
 
+from datetime import UTC, datetime
 from pathlib import Path
 
 from olora_core.errors import CheckpointError
@@ -53,6 +54,7 @@ class Inputs:
             deadline=deadline,
             tokens=tokens_folder(self.settings, claim.project_id),
             devices=job.options.get("devices", 1),
+            day=datetime.fromtimestamp(job.created_at, UTC).date().isoformat(),
             kind=claim.kind.name,
         )
 

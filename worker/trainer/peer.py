@@ -39,6 +39,7 @@ def follow(order: Order, rank: int, rendezvous_file: Path) -> None:
             resume=Path(order.resume) if order.resume else None,
             cache=Path(order.tokens) if order.tokens else None,
             devices=devices,
+            day=order.created_on,
         )
         for _ in run:
             pass

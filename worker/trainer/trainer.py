@@ -154,6 +154,7 @@ class Trainer:
             checkpoint_seconds=order.checkpoint_seconds,
             cache=Path(order.tokens) if order.tokens else None,
             devices=devices,
+            day=order.created_on,
         )
         self._drive(run)
 
@@ -172,6 +173,7 @@ class Trainer:
             resume=Path(order.resume) if order.resume else None,
             checkpoint_seconds=order.checkpoint_seconds,
             cache=Path(order.tokens) if order.tokens else None,
+            day=order.created_on,
         )
         self._drive(run)
 

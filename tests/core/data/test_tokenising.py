@@ -13,9 +13,10 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from olora_core.bases.loading import Base
 from olora_core.data.batches import IGNORED, epoch_order, micro_batches, steps_per_epoch
+from olora_core.data.encoding import first_tokens
 from olora_core.data.examples import Examples
-from olora_core.data.templates import end_of_turn_tokens
-from olora_core.data.tokenising import overlap_note, token_from
+from olora_core.data.tokenising import overlap_note
+from olora_core.data.turns import end_of_turn_tokens
 from olora_core.errors import DataError, ModelError
 from olora_core.progress import Note
 from tests.tiny_base import make_tokenizer
@@ -41,12 +42,15 @@ THINKING = PLAIN_CHATML.replace(
 )
 WITHOUT_END = PLAIN_CHATML.replace("<|im_end|>", "\\n")
 CHANGING_HEADER = PLAIN_CHATML.replace("'<|im_start|>assistant\\n'", "'<|im_start|>assistant\\n<think>'")
-UPPER_CASE = PLAIN_CHATML.replace("message['content']", "(message['content'] if loop.last else 'gone')")
+FORGETTING = PLAIN_CHATML.replace("message['content']", "(message['content'] if loop.last else 'gone')")
+COUNTING = PLAIN_CHATML.replace(
+    "message['content']", "message['content'] + (message['content'] | length | string)"
+)
 STRICT = "{%- if messages[0]['role'] == 'system' -%}{{ raise_exception('no system message') }}{%- endif -%}"
 WITH_TOOLS = PLAIN_CHATML.replace(
     "message['content'] +",
-    "message['content'] + "
-    "(message.tool_calls[0].function.arguments | tojson if message.tool_calls else '') +",
+    "message['content'] + (message.tool_calls[0].function.name + "
+    "(message.tool_calls[0].function.arguments | tojson) if message.tool_calls else '') +",
 )
 
 
@@ -118,9 +122,20 @@ def test_a_conversation_may_begin_with_an_answer(tmp_path, tokenizer) -> None:
     assert trained_text(tokenizer, examples) == "Hi.<|im_end|>Because.<|im_end|>"
 
 
-@pytest.mark.parametrize("template", [CHANGING_HEADER, UPPER_CASE])
-def test_a_template_that_cannot_be_masked_is_an_error(tmp_path, tokenizer, template) -> None:
-    tokenizer.chat_template = template
+def test_an_earlier_answer_may_lack_what_the_prompt_adds(tmp_path, tokenizer) -> None:
+    tokenizer.chat_template = CHANGING_HEADER
+    examples, _ = run(tmp_path, tokenizer, [chat(QUESTION, ANSWER, QUESTION, ("assistant", "So."))])
+    assert trained_text(tokenizer, examples) == "Because.<|im_end|>So.<|im_end|>"
+
+
+def test_an_answer_that_the_template_does_not_write_is_an_error(tmp_path, tokenizer) -> None:
+    tokenizer.chat_template = FORGETTING
+    with pytest.raises(DataError, match=r"Line 1: .* does not write the content of message 1, an answer"):
+        run(tmp_path, tokenizer, [chat(QUESTION, ANSWER, QUESTION, ANSWER)])
+
+
+def test_a_template_that_cannot_be_masked_is_an_error(tmp_path, tokenizer) -> None:
+    tokenizer.chat_template = COUNTING
     with pytest.raises(DataError, match=r"Line 1: .* cannot be masked") as caught:
         run(tmp_path, tokenizer, [chat(QUESTION, ANSWER, QUESTION, ANSWER)])
     assert "weight 0" in caught.value.message
@@ -156,7 +171,7 @@ def test_tool_calls_are_trained_and_their_arguments_are_objects(tmp_path, tokeni
     caller = {"role": "assistant", "content": None, "tool_calls": [call]}
     result = {"role": "tool", "content": "2", "tool_call_id": "c"}
     examples, _ = run(tmp_path, tokenizer, [chat(QUESTION, caller, result, ANSWER)])
-    assert trained_text(tokenizer, examples) == '{"a": 1}<|im_end|>Because.<|im_end|>'
+    assert trained_text(tokenizer, examples) == 'f{"a": 1}<|im_end|>Because.<|im_end|>'
 
 
 def test_a_completion_is_trained_with_its_end_and_its_prompt_is_not(tmp_path, tokenizer) -> None:
@@ -384,7 +399,7 @@ def test_a_place_is_called_by_what_its_container_counts(tmp_path, tokenizer) -> 
     assert "(element 2)" in notes[-1].message
     tokenizer.chat_template = WITHOUT_END
     path.write_text(json.dumps([chat(QUESTION, ANSWER)]))
-    with pytest.raises(DataError, match="Element 1 of the training file has no end-of-turn token"):
+    with pytest.raises(DataError, match="Element 1 of the training file has an answer with no end-of-turn"):
         tokenised(path, tokenizer, context_length=99, end_tokens=frozenset({2}))
 
 
@@ -397,6 +412,9 @@ def test_the_token_at_a_character_is_the_first_that_begins_there_or_behind(text)
         core = make_tokenizer() if folder is None else AutoTokenizer.from_pretrained(folder)
         (encoding,) = core.backend_tokenizer.encode_batch([text], add_special_tokens=False)
         starts = [start for start, _ in encoding.offsets]
-        for position in range(len(text) + 1):
-            expected = next((i for i, start in enumerate(starts) if start >= position), len(starts))
-            assert token_from(encoding, position, len(text)) == expected
+        positions = range(len(text) + 1)
+        expected = [
+            next((i for i, start in enumerate(starts) if start >= position), len(starts))
+            for position in positions
+        ]
+        assert first_tokens(encoding, positions) == expected

@@ -24,8 +24,8 @@ from olora_core.bases.loading import Base, load_base
 from olora_core.bases.sites import target_sites
 from olora_core.data.batches import epoch_order
 from olora_core.data.examples import Examples
-from olora_core.data.templates import end_of_turn_tokens
 from olora_core.data.tokenising import overlap_note
+from olora_core.data.turns import end_of_turn_tokens
 from olora_core.errors import DataError
 from olora_core.methods import METHODS
 from olora_core.progress import Evaluated, Finished, Note, Resolved, Saved, Step
