@@ -25,7 +25,7 @@ from ..specs import MAX_CONTEXT, TrainSpec
 
 UNKNOWN_CONTEXT = 2048
 """Context length when neither the model nor the tokenizer gives one."""
-VERSION = 1
+VERSION = 2
 """Version of how records become examples; raising it invalidates every cached file."""
 Role = Literal["training", "validation"]
 
