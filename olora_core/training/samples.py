@@ -59,6 +59,7 @@ def _questions(examples: Examples) -> Iterator[tuple[int, np.ndarray, np.ndarray
     """
     for i in range(min(ROWS_LOOKED_AT, len(examples))):
         tokens, trained = examples.example(i)[0]
+        trained = trained != 0  # weights tell the same
         ends = np.flatnonzero(trained)
         if not len(ends):
             continue

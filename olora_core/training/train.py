@@ -223,14 +223,16 @@ def certificate_rows(data: Data) -> list[list[int]]:
 def final_metrics(run: Run) -> dict[str, Any]:
     """The run's metrics for the job and the model card."""
     last_epoch = run.history[-((run.step - 1) % run.steps_per_epoch + 1) :]
-    weight = sum(weight for *_, weight in last_epoch)
+    losses = [loss for _, loss, *_ in last_epoch]
+    weights = [run.data.training.weights[run.rows(step)].sum().item() for step, *_ in last_epoch]
+    count = sum(count for *_, count in last_epoch)
     before, after = (run.evaluations[0], run.evaluations[-1]) if run.evaluations else (None, None)
     after = run.best or after
     return {
         "steps": run.step,
         "exported_step": run.best.step if run.best else run.step,
-        "train_loss": sum(loss * of for _, loss, _, of in last_epoch) / weight,
-        "train_accuracy": sum(accuracy * of for _, _, accuracy, of in last_epoch) / weight,
+        "train_loss": sum(loss * of for loss, of in zip(losses, weights, strict=True)) / sum(weights),
+        "train_accuracy": sum(accuracy * of for _, _, accuracy, of in last_epoch) / count,
         "valid_loss_before": before.loss if before else None,
         "valid_loss_after": after.loss if after else None,
         "valid_accuracy_before": before.accuracy if before else None,
