@@ -41,6 +41,8 @@ class RunRecord:
     losses: Sequence[tuple[int, float]] = ()
     """(step, training loss), for the curve."""
     samples: Samples | None = None
+    held_out: Mapping[str, Any] | None = None
+    """JSON-able: the share of the training file that was the validation data, if there was one."""
 
 
 @dataclass(frozen=True)
@@ -85,12 +87,20 @@ def manifest(base: Base, record: RunRecord, export: Mapping[str, Any]) -> dict[s
             "asked": record.asked.model_dump(mode="json"),
             "resolved": record.resolved.model_dump(mode="json"),
         },
-        "data": {role: {"sha256": digest} for role, digest in record.data.items()},
+        "data": _data(record),
         "export": dict(export),
         "metrics": dict(record.metrics),
         "samples": None if record.samples is None else asdict(record.samples),
         "versions": versions(),
     }
+
+
+def _data(record: RunRecord) -> dict[str, Any]:
+    """The data by role: a file's digest, or which share of the training file was held out."""
+    described: dict[str, Any] = {role: {"sha256": digest} for role, digest in record.data.items()}
+    if record.held_out is not None:
+        described["validation"] = {"held_out": dict(record.held_out)}
+    return described
 
 
 def _quantization(base: Base) -> dict[str, Any] | None:

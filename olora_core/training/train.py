@@ -5,6 +5,7 @@ The functions stand in the order of events: `train`, then what it calls.
 
 import shutil
 from collections.abc import Callable, Generator, Iterator
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -161,7 +162,8 @@ def finish(run: Run, folder: Path) -> Iterator[Note | Phase | Samples | Finished
     yield Phase("exporting", 0, 1)
     shutil.rmtree(exported, ignore_errors=True)
     losses = [(step, loss) for step, loss, _, _ in run.history]
-    record = RunRecord(run.asked, run.spec, run.data.hashes, metrics, losses, samples)
+    held_out = None if run.data.held_out is None else asdict(run.data.held_out)
+    record = RunRecord(run.asked, run.spec, run.data.hashes, metrics, losses, samples, held_out)
     if merges:
         yield rounding_note(export_merged(run.base, run.adapters, exported, record))
     else:
@@ -209,7 +211,7 @@ def take_the_best(run: Run) -> Iterator[Note]:
 
 
 def certificate_rows(data: Data) -> list[list[int]]:
-    """Tokens of the first validation rows, or of training rows without a validation file."""
+    """Tokens of the first validation rows, or else of training rows."""
     examples, rows, tokens = data.validation or data.training, [], 0
     for i in range(min(CERTIFICATE_ROWS, len(examples))):
         row = examples.row(i)[0].tolist()
