@@ -26,7 +26,7 @@ from ..progress import (
     Step,
     drive,
 )
-from ..specs import ComparisonSpec, Hyperparameters, resolve
+from ..specs import ComparisonSpec, Hyperparameters, check_judging, resolve
 from ..training import checkpoint
 from ..training.checkpoint import Snapshot
 from ..training.data import Data, read_data
@@ -46,7 +46,7 @@ def compare(
     spec: ComparisonSpec,
     base: Base,
     training: Path,
-    validation: Path,
+    validation: Path | None,
     folder: Path,
     *,
     resume: Path | None = None,
@@ -58,7 +58,8 @@ def compare(
     Ends with Compared: `folder` then holds `comparison.html` and `comparison.json`. `base` is loaded in
     `compute_dtype(spec.training, …)`, as for `train`, and restored when the generator ends. Sending "save" at
     a ComparedStep makes Saved the next update. With `resume`, the folder of a Saved, the comparison continues
-    exactly there. Tokenised files are kept in `cache`, or else in `folder`.
+    exactly there. Tokenised files are kept in `cache`, or else in `folder`. `validation` is None with the
+    spec's `validation_share`.
 
     Raises OloraErrors for expected failures. A method that diverges or cannot be trained here does not raise;
     the report says why it has no result.
@@ -66,6 +67,7 @@ def compare(
     check_dtype(spec.training, base)
     check_quantization(spec.training, base)
     check_sharding(spec.training, base, SINGLE)
+    check_judging(spec, given=validation is not None)
     data = yield from read_data(spec.training, base, training, validation, cache or folder / "tokens")
     comparison = Comparison(spec, base, data, folder, checkpoint_seconds)
     if resume is not None:
@@ -78,7 +80,8 @@ def compare(
             yield from comparison.find_rate(entrant)
         if entrant.best_rate is not None:
             yield from comparison.measure(entrant)
-    setup = setup_of(comparison.terms, comparison.budget, training.name, validation.name)
+    validation_name = None if validation is None else validation.name
+    setup = setup_of(comparison.terms, comparison.budget, training.name, validation_name)
     report = report_of(setup, comparison.entrants)
     write(report, folder)
     yield Compared(folder, report)
@@ -279,8 +282,10 @@ class Comparison:
     def identity(self) -> dict[str, Any]:
         """What a checkpoint must agree with to be resumed by this comparison."""
         terms = self.terms
+        # Options that came later are left out while unset, so that checkpoints from before stay valid.
+        unset = {name for name in ("validation_share", "group_by") if getattr(terms.spec, name) is None}
         return {
-            "comparison": hashlib.sha256(terms.spec.model_dump_json().encode()).hexdigest(),
+            "comparison": hashlib.sha256(terms.spec.model_dump_json(exclude=unset).encode()).hexdigest(),
             "training data": terms.data.training.digest,
             "validation data": terms.data.validation.digest,
             "base model": terms.base.fingerprint,
