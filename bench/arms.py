@@ -272,7 +272,7 @@ def head_by_autograd(base: Any) -> None:
     import olora_core.training.losses as losses
 
     def apply(
-        hidden: Tensor, weight: Tensor, bias: Any, targets: Tensor, smoothing: float
+        hidden: Tensor, weight: Tensor, bias: Any, targets: Tensor, smoothing: float, target_weights: None
     ) -> tuple[Tensor, Tensor]:
         logits = F.linear(hidden, weight, bias)
         total = F.cross_entropy(logits.float(), targets, reduction="sum", label_smoothing=smoothing)

@@ -13,7 +13,7 @@ from rich.table import Table
 from rich.text import Text
 
 from olora_core.errors import SpecError
-from olora_core.specs import ComparisonSpec, read_comparison
+from olora_core.specs import ComparisonSpec, check_judging, read_comparison
 
 from .local import (
     STOPPED,
@@ -30,11 +30,13 @@ from .options import (
     Budget,
     Epochs,
     FirstSeed,
+    GroupBy,
     Hyperparameters,
     LearningRates,
     Methods,
     Seeds,
     TrainingType,
+    ValidationShare,
     read_budget,
     read_hyperparameters,
     read_methods,
@@ -50,7 +52,9 @@ TOKENS = "tokens"
 
 def compare(
     training_file: Annotated[Path, typer.Argument(metavar="TRAIN.jsonl", help="Training file.")],
-    validation_file: Annotated[Path, typer.Option("--validation", help=VALIDATION_HELP)],
+    validation_file: Annotated[Path | None, typer.Option("--validation", help=VALIDATION_HELP)] = None,
+    validation_share: ValidationShare = None,
+    group_by: GroupBy = None,
     base: Annotated[str, typer.Option(help="Base model: an id or a folder.")] = "olora-tiny",
     methods: Methods = "all",
     learning_rates: LearningRates = "auto",
@@ -91,9 +95,13 @@ def compare(
         seeds=seeds,
         seed=seed,
         search_share=search_share,
+        validation_share=validation_share,
+        group_by=group_by,
     )
+    check_judging(spec, given=validation_file is not None)
     existing_file(training_file, "training file")
-    existing_file(validation_file, "validation")
+    if validation_file is not None:
+        existing_file(validation_file, "validation")
     if fresh:
         _clear(output)
     elif (output / REPORT).exists():
@@ -149,7 +157,7 @@ def _clear(output: Path) -> None:
 
 
 def _compare(
-    spec: ComparisonSpec, folder: Path, training: Path, validation: Path, output: Path, device: str
+    spec: ComparisonSpec, folder: Path, training: Path, validation: Path | None, output: Path, device: str
 ) -> Mapping[str, Any] | None:
     """The report; None if Ctrl-C or SIGTERM stopped the comparison, after a checkpoint."""
     with ComparisonBars(console) as bars, stop_signals() as stopping, ExitStack() as stack:

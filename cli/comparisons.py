@@ -15,6 +15,7 @@ from .options import (
     Budget,
     Epochs,
     FirstSeed,
+    GroupBy,
     Hyperparameters,
     LearningRates,
     Methods,
@@ -22,6 +23,8 @@ from .options import (
     Seeds,
     TrainingFile,
     TrainingType,
+    ValidationShare,
+    olora_object,
     read_budget,
     read_hyperparameters,
     read_methods,
@@ -39,9 +42,11 @@ ComparisonId = Annotated[str, typer.Argument(help="Comparison id (cmp-…).")]
 def create(
     training_file: TrainingFile,
     validation_file: Annotated[
-        str,
+        str | None,
         typer.Option("--validation-file", "--validation", help=f"{VALIDATION_HELP} A path, or a file id."),
-    ],
+    ] = None,
+    validation_share: ValidationShare = None,
+    group_by: GroupBy = None,
     model: Model = "olora-tiny",
     methods: Methods = "all",
     training: TrainingType = "supervised",
@@ -64,10 +69,11 @@ def create(
         "seeds": seeds,
         "seed": seed,
         "budget": read_budget(budget),
+        "olora": olora_object(validation_share=validation_share, group_by=group_by),
     }
     with connect(base_url) as client:
         body["training_file"] = file_id(client, training_file)
-        body["validation_file"] = file_id(client, validation_file)
+        body["validation_file"] = file_id(client, validation_file) if validation_file else None
         comparison = send(client, "POST", "comparisons", json=body)
         typer.echo(comparison["id"])
         if follow:

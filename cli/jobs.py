@@ -8,7 +8,17 @@ from rich.console import Console
 
 from . import watching
 from .client import BaseUrl, connect, send
-from .options import Epochs, Hyperparameters, Model, TrainingFile, TrainingType, read_hyperparameters
+from .options import (
+    Epochs,
+    GroupBy,
+    Hyperparameters,
+    Model,
+    TrainingFile,
+    TrainingType,
+    ValidationShare,
+    olora_object,
+    read_hyperparameters,
+)
 from .progress import TrainingBar
 from .samples import show_samples
 from .watching import JOBS, file_id
@@ -25,6 +35,8 @@ def create(
     validation_file: Annotated[
         str | None, typer.Option(help="Validation file: a path, or a file id.")
     ] = None,
+    validation_share: ValidationShare = None,
+    group_by: GroupBy = None,
     method: Annotated[str, typer.Option(help="Fine-tuning method; see `olora methods`.")] = "olora",
     training: TrainingType = "supervised",
     rank: Annotated[int | None, typer.Option(help="LoRA rank (default: depends on the method).")] = None,
@@ -46,7 +58,7 @@ def create(
         "method": {"type": training, training: {"hyperparameters": hyperparameters}},
         "suffix": suffix,
         "seed": seed,
-        "olora": {"devices": devices} if devices is not None else None,
+        "olora": olora_object(devices=devices, validation_share=validation_share, group_by=group_by),
     }
     with connect(base_url) as client:
         body["training_file"] = file_id(client, training_file)

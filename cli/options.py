@@ -30,6 +30,16 @@ LearningRates = Annotated[
 Seeds = Annotated[int, typer.Option(help="Runs of each method at its best learning rate.")]
 FirstSeed = Annotated[int, typer.Option(help="First random seed.")]
 Budget = Annotated[str, typer.Option(help="Trainable parameters per method (auto: those of LoRA at rank 8).")]
+ValidationShare = Annotated[
+    float | None,
+    typer.Option(help="Share of the training rows to hold out for validation, instead of a validation file."),
+]
+GroupBy = Annotated[
+    str | None,
+    typer.Option(
+        metavar="KEY", help="With --validation-share: rows with the same value of this key stay together."
+    ),
+]
 VALIDATION_HELP = "Held-out data used only for the final results, never for tuning."
 
 
@@ -37,6 +47,11 @@ def read_hyperparameters(options: list[str] | None, **given: Any) -> dict[str, A
     """The NAME=VALUE options, overridden by those in `given` that are not None. Raises SpecError."""
     chosen = {name: value for name, value in given.items() if value is not None}
     return dict(map(_name_and_value, options or [])) | chosen
+
+
+def olora_object(**options: Any) -> dict[str, Any] | None:
+    """A request's `olora` object, of the options that are not None; None without any."""
+    return {name: value for name, value in options.items() if value is not None} or None
 
 
 def _name_and_value(text: str) -> tuple[str, Any]:

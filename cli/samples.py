@@ -12,7 +12,8 @@ def show_samples(console: Console, samples: Mapping[str, Any] | None) -> None:
     """`samples` as in a job's `olora` object; None prints nothing."""
     if not samples:
         return
-    console.print(f"Sample answers to rows of the {samples['file']} file:", highlight=False, soft_wrap=True)
+    rows = "held-out rows" if samples.get("held_out") else "rows"
+    console.print(f"Sample answers to {rows} of the {samples['file']} file:", highlight=False, soft_wrap=True)
     for row in samples["rows"]:
         _line(console, f"line {row['line']}", _one_line(row["prompt"], from_the_end=True), "dim")
         _line(console, "in the file", _one_line(row["reference"]))

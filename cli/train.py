@@ -26,6 +26,7 @@ from .local import (
     newest_checkpoint,
     stop_signals,
 )
+from .options import GroupBy, ValidationShare
 from .progress import TrainingBar
 from .samples import show_samples
 
@@ -65,6 +66,8 @@ class RunFile(BaseModel):
     adapter: Named = Field(default_factory=dict)
     hyperparameters: Named = Field(default_factory=dict)
     seed: int = Field(default=0, ge=0, le=MAX_SEED)
+    validation_share: float | None = None
+    group_by: str | None = None
     integrations: list[Any] = Field(default_factory=list)
 
 
@@ -74,9 +77,11 @@ def train(
         typer.Argument(
             metavar="SPEC.yaml",
             help="Spec file: model, training_file, validation_file, output, type, adapter, hyperparameters, "
-            "seed, integrations.",
+            "seed, validation_share, group_by, integrations.",
         ),
     ],
+    validation_share: ValidationShare = None,
+    group_by: GroupBy = None,
     fresh: Annotated[
         bool, typer.Option("--fresh", help="Discard an earlier run in the output folder.")
     ] = False,
@@ -98,6 +103,8 @@ def train(
         adapter=run.adapter,
         hyperparameters=run.hyperparameters,
         seed=run.seed,
+        validation_share=run.validation_share if validation_share is None else validation_share,
+        group_by=run.group_by if group_by is None else group_by,
     )
     check_validation(asked, given=run.validation_file is not None)
     trackers = _trackers(run)

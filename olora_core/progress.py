@@ -12,6 +12,7 @@ PhaseName = Literal[
     "loading",
     "checking",
     "tokenising",
+    "splitting",
     "starting",
     "training",
     "evaluating",
@@ -124,6 +125,8 @@ class Samples:
 
     rows: list[Sample]
     file: Literal["validation", "training"]
+    held_out: bool = False
+    """Whether the rows are the share of the training file that was held out for validation."""
 
 
 @dataclass(frozen=True)

@@ -58,7 +58,11 @@ def _make(session: Session, call: Call, request: CreateComparison, spec: Compari
         project_id=call.project_id,
         spec=spec,
         training_file=usable(session, call, request.training_file, "training_file"),
-        validation_file=usable(session, call, request.validation_file, "validation_file"),
+        validation_file=(
+            usable(session, call, request.validation_file, "validation_file")
+            if request.validation_file is not None
+            else None
+        ),
         metadata=dict(request.metadata) if request.metadata is not None else None,
         options=options.model_dump(),
     )

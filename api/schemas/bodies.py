@@ -5,6 +5,7 @@ from typing import Any, TypeVar, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from olora_core.specs import RowKey, Share
 from olora_core.specs.validation import refusal
 
 from ..errors import BadRequest
@@ -38,7 +39,7 @@ class MethodRequest(RequestBody):
 
 
 class JobOptions(RequestBody):
-    """The request's `olora` object: how the job is run, not what is trained."""
+    """The request's `olora` object: how the job is run, and what OpenAI's API has no fields for."""
 
     priority: int = Field(default=0, ge=0, le=9, description="Jobs of a higher priority are started first.")
     devices: int = Field(
@@ -49,6 +50,14 @@ class JobOptions(RequestBody):
         ge=1,
         le=MAX_SECONDS,
         description="The job fails when its attempts together have taken this long.",
+    )
+    validation_share: Share | None = Field(
+        default=None,
+        description="Share of the training rows to hold out for validation, instead of a validation file.",
+    )
+    group_by: RowKey | None = Field(
+        default=None,
+        description="A key at the top level of the rows: those with the same value are all held out or none.",
     )
 
 

@@ -4,7 +4,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, Field
 
-from olora_core.specs import MAX_SEEDS, ComparisonSpec, read_comparison
+from olora_core.specs import MAX_SEEDS, ComparisonSpec, check_judging, read_comparison
 from store.models import Job
 
 from ..errors import BadRequest
@@ -22,10 +22,12 @@ class CreateComparison(RequestBody):
 
     model: str = Field(min_length=1, max_length=256, description="Id of a base model; see GET /v1/models.")
     training_file: str = Field(min_length=1, max_length=64, description="Id of an uploaded file.")
-    validation_file: str = Field(
+    validation_file: str | None = Field(
+        default=None,
         min_length=1,
         max_length=64,
-        description="Id of a file of held-out data, used only for the final results, never for tuning.",
+        description="Id of a file of held-out data, used only for the final results, never for tuning. "
+        "Without it, olora.validation_share holds out some of the training rows.",
     )
     methods: Any = Field(
         default=None,
@@ -56,12 +58,6 @@ class CreateComparison(RequestBody):
 
 def read_create(values: dict[str, Any]) -> tuple[CreateComparison, ComparisonSpec]:
     """The request, and the spec of what to compare. Raises BadRequest or SpecError, naming the place."""
-    if values.get("validation_file") is None:
-        raise BadRequest(
-            "validation_file is missing: the final results need held-out rows, on which no run has trained "
-            "and no learning rate was chosen. Upload such rows and pass the file's id.",
-            param="validation_file",
-        )
     request = read_request(CreateComparison, values)
     check_metadata(request.metadata)
     if request.validation_file == request.training_file:
@@ -81,9 +77,18 @@ def read_create(values: dict[str, Any]) -> tuple[CreateComparison, ComparisonSpe
 def _spec_of(request: CreateComparison) -> ComparisonSpec:
     type, hyperparameters, prefix = hyperparameters_of(request.method, request.hyperparameters)
     given = {name: getattr(request, name) for name in SPEC_FIELDS if getattr(request, name) is not None}
-    return read_comparison(
-        model=request.model, type=type, hyperparameters=hyperparameters, prefix=prefix, **given
+    options = request.olora or JobOptions()
+    spec = read_comparison(
+        model=request.model,
+        type=type,
+        hyperparameters=hyperparameters,
+        validation_share=options.validation_share,
+        group_by=options.group_by,
+        prefix=prefix,
+        **given,
     )
+    check_judging(spec, given=request.validation_file is not None, place="olora.")
+    return spec
 
 
 class ComparisonProgress(BaseModel):
@@ -116,7 +121,7 @@ class ComparisonObject(BaseModel):
     status: str
     model: str
     training_file: str
-    validation_file: str
+    validation_file: str | None
     method: dict[str, Any]
     methods: list[dict[str, Any]]
     learning_rates: Literal["auto"] | list[float]
@@ -147,7 +152,7 @@ class ComparisonObject(BaseModel):
             status=row.status,
             model=row.model,
             training_file=row.training_file,
-            validation_file=row.validation_file or "",
+            validation_file=row.validation_file,
             method={"type": spec["type"], spec["type"]: {"hyperparameters": hyperparameters}},
             methods=[_as_requested(method) for method in spec["methods"]],
             learning_rates=spec["learning_rates"],

@@ -49,15 +49,18 @@ def read_create(values: dict[str, Any]) -> tuple[CreateJob, TrainSpec]:
 
 def _spec_of(request: CreateJob) -> TrainSpec:
     type, hyperparameters, prefix = hyperparameters_of(request.method, request.hyperparameters)
+    options = request.olora or JobOptions()
     spec = read_spec(
         model=request.model,
         type=type,
         hyperparameters=hyperparameters,
         adapter=request.adapter,
         seed=secrets.randbelow(MAX_SEED + 1) if request.seed is None else request.seed,
+        validation_share=options.validation_share,
+        group_by=options.group_by,
         prefix=prefix,
     )
-    check_validation(spec, given=request.validation_file is not None, prefix=prefix)
+    check_validation(spec, given=request.validation_file is not None, prefix=prefix, place="olora.")
     return spec
 
 

@@ -27,7 +27,7 @@ from ..progress import (
     Step,
     drive,
 )
-from ..specs import ComparisonSpec, Hyperparameters, resolve
+from ..specs import ComparisonSpec, Hyperparameters, check_judging, resolve
 from ..training import checkpoint
 from ..training.checkpoint import Snapshot
 from ..training.data import Data, read_data
@@ -47,7 +47,7 @@ def compare(
     spec: ComparisonSpec,
     base: Base,
     training: Path,
-    validation: Path,
+    validation: Path | None,
     folder: Path,
     *,
     resume: Path | None = None,
@@ -60,7 +60,8 @@ def compare(
     Ends with Compared: `folder` then holds `comparison.html` and `comparison.json`. `base` is loaded in
     `compute_dtype(spec.training, …)`, as for `train`, and restored when the generator ends. Sending "save" at
     a ComparedStep makes Saved the next update. With `resume`, the folder of a Saved, the comparison continues
-    exactly there. Tokenised files are kept in `cache`, or else in `folder`. `day` is as in `train`.
+    exactly there. Tokenised files are kept in `cache`, or else in `folder`. `validation` is None with the
+    spec's `validation_share`; `day` is as in `train`.
 
     Raises OloraErrors for expected failures. A method that diverges or cannot be trained here does not raise;
     the report says why it has no result.
@@ -68,6 +69,7 @@ def compare(
     check_dtype(spec.training, base)
     check_quantization(spec.training, base)
     check_sharding(spec.training, base, SINGLE)
+    check_judging(spec, given=validation is not None)
     day = checkpoint.day_of(resume) or day or date.today()
     data = yield from read_data(spec.training, base, training, validation, cache or folder / "tokens", day)
     comparison = Comparison(spec, base, data, folder, checkpoint_seconds)
@@ -81,7 +83,8 @@ def compare(
             yield from comparison.find_rate(entrant)
         if entrant.best_rate is not None:
             yield from comparison.measure(entrant)
-    setup = setup_of(comparison.terms, comparison.budget, training.name, validation.name)
+    validation_name = None if validation is None else validation.name
+    setup = setup_of(comparison.terms, comparison.budget, training.name, validation_name)
     report = report_of(setup, comparison.entrants)
     write(report, folder)
     yield Compared(folder, report)
@@ -323,12 +326,17 @@ class Comparison:
             ) from None
 
 
-ADDED = ("train_on_reasoning", "control_tokens")
-"""Hyperparameters that are younger than the checkpoints of some unfinished comparisons."""
+ADDED = ("validation_share", "group_by")
+ADDED_HYPERPARAMETERS = ("train_on_reasoning", "control_tokens")
+"""Options that are younger than the checkpoints of some unfinished comparisons."""
 
 
 def _without_new_defaults(spec: ComparisonSpec) -> str:
     """The spec as JSON, as a version without these options wrote it, unless they are used."""
-    fields = Hyperparameters.model_fields
-    unused = {name for name in ADDED if getattr(spec.hyperparameters, name) == fields[name].default}
-    return spec.model_dump_json(exclude={"hyperparameters": unused})
+    inner = spec.hyperparameters
+    fields, inner_fields = ComparisonSpec.model_fields, Hyperparameters.model_fields
+    unused: dict[str, Any] = {name: True for name in ADDED if getattr(spec, name) == fields[name].default}
+    unused["hyperparameters"] = {
+        name for name in ADDED_HYPERPARAMETERS if getattr(inner, name) == inner_fields[name].default
+    }
+    return spec.model_dump_json(exclude=unused)

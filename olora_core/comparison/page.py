@@ -153,7 +153,7 @@ def _curves(ranked: Sequence[Report], colours: Mapping[str, str], report: Report
         items += f'<li><i style="border-color:var(--rest)"></i>{rest} more, shown below</li>'
     return _section(
         "Validation loss during training",
-        f"On the whole validation file, {report['validation']['examples']:,} rows, after the same steps for "
+        f"On {_judging_rows(report)}, {report['validation']['examples']:,} rows, after the same steps for "
         f"every method. Lines are means over {_seeds(report)}; bands span the lowest to the highest seed.",
         _chart(drawn, report) + f'<ul class="legend">{items}</ul>',
     )
@@ -323,8 +323,8 @@ def _searches(methods: Sequence[Report], report: Report) -> str:
         "Learning rate search",
         f"Tried: {asked}. Every rung trains the remaining rates for the steps shown, with a complete "
         f"schedule, and keeps the better half by the loss on {searched['examples']:,} held-out training rows "
-        f"(seed {searched['seed']}; trained on the other {searched['trained_on']:,}). The validation file is "
-        "not used. The chosen rate is green, dropped ones are grey.",
+        f"(seed {searched['seed']}; trained on the other {searched['trained_on']:,}). {_unused(report)} not "
+        "used. The chosen rate is green, dropped ones are grey.",
         f'<div class="many">{tables}</div>' if tables else "<p>No search: there was only one rate.</p>",
     )
 
@@ -376,8 +376,8 @@ def _rules(report: Report) -> str:
         "A method without a given rank gets the rank whose parameter count is nearest to the budget of "
         f"{report['budget']:,}. Parameters that are trained one after another are added up. Other options "
         "are the method's defaults, unless given.",
-        f"All results are on {validation['file']} ({validation['examples']:,} rows), which was not used to "
-        "choose anything.",
+        f"All results are on {_judging_data(validation)} ({validation['examples']:,} rows), which was not "
+        "used to choose anything.",
         "Two methods are compared seed by seed. A difference is beyond the spread if 0 lies outside the 95 % "
         "interval of Student's t. Of twenty methods no better than LoRA, one may seem so by chance.",
         "Steps to LoRA's loss: where a method's mean curve, interpolated between evaluations, first reaches "
@@ -385,6 +385,23 @@ def _rules(report: Report) -> str:
     ]
     items = "".join(f"<li>{text(rule)}</li>" for rule in rules)
     return _section("How it was measured", "", f'<ul class="rules">{items}</ul>')
+
+
+def _judging_rows(report: Report) -> str:
+    if "held_out" in report["validation"]:
+        return f"the whole share held out of {report['training']['file']}"
+    return "the whole validation file"
+
+
+def _unused(report: Report) -> str:
+    return "The validation rows are" if "held_out" in report["validation"] else "The validation file is"
+
+
+def _judging_data(validation: Report) -> str:
+    if held_out := validation.get("held_out"):
+        by = "" if held_out["group_by"] is None else f", grouped by {held_out['group_by']}"
+        return f"a share of {held_out['share']:g} of that file, held out by seed {held_out['seed']}{by}"
+    return str(validation["file"])
 
 
 def _plain(value: Any) -> str:

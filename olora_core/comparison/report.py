@@ -35,13 +35,14 @@ class Setup:
     training: Mapping[str, Any]
     """`file`, `sha256`, `examples`."""
     validation: Mapping[str, Any]
+    """The same; if it is held out of the training file also `held_out`, see `HeldOut`."""
     search: Mapping[str, Any]
     """`examples` held out, `trained_on`, `seed`, `learning_rates` (a list or "auto")."""
     versions: Mapping[str, str] = field(default_factory=dict)
 
 
-def setup_of(terms: Terms, budget: int, training: str, validation: str) -> Setup:
-    """`training` and `validation` are the files' names."""
+def setup_of(terms: Terms, budget: int, training: str, validation: str | None) -> Setup:
+    """`training` and `validation` are the files' names; None if the spec has a `validation_share`."""
     base, spec, data, search = terms.base, terms.spec, terms.data, terms.search_data
     shown = terms.hyperparameters.model_dump(
         mode="json", exclude_defaults=True, exclude={"learning_rate", "learning_rate_multiplier"}
@@ -66,9 +67,10 @@ def setup_of(terms: Terms, budget: int, training: str, validation: str) -> Setup
             "examples": len(data.training),
         },
         validation={
-            "file": validation,
-            "sha256": data.hashes["validation"],
+            "file": validation or training,
+            "sha256": data.hashes["validation" if validation else "training"],
             "examples": len(data.validation),
+            **({"held_out": asdict(data.held_out)} if data.held_out else {}),
         },
         search={
             "learning_rates": spec.model_dump(mode="json")["learning_rates"],
@@ -202,11 +204,16 @@ def _winner(verdict: Verdict | None, setup: Setup, entrants: Sequence[Entrant]) 
     if verdict is None:
         return None
     chosen = next(each for each in entrants if each.label == verdict.take)
+    validation: dict[str, Any] = {"validation_file": setup.validation["file"]}
+    if held_out := setup.validation.get("held_out"):
+        validation = {"validation_share": held_out["share"]}
+        if held_out["group_by"] is not None:
+            validation["group_by"] = held_out["group_by"]
     return {
         "model": setup.model,
         "type": setup.type,
         "training_file": setup.training["file"],
-        "validation_file": setup.validation["file"],
+        **validation,
         "output": f"{chosen.adapter.method}-adapter",
         "adapter": chosen.options,
         "hyperparameters": {**setup.asked, "learning_rate": chosen.best_rate},

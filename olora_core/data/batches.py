@@ -35,6 +35,10 @@ class MicroBatch:
     """Tokens of each sequence, in order."""
     trained_by_row: tuple[int, ...]
     """Trained tokens of each sequence, in order."""
+    weight: float
+    """Sum of the trained tokens' weights in the loss; their number (an int) if all weigh 1."""
+    weights: Tensor | None = None
+    """(trained,) fp32: the weight of each trained token; None if all weigh 1."""
 
     @property
     def tokens(self) -> int:
@@ -172,6 +176,10 @@ def _micro_batch(
 ) -> MicroBatch:
     # On the CPU: on a GPU, nonzero() has to wait for the device to know the size of its result.
     trained = np.flatnonzero(labels != IGNORED)
+    weights = None
+    if any(of_row.dtype != bool for _, of_row in rows):
+        # In the order of `trained`: both go through the sequences one after the other.
+        weights = np.concatenate([of_row[of_row != 0].astype(np.float32) for _, of_row in rows])
     return MicroBatch(
         torch.from_numpy(input_ids),
         torch.from_numpy(labels),
@@ -179,5 +187,7 @@ def _micro_batch(
         positions=torch.from_numpy(trained - 1),  # the hidden state before a token predicts it
         targets=torch.from_numpy(labels.reshape(-1)[trained]),
         lengths=tuple(len(tokens) for tokens, _ in rows),
-        trained_by_row=tuple(int(trained.sum()) for _, trained in rows),
+        trained_by_row=tuple(int(np.count_nonzero(of_row)) for _, of_row in rows),
+        weight=len(trained) if weights is None else float(weights.sum(dtype=np.float64)),
+        weights=None if weights is None else torch.from_numpy(weights),
     )

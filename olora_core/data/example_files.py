@@ -6,11 +6,11 @@ from array import array
 from collections.abc import Iterator
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, BinaryIO, Self
 
 import numpy as np
 
-from .examples import CHUNK, Examples, Rows, digest_of, fingerprint
+from .examples import CHUNK, Examples, Rows, digest_of, fingerprint, is_weighted
 
 ABOUT = "about.json"
 KINDS = {
@@ -21,6 +21,8 @@ KINDS = {
     "prints": np.dtype(np.uint64),
 }
 """Dtype of each file besides "tokens", which is uint16 or uint32 depending on the vocabulary."""
+WEIGHTS, WEIGHTS_KIND = "weights", np.dtype(np.float32)
+"""The file of `Examples.token_weights`, which only folders with a weighted token have."""
 
 
 class DamagedExamples(Exception):
@@ -36,6 +38,8 @@ class ExampleWriter:
         self.kind = np.dtype(np.uint16 if vocabulary <= 2**16 else np.uint32)
         self._tokens = (folder / "tokens").open("wb")
         self._trained = (folder / "trained").open("wb")
+        self._weights: BinaryIO | None = None
+        """Open from the first weighted row on."""
         self._lengths, self._counts = array("q"), array("q")
         self._lines, self._fingerprints = array("q"), array("Q")
 
@@ -45,8 +49,12 @@ class ExampleWriter:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._tokens.close()
-        self._trained.close()
+        for file in self._files:
+            file.close()
+
+    @property
+    def _files(self) -> list[BinaryIO]:
+        return [file for file in (self._tokens, self._trained, self._weights) if file is not None]
 
     def __len__(self) -> int:
         return len(self._lines)
@@ -57,16 +65,30 @@ class ExampleWriter:
         self._lines.append(line)
         self._fingerprints.append(fingerprint(rows))
         for tokens, trained in rows:
+            if self._weights is None and is_weighted(trained):
+                self._weights = self._begin_weights()
+            if self._weights is not None:
+                self._weights.write(trained.astype(WEIGHTS_KIND).data)
+            is_trained = trained.astype(bool, copy=False)
             self._tokens.write(tokens.astype(self.kind).data)
-            self._trained.write(trained.data)
+            self._trained.write(is_trained.data)
             self._lengths.append(len(tokens))
-            self._counts.append(int(trained.sum()))
+            self._counts.append(int(is_trained.sum()))
+
+    def _begin_weights(self) -> BinaryIO:
+        """The file of weights, with 0 and 1 for the rows written so far."""
+        self._trained.flush()
+        file = (self.folder / WEIGHTS).open("wb")
+        for chunk in _read(self.folder / "trained", KINDS["trained"]):
+            file.write(chunk.astype(WEIGHTS_KIND).data)
+        return file
 
     def examples(self) -> Examples:
         """The examples written so far, mapped from the files, which may then be renamed or removed."""
-        self._tokens.flush()
-        self._trained.flush()
+        for file in self._files:
+            file.flush()
         offsets = np.concatenate([[0], np.cumsum(self._lengths, dtype=np.int64)])
+        weights = None if self._weights is None else self.folder / WEIGHTS
         return Examples(
             _mapped(self.folder / "tokens", self.kind),
             _mapped(self.folder / "trained", KINDS["trained"]),
@@ -80,7 +102,9 @@ class ExampleWriter:
                 _read(self.folder / "tokens", self.kind),
                 _read(self.folder / "trained", KINDS["trained"]),
                 offsets,
+                () if weights is None else _read(weights, WEIGHTS_KIND),
             ),
+            None if weights is None else _mapped(weights, WEIGHTS_KIND),
         )
 
     def finish(self, examples: Examples, about: dict[str, Any]) -> None:
@@ -93,12 +117,13 @@ class ExampleWriter:
         }
         for name, values in arrays.items():
             (self.folder / name).write_bytes(values.tobytes())
+        files = ["tokens", *KINDS, *([WEIGHTS] if examples.token_weights is not None else [])]
         content = {
             "about": about,
             "sides": self.rows_per_example,
             "width": self.kind.itemsize,
             "digest": examples.digest,
-            "files": {name: file_hash(self.folder / name) for name in ("tokens", *KINDS)},
+            "files": {name: file_hash(self.folder / name) for name in files},
         }
         text = json.dumps(content)
         sealed = {"sha256": hashlib.sha256(text.encode()).hexdigest(), "content": text}
@@ -116,6 +141,8 @@ def open_examples(folder: Path) -> tuple[Examples, dict[str, Any]]:
             if file_hash(folder / name) != digest:
                 raise DamagedExamples(name)
         kinds = {"tokens": np.dtype(f"uint{8 * content['width']}"), **KINDS}
+        if WEIGHTS in content["files"]:
+            kinds[WEIGHTS] = WEIGHTS_KIND
         arrays = {name: _mapped(folder / name, kind) for name, kind in kinds.items()}
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise DamagedExamples(str(error)) from None
@@ -125,6 +152,7 @@ def open_examples(folder: Path) -> tuple[Examples, dict[str, Any]]:
         arrays["trained_counts"],
         arrays["prints"],
         content["digest"],
+        arrays.get(WEIGHTS),
     )
     return examples, content["about"]
 

@@ -12,7 +12,10 @@ from itertools import chain
 import numpy as np
 
 Rows = list[tuple[np.ndarray, np.ndarray]]
-"""One example: (tokens, trained) of each of its rows, both (length,)."""
+"""One example: (tokens, trained) of each of its rows, both (length,).
+
+`trained` is bool; or float32, the token's weight in the loss, 0 where it is not trained.
+"""
 CHUNK = 2**20
 """Tokens read or hashed at a time."""
 
@@ -40,14 +43,22 @@ class Examples:
     known_fingerprints: np.ndarray | None = None
     """(examples,) uint64: `fingerprint` of each example."""
     known_digest: str | None = None
+    token_weights: np.ndarray | None = None
+    """(total,) float32: each token's weight in the loss, 0 where it is not trained; None if all trained
+    tokens weigh 1."""
 
     def __len__(self) -> int:
         return len(self.lines)
 
     def row(self, i: int) -> tuple[np.ndarray, np.ndarray]:
-        """Row i: its tokens (length,) uint16 or uint32, and which are trained, (length,) bool."""
+        """Row i: its tokens (length,) uint16 or uint32, and which are trained, (length,) bool, or float32 if
+        one of its weights is neither 0 nor 1."""
         part = slice(self.offsets[i], self.offsets[i + 1])
-        return self.tokens[part], self.trained[part]
+        trained = self.trained[part]
+        if self.token_weights is not None:
+            weights = self.token_weights[part]
+            trained = weights if is_weighted(weights) else trained
+        return self.tokens[part], trained
 
     def example(self, i: int) -> Rows:
         """The rows of example i."""
@@ -72,14 +83,26 @@ class Examples:
         return rows.reshape(-1, self.rows_per_example).sum(axis=1)
 
     @cached_property
-    def weights(self) -> np.ndarray:
-        """(examples,) int64: weight in a mean loss: the trained tokens, or 1 for a preference pair."""
+    def counts(self) -> np.ndarray:
+        """(examples,) int64: what a mean accuracy counts: the trained tokens, or 1 for a preference pair."""
         return self.trained_lengths if self.rows_per_example == 1 else np.ones(len(self), dtype=np.int64)
 
     @cached_property
+    def weights(self) -> np.ndarray:
+        """(examples,) weight in a mean loss: `counts`, or the sum of the tokens' weights as float64."""
+        if self.token_weights is None or self.rows_per_example != 1:
+            return self.counts
+        return np.add.reduceat(self.token_weights, self.offsets[:-1], dtype=np.float64)
+
+    @cached_property
     def digest(self) -> str:
-        """SHA-256 of the training data: tokens, mask and offsets."""
-        return self.known_digest or digest_of(_chunks(self.tokens), _chunks(self.trained), self.offsets)
+        """SHA-256 of the training data: tokens, mask, offsets and, if there are any, weights."""
+        return self.known_digest or digest_of(
+            _chunks(self.tokens),
+            _chunks(self.trained),
+            self.offsets,
+            () if self.token_weights is None else _chunks(self.token_weights),
+        )
 
     @cached_property
     def fingerprints(self) -> np.ndarray:
@@ -101,21 +124,32 @@ class Examples:
             self.rows_per_example,
             None if self.trained_counts is None else self.trained_counts[:rows],
             None if self.known_fingerprints is None else self.known_fingerprints[:kept],
+            token_weights=None if self.token_weights is None else self.token_weights[:end],
         )
 
     def select(self, which: np.ndarray) -> "Examples":
         """A copy of the examples at `which` (selected,) int64, in that order."""
         rows = (self.rows_per_example * which[:, None] + np.arange(self.rows_per_example)).ravel()
-        parts = [self.row(i) for i in rows.tolist()]
+        parts = [slice(self.offsets[i], self.offsets[i + 1]) for i in rows.tolist()]
+
+        def joined(values: np.ndarray) -> np.ndarray:
+            return np.concatenate([values[part] for part in parts])
+
         return Examples(
-            np.concatenate([tokens for tokens, _ in parts]),
-            np.concatenate([trained for _, trained in parts]),
-            np.concatenate([[0], np.cumsum([len(tokens) for tokens, _ in parts], dtype=np.int64)]),
+            joined(self.tokens),
+            joined(self.trained),
+            np.concatenate([[0], np.cumsum(np.diff(self.offsets)[rows])]),
             self.lines[which],
             self.rows_per_example,
             None if self.trained_counts is None else self.trained_counts[rows],
             None if self.known_fingerprints is None else self.known_fingerprints[which],
+            token_weights=None if self.token_weights is None else joined(self.token_weights),
         )
+
+
+def is_weighted(trained: np.ndarray) -> bool:
+    """Whether a row's `trained`, (length,) bool or float32, holds a weight that is neither 0 nor 1."""
+    return trained.dtype != bool and bool(((trained != 0) & (trained != 1)).any())
 
 
 def fingerprint(rows: Rows) -> int:
@@ -126,10 +160,15 @@ def fingerprint(rows: Rows) -> int:
     return int.from_bytes(hashed.digest(), "little")
 
 
-def digest_of(tokens: Iterable[np.ndarray], trained: Iterable[np.ndarray], offsets: np.ndarray) -> str:
+def digest_of(
+    tokens: Iterable[np.ndarray],
+    trained: Iterable[np.ndarray],
+    offsets: np.ndarray,
+    token_weights: Iterable[np.ndarray] = (),
+) -> str:
     """SHA-256 in hex; independent of the tokens' integer width and of how the arrays are cut into chunks."""
     hashed = hashlib.sha256()
-    for chunk in chain((part.astype(np.uint32) for part in tokens), trained, [offsets]):
+    for chunk in chain((part.astype(np.uint32) for part in tokens), trained, [offsets], token_weights):
         hashed.update(np.ascontiguousarray(chunk).data)
     return hashed.hexdigest()
 

@@ -86,7 +86,7 @@ def how_it_was_trained(base: Base, record: RunRecord, adapted: Sequence[str]) ->
 | batch size | {training.batch_size} |
 | learning rate | {_number(training.learning_rate)}, {training.schedule} schedule |
 | seed | {record.resolved.seed} |
-{_unadapted_row(base)}{_metric_rows(record.metrics)}
+{_held_out_row(record.held_out)}{_unadapted_row(base)}{_metric_rows(record.metrics)}
 {_loss_curve(record.losses)}
 `manifest.json` holds every setting, the hashes of data and base, and the certificate. `native/` holds the
 method's own tensors.
@@ -97,7 +97,8 @@ def _samples_section(samples: Samples | None) -> str:
     """Sample answers of both models, indented as code, which no text can break out of."""
     if samples is None:
         return ""
-    parts = [f"\n## What it answers\n\nGreedy decoding, on rows of the {samples.file} file.\n"]
+    rows = "held-out rows" if samples.held_out else "rows"
+    parts = [f"\n## What it answers\n\nGreedy decoding, on {rows} of the {samples.file} file.\n"]
     for row in samples.rows:
         parts.append(f"\n### Line {row['line']}\n")
         given = {"prompt": row["prompt"], "in the file": row["reference"]}
@@ -105,6 +106,16 @@ def _samples_section(samples: Samples | None) -> str:
             lines = "\n".join(f"    {line}" for line in text.splitlines())
             parts.append(f"\n{name}:\n\n{lines or '    (nothing)'}\n")
     return "".join(parts)
+
+
+def _held_out_row(held_out: Mapping[str, Any] | None) -> str:
+    if held_out is None:
+        return ""
+    by = "" if held_out["group_by"] is None else f", grouped by {json.dumps(held_out['group_by'])}"
+    return (
+        f"| validation | {held_out['examples']} of {held_out['of']} examples of the training file, held out: "
+        f"share {held_out['share']:g}, seed {held_out['seed']}{by} |\n"
+    )
 
 
 def _quantised_sentence(base: Base) -> str:

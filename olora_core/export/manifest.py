@@ -44,6 +44,8 @@ class RunRecord:
     samples: Samples | None = None
     day: date | None = None
     """Today's date as the chat template wrote it; None if it writes none."""
+    held_out: Mapping[str, Any] | None = None
+    """JSON-able: the share of the training file that was the validation data, if there was one."""
 
 
 @dataclass(frozen=True)
@@ -88,13 +90,21 @@ def manifest(base: Base, record: RunRecord, export: Mapping[str, Any]) -> dict[s
             "asked": record.asked.model_dump(mode="json"),
             "resolved": record.resolved.model_dump(mode="json"),
         },
-        "data": {role: {"sha256": digest} for role, digest in record.data.items()},
+        "data": _data(record),
         "chat_template_day": record.day and record.day.isoformat(),
         "export": dict(export),
         "metrics": dict(record.metrics),
         "samples": None if record.samples is None else asdict(record.samples),
         "versions": versions(),
     }
+
+
+def _data(record: RunRecord) -> dict[str, Any]:
+    """The data by role: a file's digest, or which share of the training file was held out."""
+    described: dict[str, Any] = {role: {"sha256": digest} for role, digest in record.data.items()}
+    if record.held_out is not None:
+        described["validation"] = {"held_out": dict(record.held_out)}
+    return described
 
 
 def _quantization(base: Base) -> dict[str, Any] | None:

@@ -19,10 +19,13 @@ OTHER_FILES = (
 """First bytes of files that are not supported, what they are, and the remedy."""
 
 
-def read_rows(stream: Iterable[bytes] | BinaryIO, findings: Findings) -> Iterator[Row]:
+def read_rows(
+    stream: Iterable[bytes] | BinaryIO, findings: Findings, *, keep: str | None = None
+) -> Iterator[Row]:
     """Every row of a file; errors of its form are added to the findings.
 
-    A file of no known kind is read, and refused, as JSONL.
+    `keep` is a column of a table that is read although its format does not have it. A file of no known kind
+    is read, and refused, as JSONL.
     """
     chunks = chunks_of(stream)
     try:
@@ -30,11 +33,11 @@ def read_rows(stream: Iterable[bytes] | BinaryIO, findings: Findings) -> Iterato
         whole, findings.report.container = chain([head], chunks), _container(head)
         match findings.report.container:
             case "parquet":
-                yield from parquet.rows(_from_its_beginning(stream), findings)
+                yield from parquet.rows(_from_its_beginning(stream), findings, keep)
             case "json":
                 yield from json_array.rows(whole, findings)
             case "csv":
-                yield from csv_table.rows(whole, findings)
+                yield from csv_table.rows(whole, findings, keep)
             case "jsonl":
                 yield from jsonl.rows(whole, findings)
     except Unreadable as error:

@@ -31,7 +31,7 @@ def _names(cells: list[str]) -> list[str]:
     return [name.lower() if name.lower() in KEYS else name for name in stripped]
 
 
-def rows(chunks: Iterator[bytes], findings: Findings) -> Iterator[Row]:
+def rows(chunks: Iterator[bytes], findings: Findings, keep: str | None = None) -> Iterator[Row]:
     """Every row that is not blank, numbered by the line it begins on. Raises Unreadable."""
     head = next(chunks)
     delimiter = delimiter_of(head) or ","
@@ -45,7 +45,7 @@ def rows(chunks: Iterator[bytes], findings: Findings) -> Iterator[Row]:
         names = _names(next(reader))
         if repeated := [name for name in names if names.count(name) > 1]:
             raise Unreadable(f"Two columns are named '{repeated[0]}'.", "Name each column once.", line=1)
-        columns = columns_of(names, findings)
+        columns = columns_of(names, findings, keep)
         begins = reader.line_num + 1
         for cells in reader:
             if len(cells) == len(columns):

@@ -13,7 +13,7 @@ PAGE_BYTES = 2**20
 """Bytes of a column read from the file at a time."""
 
 
-def rows(file: BinaryIO, findings: Findings) -> Iterator[Row]:
+def rows(file: BinaryIO, findings: Findings, keep: str | None = None) -> Iterator[Row]:
     """Every row. Raises Unreadable."""
     try:
         import pyarrow
@@ -26,7 +26,7 @@ def rows(file: BinaryIO, findings: Findings) -> Iterator[Row]:
     number = 0
     try:
         table = parquet.ParquetFile(file, buffer_size=PAGE_BYTES, pre_buffer=False)
-        columns = [name for name in columns_of(table.schema_arrow.names, findings) if name]
+        columns = [name for name in columns_of(table.schema_arrow.names, findings, keep) if name]
         for batch in table.iter_batches(ROWS_AT_ONCE, columns=columns, use_threads=False):
             for cells in batch.to_pylist(maps_as_pydicts="strict"):
                 number += 1

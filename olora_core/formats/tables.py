@@ -18,10 +18,10 @@ MESSAGE_COLUMNS = ("prompt", "completion", "chosen", "rejected")
 """Columns with text or a JSON list of messages."""
 
 
-def columns_of(names: Sequence[str], findings: Findings) -> list[str | None]:
-    """The key of each column; None, after a warning, for a column that the format does not have."""
+def columns_of(names: Sequence[str], findings: Findings, keep: str | None = None) -> list[str | None]:
+    """The key of each column; None, after a warning, for one that is not `keep` and not in the format."""
     format = detect_format(dict.fromkeys(names))
-    known = FORMATS[format].keys if format else names
+    known = (*FORMATS[format].keys, keep) if format else names
     for name in names:
         if name not in known:
             findings.add(

@@ -115,14 +115,15 @@ def _other_way(found: Format | None, type: str) -> str:
     return f"{method} lines of {lines[type]}."
 
 
-def read_records(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+def read_records(path: Path, *, keep: str | None = None) -> Iterator[tuple[int, dict[str, Any]]]:
     """(number, record) of each row, numbered from 1 by line, element or row.
 
-    Raises DataError at the first row without a record.
+    `keep` is a column of a table that is read although its format does not have it. Raises DataError at the
+    first row without a record.
     """
     findings = Findings()
     with path.open("rb") as file:
-        for row in read_rows(file, findings):
+        for row in read_rows(file, findings, keep=keep):
             if row.record is None:
                 break
             yield row.number, row.record

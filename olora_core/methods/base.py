@@ -37,7 +37,7 @@ class Outputs:
     labels: Tensor
     """(rows, length) int64, IGNORED where a token is not trained."""
     loss: Tensor
-    """Scalar: the mean over the trained tokens, or pairs, of this micro-batch."""
+    """Scalar: the (weighted) mean over the trained tokens, or over the pairs, of this micro-batch."""
     repeated: bool = False
     """True for a pass that only keeps step with other devices, and must not be counted."""
 

@@ -6,7 +6,7 @@ models here. `read_spec` turns untyped input into a `TrainSpec`; `resolve` turns
 
 from .adapters import ADAPTER_SPECS, DEFAULT_METHOD, check_export
 from .base import Spec, nearest, spec_error
-from .comparison import MAX_SEEDS, ComparedMethod, ComparisonSpec, read_comparison
+from .comparison import MAX_SEEDS, ComparedMethod, ComparisonSpec, check_judging, read_comparison
 from .methods.base import AdapterSpec
 from .resolving import RunFacts, auto_batch_size, auto_epochs, learning_rate_for, resolve
 from .serving import MAX_EXPORT_RANK, WHERE_TOO_WIDE
@@ -15,6 +15,8 @@ from .training import (
     MAX_CONTEXT,
     MAX_SEED,
     Hyperparameters,
+    RowKey,
+    Share,
     TrainSpec,
     check_validation,
     known_hyperparameters,
@@ -34,12 +36,15 @@ __all__ = [
     "ComparedMethod",
     "ComparisonSpec",
     "Hyperparameters",
+    "RowKey",
     "RunFacts",
+    "Share",
     "Spec",
     "TrainSpec",
     "auto_batch_size",
     "auto_epochs",
     "check_export",
+    "check_judging",
     "check_validation",
     "known_hyperparameters",
     "learning_rate_for",

@@ -15,8 +15,11 @@ from .training import (
     HYPERPARAMETER_ALIASES,
     MAX_SEED,
     Hyperparameters,
+    RowKey,
+    Share,
     TrainingType,
     TrainSpec,
+    check_validation,
     read_spec,
 )
 
@@ -85,6 +88,15 @@ class ComparisonSpec(Spec):
         le=0.5,
         description="Share of the training rows that is held out to choose the learning rates.",
     )
+    validation_share: Share | None = Field(
+        default=None,
+        description="Share of the training rows to hold out for the final results, instead of a validation "
+        "file.",
+    )
+    group_by: RowKey | None = Field(
+        default=None,
+        description="A key at the top level of the rows: those with the same value are all held out or none.",
+    )
 
     @property
     def labels(self) -> tuple[str, ...]:
@@ -109,6 +121,8 @@ class ComparisonSpec(Spec):
             adapter=self.methods[self.baseline].adapter,
             hyperparameters=self.hyperparameters,
             seed=self.seed,
+            validation_share=self.validation_share,
+            group_by=self.group_by,
         )
 
 
@@ -128,6 +142,8 @@ def read_comparison(
     seeds: Any = 3,
     seed: Any = 0,
     search_share: Any = 0.1,
+    validation_share: Any = None,
+    group_by: Any = None,
     prefix: str = "hyperparameters",
 ) -> ComparisonSpec:
     """Reads untyped input into a spec. A method is a name or an adapter object; "all" is every method.
@@ -149,6 +165,8 @@ def read_comparison(
         "seeds": seeds,
         "seed": seed,
         "search_share": search_share,
+        "validation_share": validation_share,
+        "group_by": group_by,
     }
     spec = read(ComparisonSpec, values, lambda name: "")
     if spec.seed + spec.seeds - 1 > MAX_SEED:
@@ -156,6 +174,21 @@ def read_comparison(
             f"seed + seeds must be less than {MAX_SEED + 2} (got {spec.seed + spec.seeds}).", param="seed"
         )
     return spec
+
+
+def check_judging(spec: ComparisonSpec, *, given: bool, place: str = "") -> None:
+    """Raises SpecError unless there is either a validation file, `given`, or the spec's `validation_share`.
+
+    `place` (such as "olora.") is the request's name for where that option is.
+    """
+    check_validation(spec.training, given=given, place=place)
+    if not given and spec.validation_share is None:
+        raise SpecError(
+            "validation_file is missing: the final results need held-out rows, on which no run has trained "
+            f"and no learning rate was chosen. Pass a file of such rows, or {place}validation_share to hold "
+            "out some of the training rows.",
+            param="validation_file",
+        )
 
 
 def _without_what_is_decided(given: Mapping[str, Any], prefix: str) -> dict[str, Any]:

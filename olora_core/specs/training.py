@@ -1,7 +1,7 @@
 """The spec of one training run, and how untyped input is read into it."""
 
 from collections.abc import Mapping
-from typing import Annotated, Any, Literal, cast, get_args
+from typing import Annotated, Any, Literal, get_args
 
 from pydantic import Field
 
@@ -120,6 +120,9 @@ class Hyperparameters(Spec):
 
 
 TrainingType = Literal["supervised", "dpo"]
+Share = Annotated[float, Field(gt=0, lt=1)]
+RowKey = Annotated[str, Field(min_length=1, max_length=256)]
+"""A key at the top level of a training file's rows."""
 
 
 class TrainSpec(Spec):
@@ -133,15 +136,41 @@ class TrainSpec(Spec):
     adapter: AnyAdapterSpec = Field(default_factory=OLoRASpec)
     hyperparameters: Hyperparameters = Field(default_factory=Hyperparameters)
     seed: int = Field(default=0, ge=0, le=MAX_SEED)
+    validation_share: Share | None = Field(
+        default=None,
+        description="Share of the training rows to hold out for validation, instead of a validation file.",
+    )
+    group_by: RowKey | None = Field(
+        default=None,
+        description="A key at the top level of the rows: those with the same value are all held out or none.",
+    )
 
 
-def check_validation(spec: TrainSpec, *, given: bool, prefix: str = "hyperparameters") -> None:
-    """Raises SpecError for options that need a validation file when none is `given`."""
+def check_validation(
+    spec: TrainSpec, *, given: bool, prefix: str = "hyperparameters", place: str = ""
+) -> None:
+    """Raises SpecError for options that contradict a validation file that is `given`, or need one.
+
+    `prefix` and `place` (such as "olora.") are the request's names for where the options are.
+    """
+    share = f"{place}validation_share"
+    if spec.validation_share is not None and given:
+        raise SpecError(
+            f"{share} and a validation_file exclude each other; pass only one.",
+            param=share,
+        )
+    if spec.group_by is not None and spec.validation_share is None:
+        raise SpecError(
+            f"{place}group_by says which rows {share} keeps together, and there is none; pass that too, or "
+            "leave this out.",
+            param=f"{place}group_by",
+        )
     for name in ("early_stopping_patience", "eval_steps"):
-        if getattr(spec.hyperparameters, name) is not None and not given:
+        asked = getattr(spec.hyperparameters, name) is not None
+        if asked and not given and spec.validation_share is None:
             raise SpecError(
-                f"{prefix}.{name} needs the validation loss, and there is no validation_file; pass one, or "
-                "leave the option out.",
+                f"{prefix}.{name} needs the validation loss, and there is no validation_file and no {share}; "
+                "pass one, or leave the option out.",
                 param=f"{prefix}.{name}",
             )
 
@@ -163,6 +192,8 @@ def read_spec(
     hyperparameters: Mapping[str, Any] | None = None,
     adapter: Mapping[str, Any] | None = None,
     seed: int = 0,
+    validation_share: float | None = None,
+    group_by: str | None = None,
     prefix: str = "hyperparameters",
 ) -> TrainSpec:
     """Reads untyped input into a spec.
@@ -193,13 +224,16 @@ def read_spec(
         )
     read_adapter = read(ADAPTER_SPECS[method], adapter_values, lambda name: places.get(name, "adapter"))
     check_export(read_adapter)
-    return TrainSpec(
-        model=model,
-        type=cast(TrainingType, type),
-        adapter=read_adapter,
-        hyperparameters=chosen,
-        seed=_read_seed(seed),
-    )
+    values = {
+        "model": model,
+        "type": type,
+        "adapter": read_adapter,
+        "hyperparameters": chosen,
+        "seed": _read_seed(seed),
+        "validation_share": validation_share,
+        "group_by": group_by,
+    }
+    return read(TrainSpec, values, lambda name: "")
 
 
 def _read_hyperparameters(type: str, values: dict[str, Any], prefix: str) -> Hyperparameters:

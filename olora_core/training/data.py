@@ -17,6 +17,7 @@ from transformers import PreTrainedTokenizerBase
 from ..bases.loading import Base
 from ..data.example_files import DamagedExamples, ExampleWriter, file_hash, open_examples
 from ..data.examples import Examples
+from ..data.held_out import group_draws, split
 from ..data.templates import writes_the_day
 from ..data.token_cache import keep, new_entry, use
 from ..data.tokenising import overlap_note, tokenise
@@ -33,6 +34,19 @@ Role = Literal["training", "validation"]
 
 
 @dataclass(frozen=True)
+class HeldOut:
+    """The share of the training file that is a run's validation data."""
+
+    share: float
+    """As asked for."""
+    seed: int
+    group_by: str | None
+    examples: int
+    of: int
+    """The training file's examples, these included."""
+
+
+@dataclass(frozen=True)
 class Data:
     """The files of a run, tokenised."""
 
@@ -43,6 +57,8 @@ class Data:
     notes: list[Note]
     day: date | None = None
     """Today's date as the chat template writes it; None if it writes none."""
+    held_out: HeldOut | None = None
+    """None unless the validation examples are from the training file."""
 
 
 @dataclass(frozen=True)
@@ -58,6 +74,11 @@ class Reading:
     reasoning: bool = True
     literal: bool = False
     """Options of `Answers`."""
+
+    @property
+    def written_day(self) -> date | None:
+        """Today's date as the chat template writes it; None if it writes none."""
+        return self.day if writes_the_day(self.tokenizer) else None
 
 
 @dataclass(frozen=True)
@@ -81,8 +102,9 @@ def read_data(
 ) -> Generator[Phase, None, Data]:
     """Checks and tokenises the files, or takes them from the folder `cache`.
 
-    A chat template that writes today's date writes `day`, today if that is not given. The result stays
-    readable after the folder is deleted. The folder grows until the caller trims it.
+    With the spec's `validation_share` that share of the training examples becomes the validation examples. A
+    chat template that writes today's date writes `day`, today if that is not given. The result stays readable
+    after the folder is deleted. The folder grows until the caller trims it.
     """
     kept = spec.hyperparameters.context_length
     how = Reading(
@@ -96,14 +118,41 @@ def read_data(
     )
     with _folder(cache) as folder:
         first = yield from read_file(training, "training", how, folder)
+        if spec.validation_share is not None:
+            return (yield from _with_held_out(first, training, spec, spec.validation_share, how.written_day))
         hashes, notes, held_out = {"training": first.sha256}, first.notes, None
         if validation is not None:
             second = yield from read_file(validation, "validation", how, folder, first.report.format)
             hashes["validation"], held_out = second.sha256, second.examples
             overlap = overlap_note(first.examples, held_out, NOUNS[second.report.container])
             notes = [*notes, *second.notes, *([overlap] if overlap else [])]
-    written = how.day if writes_the_day(base.tokenizer) else None
-    return Data(first.examples, held_out, hashes, notes, written)
+    return Data(first.examples, held_out, hashes, notes, how.written_day)
+
+
+def _with_held_out(
+    file: Tokenised, path: Path, spec: TrainSpec, share: float, day: date | None
+) -> Generator[Phase, None, Data]:
+    """The training file's examples, with a share of them as the validation examples."""
+    examples, draws = file.examples, {}
+    if spec.group_by is not None:
+        draws = yield from group_draws(path, spec.group_by, spec.seed, file.report.rows)
+    parts = split(examples, share, spec.seed, draws)
+    held_out = HeldOut(share, spec.seed, spec.group_by, len(parts.validation), len(examples))
+    by = "" if spec.group_by is None else f", by '{spec.group_by}' and equal tokens"
+    note = Note(
+        "info",
+        f"{held_out.examples} of {held_out.of} examples of the training file are held out for validation: a "
+        f"share of {share:g}, drawn by seed {spec.seed} from {parts.groups} groups{by}.",
+        {"groups": parts.groups, **asdict(held_out)},
+    )
+    return Data(
+        examples.select(parts.training),
+        examples.select(parts.validation),
+        {"training": file.sha256},
+        [*file.notes, note],
+        day,
+        held_out,
+    )
 
 
 @contextmanager
@@ -188,7 +237,7 @@ def _key(sha256: str, role: Role, how: Reading) -> str:
         how.context_length,
         sorted(how.end_tokens),
         *(how.reasoning, how.literal),
-        how.day.isoformat() if writes_the_day(tokenizer) else None,
+        how.written_day and how.written_day.isoformat(),
     ]
     return hashlib.sha256(json.dumps(parts, default=str, sort_keys=True).encode()).hexdigest()[:40]
 

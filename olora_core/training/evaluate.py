@@ -37,6 +37,8 @@ def evaluate(
 ) -> Generator[Phase, None, tuple[float, float]]:
     """Mean loss (nats per trained token, or per pair) and accuracy over all examples; yields progress.
 
+    With weights, the loss is the tokens' weighted mean; the accuracy counts every trained token once.
+
     `size` and `tokens` limit a forward pass. The micro-batches are shared out over the devices; the result is
     the same as on one.
     """
@@ -45,17 +47,18 @@ def evaluate(
         # Eval mode is set for each batch, since the caller may do other things between two of them.
         with evaluating(base.model), torch.no_grad():
             loss = loss_of_batch(base.model, batch.to(base.device), base.passes)
-        return [loss.total.item(), float(loss.correct), float(loss.weight)]
+        return [loss.total.item(), float(loss.correct), float(loss.weight), float(loss.count)]
 
     done = 0
-    # (loss, correct, weight) of each micro-batch, in order; zeros for those of other processes. Summing the
-    # rows over the processes adds zeros only, so the total has the same bits on any number of devices.
+    # (loss, correct, weight, count) of each micro-batch, in order; zeros for those of other processes.
+    # Summing the rows over the processes adds zeros only, so the total has the same bits on any number of
+    # devices.
     sums: list[list[float]] = []
     for start in range(0, len(examples), ROWS_AT_ONCE):
         rows = np.arange(start, min(start + ROWS_AT_ONCE, len(examples)))
         pad = base.tokenizer.pad_token_id or 0
         batches = micro_batches(examples, rows, size=size, tokens=tokens, packing=packing, pad_token=pad)
-        own = [[0.0] * 3 for _ in batches]
+        own = [[0.0] * 4 for _ in batches]
         for position, counts in devices.assign([batch.tokens for batch in batches], in_step=base.shards > 1):
             if base.shards > 1:
                 devices.barrier()  # every pass gathers the base's shards from all processes
@@ -67,8 +70,8 @@ def evaluate(
         sums += own
     devices.barrier()
     everywhere = devices.sum(torch.tensor(sums, dtype=torch.float64)).tolist()
-    total, correct, weight = (sum(column) for column in zip(*everywhere, strict=True))
-    return total / weight, correct / weight
+    total, correct, weight, count = (sum(column) for column in zip(*everywhere, strict=True))
+    return total / weight, correct / count
 
 
 def quick_evaluation(run: Run) -> tuple[float, float] | None:

@@ -1,7 +1,8 @@
 """The losses of a micro-batch: cross-entropy of its trained tokens, or DPO of its pairs.
 
-Both are sums. The caller divides by the trained tokens, or the pairs, of the whole optimizer batch, so that a
-batch gives the same gradient however it is cut into micro-batches.
+Both are sums, the first weighted by the tokens' weights. The caller divides by the weights of the trained
+tokens, or the number of pairs, of the whole optimizer batch, so that a batch gives the same gradient however
+it is cut into micro-batches.
 """
 
 from functools import partial
@@ -24,11 +25,13 @@ class TaskLoss(NamedTuple):
     """One micro-batch's loss, without any penalty."""
 
     total: Tensor
-    """Scalar, nats: the sum over the trained tokens in fp32, or over the pairs in fp64."""
+    """Scalar, nats: the weighted sum over the trained tokens in fp32, or the sum over the pairs in fp64."""
     correct: Tensor
     """Scalar int64: trained tokens that are the model's likeliest, or pairs whose margin is positive."""
-    weight: int
+    count: int
     """Number of trained tokens, or of pairs."""
+    weight: float
+    """The sum of the weights in `total`: `count`, unless the tokens have weights."""
     logits: Tensor | None
     """(rows, length, vocabulary) with `needs_logits`, else None."""
     margin: Tensor | None = None
@@ -62,7 +65,7 @@ def task_loss(
     needs_logits: bool = False,
     smoothing: float = 0.0,
 ) -> TaskLoss:
-    """The supervised loss.
+    """The supervised loss: the sum of weight × cross-entropy over the trained tokens.
 
     Label smoothing (arXiv 1512.00567, section 7) moves a share of each target's probability to the whole
     vocabulary, evenly.
@@ -70,12 +73,22 @@ def task_loss(
     head = model.get_output_embeddings()
     if passes.plain_head and not needs_logits and type(head) is nn.Linear:
         hidden = passes.hidden(model, batch)
-        total, correct = FrozenHeadLoss.apply(hidden, head.weight, head.bias, batch.targets, smoothing)
-        return TaskLoss(total, correct, batch.trained_tokens, None)
+        total, correct = FrozenHeadLoss.apply(
+            hidden, head.weight, head.bias, batch.targets, smoothing, batch.weights
+        )
+        return TaskLoss(total, correct, batch.trained_tokens, batch.weight, None)
     chosen, logits = _chosen(model, batch, passes, needs_logits)
-    total = F.cross_entropy(chosen.float(), batch.targets, reduction="sum", label_smoothing=smoothing)
+    total = _cross_entropy(chosen.float(), batch, smoothing)
     correct = (chosen.detach().argmax(dim=-1) == batch.targets).sum()
-    return TaskLoss(total, correct, batch.trained_tokens, logits)
+    return TaskLoss(total, correct, batch.trained_tokens, batch.weight, logits)
+
+
+def _cross_entropy(chosen: Tensor, batch: MicroBatch, smoothing: float) -> Tensor:
+    """The weighted sum over the trained tokens, given their logits `chosen` (trained, vocabulary)."""
+    if batch.weights is None:
+        return F.cross_entropy(chosen, batch.targets, reduction="sum", label_smoothing=smoothing)
+    of_tokens = F.cross_entropy(chosen, batch.targets, reduction="none", label_smoothing=smoothing)
+    return (batch.weights * of_tokens).sum()
 
 
 def preference_loss(
@@ -97,7 +110,8 @@ def preference_loss(
     # so fp64 costs nothing, and the sum does not depend on how the batch was cut.
     total = -F.logsigmoid(margins).double().sum()
     margins = margins.detach()
-    return TaskLoss(total, (margins > 0).sum(), len(margins), logits, margins.double().sum())
+    pairs = len(margins)
+    return TaskLoss(total, (margins > 0).sum(), pairs, pairs, logits, margins.double().sum())
 
 
 def _answer_log_probs(chosen: Tensor, batch: MicroBatch) -> Tensor:
@@ -124,8 +138,8 @@ def _chosen(
 class FrozenHeadLoss(torch.autograd.Function):
     """Cross-entropy through a frozen LM head, summed, with the gradient computed in the forward.
 
-    hidden (n, d), weight (V, d), bias (V) or None, targets (n) → the loss in nats, scalar fp32, and the
-    number of targets that are the likeliest token, scalar int64.
+    hidden (n, d), weight (V, d), bias (V) or None, targets (n), weights of the targets (n) fp32 or None for
+    1 → the loss in nats, scalar fp32, and the number of targets that are the likeliest token, scalar int64.
 
     The n×V logits are the largest tensor of a training step, and they are never held at once. Since the head
     is frozen, only hidden needs a gradient, `(p − target) W` with p the softmax, which is n×d. So each chunk
@@ -134,7 +148,13 @@ class FrozenHeadLoss(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, smoothing: float
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        targets: Tensor,
+        smoothing: float,
+        target_weights: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
         total = torch.zeros((), dtype=torch.float32, device=hidden.device)
         correct = torch.zeros((), dtype=torch.int64, device=hidden.device)
@@ -147,9 +167,14 @@ class FrozenHeadLoss(torch.autograd.Function):
             correct += (logits.max(dim=-1, keepdim=True).indices == wanted).sum()
             # fp32 whatever the model computes in: in bf16 the sum over V tokens would lose its small terms.
             log_p = torch.log_softmax(logits, dim=-1, dtype=torch.float32)
-            total -= (1 - smoothing) * log_p.gather(1, wanted).sum()
-            if smoothing:
-                total -= smoothing * log_p.mean(dim=-1).sum()
+            of_targets = log_p.gather(1, wanted).squeeze(1)
+            means = log_p.mean(dim=-1) if smoothing else None
+            if target_weights is not None:
+                of_targets = target_weights[piece] * of_targets
+                means = None if means is None else target_weights[piece] * means
+            total -= (1 - smoothing) * of_targets.sum()
+            if means is not None:
+                total -= smoothing * means.sum()
             if gradient is not None:
                 # In place, from log_p to `p − target`: a chunk is the step's largest buffer. With smoothing
                 # the target is 1 − smoothing at its token plus smoothing / V everywhere.
@@ -160,15 +185,16 @@ class FrozenHeadLoss(torch.autograd.Function):
                 torch.mm(p.to(weight.dtype), weight, out=gradient[piece])
                 del p
             del logits, log_p  # or the next chunk would be computed while this one is still held
-        ctx.save_for_backward(gradient)
+        ctx.save_for_backward(gradient, target_weights)
         ctx.mark_non_differentiable(correct)
         return total, correct
 
     @staticmethod
     def backward(ctx: Any, of_total: Tensor, of_correct: Tensor) -> tuple[Tensor | None, ...]:
-        (gradient,) = ctx.saved_tensors
+        gradient, target_weights = ctx.saved_tensors
         # `of_total` is a scalar, such as 1 / trained tokens: multiplied in fp32, and rounded once.
-        return (gradient.float() * of_total).to(gradient.dtype), None, None, None, None
+        scale = of_total if target_weights is None else of_total * target_weights[:, None]
+        return (gradient.float() * scale).to(gradient.dtype), None, None, None, None, None
 
 
 def set_training(model: PreTrainedModel, spec: TrainSpec) -> None:

@@ -32,11 +32,12 @@ SHOWN_CHARACTERS = 1000
 
 
 def sample(base: Base, data: Data, count: int) -> Generator[Phase | Note, None, Samples | None]:
-    """The answers to the first `count` rows with a prompt, of the validation file if there is one.
+    """The answers to the first `count` rows with a prompt, of the validation data if there are any.
 
     None if no row has a prompt. An error here never fails the run, whose training is complete.
     """
-    examples, file = (data.validation, "validation") if data.validation else (data.training, "training")
+    examples = data.validation or data.training
+    file = "training" if data.validation is None or data.held_out else "validation"
     until, rows = time.monotonic() + SECONDS, []
     for done, (line, prompt, reference) in enumerate(islice(_questions(examples), count)):
         yield Phase("sampling", done, count)
@@ -50,7 +51,7 @@ def sample(base: Base, data: Data, count: int) -> Generator[Phase | Note, None, 
                 "warn", f"No sample answer could be generated for line {line}: {type(error).__name__}."
             )
             break
-    return Samples(rows, file) if rows else None
+    return Samples(rows, file, held_out=data.held_out is not None) if rows else None
 
 
 def _questions(examples: Examples) -> Iterator[tuple[int, np.ndarray, np.ndarray]]:
@@ -60,6 +61,7 @@ def _questions(examples: Examples) -> Iterator[tuple[int, np.ndarray, np.ndarray
     """
     for i in range(min(ROWS_LOOKED_AT, len(examples))):
         tokens, trained = examples.example(i)[0]
+        trained = trained != 0  # weights tell the same
         ends = np.flatnonzero(trained)
         if not len(ends):
             continue

@@ -39,11 +39,11 @@ def take_step(run: Run) -> Generator[Note, None, Step]:
     # `after_backward`, so that the hook sees the gradients that the optimizer will use.
     norm = nn.utils.clip_grad_norm_(run.parameters, run.hyperparameters.max_grad_norm)
     trained = int(run.data.training.trained_lengths[rows].sum())
-    weight = int(run.data.training.weights[rows].sum())
+    count, weight = int(run.data.training.counts[rows].sum()), run.data.training.weights[rows].sum().item()
     # The step's only wait for the device, with all numbers in one transfer. It cannot come after the
     # optimizer: a step that is not finite must not move the weights, or no checkpoint could be written.
-    *means, grad_norm = torch.cat([sums / weight, norm.double()[None]]).tolist()
-    mean, accuracy, margin = means
+    total, correct, margins, grad_norm = torch.cat([sums, norm.double()[None]]).tolist()
+    mean, accuracy, margin = total / weight, correct / count, margins / count
     if not (math.isfinite(mean) and math.isfinite(grad_norm)):
         raise not_finite(
             run, f"Step {step} is not finite and was not applied: loss {mean}, gradient norm {grad_norm}."
@@ -55,7 +55,7 @@ def take_step(run: Run) -> Generator[Note, None, Step]:
     seconds = time.perf_counter() - began
     run.step, run.tokens, run.trained_tokens = step, run.tokens + tokens, run.trained_tokens + trained
     run.seconds += seconds
-    run.history.append((step, mean, accuracy, weight))
+    run.history.append((step, mean, accuracy, count))
     seen = quick_evaluation(run)
     return Step(
         step=step,
@@ -116,7 +116,7 @@ def accumulate(run: Run, rows: np.ndarray) -> tuple[Tensor, int]:
     Returns (3,) fp64, the sums over its share of the loss in nats, of `TaskLoss.correct` and of the margin;
     and the number of tokens in the whole batch.
     """
-    weight = int(run.data.training.weights[rows].sum())
+    weight = run.data.training.weights[rows].sum().item()
     batches = batches_of(run, rows)
     sums = torch.zeros(3, dtype=torch.float64, device=run.base.device)
     if run.base.shards > 1:

@@ -5,6 +5,7 @@ The functions stand in the order of events: `train`, then what it calls.
 
 import shutil
 from collections.abc import Callable, Generator, Iterator
+from dataclasses import asdict
 from datetime import date
 from functools import partial
 from pathlib import Path
@@ -167,7 +168,17 @@ def finish(run: Run, folder: Path) -> Iterator[Note | Phase | Samples | Finished
     yield Phase("exporting", 0, 1)
     shutil.rmtree(exported, ignore_errors=True)
     losses = [(step, loss) for step, loss, _, _ in run.history]
-    record = RunRecord(run.asked, run.spec, run.data.hashes, metrics, losses, samples, run.data.day)
+    held_out = None if run.data.held_out is None else asdict(run.data.held_out)
+    record = RunRecord(
+        asked=run.asked,
+        resolved=run.spec,
+        data=run.data.hashes,
+        metrics=metrics,
+        losses=losses,
+        samples=samples,
+        day=run.data.day,
+        held_out=held_out,
+    )
     if merges:
         yield rounding_note(export_merged(run.base, run.adapters, exported, record))
     else:
@@ -215,7 +226,7 @@ def take_the_best(run: Run) -> Iterator[Note]:
 
 
 def certificate_rows(data: Data) -> list[list[int]]:
-    """Tokens of the first validation rows, or of training rows without a validation file."""
+    """Tokens of the first validation rows, or else of training rows."""
     examples, rows, tokens = data.validation or data.training, [], 0
     for i in range(min(CERTIFICATE_ROWS, len(examples))):
         row = examples.row(i)[0].tolist()
@@ -229,14 +240,16 @@ def certificate_rows(data: Data) -> list[list[int]]:
 def final_metrics(run: Run) -> dict[str, Any]:
     """The run's metrics for the job and the model card."""
     last_epoch = run.history[-((run.step - 1) % run.steps_per_epoch + 1) :]
-    weight = sum(weight for *_, weight in last_epoch)
+    losses = [loss for _, loss, *_ in last_epoch]
+    weights = [run.data.training.weights[run.rows(step)].sum().item() for step, *_ in last_epoch]
+    count = sum(count for *_, count in last_epoch)
     before, after = (run.evaluations[0], run.evaluations[-1]) if run.evaluations else (None, None)
     after = run.best or after
     return {
         "steps": run.step,
         "exported_step": run.best.step if run.best else run.step,
-        "train_loss": sum(loss * of for _, loss, _, of in last_epoch) / weight,
-        "train_accuracy": sum(accuracy * of for _, _, accuracy, of in last_epoch) / weight,
+        "train_loss": sum(loss * of for loss, of in zip(losses, weights, strict=True)) / sum(weights),
+        "train_accuracy": sum(accuracy * of for _, _, accuracy, of in last_epoch) / count,
         "valid_loss_before": before.loss if before else None,
         "valid_loss_after": after.loss if after else None,
         "valid_accuracy_before": before.accuracy if before else None,

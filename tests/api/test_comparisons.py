@@ -66,6 +66,8 @@ def test_a_new_comparison_carries_every_field(client: TestClient) -> None:
         "priority": 3,
         "max_seconds": 3600,
         "devices": 1,
+        "validation_share": None,
+        "group_by": None,
         "attempt": 0,
         "failures": 0,
         "requested": None,
@@ -269,15 +271,33 @@ def test_a_retry_finds_the_comparison_that_its_first_try_made(client: TestClient
     assert len(client.get("/v1/comparisons").json()["data"]) == 2
 
 
+def test_a_validation_share_stands_for_a_validation_file(client: TestClient, settings: Settings) -> None:
+    body = {"model": "olora-tiny", "methods": ["olora"], "training_file": uploaded(client), "seed": 7}
+    asked = {"validation_share": 0.25, "group_by": "user"}
+    made = client.post("/v1/comparisons", json=body | {"olora": asked}).json()
+    assert made["validation_file"] is None
+    assert {name: made["olora"][name] for name in asked} == asked
+    eventually(lambda: comparison(client, made["id"])["status"] == "queued")
+    attempt = Attempt(settings)
+    training = attempt.claim.spec.training
+    assert (training.validation_share, training.group_by, training.seed) == (0.25, "user", 7)
+    attempt.close()
+    both = body | {"olora": asked, "validation_file": uploaded(client)}
+    answer = client.post("/v1/comparisons", json=both)
+    assert_refused(
+        answer, code="invalid_request", param="olora.validation_share", says=("exclude each other",)
+    )
+
+
 # --- refusals --------------------------------------------------------------------------------------------
 
 
 def test_a_comparison_without_validation_rows_is_refused_and_told_why(client: TestClient) -> None:
-    says = ("validation_file is missing", "on which no run has trained", "pass the file's id")
+    says = ("validation_file is missing", "on which no run has trained", "or olora.validation_share")
     body = {"model": "olora-tiny", "methods": ["olora"], "training_file": uploaded(client)}
     for given in ({}, {"validation_file": None}):
         answer = client.post("/v1/comparisons", json=body | given)
-        assert_refused(answer, code=None, param="validation_file", says=says)
+        assert_refused(answer, code="invalid_request", param="validation_file", says=says)
     answer = client.post("/v1/comparisons", json=body | {"validation_file": body["training_file"]})
     assert_refused(answer, code=None, param="validation_file", says=("is the training file", "other rows"))
 
@@ -371,5 +391,5 @@ def test_a_comparison_on_files_that_do_not_go_together_fails_and_says_so(client:
 def test_the_schema_describes_what_a_comparison_may_ask_for(client: TestClient) -> None:
     schema = client.get("/openapi.json").json()
     body = schema["paths"]["/v1/comparisons"]["post"]["requestBody"]["content"]["application/json"]["schema"]
-    assert {"model", "training_file", "validation_file"} == set(body["required"])
+    assert {"model", "training_file"} == set(body["required"])
     assert json.dumps(body)

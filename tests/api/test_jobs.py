@@ -174,6 +174,27 @@ def test_answers_do_not_fit_dpo(client: TestClient) -> None:
     assert "preferred_output" in ended["error"]["message"]
 
 
+def test_a_validation_share_is_part_of_what_is_trained(client: TestClient, settings: Settings) -> None:
+    asked = {"validation_share": 0.25, "group_by": "user"}
+    made = created(client, olora=asked, hyperparameters={"early_stopping_patience": 2})
+    assert made["validation_file"] is None
+    assert {name: made["olora"][name] for name in asked} == asked
+    assert settled(client, made["id"])["status"] == "queued"
+    attempt = Attempt(settings)
+    spec = attempt.claim.spec
+    assert (spec.validation_share, spec.group_by) == (0.25, "user")
+    attempt.close()
+
+
+def test_a_validation_share_and_a_file_exclude_each_other(client: TestClient) -> None:
+    files = {"training_file": uploaded(client), "validation_file": uploaded(client)}
+    answer = create(client, **files, olora={"validation_share": 0.1})
+    assert answer.status_code == 400
+    error = answer.json()["error"]
+    assert error["param"] == "olora.validation_share"
+    assert "exclude each other" in error["message"]
+
+
 def test_the_job_of_the_highest_priority_runs_first(client: TestClient, settings: Settings) -> None:
     training = uploaded(client)
     plain = created(client, training_file=training)

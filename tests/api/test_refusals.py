@@ -221,6 +221,16 @@ BAD_BODIES = (
     misfit(
         "eval-steps", "method.supervised.hyperparameters.eval_steps", 9, "pass one, or leave the option out"
     ),
+    bad("share-1", {"olora": {"validation_share": 1}}, "olora.validation_share", "less than 1 (got 1)"),
+    bad("share-0", {"olora": {"validation_share": 0}}, "olora.validation_share", "greater than 0 (got 0)"),
+    bad("share-text", {"olora": {"validation_share": "0.1"}}, "olora.validation_share", "must be a number"),
+    bad(
+        "group-alone",
+        {"olora": {"group_by": "user"}},
+        "olora.group_by",
+        "olora.validation_share keeps together",
+        code="invalid_request",
+    ),
     misfit("min-delta", "hyperparameters.early_stopping_min_delta", 0.1, "early_stopping_patience"),
     bad(
         "noisy-dpo",

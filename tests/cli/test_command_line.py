@@ -137,6 +137,19 @@ def test_a_download_spares_a_folder_that_holds_something(tmp_path: Path) -> None
             "model: olora-tiny\ntraining_file: ROWS\noutput: out\nhyperparameters: {eval_steps: 2}\n",
             ["eval_steps", "there is no validation_file"],
         ),
+        (
+            "model: olora-tiny\ntraining_file: ROWS\noutput: out\nvalidation_share: 1\n",
+            ["validation_share must be less than 1"],
+        ),
+        (
+            "model: olora-tiny\ntraining_file: ROWS\noutput: out\ngroup_by: user\n",
+            ["group_by says which rows validation_share keeps together"],
+        ),
+        (
+            "model: olora-tiny\ntraining_file: ROWS\noutput: out\n"
+            "validation_file: ROWS\nvalidation_share: 0.1\n",
+            ["exclude each other"],
+        ),
         ("model: olora-huge\ntraining_file: ROWS\noutput: out\n", ["olora-huge", "olora-tiny"]),
         ("model: olora-tiny\ntraining_file: spec.yaml\noutput: out\n", ["JSON"]),
         ("model: olora-tiny\ntraining_file: ROWS\noutput: out\nseed: -1\n", ["seed"]),

@@ -129,6 +129,8 @@ def test_the_same_command_resumes_after_an_interruption(through: Path, base: Pat
         (("--set", "nonsense"), "is not NAME=VALUE"),
         (("--seeds", "0"), "seeds must be at least 1 (got 0)"),
         (("--validation", "missing.jsonl"), "missing.jsonl is not a file"),
+        (("--validation-share", "0.1"), "validation_share and a validation_file exclude each other"),
+        (("--group-by", "user"), "group_by says which rows validation_share keeps together"),
         (("--base", "no-such-model"), "no-such-model"),
     ],
 )

@@ -183,6 +183,22 @@ def test_a_comparison_is_created_watched_and_downloaded(
     assert re.fullmatch(r"Error: /proc/none.html cannot be written: .* --to\.", refused.stderr.strip())
 
 
+def test_a_job_and_a_comparison_hold_out_a_share_of_their_rows(service: Serving, few_rows: Path) -> None:
+    """Of 24 rows a quarter."""
+    shared = (few_rows, "--validation-share", "0.25", "--epochs", "1", "--set", "batch_size=8")
+    created = service.run("jobs", "create", *shared, "--set", "samples=1", "--watch")
+    assert created.returncode == 0, created.stderr
+    assert "6 of 24 examples of the training file are held out for validation" in " ".join(
+        created.stderr.split()
+    )
+    assert "Sample answers to held-out rows of the training file:" in created.stderr
+    compared = service.run(
+        *("comparisons", "create", *shared, "--methods", "lora", "--learning-rates", "1e-3", "--seeds", "1"),
+        "--watch",
+    )
+    assert compared.returncode == 0, compared.stderr
+
+
 def test_a_comparison_is_cancelled(service: Serving, few_rows: Path) -> None:
     arguments = ("comparisons", "create", ROWS, "--validation-file", few_rows, "--methods", "olora")
     comparison = service.run(*arguments).stdout.strip()

@@ -83,6 +83,18 @@ def test_merged_weights_replace_the_adapter(tmp_path: Path) -> None:
     assert (again.returncode, "model already exists" in again.stderr) == (1, True)
 
 
+def test_a_share_of_the_rows_is_held_out_in_place_of_a_file(tmp_path: Path) -> None:
+    spec = write_spec(tmp_path, "shared", more="validation_share: 0.1\n")
+    spec.write_text(spec.read_text().replace("validation_file: valid.jsonl\n", "").replace("2, b", "1, b"))
+    done = olora(tmp_path, "train", spec, "--validation-share", "0.25")  # the option goes before the file
+    assert done.returncode == 0, done.stderr
+    assert "10 of 40 examples of the training file are held out" in " ".join(done.stderr.split())
+    manifest = json.loads((tmp_path / "shared" / "adapter" / "manifest.json").read_text())
+    held_out = manifest["data"]["validation"]["held_out"]
+    assert held_out == {"share": 0.25, "seed": 5, "group_by": None, "examples": 10, "of": 40}
+    assert manifest["metrics"]["valid_loss_after"] < manifest["metrics"]["valid_loss_before"]
+
+
 @pytest.mark.filterwarnings("ignore::sqlalchemy.exc.SADeprecationWarning")  # MLflow's own
 def test_an_interrupted_run_resumes_to_the_same_bytes(tmp_path: Path) -> None:
     through = olora(tmp_path, "train", write_spec(tmp_path, "through"))

@@ -99,6 +99,7 @@ def run_case(case: dict[str, Any], devices: Devices = SINGLE) -> dict[str, Any]:
     progress = train(
         *(spec, base, Path(case["training"]), Path(case["validation"]), Path(case["folder"])),
         resume=Path(case["resume"]) if case.get("resume") else None,
+        cache=Path(case["cache"]) if case.get("cache") else None,
         devices=devices,
     )
     try:

@@ -9,11 +9,13 @@ from typing import Any
 import pytest
 import torch
 
+from olora_core.bases.loading import load_base
 from olora_core.devices import deal
 from olora_core.specs import RunFacts, resolve
 
 from .pair import Pair, run_case
 from .runs import chat_rows, preference_rows, spec_for, write_rows
+from .training.test_weights import cache_with, weighted
 
 NINE = 9  # with four a batch, the third batch has one row, and one process none
 CASES: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
@@ -43,6 +45,8 @@ CASES: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
         {"eval_steps": 1, "early_stopping_patience": 1, "early_stopping_min_delta": 9.0},
         {},
     ),
+    "weighted tokens": ("llama", {"micro_batch_size": 1}, {"weighted": True}),
+    "sharded, weighted tokens": ("llama", {"sharding": "full"}, {"weighted": True}),
     "one row a micro-batch": ("llama", {"micro_batch_size": 1}, {}),
     "packed on GPT-2": ("gpt2", {"packing": True}, {}),
     "preferences": ("llama", {"type": "dpo"}, {}),
@@ -71,6 +75,8 @@ def case_of(name: str, base_folders: dict[str, Path], files: dict[str, tuple[Pat
     base, options, more = CASES[name]
     spec = spec_for(**options)
     training, validation = files[spec.type]
+    if more.get("weighted"):
+        more = {"cache": str(training.parent / "weighted")}
     return {
         "spec": spec.model_dump(mode="json"),
         "base": str(base_folders[base]),
@@ -82,11 +88,15 @@ def case_of(name: str, base_folders: dict[str, Path], files: dict[str, tuple[Pat
 
 
 @pytest.fixture(scope="module")
-def files(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Path, Path]]:
+def files(
+    tmp_path_factory: pytest.TempPathFactory, base_folders: dict[str, Path]
+) -> dict[str, tuple[Path, Path]]:
     folder, files = tmp_path_factory.mktemp("files"), {}
     for kind, rows in (("supervised", chat_rows(NINE + 5)), ("dpo", preference_rows(NINE + 5))):
         training = write_rows(folder / f"{kind}.jsonl", rows[:NINE])
         files[kind] = training, write_rows(folder / f"{kind}-validation.jsonl", rows[NINE:])
+    base = load_base(base_folders["llama"], name="tiny")
+    cache_with(weighted, base, *files["supervised"], folder / "weighted")
     return files
 
 
@@ -175,6 +185,13 @@ def test_a_run_on_two_devices_goes_on_on_one(two, base_folders, files, tmp_path,
     checkpoint = two[f"{name}, stopped"][0]["saved"]
     case = case_of(name, base_folders, files) | {"folder": str(tmp_path / "run"), "resume": checkpoint}
     near(run_case(case)["steps"], two[name][0]["steps"][STOPPED_AFTER:])
+
+
+def test_the_weights_of_tokens_count_on_two_devices(one, two) -> None:
+    for name in ("weighted tokens", "sharded, weighted tokens"):
+        for result in (one[name], *two[name]):
+            losses = [loss for _, loss, *_ in result["steps"]]
+            assert losses != pytest.approx([loss for _, loss, *_ in one["accumulated"]["steps"]], rel=1e-3)
 
 
 def test_a_tensor_without_a_gradient_stays_as_it_is(two) -> None:

@@ -162,13 +162,12 @@ class Trainer:
         """All runs of a comparison use one base."""
         from olora_core.comparison.compare import compare
 
-        assert order.validation is not None
         spec = ComparisonSpec.model_validate(order.spec)
         run = compare(
             spec,
             self._warm_base(order, spec.training),
             Path(order.training),
-            Path(order.validation),
+            Path(order.validation) if order.validation else None,
             Path(order.folder),
             resume=Path(order.resume) if order.resume else None,
             checkpoint_seconds=order.checkpoint_seconds,

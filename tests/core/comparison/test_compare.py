@@ -1,6 +1,7 @@
 """A comparison on a tiny base: the same terms for all, and nothing tuned on the rows that are reported."""
 
 import copy
+import hashlib
 import json
 import math
 from collections.abc import Iterable
@@ -385,6 +386,64 @@ def test_a_failed_run_is_read_back_from_the_checkpoints_of_earlier_versions() ->
     state = json.loads(json.dumps(failed.state()))
     assert (state["why"], "error" in state) == (failed.error, False)
     assert RunResult.from_state(state | {"curve": ()}) == failed
+
+
+# --- a validation share ------------------------------------------------------------------------------------
+
+
+def test_a_share_held_out_gives_the_report_of_two_files_with_the_same_rows(
+    llama: Base, files: tuple[Path, Path], tmp_path: Path
+) -> None:
+    spec = comparison(learning_rates=[1e-3, 3e-3], seeds=1, validation_share=0.25)
+    data = result_of(read_data(spec.training, llama, files[0], None))
+    rows = files[0].read_text().splitlines()
+    apart = [
+        write_rows(tmp_path / f"{role}.jsonl", [json.loads(rows[line - 1]) for line in examples.lines])
+        for role, examples in (("kept", data.training), ("held", data.validation))
+    ]
+    of_share = report_in(compare(spec, llama, files[0], None, tmp_path / "share"))
+    plain = comparison(learning_rates=[1e-3, 3e-3], seeds=1)
+    of_files = report_in(compare(plain, llama, *apart, tmp_path / "files"))
+    assert without_timings(of_share)["methods"] == without_timings(of_files)["methods"]
+    held_out = {"share": 0.25, "seed": 5, "group_by": None, "examples": len(data.validation), "of": 45}
+    assert of_share["validation"] == {
+        "file": "train.jsonl",
+        "sha256": of_share["training"]["sha256"],
+        "examples": len(data.validation),
+        "held_out": held_out,
+    }
+    winner = of_share["winner"]
+    assert (winner["validation_share"], winner["seed"]) == (0.25, 5)
+    assert not {"validation_file", "group_by"} & set(winner)
+    page = (tmp_path / "share" / "comparison.html").read_text()
+    assert "On the whole share held out of train.jsonl" in page
+    assert "a share of 0.25 of that file, held out by seed 5" in page
+    assert "validation file" not in page
+
+
+def test_a_comparison_without_a_share_is_the_comparison_of_before(
+    llama: Base, files: tuple[Path, Path], tmp_path: Path
+) -> None:
+    """A checkpoint's identity is a hash of the spec; those from before the option existed must stay valid."""
+    spec = comparison(learning_rates=[1e-3], seeds=1)
+    going = compare(spec, llama, *files, tmp_path, checkpoint_seconds=0)
+    saved = next(update for update in going if isinstance(update, Saved))
+    going.close()
+    fields = json.loads(spec.model_dump_json())
+    assert (fields.pop("validation_share"), fields.pop("group_by")) == (None, None)
+    before = json.dumps(fields, separators=(",", ":"), ensure_ascii=False)
+    identity = json.loads((saved.folder / "manifest.json").read_text())["identity"]
+    assert identity["comparison"] == hashlib.sha256(before.encode()).hexdigest()
+
+
+def test_a_comparison_needs_one_source_of_validation_rows(
+    llama: Base, files: tuple[Path, Path], tmp_path: Path
+) -> None:
+    with pytest.raises(SpecError, match="validation_file is missing") as error:
+        next(compare(comparison(), llama, files[0], None, tmp_path))
+    assert error.value.param == "validation_file"
+    with pytest.raises(SpecError, match="exclude each other"):
+        next(compare(comparison(validation_share=0.2), llama, *files, tmp_path))
 
 
 # --- what is measured --------------------------------------------------------------------------------------

@@ -40,7 +40,7 @@ def prilora(*, total_steps: int = 100, **options: Any) -> tuple[PRILoRA, Adapted
 def show(method: PRILoRA, layer: AdaptedLinear, x: Tensor, lengths: tuple[int, ...], **more: Any) -> None:
     """One micro-batch: x (rows, length, IN), padded behind each row's tokens."""
     ids, none = torch.zeros(x.shape[:2], dtype=torch.int64), torch.zeros(0, dtype=torch.int64)
-    batch = MicroBatch(ids, ids + IGNORED, None, none, none, lengths, (0,) * len(lengths))
+    batch = MicroBatch(ids, ids + IGNORED, None, none, none, lengths, (0,) * len(lengths), 0)
     method.before_pass(batch)
     layer(x)
     method.after_pass(Outputs(None, batch.labels, torch.zeros(()), **more))
@@ -162,7 +162,7 @@ def test_a_layer_that_is_used_twice_in_a_pass_counts_both() -> None:
     square = nn.Sequential(layer, nn.Linear(OUT, IN), layer)
     x = drawn(1, 4, IN)
     ids, none = torch.zeros(1, 4, dtype=torch.int64), torch.zeros(0, dtype=torch.int64)
-    method.before_pass(MicroBatch(ids, ids, None, none, none, (4,), (0,)))
+    method.before_pass(MicroBatch(ids, ids, None, none, none, (4,), (0,), 0))
     square(x)
     method.after_pass(Outputs(None, ids, torch.zeros(())))
     method.after_backward(1)

@@ -41,7 +41,17 @@ def read(base: Base, rows_file: Path, cache: Path | None, **hyperparameters: Any
 
 
 def same(one: Examples, other: Examples) -> bool:
-    names = ("tokens", "trained", "offsets", "lines", "lengths", "trained_lengths", "weights", "fingerprints")
+    names = (
+        "tokens",
+        "trained",
+        "offsets",
+        "lines",
+        "lengths",
+        "trained_lengths",
+        "weights",
+        "counts",
+        "fingerprints",
+    )
     return one.digest == other.digest and all(
         np.array_equal(getattr(one, name), getattr(other, name)) for name in names
     )

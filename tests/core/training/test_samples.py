@@ -66,7 +66,7 @@ def test_they_stand_in_the_manifest_and_on_the_model_card(
     assert reported.file == "validation"
     assert [row["line"] for row in reported.rows] == [1, 2, 3]
     manifest = json.loads((folder / "manifest.json").read_text())
-    assert manifest["samples"] == {"file": "validation", "rows": reported.rows}
+    assert manifest["samples"] == {"file": "validation", "rows": reported.rows, "held_out": False}
     card = (folder / "README.md").read_text()
     assert "## What it answers" in card
     assert card.index("### Line 3") < card.index("## Certificate")
