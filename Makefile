@@ -19,7 +19,7 @@ PYTEST := env -u OLORA_HOME -u PYTHONDONTWRITEBYTECODE OMP_NUM_THREADS=1 \
 SOURCES := api worker cli store olora_core migrations examples bench tests
 
 .DEFAULT_GOAL := help
-.PHONY: help install quickstart serve test test-fast check fix bench gpu clean
+.PHONY: help install quickstart serve test test-all test-fast check fix bench gpu clean
 
 help:  ## List the commands
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
@@ -48,8 +48,11 @@ quickstart: $(VENV)/.run  ## Train an OLoRA adapter on the shipped model through
 serve: $(VENV)/.run  ## Start the API and a worker, and keep them up (PORT=8001 for another port)
 	@exec $(BIN)/olora serve $(if $(PORT),--port $(PORT))
 
-test: $(VENV)/.dev  ## Run the whole test suite, two files at a time (ARGS='tests/api -k upload' for a part)
-	@$(PYTEST) $(ARGS)
+test: $(VENV)/.dev  ## Run the tests, of the longest files another third every day (ARGS='tests/api -k upload' for a part)
+	@$(if $(ARGS),,OLORA_TEST_SHARE=today) $(PYTEST) $(ARGS)
+
+test-all: $(VENV)/.dev  ## Run the whole test suite
+	@$(PYTEST)
 
 test-fast: $(VENV)/.dev  ## Run the tests without the slow ones
 	@$(PYTEST) -m 'not slow' $(ARGS)

@@ -7,6 +7,7 @@ import os
 import shutil
 import uuid
 from collections.abc import Iterator, Mapping, Sequence
+from datetime import date
 from pathlib import Path
 
 import pytest
@@ -24,35 +25,67 @@ os.environ["OMP_NUM_THREADS"] = "1"
 
 
 SLOW = (
-    "faults",
-    "worker",
-    "upgrade",
-    "conformance",
-    "cli/test_serve.py",
-    "cli/test_train.py",
-    "cli/test_compare.py",
-    "cli/test_quickstart.py",
+    *("faults", "worker", "upgrade", "conformance", "examples"),
+    *("cli/test_serve.py", "cli/test_train.py", "cli/test_compare.py", "cli/test_quickstart.py"),
     "deploy/test_images.py",
+    *("core/test_devices.py", "core/bases/test_quantised.py", "core/bases/test_families.py"),
+    *("core/each_method/test_methods_in_runs.py", "core/each_method/test_ba_lora.py"),
+    *("core/comparison/test_compare.py", "core/export/test_merged.py", "core/export/test_certificate.py"),
+    "core/training",
+    *("api/test_start.py", "api/test_uploads.py", "api/test_security.py", "store/test_races.py"),
 )
-"""Starts services, trainers or long runs. Slow tests elsewhere have a mark of their own."""
+"""Starts services, trainers or runs. Slow tests elsewhere have a mark of their own."""
+BY_TURNS = (
+    ("faults/test_faults.py", "deploy", "worker/test_trackers.py", "cli/test_serve.py"),
+    (
+        *("cli/test_train.py", "bench/test_gpu.py", "worker/test_peers.py"),
+        "core/each_method/test_methods_in_runs.py",
+    ),
+    (
+        *("faults/test_comparisons.py", "faults/test_two_workers.py", "faults/test_database_away.py"),
+        *("cli/test_quickstart.py", "core/test_devices.py", "core/bases/test_quantised.py"),
+        *("bench/test_train.py", "bench/test_start.py"),
+    ),
+)
+"""The longest files: `make test` runs one of these groups, another one every day, and `make test-all` all."""
 LONGEST_FIRST = (
+    *(file for group in BY_TURNS for file in group),
     *SLOW,
-    *("bench", "examples"),
-    *("core/bases", "core/training", "core/each_method", "core/export", "core"),
+    *("bench", "core/bases", "core/each_method", "core/export", "core"),
     "api",
 )
 
 
+def pytest_configure(config: pytest.Config) -> None:
+    # Before the processes of xdist start, so that all have the same day even at midnight.
+    os.environ.setdefault("OLORA_TEST_DAY", str(date.today().toordinal()))
+
+
+def pytest_report_header() -> str | None:
+    if os.environ.get("OLORA_TEST_SHARE") != "today":
+        return None
+    return f"of the longest files, today: {', '.join(BY_TURNS[_turn()])}; make test-all runs all"
+
+
 @pytest.hookimpl(tryfirst=True)  # before `-m` selects by marks
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Marks the slow folders, and puts the longest files first.
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Marks the slow folders, leaves out the long files whose turn it is not, and puts the longest first.
 
     Each process takes a file at a time in this order: with short files last, none works alone at the end.
     """
     for item in items:
         if _place(item, SLOW) < len(SLOW):
             item.add_marker(pytest.mark.slow)
+    if os.environ.get("OLORA_TEST_SHARE") == "today":
+        others = [file for n, group in enumerate(BY_TURNS) if n != _turn() for file in group]
+        left_out = [item for item in items if _place(item, others) < len(others)]
+        config.hook.pytest_deselected(items=left_out)
+        items[:] = [item for item in items if _place(item, others) == len(others)]
     items.sort(key=lambda item: _place(item, LONGEST_FIRST))
+
+
+def _turn() -> int:
+    return int(os.environ["OLORA_TEST_DAY"]) % len(BY_TURNS)
 
 
 def _place(item: pytest.Item, folders: Sequence[str]) -> int:
