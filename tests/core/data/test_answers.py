@@ -1,8 +1,6 @@
 """What is told, refused or left untrained of a conversation, and which form of it a template gets."""
 
 from datetime import date
-from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -10,16 +8,12 @@ from transformers import PreTrainedTokenizerBase
 
 from olora_core.bases.loading import Base
 from olora_core.data.answers import Answers
-from olora_core.data.example_files import ExampleWriter
-from olora_core.data.examples import Examples
 from olora_core.data.templates import ChatTemplate
-from olora_core.data.tokenising import tokenise
 from olora_core.data.turns import end_of_turn_tokens
 from olora_core.errors import DataError, ModelError
-from olora_core.progress import Note, result_of
 
-from ..runs import write_rows
-from .test_templates import DAY, FAMILIES, RESULT, TOOLS, answers_of, assistant, call, trained, user
+from .chat_templates import DAY, FAMILIES, RESULT, TOOLS, answers_of, assistant, call, trained, user
+from .reading import read
 from .test_tokenising import PLAIN_CHATML, chat
 
 WITH_CALLS = PLAIN_CHATML.replace(
@@ -38,17 +32,6 @@ def tokenizer(llama: Base) -> PreTrainedTokenizerBase:
 def answers(tokenizer: PreTrainedTokenizerBase, template: str = PLAIN_CHATML, **options: bool) -> Answers:
     tokenizer.chat_template = template
     return Answers(ChatTemplate(tokenizer, DAY), end_of_turn_tokens(tokenizer), **options)
-
-
-def read(
-    folder: Path, tokenizer: PreTrainedTokenizerBase, rows: list[dict[str, Any]], **options: Any
-) -> tuple[Examples, list[Note]]:
-    path = write_rows(folder / "rows.jsonl", rows)
-    (folder / "tokens").mkdir(exist_ok=True)
-    with ExampleWriter(folder / "tokens", len(tokenizer)) as writer:
-        ends = end_of_turn_tokens(tokenizer)
-        how = {"context_length": 4096, "end_tokens": ends, "role": "training", "total": len(rows)}
-        return result_of(tokenise(writer, path, tokenizer, **how, **options))
 
 
 # --- what the template does not write ------------------------------------------------------------------

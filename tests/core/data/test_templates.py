@@ -1,217 +1,56 @@
-"""What is trained of a conversation, for the chat templates of today's families.
-
-The templates are those that TRL ships. The reference is a mask of its own: regular expressions for a family's
-headers and ends, on the text that transformers renders.
-"""
+"""What is trained of a conversation, for the chat templates of today's families."""
 
 import json
-import re
-from datetime import date
-from functools import cache
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import pytest
-import trl
-from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast
 
-from olora_core.data.answers import Answers, Conversation
-from olora_core.data.templates import ChatTemplate
-from olora_core.data.turns import end_of_turn_tokens
 from olora_core.errors import DataError
 
-FOLDER = Path(trl.__file__).parent / "chat_templates"
-DAY = date(2026, 11, 27)
-
-
-class Family(NamedTuple):
-    """How a family writes an answer."""
-
-    header: str
-    """Regular expression of what stands before an answer, at its end."""
-    end: str
-    """Regular expression of what ends it."""
-    stops: tuple[str, ...]
-    """Tokens at which generation stops; the first is the end of sequence."""
-    bos: str = ""
-    refused: tuple[str, ...] = ()
-    """Columns that the template cannot write."""
-
-
-CALLS = ("call", "two calls", "last call")
-CHATML = Family(r"<\|im_start\|>assistant\n", r"<\|im_end\|>", ("<|im_end|>", "<|endoftext|>"))
-GEMMA = Family(
-    r"<start_of_turn>model\n",
-    "<end_of_turn>",
-    ("<eos>", "<end_of_turn>"),
-    "<bos>",
-    refused=(*CALLS, "two in a row", "greeting"),
+from .chat_templates import (
+    CHATML,
+    COLUMNS,
+    FAMILIES,
+    FOLDER,
+    OTHERWISE,
+    TOOLS,
+    UNENDED,
+    answers_of,
+    expected,
+    prompt_end,
+    table,
+    tools_of,
+    trained,
 )
-GEMMA_4 = Family(
-    r"(?:<\|turn>model\n|<tool_response\|>)",
-    r"(?:<turn\|>|<\|tool_response>)",
-    ("<eos>", "<turn|>", "<|tool_response>"),
-    "<bos>",
-)
-LLAMA = Family(
-    r"<\|start_header_id\|>assistant<\|end_header_id\|>\n\n",
-    r"(?:<\|eot_id\|>|<\|eom_id\|>)",
-    ("<|eot_id|>", "<|eom_id|>", "<|end_of_text|>"),
-    "<|begin_of_text|>",
-)
-PHI = Family(r"<\|assistant\|>\n", r"<\|end\|>", ("<|endoftext|>", "<|end|>"), refused=CALLS)
-COHERE = Family(
-    r"<\|START_OF_TURN_TOKEN\|><\|CHATBOT_TOKEN\|>(?:<\|START_RESPONSE\|>)?",
-    r"(?:<\|END_RESPONSE\|>|<\|END_OF_TURN_TOKEN\|>)",
-    ("<|END_OF_TURN_TOKEN|>",),
-    "<BOS_TOKEN>",
-    refused=(*CALLS, "two in a row", "greeting"),
-)
-DEEPSEEK = Family(
-    "(?:<｜Assistant｜>|<｜tool▁outputs▁end｜>)",
-    "<｜end▁of▁sentence｜>",
-    ("<｜end▁of▁sentence｜>",),
-    "<｜begin▁of▁sentence｜>",
-    # The template writes the second call without its header, and so as part of the question.
-    refused=("two calls",),
-)
-GPT_OSS = Family(
-    r"<\|start\|>assistant(?=(?:<\|channel\|>analysis<\|message\|>.*?<\|end\|><\|start\|>assistant)?)",
-    r"(?:<\|return\|>|<\|call\|>|(?<!see\.)(?<!again\.)<\|end\|>)",
-    ("<|return|>", "<|endoftext|>", "<|call|>"),
-    "<|startoftext|>",
-)
-FAMILIES = {
-    **dict.fromkeys(("qwen2_5", "qwen3", "qwen3_instruct_2507", "qwen3_vl"), CHATML),
-    **dict.fromkeys(("qwen3_5_think", "qwen3_5_nothink", "qwen3_6", "qwen3_8"), CHATML),
-    "qwen2_5_vl": CHATML._replace(refused=CALLS),
-    **dict.fromkeys(("nemotron_3_nano", "nemotron_3_super", "nemotron_3_ultra"), CHATML),
-    "nemotron_3_5_lightning": CHATML,
-    "lfm2": CHATML._replace(bos="<|startoftext|>", refused=CALLS),
-    "lfm2_v2": CHATML._replace(bos="<|startoftext|>"),
-    **dict.fromkeys(("lfm2_2_5", "lfm2_2_5_v2"), CHATML._replace(bos="<|startoftext|>")),
-    "gemma": GEMMA._replace(refused=(*GEMMA.refused, "system")),
-    "gemma3": GEMMA,
-    **dict.fromkeys(("gemma4", "gemma4_v2", "gemma4_v3", "gemma4_v4", "gemma4_v5"), GEMMA_4),
-    "llama3": LLAMA._replace(refused=CALLS),
-    **dict.fromkeys(("llama3_1", "llama3_2"), LLAMA),
-    **dict.fromkeys(("phi3", "phi3_5"), PHI),
-    **dict.fromkeys(("cohere", "cohere2"), COHERE),
-    **dict.fromkeys(("deepseekv3", "deepseek_r1_distill"), DEEPSEEK),
-    "gptoss": GPT_OSS,
-    "glm4moe": Family(
-        r"<\|assistant\|>",
-        r"(?:<\|user\|>|<\|observation\|>)",
-        ("<|endoftext|>", "<|user|>", "<|observation|>"),
-    ),
-    "muse_glimmer": Family(r"<\|start\|>assistant", r"<\|eot\|>", ("<|eot|>",), "<|bos|>"),
-}
-
-
-def user(text: str) -> dict[str, Any]:
-    return {"role": "user", "content": text}
-
-
-def assistant(text: str, **more: Any) -> dict[str, Any]:
-    return {"role": "assistant", "content": text, **more}
-
-
-def call(**arguments: Any) -> list[dict[str, Any]]:
-    function = {"name": "get_weather", "arguments": json.dumps(arguments)}
-    return [{"id": "abcdefgh1", "type": "function", "function": function}]
-
-
-FIRST, SECOND = assistant("First answer."), assistant("Second answer.")
-RESULT = {"role": "tool", "tool_call_id": "abcdefgh1", "name": "get_weather", "content": "sunny"}
-PARAMETERS = {"type": "object", "properties": {"city": {"type": "string", "description": "where"}}}
-WEATHER = {
-    "name": "get_weather",
-    "description": "The weather.",
-    "parameters": {**PARAMETERS, "required": ["city"]},
-}
-TOOLS = [{"type": "function", "function": WEATHER}]
-COLUMNS: dict[str, list[dict[str, Any]]] = {
-    "one": [user("One?"), FIRST],
-    "system": [{"role": "system", "content": "Be brief."}, user("One?"), FIRST],
-    "two": [user("One?"), FIRST, user("Two?"), SECOND],
-    "thought": [user("One?"), FIRST | {"reasoning_content": "Let me see."}],
-    "two thoughts": [
-        *(user("One?"), FIRST | {"reasoning_content": "Let me see."}),
-        *(user("Two?"), SECOND | {"reasoning_content": "Once again."}),
-    ],
-    "call": [user("One?"), assistant("", tool_calls=call(city="Paris")), RESULT, FIRST],
-    "two calls": [
-        *(user("One?"), assistant("", tool_calls=call(city="Paris")), RESULT, FIRST),
-        *(user("Two?"), assistant("", tool_calls=call(city="Rome")), RESULT, SECOND),
-    ],
-    "last call": [user("One?"), assistant("", tool_calls=call(city="Paris", days=3))],
-    "no calls": [user("One?"), FIRST | {"tool_calls": []}, user("Two?"), SECOND | {"tool_calls": []}],
-    "blanks": [user("One?"), assistant("  First answer.\n\n"), user("Two?"), assistant("\nSecond answer.  ")],
-    "two in a row": [user("One?"), FIRST, SECOND],
-    "greeting": [assistant("Hello!"), user("One?"), FIRST],
-}
-
-
-@cache
-def tokenizer_of(name: str, bos: str = "", eos: str = "<|im_end|>") -> PreTrainedTokenizerFast:
-    """A token for each byte, and one for each tag in the family's template."""
-    template = (FOLDER / f"{name}.jinja").read_text()
-    tags = re.findall(r"<[|｜][^<>{}\s]{1,30}[|｜]>|<\|[a-z_]+>|<[a-z_]+\|>|<\w+_of_turn>|</?s>", template)
-    order = sorted({*tags, eos, *filter(None, [bos])})
-    vocabulary = {text: i for i, text in enumerate([*order, *sorted(pre_tokenizers.ByteLevel.alphabet())])}
-    core = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
-    core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    core.decoder = decoders.ByteLevel()
-    core.add_special_tokens([AddedToken(text, special=True, normalized=False) for text in order])
-    special = {"bos_token": bos} if bos else {}
-    return PreTrainedTokenizerFast(tokenizer_object=core, chat_template=template, eos_token=eos, **special)
-
-
-def answers_of(name: str, family: Family, **options: bool) -> Answers:
-    tokenizer = tokenizer_of(name, family.bos, family.stops[0])
-    stops = [token for text in family.stops if (token := tokenizer.convert_tokens_to_ids(text)) is not None]
-    return Answers(ChatTemplate(tokenizer, DAY), end_of_turn_tokens(tokenizer, stops), **options)
-
-
-def tools_of(messages: list[dict[str, Any]]) -> list[dict[str, Any]] | None:
-    return TOOLS if any(message.get("tool_calls") for message in messages) else None
-
-
-def trained(conversation: Conversation) -> list[str]:
-    """The trained texts, without the line break behind an end, which the tokens leave out."""
-    return [conversation.text[start:end].removesuffix("\n") for start, end, _ in conversation.spans]
-
-
-def expected(family: Family, text: str, prompt_end: str) -> list[str]:
-    """The answers in a rendered text, without what the prompt's end has already written of them."""
-    found = re.findall(f"{family.header}(.*?{family.end})", text, re.DOTALL)
-    openings = [
-        begun for begun in (prompt_end, "<think>\n", "<think>") if begun and prompt_end.startswith(begun)
-    ]
-    cut = []
-    for answer in found:
-        opening = next((begun for begun in openings if answer.startswith(begun)), "")
-        cut.append(answer.removeprefix(opening))
-    return cut
+from .reading import read
 
 
 @pytest.mark.parametrize("column", COLUMNS)
 @pytest.mark.parametrize("name", FAMILIES)
-def test_what_is_trained_is_the_familys_answers(name: str, column: str) -> None:
+def test_what_is_trained_is_the_familys_answers(tmp_path, name: str, column: str) -> None:
     family, messages = FAMILIES[name], COLUMNS[column]
     answers, tools = answers_of(name, family), tools_of(messages)
     if column in family.refused:
         with pytest.raises(DataError, match="Line 7: the base model's chat template"):
             answers.render("Line 7", messages, tools)
         return
+    if (name, column) in UNENDED:
+        with pytest.raises(
+            DataError, match="Line 1 of the training file has an answer with no end-of-turn token"
+        ):
+            read(
+                tmp_path,
+                answers.template.tokenizer,
+                [{"messages": messages, "tools": TOOLS}],
+                answers.end_tokens,
+            )
+        return
     found = answers.render("Line 7", messages, tools)
     if (name, column) in OTHERWISE:
         assert trained(found) == OTHERWISE[name, column]
         return
-    prompt = answers.template.render([user("One?")], None, generation_prompt=True)[0]
-    prompt_end = re.split(family.header, prompt)[-1] if re.search(family.header, prompt) else ""
-    assert trained(found) == expected(family, found.text, prompt_end)
+    assert trained(found) == expected(family, found.text, prompt_end(answers, family))
     count = sum(message["role"] == "assistant" for message in messages)
     assert len(found.spans) == count
     written = {
@@ -223,31 +62,6 @@ def test_what_is_trained_is_the_familys_answers(name: str, column: str) -> None:
         message["content"].split()[0] for message in messages if message["role"] == "assistant"
     ]
     assert all(text in answer for text, answer in zip(texts, trained(found), strict=True))
-
-
-WRITES_IT = "<｜tool▁calls▁begin｜><｜tool▁call▁begin｜>function<｜tool▁sep｜>get_weather\n```json\n"
-OTHERWISE = {
-    # Of two answers in a row, the second has no header.
-    **{
-        (name, "two in a row"): ["First answer.<turn|>", "\nSecond answer.<turn|>"]
-        for name in ("gemma4", "gemma4_v3", "gemma4_v4")
-    },
-    ("gemma4_v2", "two in a row"): ["First answer.<turn|>", "Second answer.<turn|>"],
-    ("gemma4_v5", "two in a row"): ["First answer.", "Second answer.<turn|>"],
-    # Nothing ends the first answer, or the call: these rows are refused when they are tokenised.
-    ("glm4moe", "two in a row"): [
-        "\n<think></think>\nFirst answer.",
-        "\n<think></think>\nSecond answer.<|user|>",
-    ],
-    ("deepseek_r1_distill", "call"): [
-        WRITES_IT + '{"city": "Paris',
-        "First answer.<｜end▁of▁sentence｜>",
-    ],
-    ("deepseek_r1_distill", "last call"): [
-        WRITES_IT + '{"city": "Paris", "days": 3}\n```<｜tool▁call▁end｜>'
-    ],
-}
-"""Where the template itself departs from its family's form."""
 
 
 TRAINING = sorted(path.stem for path in FOLDER.glob("*_training.jinja"))
@@ -283,3 +97,8 @@ def written_for(name: str, messages: list[dict[str, Any]]) -> list[dict[str, Any
             message["content"] = None
         written.append(message)
     return written
+
+
+def test_the_table_in_the_documentation_is_true() -> None:
+    page = (Path(__file__).parents[3] / "docs" / "models.md").read_text(encoding="utf-8")
+    assert table() in page
