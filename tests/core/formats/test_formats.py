@@ -120,7 +120,7 @@ def test_the_first_message_is_shaped_as_openais(end: str) -> None:
         (b"[" * 100_000 + b"\n", "nested"),
         (b'{"text": ' + b"9" * 5000 + b"}\n", "digits"),
         (b"prompt,completion\n", "not a dictionary"),
-        (b"question,reply\na,b\n", "not a dictionary"),
+        (b"question,reply\na\n", "not a dictionary"),
         (b"[]", "not a dictionary"),
         (b'{\n  "messages": []\n}\n', "not a dictionary"),
         (b'"text"\n', "not a dictionary"),
