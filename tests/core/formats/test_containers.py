@@ -197,6 +197,21 @@ def test_an_element_without_an_end_is_named_and_takes_no_memory() -> None:
     assert peak < 8 * MAX_ROW_BYTES
 
 
+@pytest.mark.parametrize("container", ["jsonl", "json"])
+@pytest.mark.parametrize("over", [0, 1])
+@pytest.mark.parametrize("letter", ["x", "é"])
+def test_a_record_may_have_16_mb_and_no_more(letter: str, over: int, container: str) -> None:
+    size = MAX_ROW_BYTES - len('{"text": ""}')
+    row = json.dumps({"text": letter * (size // len(letter.encode())) + "x" * over}, ensure_ascii=False)
+    rows = [row, '{"text": "y"}']
+    data = "\n".join(rows) if container == "jsonl" else "[" + ",".join(rows) + "]"
+    report = validate(io.BytesIO(data.encode()))
+    assert report.error_count == over
+    if over:
+        assert report.fatal is not None
+        assert (report.fatal.line, "16 MB" in report.fatal.message) == (1, True)
+
+
 # --- CSV -----------------------------------------------------------------------------------------------
 
 
