@@ -29,8 +29,10 @@ class Form:
 
 
 FORMATS: dict[Format, Form] = {
-    "chat": Form(supervised.CHAT_KEYS, supervised.check_chat),
-    "completion": Form(supervised.COMPLETION_KEYS, supervised.check_completion),
+    "chat": Form(supervised.CHAT_KEYS, supervised.check_chat, supervised.canonical_chat),
+    "completion": Form(
+        supervised.COMPLETION_KEYS, supervised.check_completion, supervised.canonical_completion
+    ),
     "text": Form(supervised.TEXT_KEYS, supervised.check_text),
     "alpaca": Form(alpaca.KEYS, alpaca.check, alpaca.as_chat),
     "sharegpt": Form(sharegpt.KEYS, sharegpt.check, sharegpt.as_chat),

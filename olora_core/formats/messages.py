@@ -7,9 +7,15 @@ from typing import Any
 
 from ..specs import nearest
 from .report import Add, named
+from .weights import check_message_weight
 
 ROLES = ("system", "developer", "user", "assistant", "tool", "function")
-MESSAGE_KEYS = ("role", "content", "name", "weight", "tool_calls", "tool_call_id", "function_call")
+REASONING = ("reasoning_content", "reasoning", "thinking")
+"""Keys of what an assistant thinks before its answer; canonical records have the first."""
+MESSAGE_KEYS = (
+    *("role", "content", *REASONING, "name", "weight"),
+    *("tool_calls", "tool_call_id", "function_call"),
+)
 RESPONSE_KEYS = ("refusal", "audio", "annotations")
 """Keys of messages copied from an API response; ignored if empty."""
 
@@ -42,6 +48,7 @@ def check_messages(messages: list[Any], path: str, add: Add, calls: Iterable[str
             )
             continue
         _check_content(message, role, place, add)
+        _check_reasoning(message, role, place, add)
         _check_weight(message, role, place, add)
         _check_calls(message, role, place, add)
         known_calls.update(call_ids([message]))
@@ -110,15 +117,34 @@ def check_answer_text(text: str, path: str, add: Add) -> None:
         )
 
 
+def _check_reasoning(message: dict[str, Any], role: str, place: str, add: Add) -> None:
+    given = _reasoning(message)
+    for key, text in given.items():
+        path = f"{place}.{key}"
+        if role != "assistant":
+            add(path, "message_unrecognized_key", f"a {role} message has no reasoning.", "Leave the key out.")
+        elif not isinstance(text, str):
+            add(path, "data_type", f"'{key}' is {named(text)}.", "Make it a string.")
+        elif text != next(iter(given.values())):
+            add(
+                path,
+                "message_unrecognized_key",
+                f"'{key}' and '{next(iter(given))}' differ, and both are the message's reasoning.",
+                "Keep one of them.",
+            )
+
+
+def _reasoning(message: dict[str, Any]) -> dict[str, Any]:
+    """The keys of a message's reasoning that are not empty."""
+    return {key: message[key] for key in REASONING if message.get(key) not in (None, "")}
+
+
 def _check_weight(message: dict[str, Any], role: str, place: str, add: Add) -> None:
-    weight = message.get("weight")
-    if weight is None:
-        return
     path = f"{place}.weight"
-    if role != "assistant":
+    if message.get("weight") is not None and role != "assistant":
         add(path, "invalid_weight", f"a {role} message has no weight.", "Keep weight for assistant messages.")
-    elif isinstance(weight, bool) or weight not in (0, 1):
-        add(path, "invalid_weight", f"the weight is {weight!r}.", "Use 0 (not trained) or 1 (trained).")
+    else:
+        check_message_weight(message.get("weight"), path, add)
 
 
 def _check_calls(message: dict[str, Any], role: str, place: str, add: Add) -> None:
@@ -127,7 +153,7 @@ def _check_calls(message: dict[str, Any], role: str, place: str, add: Add) -> No
     if call is not None:
         _check_function(call, f"{place}.function_call", add)
     calls = message.get("tool_calls")
-    if calls is None:
+    if calls is None or calls == []:
         return
     path = f"{place}.tool_calls"
     if role != "assistant":
@@ -206,7 +232,7 @@ def check_assistant(messages: list[Any], path: str, add: Add) -> None:
             path,
             "example_missing_assistant_message",
             "every assistant message has weight 0, so there is nothing to learn.",
-            "Give at least one of them weight 1, or leave the line out.",
+            "Give at least one of them a weight above 0, or leave the line out.",
         )
 
 
@@ -276,6 +302,20 @@ def check_other_keys(record: dict[str, Any], known: tuple[str, ...], add: Add, p
                 "",
                 "warning",
             )
+
+
+def canonical_messages(messages: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Checked messages without empty calls, and with one key for the reasoning."""
+    return [_canonical(message) for message in messages]
+
+
+def _canonical(message: dict[str, Any]) -> dict[str, Any]:
+    plain = {key: value for key, value in message.items() if key not in REASONING}
+    if not message.get("tool_calls"):
+        plain.pop("tool_calls", None)
+    if reasoning := _reasoning(message):
+        plain["reasoning_content"] = next(iter(reasoning.values()))
+    return plain
 
 
 def plain_text(content: Any) -> str:

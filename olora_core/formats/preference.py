@@ -14,6 +14,7 @@ from .messages import (
     check_tools,
 )
 from .report import Add, named
+from .weights import check_whole_weights, refuse_row_weight
 
 SPELLINGS = (
     ("preferred_output", "non_preferred_output"),
@@ -21,7 +22,7 @@ SPELLINGS = (
     ("chosen", "rejected"),
 )
 """Keys of the preferred and the rejected answer: OpenAI's guide, its older clients, TRL."""
-KEYS = ("input", "prompt", "tools", *(key for spelling in SPELLINGS for key in spelling))
+KEYS = ("input", "prompt", "tools", "weight", *(key for spelling in SPELLINGS for key in spelling))
 INPUT_KEYS = ("messages", "tools", "parallel_tool_calls", "functions")
 
 
@@ -51,6 +52,7 @@ def _preference_spelling(record: Mapping[str, Any]) -> tuple[str, str]:
 
 def check_preference(record: dict[str, Any], add: Add) -> None:
     """Either key of the prompt may be combined with any keys of the answers."""
+    refuse_row_weight(record, add)
     better, worse = _preference_spelling(record)
     missing = [key for key in (better, worse) if key not in record]
     if "input" not in record and "prompt" not in record:
@@ -65,7 +67,7 @@ def check_preference(record: dict[str, Any], add: Add) -> None:
     if missing:
         return
     if "input" in record:
-        check_other_keys(record, ("input", better, worse), add)
+        check_other_keys(record, ("input", "weight", better, worse), add)
         around, path = record["input"], "$.input.messages"
         if not isinstance(around, dict):
             add("$.input", "data_type", f"'input' is {named(around)}.", 'Make it {"messages": […]}.')
@@ -74,7 +76,7 @@ def check_preference(record: dict[str, Any], add: Add) -> None:
         check_tools(around, add, "$.input")
         prompt = around.get("messages")
     else:
-        check_other_keys(record, ("prompt", better, worse, "tools"), add)
+        check_other_keys(record, ("prompt", better, worse, "tools", "weight"), add)
         check_tools(record, add)
         prompt, path = record["prompt"], "$.prompt"
     _check_pair(prompt, path, {f"$.{key}": record[key] for key in (better, worse)}, add)
@@ -108,6 +110,7 @@ def _check_pair(prompt: Any, path: str, answers: dict[str, Any], add: Add) -> No
             check_messages(answer, place, add, call_ids(prompt))
             check_assistant(answer, place, add)
             check_answer_roles(answer, place, add)
+            check_whole_weights(answer, place, add)
     else:
         expected = list if messages_only or isinstance(prompt, list) else str
         everything = {path: prompt, **answers}

@@ -5,8 +5,9 @@ from typing import Any
 
 from .messages import check_answer_text, check_other_keys, check_tools
 from .report import Add, named
+from .weights import check_row_weight, refuse_row_weight, row_weight
 
-KEYS = ("conversations", "system", "tools")
+KEYS = ("conversations", "system", "tools", "weight")
 PREFERENCE_KEYS = (*KEYS, "chosen", "rejected")
 TURN_KEYS = ("from", "value")
 ASKING, ANSWERING = ("human", "observation"), ("gpt", "function_call")
@@ -16,6 +17,7 @@ OTHER_NAMES = {"user": "human", "assistant": "gpt", "chatgpt": "gpt", "bot": "gp
 
 def check(record: dict[str, Any], add: Add) -> None:
     check_other_keys(record, KEYS, add)
+    check_row_weight(record, add)
     _check_around(record, add)
     last = _check_turns(record["conversations"], add)
     if last in ASKING:
@@ -29,6 +31,7 @@ def check(record: dict[str, Any], add: Add) -> None:
 
 def check_preference(record: dict[str, Any], add: Add) -> None:
     check_other_keys(record, PREFERENCE_KEYS, add)
+    refuse_row_weight(record, add)
     _check_around(record, add)
     last = _check_turns(record["conversations"], add)
     if last in ANSWERING:
@@ -190,7 +193,7 @@ def _tools(tools: Any) -> Any:
 
 
 def as_chat(record: dict[str, Any]) -> dict[str, Any]:
-    return {"messages": _messages(record)} | _with_tools(record)
+    return {"messages": _messages(record)} | _with_tools(record) | row_weight(record)
 
 
 def as_preference(record: dict[str, Any]) -> dict[str, Any]:

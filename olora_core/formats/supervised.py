@@ -4,6 +4,7 @@ from typing import Any
 
 from .messages import (
     call_ids,
+    canonical_messages,
     check_answer_text,
     check_assistant,
     check_messages,
@@ -11,14 +12,16 @@ from .messages import (
     check_tools,
 )
 from .report import Add, named
+from .weights import check_row_weight
 
-CHAT_KEYS = ("messages", "tools", "parallel_tool_calls", "functions")
-COMPLETION_KEYS = ("prompt", "completion", "tools")
-TEXT_KEYS = ("text",)
+CHAT_KEYS = ("messages", "tools", "parallel_tool_calls", "functions", "weight")
+COMPLETION_KEYS = ("prompt", "completion", "tools", "weight")
+TEXT_KEYS = ("text", "weight")
 
 
 def check_chat(record: dict[str, Any], add: Add) -> None:
     check_other_keys(record, CHAT_KEYS, add)
+    check_row_weight(record, add)
     check_tools(record, add)
     messages = record["messages"]
     if not isinstance(messages, list) or not messages:
@@ -33,8 +36,13 @@ def check_chat(record: dict[str, Any], add: Add) -> None:
     check_assistant(messages, "$.messages", add)
 
 
+def canonical_chat(record: dict[str, Any]) -> dict[str, Any]:
+    return record | {"messages": canonical_messages(record["messages"])}
+
+
 def check_completion(record: dict[str, Any], add: Add) -> None:
     check_other_keys(record, COMPLETION_KEYS, add)
+    check_row_weight(record, add)
     check_tools(record, add)
     prompt, completion = record["prompt"], record["completion"]
     if isinstance(prompt, str) and isinstance(completion, str):
@@ -70,9 +78,16 @@ def check_completion(record: dict[str, Any], add: Add) -> None:
             )
 
 
+def canonical_completion(record: dict[str, Any]) -> dict[str, Any]:
+    sides = {key: record[key] for key in ("prompt", "completion")}
+    written = {key: canonical_messages(side) for key, side in sides.items() if isinstance(side, list)}
+    return record | written
+
+
 def check_text(record: dict[str, Any], add: Add) -> None:
     """Every token is trained, so that any text but an empty one will do."""
     check_other_keys(record, TEXT_KEYS, add)
+    check_row_weight(record, add)
     text = record["text"]
     if not isinstance(text, str):
         add("$.text", "data_type", f"'text' is {named(text)}.", "Make it a string.")

@@ -8,10 +8,10 @@ from .detection import FORMATS, detect_format
 from .json_text import BadValue, read_json
 from .report import Findings, Problem
 
-OPTIONAL = ("input", "system", "history", "tools", "functions", "parallel_tool_calls")
+OPTIONAL = ("input", "system", "history", "tools", "functions", "parallel_tool_calls", "weight")
 """Columns whose empty cells mean that the key is missing."""
 JSON_COLUMNS = {
-    *("messages", "conversations", "tools", "functions", "history", "parallel_tool_calls"),
+    *("messages", "conversations", "tools", "functions", "history", "parallel_tool_calls", "weight"),
     *("preferred_output", "non_preferred_output", "preferred_completion", "non_preferred_completion"),
 }
 MESSAGE_COLUMNS = ("prompt", "completion", "chosen", "rejected")
@@ -52,7 +52,7 @@ def record_of(cells: Mapping[str, Any], number: int, findings: Findings) -> dict
                 f"$.{name}",
                 "data_type",
                 f"the cell {holds} (it begins with: {cell[:40]!r}).",
-                "Write the list or object as JSON.",
+                "Write the list, object or number as JSON.",
             )
             broken = True
     return None if broken else record
