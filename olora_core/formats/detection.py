@@ -36,7 +36,7 @@ FORMATS: dict[Format, Form] = {
     "text": Form(supervised.TEXT_KEYS, supervised.check_text),
     "alpaca": Form(alpaca.KEYS, alpaca.check, alpaca.as_chat),
     "sharegpt": Form(sharegpt.KEYS, sharegpt.check, sharegpt.as_chat),
-    "preference": Form(preference.KEYS, preference.check_preference),
+    "preference": Form(preference.KEYS, preference.check_preference, preference.canonical_preference),
     "alpaca-preference": Form(alpaca.PREFERENCE_KEYS, alpaca.check_preference, alpaca.as_preference),
     "sharegpt-preference": Form(sharegpt.PREFERENCE_KEYS, sharegpt.check_preference, sharegpt.as_preference),
 }

@@ -20,10 +20,15 @@ RESPONSE_KEYS = ("refusal", "audio", "annotations")
 """Keys of messages copied from an API response; ignored if empty."""
 
 
-def check_messages(messages: list[Any], path: str, add: Add, calls: Iterable[str] = ()) -> None:
-    """Checks each message, and each tool message against the calls before it."""
+def check_messages(
+    messages: list[Any], path: str, add: Add, calls: Iterable[str] = (), first: int = 0
+) -> None:
+    """Checks each message, and each tool message against the calls before it.
+
+    The messages are those of `path` from number `first` on.
+    """
     known_calls = set(calls)
-    for i, message in enumerate(messages):
+    for i, message in enumerate(messages, first):
         place = f"{path}[{i}]"
         if not isinstance(message, dict):
             add(

@@ -34,9 +34,9 @@ def refuse_row_weight(record: dict[str, Any], add: Add) -> None:
         add("$.weight", "invalid_weight", "a preference has no weight.", "Leave the key out.")
 
 
-def check_whole_weights(messages: list[Any], path: str, add: Add) -> None:
+def check_whole_weights(messages: list[Any], path: str, add: Add, first: int = 0) -> None:
     """In the answers of a preference, a message is trained or not."""
-    for i, message in enumerate(messages):
+    for i, message in enumerate(messages, first):
         weight = message.get("weight") if isinstance(message, dict) else None
         if _is_weight(weight) and weight not in (0, 1):
             add(
