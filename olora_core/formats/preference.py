@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from typing import Any
 
 from .messages import (
-    call_ids,
     canonical_messages,
     check_answer_roles,
     check_answer_text,
@@ -19,6 +18,7 @@ from .messages import (
 )
 from .repeated_prompts import NotParted, asks, begins_with, holds_question, part, turns_of
 from .report import Add, named
+from .tool_calls import Calls, ids_given
 from .weights import check_whole_weights, refuse_row_weight
 
 SPELLINGS = (
@@ -54,12 +54,19 @@ def read_preference(record: Mapping[str, Any]) -> Preference:
 def canonical_preference(record: Mapping[str, Any]) -> dict[str, Any]:
     """The record under its common keys, with the prompt apart from the answers."""
     pair = read_preference(record)
-    sides = {"prompt": pair.prompt, "chosen": pair.chosen, "rejected": pair.rejected}
-    written = {
-        key: canonical_messages(side) if isinstance(side, list) else side for key, side in sides.items()
-    }
     around = {"tools": pair.tools, "functions": pair.functions}
-    return written | {key: value for key, value in around.items() if value is not None}
+    return _sides(pair) | {key: value for key, value in around.items() if value is not None}
+
+
+def _sides(pair: Preference) -> dict[str, Any]:
+    answers = {"chosen": pair.chosen, "rejected": pair.rejected}
+    if isinstance(pair.prompt, str):
+        return {"prompt": pair.prompt, **answers}
+    calls = Calls(ids_given(pair.prompt, *answers.values()))
+    prompt = canonical_messages(pair.prompt, calls)
+    return {"prompt": prompt} | {
+        key: canonical_messages(messages, calls.copy()) for key, messages in answers.items()
+    }
 
 
 def _preference_spelling(record: Mapping[str, Any]) -> tuple[str, str]:
@@ -192,9 +199,10 @@ def _check_messages(pair: _Pair, path: str, answers: dict[str, Any], add: Add) -
             "the prompt holds no message.",
             'Write [{"role": "user", "content": …}].',
         )
-    check_messages(pair.prompt, next(iter(answers)) if pair.is_repeated else path, add)
+    calls = Calls(ids_given(pair.prompt, *answers.values()))
+    check_messages(pair.prompt, next(iter(answers)) if pair.is_repeated else path, add, calls)
     for place, answer in answers.items():
-        check_messages(answer, place, add, call_ids(pair.prompt), first)
+        check_messages(answer, place, add, calls.copy(), first)
         check_assistant(answer, place, add)
         check_answer_roles(answer, place, add)
         check_whole_weights(answer, place, add, first)

@@ -3,8 +3,9 @@
 import json
 from typing import Any
 
-from .messages import check_answer_text, check_other_keys, check_tools
+from .messages import canonical_messages, check_answer_text, check_other_keys, check_tools
 from .report import Add, named
+from .tool_calls import Calls
 from .weights import check_row_weight, refuse_row_weight, row_weight
 
 KEYS = ("conversations", "system", "tools", "weight")
@@ -193,16 +194,17 @@ def _tools(tools: Any) -> Any:
 
 
 def as_chat(record: dict[str, Any]) -> dict[str, Any]:
-    return {"messages": _messages(record)} | _with_tools(record) | row_weight(record)
+    messages = canonical_messages(_messages(record), Calls())
+    return {"messages": messages} | _with_tools(record) | row_weight(record)
 
 
 def as_preference(record: dict[str, Any]) -> dict[str, Any]:
-    answers = {key: _message(record[key], []) for key in ("chosen", "rejected")}
-    return {
-        "prompt": _messages(record),
-        **{key: [message] for key, message in answers.items()},
-        **_with_tools(record),
+    calls = Calls()
+    prompt = canonical_messages(_messages(record), calls)
+    answers = {
+        key: canonical_messages([_message(record[key])], calls.copy()) for key in ("chosen", "rejected")
     }
+    return {"prompt": prompt, **answers, **_with_tools(record)}
 
 
 def _with_tools(record: dict[str, Any]) -> dict[str, Any]:
@@ -214,25 +216,19 @@ def _messages(record: dict[str, Any]) -> list[dict[str, Any]]:
     messages: list[dict[str, Any]] = []
     if record.get("system") and turns[0]["from"] != "system":
         messages.append({"role": "system", "content": record["system"]})
-    for turn in turns:
-        messages.append(_message(turn, messages))
-    return messages
+    return messages + [_message(turn) for turn in turns]
 
 
-def _message(turn: dict[str, Any], before: list[dict[str, Any]]) -> dict[str, Any]:
+def _message(turn: dict[str, Any]) -> dict[str, Any]:
     value = turn["value"]
     match turn["from"]:
         case "function_call":
             calls = [
-                {
-                    "id": f"call_{len(before)}_{i}",
-                    "type": "function",
-                    "function": {"name": call["name"], "arguments": _arguments(call)},
-                }
-                for i, call in enumerate(_calls(value))
+                {"type": "function", "function": {"name": call["name"], "arguments": _arguments(call)}}
+                for call in _calls(value)
             ]
             return {"role": "assistant", "content": None, "tool_calls": calls}
         case "observation":
-            return {"role": "tool", "content": value, "tool_call_id": before[-1]["tool_calls"][-1]["id"]}
+            return {"role": "tool", "content": value}
         case speaker:
             return {"role": {"human": "user", "gpt": "assistant"}.get(speaker, speaker), "content": value}

@@ -3,7 +3,6 @@
 from typing import Any
 
 from .messages import (
-    call_ids,
     canonical_messages,
     check_answer_text,
     check_assistant,
@@ -12,6 +11,7 @@ from .messages import (
     check_tools,
 )
 from .report import Add, named
+from .tool_calls import Calls, ids_given
 from .weights import check_row_weight
 
 CHAT_KEYS = ("messages", "tools", "parallel_tool_calls", "functions", "weight")
@@ -37,7 +37,8 @@ def check_chat(record: dict[str, Any], add: Add) -> None:
 
 
 def canonical_chat(record: dict[str, Any]) -> dict[str, Any]:
-    return record | {"messages": canonical_messages(record["messages"])}
+    messages = record["messages"]
+    return record | {"messages": canonical_messages(messages, Calls(ids_given(messages)))}
 
 
 def check_completion(record: dict[str, Any], add: Add) -> None:
@@ -65,8 +66,9 @@ def check_completion(record: dict[str, Any], add: Add) -> None:
             "Make both of them strings, or both lists of messages.",
         )
         return
-    check_messages(prompt, "$.prompt", add)
-    check_messages(completion, "$.completion", add, call_ids(prompt))
+    calls = Calls(ids_given(prompt, completion))
+    check_messages(prompt, "$.prompt", add, calls)
+    check_messages(completion, "$.completion", add, calls)
     check_assistant(completion, "$.completion", add)
     for i, message in enumerate(completion):
         if isinstance(message, dict) and message.get("role") in ("system", "developer", "user"):
@@ -79,9 +81,10 @@ def check_completion(record: dict[str, Any], add: Add) -> None:
 
 
 def canonical_completion(record: dict[str, Any]) -> dict[str, Any]:
-    sides = {key: record[key] for key in ("prompt", "completion")}
-    written = {key: canonical_messages(side) for key, side in sides.items() if isinstance(side, list)}
-    return record | written
+    if isinstance(record["prompt"], str):
+        return record
+    calls = Calls(ids_given(record["prompt"], record["completion"]))
+    return record | {key: canonical_messages(record[key], calls) for key in ("prompt", "completion")}
 
 
 def check_text(record: dict[str, Any], add: Add) -> None:

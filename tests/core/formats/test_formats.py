@@ -237,11 +237,7 @@ def test_every_error_is_counted_and_the_first_fifty_kept() -> None:
             "tool_call_mismatch",
         ),
         (answer(tool_calls=[{"id": "c1"}]), "$.messages[1].tool_calls[0].function", "tool_call_mismatch"),
-        (
-            answer(tool_calls=[{k: CALL[k] for k in ("type", "function")}]),
-            "$.messages[1].tool_calls[0].id",
-            "tool_call_mismatch",
-        ),
+        (answer(tool_calls=[{**CALL, "id": 3}]), "$.messages[1].tool_calls[0].id", "tool_call_mismatch"),
         ({**CHAT, "tools": [{"name": "sum"}]}, "$.tools[0]", "data_type"),
         ({"prompt": "a"}, "$.completion", "missing_key"),
         ({"prompt": "a", "completion": ""}, "$.completion", "missing_content"),
