@@ -548,7 +548,7 @@ def turns(*speakers: str) -> dict[str, object]:
         ({"conversations": [said("user", "x")]}, "$.conversations[0].from", "unrecognized_role"),
         (turns("human", "assistant"), "$.conversations[1].from", "unrecognized_role"),
         ({"conversations": [TURNS[0], {"from": "gpt"}]}, "$.conversations[1].value", "missing_content"),
-        (turns("gpt", "human"), "$.conversations[0].from", "role_order"),
+        (turns("gpt", "human"), "$.conversations", "example_missing_assistant_message"),
         (turns("human", "human", "gpt"), "$.conversations[1].from", "role_order"),
         (turns("human", "gpt", "system", "gpt"), "$.conversations[2].from", "role_order"),
         (turns("human", "gpt", "observation", "gpt"), "$.conversations[2].from", "tool_call_mismatch"),
