@@ -6,10 +6,14 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
+from typing import TYPE_CHECKING
 
 from rich.console import Console
 
 from olora_core.errors import SpecError
+
+if TYPE_CHECKING:
+    from olora_core.formats import Report
 
 console = Console(stderr=True)
 STOPPED = 130
@@ -23,20 +27,29 @@ def existing_file(path: Path, name: str) -> Path:
 
 
 def check_data(training: Path, validation: Path | None, type: str) -> None:
-    """Raises DataError for the first bad line."""
-    from olora_core.formats import check_for_training, validate
+    """Prints how the files are read. Raises DataError for the first bad line."""
+    from olora_core.formats import check_for_training
 
-    with training.open("rb") as stream:
-        report = validate(stream)
+    report = _validated(training)
     trouble = check_for_training(report, role="training", minimum_rows=1, type=type)
     if trouble is None and validation is not None:
-        with validation.open("rb") as stream:
-            other = validate(stream)
+        other = _validated(validation)
         trouble = check_for_training(
             other, role="validation", minimum_rows=1, training_format=report.format, type=type
         )
     if trouble is not None:
         raise trouble
+
+
+def _validated(path: Path) -> "Report":
+    """The report on a file; prints how it was read."""
+    from olora_core.formats import validate
+
+    with path.open("rb") as stream:
+        report = validate(stream)
+    rows = "1 example" if report.rows == 1 else f"{report.rows:,} examples"
+    console.print(f"{path.name}: {report.detected}, {rows}", markup=False, highlight=False)
+    return report
 
 
 def base_folder(model: str, here: Path) -> Path:

@@ -9,7 +9,7 @@ from typing import Any
 
 from ..specs import nearest
 from . import alpaca, preference, sharegpt, supervised
-from .report import Add, Format
+from .report import Add, Format, listed
 
 Record = dict[str, Any]
 
@@ -41,8 +41,6 @@ FORMATS: dict[Format, Form] = {
     "sharegpt-preference": Form(sharegpt.PREFERENCE_KEYS, sharegpt.check_preference, sharegpt.as_preference),
 }
 KEYS = frozenset(key for form in FORMATS.values() for key in form.keys)
-COLUMNS_NAMED = 8
-"""At most, in an error."""
 
 
 def detect_format(record: Mapping[str, Any]) -> Format | None:
@@ -92,7 +90,7 @@ def name_unknown_format(record: Record, expected: Format | None, add: Add) -> No
                 "Rename it.",
             )
             return
-    found = ", ".join(list(record)[:COLUMNS_NAMED]) + (", …" if len(record) > COLUMNS_NAMED else "")
+    found = listed(list(record))
     add(
         "$",
         "missing_messages_list",

@@ -1,5 +1,6 @@
 """The report on a training file: each finding with its place and remedy."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol
 
@@ -18,6 +19,9 @@ Format = Literal[
 Container = Literal["jsonl", "json", "csv", "parquet"]
 NOUNS: dict[Container, str] = {"jsonl": "line", "json": "element", "csv": "line", "parquet": "row"}
 """What rows are called in each kind of file."""
+WORDS: dict[Container, str] = {"jsonl": "JSONL", "json": "a JSON array", "csv": "CSV", "parquet": "Parquet"}
+COLUMNS_NAMED = 8
+"""At most, in a sentence."""
 Severity = Literal["error", "warning", "note"]
 KEPT_PROBLEMS = 50
 
@@ -46,6 +50,8 @@ class Report(BaseModel):
 
     format: Format | None = None
     container: Container = "jsonl"
+    detected: str = ""
+    """How the file was read, in words: "read as CSV, columns prompt, completion". Empty in older reports."""
     rows: int = 0
     errors: list[Problem] = []
     error_count: int = 0
@@ -71,6 +77,8 @@ class Findings:
 
     report: Report = field(default_factory=Report)
     noted: set[str] = field(default_factory=set)
+    columns: list[str] = field(default_factory=list)
+    """The columns of a table that are read."""
 
     def place(self, line: int) -> str:
         """The place of a row in a sentence, such as "Line 3"."""
@@ -85,6 +93,11 @@ class Findings:
         setattr(self.report, f"{kind}_count", getattr(self.report, f"{kind}_count") + 1)
         if fatal and self.report.fatal is None:
             self.report.fatal = problem
+
+    def say_what_was_detected(self) -> None:
+        """Sets the report's `detected`, once its container and columns are known."""
+        columns = f", columns {listed(self.columns)}" if self.columns else ""
+        self.report.detected = f"read as {WORDS[self.report.container]}{columns}"
 
     def note_once(self, line: int, code: str, message: str) -> None:
         """Adds a note, once per code, at its first place."""
@@ -114,6 +127,11 @@ class Findings:
                 line=line, path=path, code=code, message=f"{place}: {message}", fix=fix, severity=severity
             )
         )
+
+
+def listed(names: Sequence[str]) -> str:
+    """The first names, separated by commas."""
+    return ", ".join(names[:COLUMNS_NAMED]) + (", …" if len(names) > COLUMNS_NAMED else "")
 
 
 def named(value: Any) -> str:

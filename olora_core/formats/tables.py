@@ -34,7 +34,9 @@ def columns_of(names: Sequence[str], findings: Findings) -> list[str | None]:
                     severity="warning",
                 )
             )
-    return [name if name in known else None for name in names]
+    columns = [name if name in known else None for name in names]
+    findings.columns = [name for name in columns if name]
+    return columns
 
 
 def record_of(cells: Mapping[str, Any], number: int, findings: Findings) -> dict[str, Any] | None:

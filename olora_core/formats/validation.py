@@ -43,6 +43,7 @@ def checking(stream: Iterable[bytes] | BinaryIO) -> Generator[int, None, Report]
             _check_is_new(row.number, row.record, seen, findings)
         if report.rows % ROWS_AT_ONCE == 0:
             yield report.rows
+    findings.say_what_was_detected()
     if report.rows > seen.limit:
         message = f"Only the first {seen.limit} rows were checked for duplicates."
         findings.note_once(seen.limit, "duplicates_not_sought", message)

@@ -89,6 +89,7 @@ def test_an_interrupted_run_resumes_to_the_same_bytes(tmp_path: Path) -> None:
     assert len(list((tmp_path / "through" / "tokens").iterdir())) == 2
     assert through.returncode == 0, through.stderr
     assert through.stdout.strip() == str(tmp_path / "through" / "adapter")
+    assert re.search(r"\.jsonl: read as JSONL, \d+ examples", through.stderr)
     assert "step 40/40" in through.stderr
     assert "Adapter verified" in through.stderr
     assert "Validation loss" in through.stderr

@@ -109,6 +109,16 @@ def test_every_format_comes_out_of_every_container_as_it_went_in(
     assert without_nulls(records_in(data, tmp_path)) == without_nulls(ROWS[format])
 
 
+@pytest.mark.parametrize("container", WRITERS)
+def test_the_report_says_how_the_file_was_read(container: str) -> None:
+    rows = [{"id": str(i), "prompt": f"a{i}", "completion": "b"} for i in range(2)]
+    report = validate(io.BytesIO(WRITERS[container](rows)))
+    columns = ", columns prompt, completion" if container in ("csv", "parquet") else ""
+    names = {"jsonl": "JSONL", "json": "a JSON array", "csv": "CSV", "parquet": "Parquet"}
+    assert report.detected == f"read as {names[container]}{columns}"
+    assert Report.model_validate(report.model_dump(exclude={"detected"})).detected == ""
+
+
 def without_nulls(value: Any) -> Any:
     """A Parquet column has every key in every row, so that null and absent are one."""
     if isinstance(value, dict):
