@@ -3,7 +3,7 @@
 from typing import Any
 
 from .messages import check_answer_text, check_other_keys
-from .report import Add, named
+from .report import MAP_COLUMNS, Add, named
 from .weights import check_row_weight, refuse_row_weight, row_weight
 
 KEYS = ("instruction", "input", "output", "system", "history", "weight")
@@ -69,7 +69,7 @@ def _is_there(record: dict[str, Any], key: str, add: Add) -> bool:
             f"$.{key}",
             "missing_key",
             f"'{key}' is missing.",
-            f"Give each line an instruction and {answers}.",
+            f"Give each line an instruction and {answers}. {MAP_COLUMNS}",
         )
     else:
         add(f"$.{key}", "data_type", f"'{key}' is {named(record[key])}.", "Make it a string.")

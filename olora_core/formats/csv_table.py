@@ -6,6 +6,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from itertools import chain, islice
 
+from .columns import ColumnMap
 from .csv_cells import records
 from .detection import KEYS
 from .report import Findings
@@ -14,7 +15,7 @@ from .tables import columns_of, record_of
 
 DELIMITERS = (",", ";", "\t")
 ROWS_TRIED = 20
-"""At most as many rows must fit a header in which no name is known."""
+"""Of as many rows, half must fit a header in which no name is known."""
 LONGEST_NAME = 100
 IN_NO_NAME = re.compile(r'[{}\[\]"<>=\r\n]')
 """Characters of JSON and of programs, which no name of a column has."""
@@ -68,7 +69,7 @@ class _Beginning:
         fit = [len(cells) == len(self.names) for cells in self.rows]
         match len(self.known):
             case 0:
-                return len(self.names) > 1 and len(fit) > 0 and all(fit)
+                return len(self.names) > 1 and any(fit[:1]) and 2 * sum(fit) >= len(fit)
             case 1:
                 return all(fit[:1])
             case _:
@@ -85,7 +86,7 @@ def _names(cells: Sequence[str]) -> list[str]:
     return [name.lower() if name.lower() in KEYS else name for name in stripped]
 
 
-def rows(chunks: Iterator[bytes], findings: Findings) -> Iterator[Row]:
+def rows(chunks: Iterator[bytes], mapping: ColumnMap, findings: Findings) -> Iterator[Row]:
     """Every row that is not blank, numbered by the line it begins on. Raises Unreadable."""
     head = next(chunks)
     delimiter = delimiter_of(head) or ","
@@ -97,16 +98,19 @@ def rows(chunks: Iterator[bytes], findings: Findings) -> Iterator[Row]:
         if not cells or (columns is None and not any(map(str.strip, cells))):
             findings.note_once(line, "blank_line", f"Line {line} is blank; blank lines are skipped.")
         elif columns is None:
-            columns = _columns(line, _names(cells), findings)
+            columns = _columns(line, cells, mapping, findings)
         else:
             yield Row(line, _record(line, columns, cells, findings))
 
 
-def _columns(line: int, names: list[str], findings: Findings) -> list[str | None]:
+def _columns(line: int, cells: list[str], mapping: ColumnMap, findings: Findings) -> list[str | None]:
     """The key of each column. Raises Unreadable."""
+    mapped = mapping.columns.values()
+    own = [cell.strip() for cell in cells]
+    names = [name if name in mapped else known for name, known in zip(own, _names(cells), strict=True)]
     if repeated := [name for name in names if name and names.count(name) > 1]:
         raise Unreadable(f"Two columns are named '{repeated[0]}'.", "Name each column once.", line)
-    return columns_of(names, findings)
+    return columns_of(names, mapping, findings)
 
 
 def _record(

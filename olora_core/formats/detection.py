@@ -9,7 +9,7 @@ from typing import Any
 
 from ..specs import nearest
 from . import alpaca, preference, sharegpt, supervised
-from .report import Add, Format, listed
+from .report import MAP_COLUMNS, Add, Format, listed
 
 Record = dict[str, Any]
 
@@ -72,13 +72,14 @@ def canonical(record: Record) -> Record:
 
 def name_unknown_format(record: Record, expected: Format | None, add: Add) -> None:
     """Adds what is missing from a record that fits no format."""
+    found = listed(list(record))
     if "prompt" in record or "completion" in record or expected == "completion":
         missing = "completion" if "prompt" in record else "prompt"
         add(
             f"$.{missing}",
             "missing_key",
-            f"'{missing}' is missing.",
-            "Give each line a prompt and a completion.",
+            f"'{missing}' is missing; found columns {found}.",
+            f"Give each line a prompt and a completion. {MAP_COLUMNS}",
         )
         return
     for key in record:
@@ -87,14 +88,13 @@ def name_unknown_format(record: Record, expected: Format | None, add: Add) -> No
                 "$",
                 "missing_messages_list",
                 f"'messages' is missing; '{key}' is unknown{hint}.",
-                "Rename it.",
+                f"Rename it. {MAP_COLUMNS}",
             )
             return
-    found = listed(list(record))
     add(
         "$",
         "missing_messages_list",
         f"no known format: found {f'columns {found}' if found else 'no columns'}; expected messages, or "
         "prompt + completion, or instruction + output.",
-        "Rename the columns, or use another of the formats in the documentation.",
+        f"Rename the columns. {MAP_COLUMNS}",
     )

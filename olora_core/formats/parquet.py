@@ -8,6 +8,7 @@ such columns are therefore read as references, and measured before they become P
 from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING, Any, BinaryIO
 
+from .columns import ColumnMap
 from .parquet_layout import Chunk, Leaf, measure, read_layout
 from .report import Findings
 from .rows import MAX_ROW_BYTES, Row, Unreadable
@@ -38,7 +39,7 @@ ALL_TIMES = 1000
 """How many times its size a file may unpack to, if that is more than UNPACKED_BYTES."""
 
 
-def rows(file: BinaryIO, findings: Findings) -> Iterator[Row]:
+def rows(file: BinaryIO, mapping: ColumnMap, findings: Findings) -> Iterator[Row]:
     """Every row. Raises Unreadable."""
     try:
         import pyarrow
@@ -49,7 +50,7 @@ def rows(file: BinaryIO, findings: Findings) -> Iterator[Row]:
         ) from None
     number = 0
     try:
-        table = _Table(file, findings)
+        table = _Table(file, mapping, findings)
         for batch in table.batches():
             for cells in table.cells(batch):
                 number += 1
@@ -73,7 +74,7 @@ def _record(cells: dict[str, Any] | None, number: int, findings: Findings) -> di
 class _Table:
     """An open file, and its columns that are read."""
 
-    def __init__(self, file: BinaryIO, findings: Findings) -> None:
+    def __init__(self, file: BinaryIO, mapping: ColumnMap, findings: Findings) -> None:
         from pyarrow.parquet import ParquetFile
 
         self.file, self.layout, self.unpacked = file, read_layout(file), 0
@@ -81,7 +82,9 @@ class _Table:
             raise _too_large(f"its {self.layout.bytes:,} bytes are {self.layout.rows:,} rows")
         lists = [leaf.path for leaf in self.layout.leaves if leaf.is_repeated]
         self.reader = ParquetFile(file, read_dictionary=lists, buffer_size=READ_BYTES, pre_buffer=False)
-        self.columns = [name for name in columns_of(self._names(), findings) if name]
+        names = self._names()
+        keys = zip(names, columns_of(names, mapping, findings), strict=True)
+        self.keys = {name: key for name, key in keys if key}
 
     def _names(self) -> list[str]:
         names: list[str] = self.reader.schema_arrow.names
@@ -90,14 +93,14 @@ class _Table:
         return names
 
     def _is_read(self, leaf: Leaf) -> bool:
-        return any(leaf.path == name or leaf.path.startswith(f"{name}.") for name in self.columns)
+        return any(leaf.path == name or leaf.path.startswith(f"{name}.") for name in self.keys)
 
     def batches(self) -> "Iterator[pyarrow.RecordBatch]":
         """Every row, a few at a time. Raises Unreadable before it would take too much memory."""
         for group, chunks in enumerate(self.layout.groups):
             at_once = self._rows_at_once(chunks)
             yield from self.reader.iter_batches(
-                at_once, row_groups=[group], columns=self.columns, use_threads=False
+                at_once, row_groups=[group], columns=list(self.keys), use_threads=False
             )
 
     def _rows_at_once(self, chunks: list[Chunk]) -> int:
@@ -123,17 +126,18 @@ class _Table:
         return min(ROWS_AT_ONCE, max(1, BATCH_BYTES // max(widest, 1)))
 
     def cells(self, batch: "pyarrow.RecordBatch") -> Iterator[dict[str, Any] | None]:
-        """The cells of each row, by column; None for a row that is too long. Raises Unreadable."""
+        """The cells of each row, by key; None for a row that is too long. Raises Unreadable."""
         size = _bytes_of(batch.columns)
         self.unpacked += size
         if self.unpacked > max(UNPACKED_BYTES, ALL_TIMES * self.layout.bytes):
             raise _too_large(f"its {self.layout.bytes:,} bytes unpack to more than {self.unpacked:,}")
-        if size <= MAX_ROW_BYTES:
-            yield from batch.to_pylist(maps_as_pydicts="strict")
-            return
-        for row in (batch.slice(i, 1) for i in range(batch.num_rows)):
-            is_long = _bytes_of(row.columns) > MAX_ROW_BYTES
-            yield None if is_long else row.to_pylist(maps_as_pydicts="strict")[0]
+        fits = size <= MAX_ROW_BYTES
+        for part in [batch] if fits else [batch.slice(i, 1) for i in range(batch.num_rows)]:
+            if fits or _bytes_of(part.columns) <= MAX_ROW_BYTES:
+                for row in part.to_pylist(maps_as_pydicts="strict"):
+                    yield {self.keys[name]: cell for name, cell in row.items()}
+            else:
+                yield None
 
 
 def _too_large(what: str) -> Unreadable:

@@ -17,7 +17,7 @@ from .messages import (
     check_tools,
 )
 from .repeated_prompts import NotParted, asks, begins_with, holds_question, part, turns_of
-from .report import Add, named
+from .report import MAP_COLUMNS, Add, named
 from .tool_calls import Calls, ids_given
 from .weights import check_whole_weights, refuse_row_weight
 
@@ -124,7 +124,8 @@ def check_preference(record: dict[str, Any], add: Add) -> None:
     keys = _preference_spelling(record)
     missing = [key for key in keys if key not in record]
     for key in missing:
-        add(f"$.{key}", "missing_key", f"'{key}' is missing.", f"Give each line {' and '.join(keys)}.")
+        fix = f"Give each line {' and '.join(keys)}. {MAP_COLUMNS}"
+        add(f"$.{key}", "missing_key", f"'{key}' is missing.", fix)
     if missing or not _check_around(record, keys, add):
         return
     try:
@@ -134,7 +135,9 @@ def check_preference(record: dict[str, Any], add: Add) -> None:
         return
     if pair.prompt is None and "input" not in record:
         key = "prompt" if keys[0] == "chosen" else "input"
-        fix = f"Give each line a prompt, {keys[0]} and {keys[1]}, or begin both answers with it."
+        fix = (
+            f"Give each line a prompt, {keys[0]} and {keys[1]}, or begin both answers with it. {MAP_COLUMNS}"
+        )
         add(f"$.{key}", "missing_key", f"'{key}' is missing.", fix)
         return
     _check_pair(pair, "$.input.messages" if "input" in record else "$.prompt", keys, add)

@@ -22,6 +22,11 @@ NOUNS: dict[Container, str] = {"jsonl": "line", "json": "element", "csv": "line"
 WORDS: dict[Container, str] = {"jsonl": "JSONL", "json": "a JSON array", "csv": "CSV", "parquet": "Parquet"}
 COLUMNS_NAMED = 8
 """At most, in a sentence."""
+MAP_COLUMNS = (
+    "Or map your columns to these keys: --columns prompt=question,completion=answer on the command line, "
+    "olora.columns in a request."
+)
+"""The remedy for keys of another name."""
 Severity = Literal["error", "warning", "note"]
 KEPT_PROBLEMS = 50
 

@@ -4,6 +4,7 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from .columns import ColumnMap
 from .detection import FORMATS, detect_format
 from .json_text import BadValue, read_json
 from .report import Findings, Problem
@@ -18,24 +19,32 @@ MESSAGE_COLUMNS = ("prompt", "completion", "chosen", "rejected")
 """Columns with text or a JSON list of messages."""
 
 
-def columns_of(names: Sequence[str], findings: Findings) -> list[str | None]:
-    """The key of each column; None, after a warning, for a column that the format does not have."""
-    format = detect_format(dict.fromkeys(names))
-    known = FORMATS[format].keys if format else names
-    for name in names:
-        if name not in known:
+def columns_of(names: Sequence[str], mapping: ColumnMap, findings: Findings) -> list[str | None]:
+    """The key of each column; None, after a warning, for a column that the format does not have.
+
+    Raises Unreadable for a mapping of columns that the table does not have.
+    """
+    keys = [mapping.key(name) for name in names]
+    mapping.require_all()
+    format = detect_format(dict.fromkeys(key for key in keys if key is not None))
+    known = FORMATS[format].keys if format else keys
+    for name, key in zip(names, keys, strict=True):
+        if key is None or key not in known:
             findings.add(
                 Problem(
                     line=None,
                     path=None,
                     code="unrecognized_key",
-                    message=f"Column '{name}' is not part of the {format} format and is ignored.",
+                    message=f"Column '{name}' is left out by the mapping."
+                    if key is None
+                    else f"Column '{name}' is not part of the {format} format and is ignored.",
                     fix="",
                     severity="warning",
                 )
             )
-    columns = [name if name in known else None for name in names]
-    findings.columns = [name for name in columns if name]
+    columns = [key if key in known else None for key in keys]
+    read = (name for name, key in zip(names, columns, strict=True) if key)
+    findings.columns = [mapping.shown(name) for name in read]
     return columns
 
 

@@ -1,6 +1,6 @@
 """Validation of a whole training file: its report, and whether a method can train on it."""
 
-from collections.abc import Generator, Iterable, Iterator
+from collections.abc import Generator, Iterable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any, BinaryIO, Literal
@@ -27,16 +27,22 @@ ALIKE: tuple[tuple[Format, ...], ...] = (
 that their losses can be compared. Completions and texts are not."""
 
 
-def validate(stream: Iterable[bytes] | BinaryIO) -> Report:
-    """Reads a whole file, as chunks of any size or as an open file, and returns its report."""
-    return result_of(checking(stream))
+def validate(stream: Iterable[bytes] | BinaryIO, columns: Mapping[str, str] | None = None) -> Report:
+    """Reads a whole file, as chunks of any size or as an open file, and returns its report.
+
+    `columns` has the file's column of each key that has another name there, such as
+    {"prompt": "question", "completion": "answer"}. Raises SpecError for a mapping to unknown keys.
+    """
+    return result_of(checking(stream, columns))
 
 
-def checking(stream: Iterable[bytes] | BinaryIO) -> Generator[int, None, Report]:
+def checking(
+    stream: Iterable[bytes] | BinaryIO, columns: Mapping[str, str] | None = None
+) -> Generator[int, None, Report]:
     """As `validate`, but yields the number of rows read, every ROWS_AT_ONCE."""
     findings, seen = Findings(), Seen()
     report = findings.report
-    for row in read_rows(stream, findings):
+    for row in read_rows(stream, findings, columns):
         report.rows += 1
         if row.record is not None:
             _check_record(row.number, row.record, findings)
@@ -116,14 +122,16 @@ def _other_way(found: Format | None, type: str) -> str:
     return f"{method} lines of {lines[type]}."
 
 
-def read_records(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
-    """(number, record) of each row, numbered from 1 by line, element or row.
+def read_records(
+    path: Path, columns: Mapping[str, str] | None = None
+) -> Iterator[tuple[int, dict[str, Any]]]:
+    """(number, record) of each row, numbered from 1 by line, element or row. `columns` as for `validate`.
 
     Raises DataError at the first row without a record.
     """
     findings = Findings()
     with path.open("rb") as file:
-        for row in read_rows(file, findings):
+        for row in read_rows(file, findings, columns):
             if row.record is None:
                 break
             yield row.number, row.record
