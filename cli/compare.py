@@ -23,11 +23,13 @@ from .local import (
     existing_file,
     make_output,
     newest_checkpoint,
+    print_lines,
     stop_signals,
 )
 from .options import (
     VALIDATION_HELP,
     Budget,
+    Columns,
     Epochs,
     FirstSeed,
     Hyperparameters,
@@ -36,6 +38,7 @@ from .options import (
     Seeds,
     TrainingType,
     read_budget,
+    read_columns,
     read_hyperparameters,
     read_methods,
     read_rates,
@@ -67,6 +70,7 @@ def compare(
     search_share: Annotated[
         float, typer.Option(help="Share of the training data held out for choosing learning rates.")
     ] = 0.1,
+    columns: Columns = None,
     output: Annotated[Path, typer.Option(help="Folder for the report and checkpoints.")] = Path("comparison"),
     device: Annotated[str, typer.Option(help="cpu, cuda or cuda:N (auto: a GPU if there is one).")] = "auto",
     fresh: Annotated[
@@ -91,6 +95,7 @@ def compare(
         seeds=seeds,
         seed=seed,
         search_share=search_share,
+        columns=read_columns(columns),
     )
     existing_file(training_file, "training file")
     existing_file(validation_file, "validation")
@@ -102,9 +107,10 @@ def compare(
             param="output",
         )
     _check_request(output, spec)
-    check_data(training_file, validation_file, spec.type)
+    read = check_data(training_file, validation_file, spec.type, spec.columns)
     folder = base_folder(base, Path.cwd())
     make_output(output)
+    print_lines(read)
     (output / REQUEST).write_text(spec.model_dump_json(indent=2) + "\n", encoding="utf-8")
     report = _compare(spec, folder, training_file, validation_file, output, device)
     if report is None:

@@ -13,6 +13,7 @@ from .compare import show_report
 from .options import (
     VALIDATION_HELP,
     Budget,
+    Columns,
     Epochs,
     FirstSeed,
     Hyperparameters,
@@ -22,7 +23,9 @@ from .options import (
     Seeds,
     TrainingFile,
     TrainingType,
+    olora_object,
     read_budget,
+    read_columns,
     read_hyperparameters,
     read_methods,
     read_rates,
@@ -51,6 +54,7 @@ def create(
     budget: Budget = "auto",
     epochs: Epochs = None,
     options: Hyperparameters = None,
+    columns: Columns = None,
     follow: Annotated[bool, typer.Option("--watch", help="Watch the comparison until it ends.")] = False,
     base_url: BaseUrl = None,
 ) -> None:
@@ -64,6 +68,7 @@ def create(
         "seeds": seeds,
         "seed": seed,
         "budget": read_budget(budget),
+        "olora": olora_object(columns=read_columns(columns)),
     }
     with connect(base_url) as client:
         body["training_file"] = file_id(client, training_file)

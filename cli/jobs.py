@@ -8,7 +8,17 @@ from rich.console import Console
 
 from . import watching
 from .client import BaseUrl, connect, send
-from .options import Epochs, Hyperparameters, Model, TrainingFile, TrainingType, read_hyperparameters
+from .options import (
+    Columns,
+    Epochs,
+    Hyperparameters,
+    Model,
+    TrainingFile,
+    TrainingType,
+    olora_object,
+    read_columns,
+    read_hyperparameters,
+)
 from .progress import TrainingBar
 from .samples import show_samples
 from .watching import JOBS, file_id
@@ -34,6 +44,7 @@ def create(
         int | None, typer.Option(help="Random seed; the same seed gives the same adapter.")
     ] = None,
     options: Hyperparameters = None,
+    columns: Columns = None,
     devices: Annotated[int | None, typer.Option(help="Number of GPUs to train on (default: 1).")] = None,
     follow: Annotated[bool, typer.Option("--watch", help="Watch the job until it ends.")] = False,
     base_url: BaseUrl = None,
@@ -46,7 +57,7 @@ def create(
         "method": {"type": training, training: {"hyperparameters": hyperparameters}},
         "suffix": suffix,
         "seed": seed,
-        "olora": {"devices": devices} if devices is not None else None,
+        "olora": olora_object(devices=devices, columns=read_columns(columns)),
     }
     with connect(base_url) as client:
         body["training_file"] = file_id(client, training_file)

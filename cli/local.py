@@ -2,7 +2,7 @@
 
 import os
 import signal
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
@@ -26,30 +26,38 @@ def existing_file(path: Path, name: str) -> Path:
     return path
 
 
-def check_data(training: Path, validation: Path | None, type: str) -> None:
-    """Prints how the files are read. Raises DataError for the first bad line."""
+def check_data(
+    training: Path, validation: Path | None, type: str, columns: Mapping[str, str] | None = None
+) -> list[str]:
+    """How each file is read, in words. Raises DataError for the first bad line."""
     from olora_core.formats import check_for_training
 
-    report = _validated(training)
+    report, words = _validated(training, columns)
+    read = [words]
     trouble = check_for_training(report, role="training", minimum_rows=1, type=type)
     if trouble is None and validation is not None:
-        other = _validated(validation)
+        other, words = _validated(validation, columns)
+        read.append(words)
         trouble = check_for_training(
             other, role="validation", minimum_rows=1, training_format=report.format, type=type
         )
     if trouble is not None:
         raise trouble
+    return read
 
 
-def _validated(path: Path) -> "Report":
-    """The report on a file; prints how it was read."""
+def _validated(path: Path, columns: Mapping[str, str] | None) -> "tuple[Report, str]":
     from olora_core.formats import validate
 
     with path.open("rb") as stream:
-        report = validate(stream)
-    rows = "1 example" if report.rows == 1 else f"{report.rows:,} examples"
-    console.print(f"{path.name}: {report.detected}, {rows}", markup=False, highlight=False)
-    return report
+        report = validate(stream, columns)
+    examples = "1 example" if report.rows == 1 else f"{report.rows:,} examples"
+    return report, f"{path.name}: {report.detected}, {examples}"
+
+
+def print_lines(lines: Iterable[str]) -> None:
+    for line in lines:
+        console.print(line, markup=False, highlight=False, soft_wrap=True)
 
 
 def base_folder(model: str, here: Path) -> Path:

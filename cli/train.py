@@ -24,8 +24,10 @@ from .local import (
     existing_file,
     make_output,
     newest_checkpoint,
+    print_lines,
     stop_signals,
 )
+from .options import Columns, read_columns
 from .progress import TrainingBar
 from .samples import show_samples
 
@@ -65,6 +67,7 @@ class RunFile(BaseModel):
     adapter: Named = Field(default_factory=dict)
     hyperparameters: Named = Field(default_factory=dict)
     seed: int = Field(default=0, ge=0, le=MAX_SEED)
+    columns: dict[str, str] | None = None
     integrations: list[Any] = Field(default_factory=list)
 
 
@@ -74,9 +77,10 @@ def train(
         typer.Argument(
             metavar="SPEC.yaml",
             help="Spec file: model, training_file, validation_file, output, type, adapter, hyperparameters, "
-            "seed, integrations.",
+            "seed, columns, integrations.",
         ),
     ],
+    columns: Columns = None,
     fresh: Annotated[
         bool, typer.Option("--fresh", help="Discard an earlier run in the output folder.")
     ] = False,
@@ -98,6 +102,7 @@ def train(
         adapter=run.adapter,
         hyperparameters=run.hyperparameters,
         seed=run.seed,
+        columns=read_columns(columns) or run.columns,
     )
     check_validation(asked, given=run.validation_file is not None)
     trackers = _trackers(run)
@@ -111,9 +116,10 @@ def train(
     elif (exported / "manifest.json").exists():
         raise SpecError(f"{exported} already exists; choose another output or add --fresh.", param="output")
     spec = _recorded(output, asked)
-    check_data(training, validation, spec.type)
+    read = check_data(training, validation, spec.type, spec.columns)
     folder = base_folder(run.model, here)
     make_output(output)
+    print_lines(read)
     if not _train(spec, asked, folder, training, validation, output, device, trackers):
         console.print("Stopped. Run the same command to resume.")
         raise typer.Exit(STOPPED)

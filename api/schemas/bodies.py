@@ -5,6 +5,8 @@ from typing import Any, TypeVar, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from olora_core.formats import check_columns
+from olora_core.specs import Columns
 from olora_core.specs.validation import refusal
 
 from ..errors import BadRequest
@@ -38,7 +40,7 @@ class MethodRequest(RequestBody):
 
 
 class JobOptions(RequestBody):
-    """The request's `olora` object: how the job is run, not what is trained."""
+    """The request's `olora` object: how the job is run, and what OpenAI's API has no fields for."""
 
     priority: int = Field(default=0, ge=0, le=9, description="Jobs of a higher priority are started first.")
     devices: int = Field(
@@ -50,6 +52,17 @@ class JobOptions(RequestBody):
         le=MAX_SECONDS,
         description="The job fails when its attempts together have taken this long.",
     )
+    columns: Columns | None = Field(
+        default=None,
+        description='The files\' columns by the keys they stand for: {"prompt": "question", …}.',
+    )
+
+
+def columns_of(options: JobOptions | None) -> dict[str, str] | None:
+    """The request's mapping of columns. Raises SpecError."""
+    columns = options.columns if options else None
+    check_columns(columns, "olora.columns")
+    return columns
 
 
 def read_request(model: type[BodyT], values: dict[str, Any]) -> BodyT:

@@ -8,7 +8,15 @@ from olora_core.specs import MAX_SEEDS, ComparisonSpec, read_comparison
 from store.models import Job
 
 from ..errors import BadRequest
-from .bodies import JobOptions, MethodRequest, RequestBody, check_metadata, hyperparameters_of, read_request
+from .bodies import (
+    JobOptions,
+    MethodRequest,
+    RequestBody,
+    check_metadata,
+    columns_of,
+    hyperparameters_of,
+    read_request,
+)
 from .jobs import JobError, whole_seconds
 
 RESULTS = ("page", "report")
@@ -82,7 +90,12 @@ def _spec_of(request: CreateComparison) -> ComparisonSpec:
     type, hyperparameters, prefix = hyperparameters_of(request.method, request.hyperparameters)
     given = {name: getattr(request, name) for name in SPEC_FIELDS if getattr(request, name) is not None}
     return read_comparison(
-        model=request.model, type=type, hyperparameters=hyperparameters, prefix=prefix, **given
+        model=request.model,
+        type=type,
+        hyperparameters=hyperparameters,
+        columns=columns_of(request.olora),
+        prefix=prefix,
+        **given,
     )
 
 

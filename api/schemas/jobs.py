@@ -11,7 +11,15 @@ from store.jobs import leaves_model
 from store.kinds import FINE_TUNING, Kind
 from store.models import Checkpoint, Event, Job
 
-from .bodies import JobOptions, MethodRequest, RequestBody, check_metadata, hyperparameters_of, read_request
+from .bodies import (
+    JobOptions,
+    MethodRequest,
+    RequestBody,
+    check_metadata,
+    columns_of,
+    hyperparameters_of,
+    read_request,
+)
 
 
 class CreateJob(RequestBody):
@@ -55,6 +63,7 @@ def _spec_of(request: CreateJob) -> TrainSpec:
         hyperparameters=hyperparameters,
         adapter=request.adapter,
         seed=secrets.randbelow(MAX_SEED + 1) if request.seed is None else request.seed,
+        columns=columns_of(request.olora),
         prefix=prefix,
     )
     check_validation(spec, given=request.validation_file is not None, prefix=prefix)

@@ -279,8 +279,10 @@ class Comparison:
     def identity(self) -> dict[str, Any]:
         """What a checkpoint must agree with to be resumed by this comparison."""
         terms = self.terms
+        # Options that came later are left out while unset, so that checkpoints from before stay valid.
+        unset = {name for name in ("columns",) if getattr(terms.spec, name) is None}
         return {
-            "comparison": hashlib.sha256(terms.spec.model_dump_json().encode()).hexdigest(),
+            "comparison": hashlib.sha256(terms.spec.model_dump_json(exclude=unset).encode()).hexdigest(),
             "training data": terms.data.training.digest,
             "validation data": terms.data.validation.digest,
             "base model": terms.base.fingerprint,

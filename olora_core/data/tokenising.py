@@ -6,7 +6,7 @@ end-of-sequence token. In a plain text, every token is trained.
 
 from array import array
 from collections import deque
-from collections.abc import Generator, Iterable, Iterator, Sequence
+from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -44,17 +44,19 @@ def tokenise(
     end_tokens: frozenset[int],
     role: str,
     total: int,
+    columns: Mapping[str, str] | None = None,
 ) -> Generator[Phase, None, tuple[Examples, list[Note]]]:
     """Tokenises a validated file of `total` rows. Yields progress; returns the examples and notes on them.
 
     Rows are cut at `context_length` tokens, plain texts are split there. An example with a row without
-    trained tokens is dropped. Raises DataError with the line for a row that cannot be trained on.
+    trained tokens is dropped. `columns` has the file's column of each key that has another name there. Raises
+    DataError with the line for a row that cannot be trained on.
     """
     encoder = Encoder(tokenizer, end_tokens)
     rows = _Rows(writer, role, container_of(path), context_length, encoder)
     chat = ChatTemplate(tokenizer, end_tokens)
     noun = NOUNS[rows.container].capitalize()
-    drafts = (_drafts(line, f"{noun} {line}", record, chat) for line, record in read_records(path))
+    drafts = (_drafts(line, f"{noun} {line}", record, chat) for line, record in read_records(path, columns))
     done = 0
     # The tokenizer's threads encode one batch while the template renders the next.
     with ThreadPoolExecutor(1) as tokenizing:

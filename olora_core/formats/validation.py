@@ -74,22 +74,27 @@ def check_for_training(
     minimum_rows: int,
     training_format: str | None = None,
     type: str = "supervised",
+    is_mapped: bool = False,
 ) -> OloraError | None:
-    """The error with which a job of this method.type fails on this file, or None."""
+    """The error with which a job of this method.type fails on this file, or None.
+
+    `is_mapped` says that the job reads the file by a mapping of its columns, and the report does not: then
+    only the number of rows counts, and whether they can be read.
+    """
     code, param = f"invalid_{role}_file", f"{role}_file"
-    first = report.fatal or (report.errors[0] if report.errors else None)
+    first = report.fatal or (report.errors[0] if report.errors and not is_mapped else None)
     if first is not None:
         more = report.error_count - 1
         rest = f" (and {more} more error{'s' if more > 1 else ''})" if more > 0 else ""
         return DataError(f"{first.sentence}{rest}", code=code, param=param)
-    if report.format not in TRAINABLE[type]:
+    if not is_mapped and report.format not in TRAINABLE[type]:
         return DataError(
             f"The {role} file holds {report.format or 'unknown'} data, which method {type} does not "
             f"train on. {_other_way(report.format, type)}",
             code="unexpected_file_format",
             param=param,
         )
-    if training_format is not None and not _are_alike(report.format, training_format):
+    if not is_mapped and training_format is not None and not _are_alike(report.format, training_format):
         return DataError(
             f"The {role} file is in {report.format} format, but the training file is in {training_format} "
             "format. Give both the same format.",

@@ -14,6 +14,7 @@ from .training import (
     ADAPTER_ALIASES,
     HYPERPARAMETER_ALIASES,
     MAX_SEED,
+    Columns,
     Hyperparameters,
     TrainingType,
     TrainSpec,
@@ -85,6 +86,10 @@ class ComparisonSpec(Spec):
         le=0.5,
         description="Share of the training rows that is held out to choose the learning rates.",
     )
+    columns: Columns | None = Field(
+        default=None,
+        description='The files\' columns by the keys they stand for: {"prompt": "question"}; null: as named.',
+    )
 
     @property
     def labels(self) -> tuple[str, ...]:
@@ -109,6 +114,7 @@ class ComparisonSpec(Spec):
             adapter=self.methods[self.baseline].adapter,
             hyperparameters=self.hyperparameters,
             seed=self.seed,
+            columns=self.columns,
         )
 
 
@@ -128,6 +134,7 @@ def read_comparison(
     seeds: Any = 3,
     seed: Any = 0,
     search_share: Any = 0.1,
+    columns: Mapping[str, str] | None = None,
     prefix: str = "hyperparameters",
 ) -> ComparisonSpec:
     """Reads untyped input into a spec. A method is a name or an adapter object; "all" is every method.
@@ -149,6 +156,7 @@ def read_comparison(
         "seeds": seeds,
         "seed": seed,
         "search_share": search_share,
+        "columns": columns or None,
     }
     spec = read(ComparisonSpec, values, lambda name: "")
     if spec.seed + spec.seeds - 1 > MAX_SEED:

@@ -1,7 +1,7 @@
 """The spec of one training run, and how untyped input is read into it."""
 
 from collections.abc import Mapping
-from typing import Annotated, Any, Literal, cast, get_args
+from typing import Annotated, Any, Literal, get_args
 
 from pydantic import Field
 
@@ -111,6 +111,9 @@ class Hyperparameters(Spec):
 
 
 TrainingType = Literal["supervised", "dpo"]
+Name = Annotated[str, Field(min_length=1, max_length=256)]
+Columns = Annotated[dict[Name, Name], Field(min_length=1, max_length=32)]
+"""The files' column of each key of a format that has another name there."""
 
 
 class TrainSpec(Spec):
@@ -124,6 +127,10 @@ class TrainSpec(Spec):
     adapter: AnyAdapterSpec = Field(default_factory=OLoRASpec)
     hyperparameters: Hyperparameters = Field(default_factory=Hyperparameters)
     seed: int = Field(default=0, ge=0, le=MAX_SEED)
+    columns: Columns | None = Field(
+        default=None,
+        description='The files\' columns by the keys they stand for: {"prompt": "question"}; null: as named.',
+    )
 
 
 def check_validation(spec: TrainSpec, *, given: bool, prefix: str = "hyperparameters") -> None:
@@ -154,6 +161,7 @@ def read_spec(
     hyperparameters: Mapping[str, Any] | None = None,
     adapter: Mapping[str, Any] | None = None,
     seed: int = 0,
+    columns: Mapping[str, str] | None = None,
     prefix: str = "hyperparameters",
 ) -> TrainSpec:
     """Reads untyped input into a spec.
@@ -184,13 +192,15 @@ def read_spec(
         )
     read_adapter = read(ADAPTER_SPECS[method], adapter_values, lambda name: places.get(name, "adapter"))
     check_export(read_adapter)
-    return TrainSpec(
-        model=model,
-        type=cast(TrainingType, type),
-        adapter=read_adapter,
-        hyperparameters=chosen,
-        seed=_read_seed(seed),
-    )
+    values = {
+        "model": model,
+        "type": type,
+        "adapter": read_adapter,
+        "hyperparameters": chosen,
+        "seed": _read_seed(seed),
+        "columns": columns or None,
+    }
+    return read(TrainSpec, values, lambda name: "")
 
 
 def _read_hyperparameters(type: str, values: dict[str, Any], prefix: str) -> Hyperparameters:

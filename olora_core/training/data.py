@@ -3,7 +3,7 @@
 import hashlib
 import json
 import tempfile
-from collections.abc import Generator, Iterator
+from collections.abc import Generator, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -25,7 +25,7 @@ from ..specs import MAX_CONTEXT, TrainSpec
 
 UNKNOWN_CONTEXT = 2048
 """Context length when neither the model nor the tokenizer gives one."""
-VERSION = 1
+VERSION = 2
 """Version of how records become examples; raising it invalidates every cached file."""
 Role = Literal["training", "validation"]
 
@@ -49,6 +49,8 @@ class Reading:
     tokenizer: PreTrainedTokenizerBase
     context_length: int
     end_tokens: frozenset[int]
+    columns: Mapping[str, str] | None = None
+    """The files' column of each key that has another name there."""
 
 
 @dataclass(frozen=True)
@@ -75,6 +77,7 @@ def read_data(
         base.tokenizer,
         context_length(base) if kept == "auto" else kept,
         end_of_turn_tokens(base.tokenizer, base.model.generation_config.eos_token_id),
+        spec.columns,
     )
     with _folder(cache) as folder:
         first = yield from read_file(training, "training", how, folder)
@@ -105,7 +108,7 @@ def read_file(
     try:
         examples, about = open_examples(entry)
     except DamagedExamples:  # or not there
-        report = yield from _checked(path)
+        report = yield from _checked(path, how.columns)
         _refuse_unfit(report, role, how, training_format)
         with new_entry(cache) as folder, ExampleWriter(folder, len(how.tokenizer)) as writer:
             examples, notes = yield from tokenise(
@@ -116,6 +119,7 @@ def read_file(
                 end_tokens=how.end_tokens,
                 role=role,
                 total=report.rows,
+                columns=how.columns,
             )
             about = {"report": _brief(report), "notes": [asdict(note) for note in notes]}
             writer.finish(examples, about)
@@ -126,11 +130,11 @@ def read_file(
     return Tokenised(examples, report, [Note(**note) for note in about["notes"]], sha256)
 
 
-def _checked(path: Path) -> Generator[Phase, None, Report]:
+def _checked(path: Path, columns: Mapping[str, str] | None) -> Generator[Phase, None, Report]:
     """Checks the file's structure."""
     size = path.stat().st_size
     with path.open("rb") as file:
-        steps = checking(file)
+        steps = checking(file, columns)
         while True:
             try:
                 next(steps)
@@ -165,6 +169,7 @@ def _key(sha256: str, role: Role, how: Reading) -> str:
         tokenizer.special_tokens_map,
         how.context_length,
         sorted(how.end_tokens),
+        how.columns,
     ]
     return hashlib.sha256(json.dumps(parts, default=str, sort_keys=True).encode()).hexdigest()[:40]
 

@@ -66,6 +66,7 @@ def test_a_new_comparison_carries_every_field(client: TestClient) -> None:
         "priority": 3,
         "max_seconds": 3600,
         "devices": 1,
+        "columns": None,
         "attempt": 0,
         "failures": 0,
         "requested": None,
