@@ -23,11 +23,13 @@ from .local import (
     existing_file,
     make_output,
     newest_checkpoint,
+    print_lines,
     stop_signals,
 )
 from .options import (
     VALIDATION_HELP,
     Budget,
+    Columns,
     Epochs,
     FirstSeed,
     GroupBy,
@@ -38,6 +40,7 @@ from .options import (
     TrainingType,
     ValidationShare,
     read_budget,
+    read_columns,
     read_hyperparameters,
     read_methods,
     read_rates,
@@ -71,6 +74,7 @@ def compare(
     search_share: Annotated[
         float, typer.Option(help="Share of the training data held out for choosing learning rates.")
     ] = 0.1,
+    columns: Columns = None,
     output: Annotated[Path, typer.Option(help="Folder for the report and checkpoints.")] = Path("comparison"),
     device: Annotated[str, typer.Option(help="cpu, cuda or cuda:N (auto: a GPU if there is one).")] = "auto",
     fresh: Annotated[
@@ -97,6 +101,7 @@ def compare(
         search_share=search_share,
         validation_share=validation_share,
         group_by=group_by,
+        columns=read_columns(columns),
     )
     check_judging(spec, given=validation_file is not None)
     existing_file(training_file, "training file")
@@ -110,9 +115,13 @@ def compare(
             param="output",
         )
     _check_request(output, spec)
-    check_data(training_file, validation_file, spec.type)
+    read = check_data(
+        *(training_file, validation_file, spec.type, spec.columns),
+        literal=spec.hyperparameters.control_tokens == "text",
+    )
     folder = base_folder(base, Path.cwd())
     make_output(output)
+    print_lines(read)
     (output / REQUEST).write_text(spec.model_dump_json(indent=2) + "\n", encoding="utf-8")
     report = _compare(spec, folder, training_file, validation_file, output, device)
     if report is None:

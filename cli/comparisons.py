@@ -13,6 +13,7 @@ from .compare import show_report
 from .options import (
     VALIDATION_HELP,
     Budget,
+    Columns,
     Epochs,
     FirstSeed,
     GroupBy,
@@ -26,6 +27,7 @@ from .options import (
     ValidationShare,
     olora_object,
     read_budget,
+    read_columns,
     read_hyperparameters,
     read_methods,
     read_rates,
@@ -56,6 +58,7 @@ def create(
     budget: Budget = "auto",
     epochs: Epochs = None,
     options: Hyperparameters = None,
+    columns: Columns = None,
     follow: Annotated[bool, typer.Option("--watch", help="Watch the comparison until it ends.")] = False,
     base_url: BaseUrl = None,
 ) -> None:
@@ -69,7 +72,9 @@ def create(
         "seeds": seeds,
         "seed": seed,
         "budget": read_budget(budget),
-        "olora": olora_object(validation_share=validation_share, group_by=group_by),
+        "olora": olora_object(
+            validation_share=validation_share, group_by=group_by, columns=read_columns(columns)
+        ),
     }
     with connect(base_url) as client:
         body["training_file"] = file_id(client, training_file)

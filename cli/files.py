@@ -50,7 +50,12 @@ def send_file(client: httpx.Client, path: Path, purpose: str = "fine-tune") -> d
         answer: dict[str, Any] = send(
             client, "POST", "files", data={"purpose": purpose}, files={"file": (path.name, counted)}
         )
+    report = answer["olora"]["report"] or {}
+    detected = f", {report['detected']}" if report.get("detected") else ""
     console.print(
-        f"{path.name}: {answer['bytes']:,} bytes, {answer['status']}", markup=False, highlight=False
+        f"{path.name}: {answer['bytes']:,} bytes, {answer['status']}{detected}",
+        markup=False,
+        highlight=False,
+        soft_wrap=True,
     )
     return answer

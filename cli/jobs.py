@@ -9,6 +9,7 @@ from rich.console import Console
 from . import watching
 from .client import BaseUrl, connect, send
 from .options import (
+    Columns,
     Epochs,
     GroupBy,
     Hyperparameters,
@@ -17,6 +18,7 @@ from .options import (
     TrainingType,
     ValidationShare,
     olora_object,
+    read_columns,
     read_hyperparameters,
 )
 from .progress import TrainingBar
@@ -46,6 +48,7 @@ def create(
         int | None, typer.Option(help="Random seed; the same seed gives the same adapter.")
     ] = None,
     options: Hyperparameters = None,
+    columns: Columns = None,
     devices: Annotated[int | None, typer.Option(help="Number of GPUs to train on (default: 1).")] = None,
     follow: Annotated[bool, typer.Option("--watch", help="Watch the job until it ends.")] = False,
     base_url: BaseUrl = None,
@@ -58,7 +61,12 @@ def create(
         "method": {"type": training, training: {"hyperparameters": hyperparameters}},
         "suffix": suffix,
         "seed": seed,
-        "olora": olora_object(devices=devices, validation_share=validation_share, group_by=group_by),
+        "olora": olora_object(
+            devices=devices,
+            validation_share=validation_share,
+            group_by=group_by,
+            columns=read_columns(columns),
+        ),
     }
     with connect(base_url) as client:
         body["training_file"] = file_id(client, training_file)

@@ -2,14 +2,18 @@
 
 import os
 import signal
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
+from typing import TYPE_CHECKING
 
 from rich.console import Console
 
 from olora_core.errors import SpecError
+
+if TYPE_CHECKING:
+    from olora_core.formats import Report
 
 console = Console(stderr=True)
 STOPPED = 130
@@ -22,21 +26,51 @@ def existing_file(path: Path, name: str) -> Path:
     return path
 
 
-def check_data(training: Path, validation: Path | None, type: str) -> None:
-    """Raises DataError for the first bad line."""
-    from olora_core.formats import check_for_training, validate
+def check_data(
+    training: Path,
+    validation: Path | None,
+    type: str,
+    columns: Mapping[str, str] | None = None,
+    *,
+    literal: bool = False,
+) -> list[str]:
+    """How each file is read, in words. With `literal`, control tokens in messages are ordinary text.
 
-    with training.open("rb") as stream:
-        report = validate(stream)
-    trouble = check_for_training(report, role="training", minimum_rows=1, type=type)
+    Raises DataError for the first bad line.
+    """
+    from olora_core.formats import check_for_training
+
+    report, words = _validated(training, columns)
+    read = [words]
+    trouble = check_for_training(report, role="training", minimum_rows=1, type=type, literal=literal)
     if trouble is None and validation is not None:
-        with validation.open("rb") as stream:
-            other = validate(stream)
+        other, words = _validated(validation, columns)
+        read.append(words)
         trouble = check_for_training(
-            other, role="validation", minimum_rows=1, training_format=report.format, type=type
+            other,
+            role="validation",
+            minimum_rows=1,
+            training_format=report.format,
+            type=type,
+            literal=literal,
         )
     if trouble is not None:
         raise trouble
+    return read
+
+
+def _validated(path: Path, columns: Mapping[str, str] | None) -> "tuple[Report, str]":
+    from olora_core.formats import validate
+
+    with path.open("rb") as stream:
+        report = validate(stream, columns)
+    examples = "1 example" if report.rows == 1 else f"{report.rows:,} examples"
+    return report, f"{path.name}: {report.detected}, {examples}"
+
+
+def print_lines(lines: Iterable[str]) -> None:
+    for line in lines:
+        console.print(line, markup=False, highlight=False, soft_wrap=True)
 
 
 def base_folder(model: str, here: Path) -> Path:

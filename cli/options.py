@@ -40,6 +40,13 @@ GroupBy = Annotated[
         metavar="KEY", help="With --validation-share: rows with the same value of this key stay together."
     ),
 ]
+Columns = Annotated[
+    str | None,
+    typer.Option(
+        metavar="KEY=COLUMN,…",
+        help="Columns of the files by the keys they stand for: prompt=question,completion=answer.",
+    ),
+]
 VALIDATION_HELP = "Held-out data used only for the final results, never for tuning."
 
 
@@ -52,6 +59,24 @@ def read_hyperparameters(options: list[str] | None, **given: Any) -> dict[str, A
 def olora_object(**options: Any) -> dict[str, Any] | None:
     """A request's `olora` object, of the options that are not None; None without any."""
     return {name: value for name, value in options.items() if value is not None} or None
+
+
+def read_columns(text: str | None) -> dict[str, str] | None:
+    """The KEY=COLUMN pairs, checked. Raises SpecError."""
+    from olora_core.formats import check_columns
+
+    if text is None:
+        return None
+    columns: dict[str, str] = {}
+    for part in text.split(","):
+        key, equals, column = (side.strip() for side in part.partition("="))
+        if not key or not equals:
+            raise SpecError(f"--columns {part.strip()!r} is not KEY=COLUMN.", param="columns")
+        if key in columns:
+            raise SpecError(f"--columns gives '{key}' twice; give it once.", param="columns")
+        columns[key] = column
+    check_columns(columns, "--columns")
+    return columns
 
 
 def _name_and_value(text: str) -> tuple[str, Any]:

@@ -24,9 +24,10 @@ from .local import (
     existing_file,
     make_output,
     newest_checkpoint,
+    print_lines,
     stop_signals,
 )
-from .options import GroupBy, ValidationShare
+from .options import Columns, GroupBy, ValidationShare, read_columns
 from .progress import TrainingBar
 from .samples import show_samples
 
@@ -68,6 +69,7 @@ class RunFile(BaseModel):
     seed: int = Field(default=0, ge=0, le=MAX_SEED)
     validation_share: float | None = None
     group_by: str | None = None
+    columns: dict[str, str] | None = None
     integrations: list[Any] = Field(default_factory=list)
 
 
@@ -77,11 +79,12 @@ def train(
         typer.Argument(
             metavar="SPEC.yaml",
             help="Spec file: model, training_file, validation_file, output, type, adapter, hyperparameters, "
-            "seed, validation_share, group_by, integrations.",
+            "seed, validation_share, group_by, columns, integrations.",
         ),
     ],
     validation_share: ValidationShare = None,
     group_by: GroupBy = None,
+    columns: Columns = None,
     fresh: Annotated[
         bool, typer.Option("--fresh", help="Discard an earlier run in the output folder.")
     ] = False,
@@ -105,6 +108,7 @@ def train(
         seed=run.seed,
         validation_share=run.validation_share if validation_share is None else validation_share,
         group_by=run.group_by if group_by is None else group_by,
+        columns=read_columns(columns) or run.columns,
     )
     check_validation(asked, given=run.validation_file is not None)
     trackers = _trackers(run)
@@ -118,9 +122,13 @@ def train(
     elif (exported / "manifest.json").exists():
         raise SpecError(f"{exported} already exists; choose another output or add --fresh.", param="output")
     spec = _recorded(output, asked)
-    check_data(training, validation, spec.type)
+    read = check_data(
+        *(training, validation, spec.type, spec.columns),
+        literal=spec.hyperparameters.control_tokens == "text",
+    )
     folder = base_folder(run.model, here)
     make_output(output)
+    print_lines(read)
     if not _train(spec, asked, folder, training, validation, output, device, trackers):
         console.print("Stopped. Run the same command to resume.")
         raise typer.Exit(STOPPED)

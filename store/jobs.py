@@ -6,6 +6,7 @@ Comparisons share this life cycle; what only they have is in `comparisons.py`.
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal
 
 from sqlalchemy import and_, func, select, update
@@ -100,6 +101,7 @@ def _check_purpose(file: File, param: str) -> None:
 def admit(session: Session, settings: Settings) -> int:
     """Moves jobs from `validating_files` to `queued`, or to `failed`, according to their files' reports.
 
+    The columns of a job that maps them are checked by its worker.
     Returns how many it moved.
     """
     waiting = select(Job).where(Job.status == "validating_files").order_by(Job.seq).limit(100)
@@ -121,16 +123,19 @@ def _file_error(session: Session, job: Job, settings: Settings) -> OloraError | 
     training = _report_of(session, job.training_file, "training_file")
     if not isinstance(training, Report):
         return training
-    type = job.spec["type"]
-    error = check_for_training(training, role="training", minimum_rows=settings.min_examples, type=type)
+    check = partial(
+        check_for_training,
+        type=job.spec["type"],
+        literal=job.spec["hyperparameters"].get("control_tokens") == "text",
+        is_mapped=bool(job.spec.get("columns")),
+    )
+    error = check(training, role="training", minimum_rows=settings.min_examples)
     if error is not None or job.validation_file is None:
         return error
     validation = _report_of(session, job.validation_file, "validation_file")
     if not isinstance(validation, Report):
         return validation
-    return check_for_training(
-        validation, role="validation", minimum_rows=1, training_format=training.format, type=type
-    )
+    return check(validation, role="validation", minimum_rows=1, training_format=training.format)
 
 
 def _report_of(session: Session, file_id: str, param: str) -> Report | StoreError:

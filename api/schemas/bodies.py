@@ -5,7 +5,8 @@ from typing import Any, TypeVar, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from olora_core.specs import RowKey, Share
+from olora_core.formats import check_columns
+from olora_core.specs import Columns, RowKey, Share
 from olora_core.specs.validation import refusal
 
 from ..errors import BadRequest
@@ -59,6 +60,17 @@ class JobOptions(RequestBody):
         default=None,
         description="A key at the top level of the rows: those with the same value are all held out or none.",
     )
+    columns: Columns | None = Field(
+        default=None,
+        description='The files\' columns by the keys they stand for: {"prompt": "question", …}.',
+    )
+
+
+def columns_of(options: JobOptions | None) -> dict[str, str] | None:
+    """The request's mapping of columns. Raises SpecError."""
+    columns = options.columns if options else None
+    check_columns(columns, "olora.columns")
+    return columns
 
 
 def read_request(model: type[BodyT], values: dict[str, Any]) -> BodyT:

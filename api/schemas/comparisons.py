@@ -8,7 +8,15 @@ from olora_core.specs import MAX_SEEDS, ComparisonSpec, check_judging, read_comp
 from store.models import Job
 
 from ..errors import BadRequest
-from .bodies import JobOptions, MethodRequest, RequestBody, check_metadata, hyperparameters_of, read_request
+from .bodies import (
+    JobOptions,
+    MethodRequest,
+    RequestBody,
+    check_metadata,
+    columns_of,
+    hyperparameters_of,
+    read_request,
+)
 from .jobs import JobError, whole_seconds
 
 RESULTS = ("page", "report")
@@ -84,6 +92,7 @@ def _spec_of(request: CreateComparison) -> ComparisonSpec:
         hyperparameters=hyperparameters,
         validation_share=options.validation_share,
         group_by=options.group_by,
+        columns=columns_of(request.olora),
         prefix=prefix,
         **given,
     )

@@ -10,8 +10,8 @@ UPLOAD_PURPOSES = ("fine-tune", "assistants", "batch", "vision", "user_data", "e
 
 
 class FileObject(BaseModel):
-    """An uploaded or produced file. `olora.report` has the findings of its validation, in a list only their
-    counts.
+    """An uploaded or produced file. `olora.report` says how it was read and what its validation found,
+    in a list only the counts.
     """
 
     id: str

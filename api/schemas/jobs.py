@@ -11,7 +11,15 @@ from store.jobs import leaves_model
 from store.kinds import FINE_TUNING, Kind
 from store.models import Checkpoint, Event, Job
 
-from .bodies import JobOptions, MethodRequest, RequestBody, check_metadata, hyperparameters_of, read_request
+from .bodies import (
+    JobOptions,
+    MethodRequest,
+    RequestBody,
+    check_metadata,
+    columns_of,
+    hyperparameters_of,
+    read_request,
+)
 
 
 class CreateJob(RequestBody):
@@ -58,6 +66,7 @@ def _spec_of(request: CreateJob) -> TrainSpec:
         seed=secrets.randbelow(MAX_SEED + 1) if request.seed is None else request.seed,
         validation_share=options.validation_share,
         group_by=options.group_by,
+        columns=columns_of(request.olora),
         prefix=prefix,
     )
     check_validation(spec, given=request.validation_file is not None, prefix=prefix, place="olora.")

@@ -326,7 +326,7 @@ class Comparison:
             ) from None
 
 
-ADDED = ("validation_share", "group_by")
+ADDED = ("validation_share", "group_by", "columns")
 ADDED_HYPERPARAMETERS = ("train_on_reasoning", "control_tokens")
 """Options that are younger than the checkpoints of some unfinished comparisons."""
 

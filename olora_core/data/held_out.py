@@ -34,14 +34,17 @@ class Split:
     """Number of groups that the examples form."""
 
 
-def group_draws(path: Path, key: str, seed: int, rows: int) -> Generator[Phase, None, dict[int, int]]:
+def group_draws(
+    path: Path, key: str, seed: int, rows: int, columns: Mapping[str, str] | None = None
+) -> Generator[Phase, None, dict[int, int]]:
     """The place in the draw of each row whose `key` is not empty, by its line; yields progress.
 
-    `rows` is the number of the file's rows. Raises DataError if no row has the key.
+    `rows` is the number of the file's rows; `columns` is its mapping of columns. Raises DataError if no row
+    has the key.
     """
     draws: dict[int, int] = {}
     names: set[str] = set()
-    for read, (line, record) in enumerate(read_records(path, keep=key), 1):
+    for read, (line, record) in enumerate(read_records(path, columns, keep=key), 1):
         value = record.get(key)
         if value is not None and value != "":
             text = json.dumps(value, sort_keys=True, default=str)

@@ -6,7 +6,7 @@ end-of-sequence token. In a plain text, every token is trained.
 
 from array import array
 from collections import deque
-from collections.abc import Generator, Iterable, Iterator, Sequence
+from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from datetime import date
 from pathlib import Path
@@ -45,20 +45,22 @@ def tokenise(
     day: date | None = None,
     reasoning: bool = True,
     literal: bool = False,
+    columns: Mapping[str, str] | None = None,
 ) -> Generator[Phase, None, tuple[Examples, list[Note]]]:
     """Tokenises a validated file of `total` rows. Yields progress; returns the examples and notes on them.
 
     Rows are cut at `context_length` tokens, plain texts are split there. An example with a row without
     trained tokens is dropped. A chat template that writes today's date writes `day`, today if that is not
-    given; `reasoning` and `literal` are options of `Answers`. Raises DataError with the line for a row that
-    cannot be trained on.
+    given; `reasoning` and `literal` are options of `Answers`; `columns` has the file's column of each key
+    that has another name there. Raises DataError with the line for a row that cannot be trained on.
     """
     template = ChatTemplate(tokenizer, day or date.today())
     answers = Answers(template, end_tokens, reasoning=reasoning, literal=literal)
     encoder = Encoder(tokenizer, answers.ends)
     rows = _Rows(writer, role, container_of(path), context_length, encoder)
     noun = NOUNS[rows.container].capitalize()
-    drafts = (drafts_of(line, f"{noun} {line}", record, answers) for line, record in read_records(path))
+    records = read_records(path, columns)
+    drafts = (drafts_of(line, f"{noun} {line}", record, answers) for line, record in records)
     done = 0
     # The tokenizer's threads encode one batch while the template renders the next.
     with ThreadPoolExecutor(1) as tokenizing:

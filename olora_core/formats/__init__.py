@@ -4,6 +4,7 @@ One pass over the bytes, in constant memory, without torch. Checks that need the
 template (rows that are too long, rows without trained tokens) are in `data/tokenising.py`.
 """
 
+from .columns import check_columns
 from .containers import container_of
 from .detection import canonical, detect_format
 from .messages import plain_text
@@ -21,6 +22,7 @@ __all__ = [
     "Problem",
     "Report",
     "canonical",
+    "check_columns",
     "check_for_training",
     "checking",
     "container_of",

@@ -3,14 +3,16 @@
 from typing import Any
 
 from .messages import check_answer_text, check_other_keys
-from .report import Add, named
+from .report import MAP_COLUMNS, Add, named
+from .weights import check_row_weight, refuse_row_weight, row_weight
 
-KEYS = ("instruction", "input", "output", "system", "history")
-PREFERENCE_KEYS = ("instruction", "input", "chosen", "rejected", "system", "history")
+KEYS = ("instruction", "input", "output", "system", "history", "weight")
+PREFERENCE_KEYS = ("instruction", "input", "chosen", "rejected", "system", "history", "weight")
 
 
 def check(record: dict[str, Any], add: Add) -> None:
     check_other_keys(record, KEYS, add)
+    check_row_weight(record, add)
     _check_question(record, add)
     if _is_there(record, "output", add):
         check_answer_text(record["output"], "$.output", add)
@@ -18,6 +20,7 @@ def check(record: dict[str, Any], add: Add) -> None:
 
 def check_preference(record: dict[str, Any], add: Add) -> None:
     check_other_keys(record, PREFERENCE_KEYS, add)
+    refuse_row_weight(record, add)
     _check_question(record, add)
     usable = [_is_there(record, key, add) for key in ("chosen", "rejected")]
     if not all(usable):
@@ -66,7 +69,7 @@ def _is_there(record: dict[str, Any], key: str, add: Add) -> bool:
             f"$.{key}",
             "missing_key",
             f"'{key}' is missing.",
-            f"Give each line an instruction and {answers}.",
+            f"Give each line an instruction and {answers}. {MAP_COLUMNS}",
         )
     else:
         add(f"$.{key}", "data_type", f"'{key}' is {named(record[key])}.", "Make it a string.")
@@ -75,7 +78,7 @@ def _is_there(record: dict[str, Any], key: str, add: Add) -> bool:
 
 def as_chat(record: dict[str, Any]) -> dict[str, Any]:
     """A chat record. Answers in the history are trained too, as in LLaMA-Factory."""
-    return {"messages": [*_question(record), _answer(record["output"])]}
+    return {"messages": [*_question(record), _answer(record["output"])]} | row_weight(record)
 
 
 def as_preference(record: dict[str, Any]) -> dict[str, Any]:

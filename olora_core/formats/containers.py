@@ -1,11 +1,12 @@
 """The kind of file, detected from its first bytes, and its rows."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from itertools import chain
 from pathlib import Path
 from typing import BinaryIO, cast
 
 from . import csv_table, json_array, jsonl, parquet
+from .columns import ColumnMap
 from .jsonl import NOT_JSONL
 from .report import Container, Findings
 from .rows import Row, Unreadable, chunks_of
@@ -20,28 +21,41 @@ OTHER_FILES = (
 
 
 def read_rows(
-    stream: Iterable[bytes] | BinaryIO, findings: Findings, *, keep: str | None = None
+    stream: Iterable[bytes] | BinaryIO,
+    findings: Findings,
+    columns: Mapping[str, str] | None = None,
+    *,
+    keep: str | None = None,
 ) -> Iterator[Row]:
     """Every row of a file; errors of its form are added to the findings.
 
-    `keep` is a column of a table that is read although its format does not have it. A file of no known kind
-    is read, and refused, as JSONL.
+    `columns` has the file's column of each key that has another name there; `keep` is a column of a table
+    that is read although its format does not have it. Raises SpecError for `columns` that are no mapping of
+    known keys. A file of no known kind is read, and refused, as JSONL.
     """
-    chunks = chunks_of(stream)
+    mapping, chunks = ColumnMap(columns, keep), chunks_of(stream)
     try:
         head = _without_mark(next(chunks, b""), findings)
         whole, findings.report.container = chain([head], chunks), _container(head)
         match findings.report.container:
             case "parquet":
-                yield from parquet.rows(_from_its_beginning(stream), findings, keep)
+                yield from parquet.rows(_from_its_beginning(stream), mapping, findings)
             case "json":
-                yield from json_array.rows(whole, findings)
+                yield from _mapped(json_array.rows(whole, findings), mapping, findings)
             case "csv":
-                yield from csv_table.rows(whole, findings, keep)
+                yield from csv_table.rows(whole, mapping, findings)
             case "jsonl":
-                yield from jsonl.rows(whole, findings)
+                yield from _mapped(jsonl.rows(whole, findings), mapping, findings)
     except Unreadable as error:
         findings.add(error.problem, fatal=True)
+
+
+def _mapped(rows: Iterator[Row], mapping: ColumnMap, findings: Findings) -> Iterator[Row]:
+    """Rows of objects, which may each have other keys; a mapped key must occur in one of them."""
+    findings.columns = [mapping.shown(column) for column in mapping.columns.values()]
+    yield from map(mapping.row, rows)
+    if findings.report.fatal is None:
+        mapping.require_all()
 
 
 def container_of(path: Path) -> Container:

@@ -9,7 +9,7 @@ from typing import Any
 
 from ..specs import nearest
 from . import alpaca, preference, sharegpt, supervised
-from .report import Add, Format
+from .report import MAP_COLUMNS, Add, Format, listed
 
 Record = dict[str, Any]
 
@@ -29,18 +29,18 @@ class Form:
 
 
 FORMATS: dict[Format, Form] = {
-    "chat": Form(supervised.CHAT_KEYS, supervised.check_chat),
-    "completion": Form(supervised.COMPLETION_KEYS, supervised.check_completion),
+    "chat": Form(supervised.CHAT_KEYS, supervised.check_chat, supervised.canonical_chat),
+    "completion": Form(
+        supervised.COMPLETION_KEYS, supervised.check_completion, supervised.canonical_completion
+    ),
     "text": Form(supervised.TEXT_KEYS, supervised.check_text),
     "alpaca": Form(alpaca.KEYS, alpaca.check, alpaca.as_chat),
     "sharegpt": Form(sharegpt.KEYS, sharegpt.check, sharegpt.as_chat),
-    "preference": Form(preference.KEYS, preference.check_preference),
+    "preference": Form(preference.KEYS, preference.check_preference, preference.canonical_preference),
     "alpaca-preference": Form(alpaca.PREFERENCE_KEYS, alpaca.check_preference, alpaca.as_preference),
     "sharegpt-preference": Form(sharegpt.PREFERENCE_KEYS, sharegpt.check_preference, sharegpt.as_preference),
 }
 KEYS = frozenset(key for form in FORMATS.values() for key in form.keys)
-COLUMNS_NAMED = 8
-"""At most, in an error."""
 
 
 def detect_format(record: Mapping[str, Any]) -> Format | None:
@@ -72,13 +72,14 @@ def canonical(record: Record) -> Record:
 
 def name_unknown_format(record: Record, expected: Format | None, add: Add) -> None:
     """Adds what is missing from a record that fits no format."""
+    found = listed(list(record))
     if "prompt" in record or "completion" in record or expected == "completion":
         missing = "completion" if "prompt" in record else "prompt"
         add(
             f"$.{missing}",
             "missing_key",
-            f"'{missing}' is missing.",
-            "Give each line a prompt and a completion.",
+            f"'{missing}' is missing; found columns {found}.",
+            f"Give each line a prompt and a completion. {MAP_COLUMNS}",
         )
         return
     for key in record:
@@ -87,14 +88,13 @@ def name_unknown_format(record: Record, expected: Format | None, add: Add) -> No
                 "$",
                 "missing_messages_list",
                 f"'messages' is missing; '{key}' is unknown{hint}.",
-                "Rename it.",
+                f"Rename it. {MAP_COLUMNS}",
             )
             return
-    found = ", ".join(list(record)[:COLUMNS_NAMED]) + (", …" if len(record) > COLUMNS_NAMED else "")
     add(
         "$",
         "missing_messages_list",
         f"no known format: found {f'columns {found}' if found else 'no columns'}; expected messages, or "
         "prompt + completion, or instruction + output.",
-        "Rename the columns, or use another of the formats in the documentation.",
+        f"Rename the columns. {MAP_COLUMNS}",
     )

@@ -66,7 +66,12 @@ def _element(number: int, text: "_Text", findings: Findings) -> dict[str, Any] |
 
 
 class _TooLong(Exception):
-    """A value that does not end within MAX_ROW_BYTES characters."""
+    """A value that does not end within MAX_ROW_BYTES."""
+
+
+def _is_too_long(text: str, start: int, end: int) -> bool:
+    """Whether this part of the text has more bytes than a row may have; a character has at most four."""
+    return 4 * (end - start) > MAX_ROW_BYTES and len(text[start:end].encode()) > MAX_ROW_BYTES
 
 
 class _Text:
@@ -98,6 +103,8 @@ class _Text:
                 if self._read_more(held):
                     continue
                 raise json.JSONDecodeError(error.msg, self._text[self._at :], position) from None
+            if _is_too_long(self._text, self._at, end):
+                raise _TooLong
             self._at = end
             return value
 

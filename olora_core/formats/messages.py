@@ -1,23 +1,33 @@
 """Checks of messages and tools."""
 
-import json
 import unicodedata
-from collections.abc import Iterable
 from typing import Any
 
 from ..specs import nearest
 from .report import Add, named
+from .tool_calls import Calls, check_answer, check_calls, ids_given, with_ids
+from .weights import check_message_weight
 
 ROLES = ("system", "developer", "user", "assistant", "tool", "function")
-MESSAGE_KEYS = ("role", "content", "name", "weight", "tool_calls", "tool_call_id", "function_call")
+REASONING = ("reasoning_content", "reasoning", "thinking")
+"""Keys of what an assistant thinks before its answer; canonical records have the first."""
+MESSAGE_KEYS = (
+    *("role", "content", *REASONING, "name", "weight"),
+    *("tool_calls", "tool_call_id", "function_call"),
+)
 RESPONSE_KEYS = ("refusal", "audio", "annotations")
 """Keys of messages copied from an API response; ignored if empty."""
 
 
-def check_messages(messages: list[Any], path: str, add: Add, calls: Iterable[str] = ()) -> None:
-    """Checks each message, and each tool message against the calls before it."""
-    known_calls = set(calls)
-    for i, message in enumerate(messages):
+def check_messages(
+    messages: list[Any], path: str, add: Add, calls: Calls | None = None, first: int = 0
+) -> None:
+    """Checks each message, and each tool message against `calls`, those before it; adds their own calls.
+
+    The messages are those of `path` from number `first` on.
+    """
+    calls = calls or Calls(ids_given(messages))
+    for i, message in enumerate(messages, first):
         place = f"{path}[{i}]"
         if not isinstance(message, dict):
             add(
@@ -42,10 +52,10 @@ def check_messages(messages: list[Any], path: str, add: Add, calls: Iterable[str
             )
             continue
         _check_content(message, role, place, add)
+        _check_reasoning(message, role, place, add)
         _check_weight(message, role, place, add)
-        _check_calls(message, role, place, add)
-        known_calls.update(call_ids([message]))
-        _check_answer(message, role, place, known_calls, add)
+        check_calls(message, role, place, calls, add)
+        check_answer(message, role, place, calls, add)
 
 
 _ROLES = ", ".join(ROLES)
@@ -110,85 +120,34 @@ def check_answer_text(text: str, path: str, add: Add) -> None:
         )
 
 
-def _check_weight(message: dict[str, Any], role: str, place: str, add: Add) -> None:
-    weight = message.get("weight")
-    if weight is None:
-        return
-    path = f"{place}.weight"
-    if role != "assistant":
-        add(path, "invalid_weight", f"a {role} message has no weight.", "Keep weight for assistant messages.")
-    elif isinstance(weight, bool) or weight not in (0, 1):
-        add(path, "invalid_weight", f"the weight is {weight!r}.", "Use 0 (not trained) or 1 (trained).")
-
-
-def _check_calls(message: dict[str, Any], role: str, place: str, add: Add) -> None:
-    """An assistant's tool calls: ids, names, and arguments in JSON."""
-    call = message.get("function_call")
-    if call is not None:
-        _check_function(call, f"{place}.function_call", add)
-    calls = message.get("tool_calls")
-    if calls is None:
-        return
-    path = f"{place}.tool_calls"
-    if role != "assistant":
-        add(path, "tool_call_mismatch", f"a {role} message makes no calls.", "Move them to the assistant.")
-        return
-    if not isinstance(calls, list):
-        add(path, "data_type", f"tool_calls is {named(calls)}.", "Make it a list.")
-        return
-    for i, item in enumerate(calls):
-        if not isinstance(item, dict):
+def _check_reasoning(message: dict[str, Any], role: str, place: str, add: Add) -> None:
+    given = _reasoning(message)
+    for key, text in given.items():
+        path = f"{place}.{key}"
+        if role != "assistant":
+            add(path, "message_unrecognized_key", f"a {role} message has no reasoning.", "Leave the key out.")
+        elif not isinstance(text, str):
+            add(path, "data_type", f"'{key}' is {named(text)}.", "Make it a string.")
+        elif text != next(iter(given.values())):
             add(
-                f"{path}[{i}]",
-                "data_type",
-                f"a call is an object, not {named(item)}.",
-                "Give it a function.",
+                path,
+                "message_unrecognized_key",
+                f"'{key}' and '{next(iter(given))}' differ, and both are the message's reasoning.",
+                "Keep one of them.",
             )
-            continue
-        if not isinstance(item.get("id"), str):
-            add(f"{path}[{i}].id", "tool_call_mismatch", "the call has no id.", "Give each call an id.")
-        if (item.get("type") or "function") != "function":
-            add(f"{path}[{i}].type", "data_type", f"type {item['type']!r} is unknown.", "Use 'function'.")
-        _check_function(item.get("function"), f"{path}[{i}].function", add)
 
 
-def _check_function(call: Any, path: str, add: Add) -> None:
-    if not isinstance(call, dict) or not isinstance(call.get("name"), str):
-        add(path, "tool_call_mismatch", "the call names no function.", "Give it name and arguments.")
-        return
-    arguments = call.get("arguments", {})
-    if isinstance(arguments, str):
-        try:
-            arguments = json.loads(arguments)
-        except (ValueError, RecursionError):
-            arguments = None
-    if not isinstance(arguments, dict):
-        add(
-            f"{path}.arguments",
-            "tool_call_mismatch",
-            f"the arguments of '{call['name']}' are not a JSON object.",
-            'Write them as a string of JSON, such as "{}".',
-        )
+def _reasoning(message: dict[str, Any]) -> dict[str, Any]:
+    """The keys of a message's reasoning that are not empty."""
+    return {key: message[key] for key in REASONING if message.get(key) not in (None, "")}
 
 
-def _check_answer(message: dict[str, Any], role: str, place: str, calls: set[str], add: Add) -> None:
-    """A tool message must answer an earlier call."""
-    if role == "function" and not message.get("name"):
-        add(f"{place}.name", "message_missing_key", "the function message has no name.", "Name the function.")
-    call_id = message.get("tool_call_id")
-    path = f"{place}.tool_call_id"
-    if role != "tool":
-        if call_id is not None:
-            add(path, "tool_call_mismatch", f"a {role} message answers no call.", "Leave tool_call_id out.")
-    elif call_id is None:
-        add(path, "tool_call_mismatch", "the tool message has no tool_call_id.", "Name the call it answers.")
-    elif not isinstance(call_id, str) or call_id not in calls:
-        add(
-            path,
-            "tool_call_mismatch",
-            f"no earlier call has the id {call_id!r}.",
-            "Use the id of an assistant's tool call before it.",
-        )
+def _check_weight(message: dict[str, Any], role: str, place: str, add: Add) -> None:
+    path = f"{place}.weight"
+    if message.get("weight") is not None and role != "assistant":
+        add(path, "invalid_weight", f"a {role} message has no weight.", "Keep weight for assistant messages.")
+    else:
+        check_message_weight(message.get("weight"), path, add)
 
 
 def check_assistant(messages: list[Any], path: str, add: Add) -> None:
@@ -206,7 +165,7 @@ def check_assistant(messages: list[Any], path: str, add: Add) -> None:
             path,
             "example_missing_assistant_message",
             "every assistant message has weight 0, so there is nothing to learn.",
-            "Give at least one of them weight 1, or leave the line out.",
+            "Give at least one of them a weight above 0, or leave the line out.",
         )
 
 
@@ -240,12 +199,6 @@ def _function_name(function: Any) -> Any:
     return function.get("name") if isinstance(function, dict) else None
 
 
-def call_ids(messages: list[Any]) -> list[str]:
-    calls = [m.get("tool_calls") for m in messages if isinstance(m, dict)]
-    items = [item for group in calls if isinstance(group, list) for item in group]
-    return [i["id"] for i in items if isinstance(i, dict) and isinstance(i.get("id"), str)]
-
-
 def uses_role(record: dict[str, Any], role: str) -> bool:
     around = record.get("input")
     asked = around.get("messages") if isinstance(around, dict) else None
@@ -276,6 +229,18 @@ def check_other_keys(record: dict[str, Any], known: tuple[str, ...], add: Add, p
                 "",
                 "warning",
             )
+
+
+def canonical_messages(messages: list[dict[str, Any]], calls: Calls) -> list[dict[str, Any]]:
+    """Checked messages with an id for each call and its answer, and with one key for the reasoning."""
+    return [with_ids(_canonical(message), calls) for message in messages]
+
+
+def _canonical(message: dict[str, Any]) -> dict[str, Any]:
+    plain = {key: value for key, value in message.items() if key not in REASONING}
+    if reasoning := _reasoning(message):
+        plain["reasoning_content"] = next(iter(reasoning.values()))
+    return plain
 
 
 def plain_text(content: Any) -> str:

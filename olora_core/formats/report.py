@@ -1,5 +1,6 @@
 """The report on a training file: each finding with its place and remedy."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol
 
@@ -18,8 +19,18 @@ Format = Literal[
 Container = Literal["jsonl", "json", "csv", "parquet"]
 NOUNS: dict[Container, str] = {"jsonl": "line", "json": "element", "csv": "line", "parquet": "row"}
 """What rows are called in each kind of file."""
+WORDS: dict[Container, str] = {"jsonl": "JSONL", "json": "a JSON array", "csv": "CSV", "parquet": "Parquet"}
+COLUMNS_NAMED = 8
+"""At most, in a sentence."""
+MAP_COLUMNS = (
+    "Or map your columns to these keys: --columns prompt=question,completion=answer on the command line, "
+    "olora.columns in a request."
+)
+"""The remedy for keys of another name."""
 Severity = Literal["error", "warning", "note"]
 KEPT_PROBLEMS = 50
+CONTROL_TOKEN = "control_token"
+"""The code of an error about a control token in a message."""
 
 
 class Problem(BaseModel):
@@ -46,9 +57,13 @@ class Report(BaseModel):
 
     format: Format | None = None
     container: Container = "jsonl"
+    detected: str = ""
+    """How the file was read, in words: "read as CSV, columns prompt, completion". Empty in older reports."""
     rows: int = 0
     errors: list[Problem] = []
     error_count: int = 0
+    control_token_count: int = 0
+    """How many of the errors are control tokens in messages, which a job may take as ordinary text."""
     warnings: list[Problem] = []
     warning_count: int = 0
     notes: list[Problem] = []
@@ -71,6 +86,8 @@ class Findings:
 
     report: Report = field(default_factory=Report)
     noted: set[str] = field(default_factory=set)
+    columns: list[str] = field(default_factory=list)
+    """The columns of a table that are read."""
 
     def place(self, line: int) -> str:
         """The place of a row in a sentence, such as "Line 3"."""
@@ -83,8 +100,14 @@ class Findings:
         if len(kept) < KEPT_PROBLEMS:
             kept.append(problem)
         setattr(self.report, f"{kind}_count", getattr(self.report, f"{kind}_count") + 1)
+        self.report.control_token_count += problem.code == CONTROL_TOKEN
         if fatal and self.report.fatal is None:
             self.report.fatal = problem
+
+    def say_what_was_detected(self) -> None:
+        """Sets the report's `detected`, once its container and columns are known."""
+        columns = f", columns {listed(self.columns)}" if self.columns else ""
+        self.report.detected = f"read as {WORDS[self.report.container]}{columns}"
 
     def note_once(self, line: int, code: str, message: str) -> None:
         """Adds a note, once per code, at its first place."""
@@ -114,6 +137,11 @@ class Findings:
                 line=line, path=path, code=code, message=f"{place}: {message}", fix=fix, severity=severity
             )
         )
+
+
+def listed(names: Sequence[str]) -> str:
+    """The first names, separated by commas."""
+    return ", ".join(names[:COLUMNS_NAMED]) + (", …" if len(names) > COLUMNS_NAMED else "")
 
 
 def named(value: Any) -> str:

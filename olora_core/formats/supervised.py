@@ -3,7 +3,7 @@
 from typing import Any
 
 from .messages import (
-    call_ids,
+    canonical_messages,
     check_answer_text,
     check_assistant,
     check_messages,
@@ -11,14 +11,17 @@ from .messages import (
     check_tools,
 )
 from .report import Add, named
+from .tool_calls import Calls, ids_given
+from .weights import check_row_weight
 
-CHAT_KEYS = ("messages", "tools", "parallel_tool_calls", "functions")
-COMPLETION_KEYS = ("prompt", "completion", "tools")
-TEXT_KEYS = ("text",)
+CHAT_KEYS = ("messages", "tools", "parallel_tool_calls", "functions", "weight")
+COMPLETION_KEYS = ("prompt", "completion", "tools", "weight")
+TEXT_KEYS = ("text", "weight")
 
 
 def check_chat(record: dict[str, Any], add: Add) -> None:
     check_other_keys(record, CHAT_KEYS, add)
+    check_row_weight(record, add)
     check_tools(record, add)
     messages = record["messages"]
     if not isinstance(messages, list) or not messages:
@@ -33,8 +36,14 @@ def check_chat(record: dict[str, Any], add: Add) -> None:
     check_assistant(messages, "$.messages", add)
 
 
+def canonical_chat(record: dict[str, Any]) -> dict[str, Any]:
+    messages = record["messages"]
+    return record | {"messages": canonical_messages(messages, Calls(ids_given(messages)))}
+
+
 def check_completion(record: dict[str, Any], add: Add) -> None:
     check_other_keys(record, COMPLETION_KEYS, add)
+    check_row_weight(record, add)
     check_tools(record, add)
     prompt, completion = record["prompt"], record["completion"]
     if isinstance(prompt, str) and isinstance(completion, str):
@@ -57,8 +66,9 @@ def check_completion(record: dict[str, Any], add: Add) -> None:
             "Make both of them strings, or both lists of messages.",
         )
         return
-    check_messages(prompt, "$.prompt", add)
-    check_messages(completion, "$.completion", add, call_ids(prompt))
+    calls = Calls(ids_given(prompt, completion))
+    check_messages(prompt, "$.prompt", add, calls)
+    check_messages(completion, "$.completion", add, calls)
     check_assistant(completion, "$.completion", add)
     for i, message in enumerate(completion):
         if isinstance(message, dict) and message.get("role") in ("system", "developer", "user"):
@@ -70,9 +80,17 @@ def check_completion(record: dict[str, Any], add: Add) -> None:
             )
 
 
+def canonical_completion(record: dict[str, Any]) -> dict[str, Any]:
+    if isinstance(record["prompt"], str):
+        return record
+    calls = Calls(ids_given(record["prompt"], record["completion"]))
+    return record | {key: canonical_messages(record[key], calls) for key in ("prompt", "completion")}
+
+
 def check_text(record: dict[str, Any], add: Add) -> None:
     """Every token is trained, so that any text but an empty one will do."""
     check_other_keys(record, TEXT_KEYS, add)
+    check_row_weight(record, add)
     text = record["text"]
     if not isinstance(text, str):
         add("$.text", "data_type", f"'text' is {named(text)}.", "Make it a string.")

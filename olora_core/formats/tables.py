@@ -4,37 +4,48 @@ import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from .columns import ColumnMap
 from .detection import FORMATS, detect_format
 from .json_text import BadValue, read_json
 from .report import Findings, Problem
 
-OPTIONAL = ("input", "system", "history", "tools", "functions", "parallel_tool_calls")
+OPTIONAL = ("input", "system", "history", "tools", "functions", "parallel_tool_calls", "weight")
 """Columns whose empty cells mean that the key is missing."""
 JSON_COLUMNS = {
-    *("messages", "conversations", "tools", "functions", "history", "parallel_tool_calls"),
+    *("messages", "conversations", "tools", "functions", "history", "parallel_tool_calls", "weight"),
     *("preferred_output", "non_preferred_output", "preferred_completion", "non_preferred_completion"),
 }
 MESSAGE_COLUMNS = ("prompt", "completion", "chosen", "rejected")
 """Columns with text or a JSON list of messages."""
 
 
-def columns_of(names: Sequence[str], findings: Findings, keep: str | None = None) -> list[str | None]:
-    """The key of each column; None, after a warning, for one that is not `keep` and not in the format."""
-    format = detect_format(dict.fromkeys(names))
-    known = (*FORMATS[format].keys, keep) if format else names
-    for name in names:
-        if name not in known:
+def columns_of(names: Sequence[str], mapping: ColumnMap, findings: Findings) -> list[str | None]:
+    """The key of each column; None, after a warning, for a column that the format does not have.
+
+    Raises Unreadable for a mapping of columns that the table does not have.
+    """
+    keys = [mapping.key(name) for name in names]
+    mapping.require_all()
+    format = detect_format(dict.fromkeys(key for key in keys if key is not None))
+    known = (*FORMATS[format].keys, mapping.keep) if format else keys
+    for name, key in zip(names, keys, strict=True):
+        if key is None or key not in known:
             findings.add(
                 Problem(
                     line=None,
                     path=None,
                     code="unrecognized_key",
-                    message=f"Column '{name}' is not part of the {format} format and is ignored.",
+                    message=f"Column '{name}' is left out by the mapping."
+                    if key is None
+                    else f"Column '{name}' is not part of the {format} format and is ignored.",
                     fix="",
                     severity="warning",
                 )
             )
-    return [name if name in known else None for name in names]
+    columns = [key if key in known else None for key in keys]
+    read = (name for name, key in zip(names, columns, strict=True) if key)
+    findings.columns = [mapping.shown(name) for name in read]
+    return columns
 
 
 def record_of(cells: Mapping[str, Any], number: int, findings: Findings) -> dict[str, Any] | None:
@@ -52,7 +63,7 @@ def record_of(cells: Mapping[str, Any], number: int, findings: Findings) -> dict
                 f"$.{name}",
                 "data_type",
                 f"the cell {holds} (it begins with: {cell[:40]!r}).",
-                "Write the list or object as JSON.",
+                "Write the list, object or number as JSON.",
             )
             broken = True
     return None if broken else record

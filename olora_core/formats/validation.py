@@ -1,6 +1,6 @@
 """Validation of a whole training file: its report, and whether a method can train on it."""
 
-from collections.abc import Generator, Iterable, Iterator
+from collections.abc import Generator, Iterable, Iterator, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any, BinaryIO, Literal
@@ -8,10 +8,11 @@ from typing import Any, BinaryIO, Literal
 from ..errors import DataError, OloraError
 from ..progress import result_of
 from .containers import read_rows
+from .control_tokens import check_control_tokens
 from .detection import FORMATS, detect_format, name_unknown_format
 from .duplicates import Seen, fingerprint
 from .messages import uses_role
-from .report import NOUNS, Add, Findings, Format, Problem, Report
+from .report import CONTROL_TOKEN, NOUNS, Add, Findings, Format, Problem, Report
 
 ROWS_AT_ONCE = 1000
 TRAINABLE: dict[str, tuple[Format, ...]] = {
@@ -27,22 +28,29 @@ ALIKE: tuple[tuple[Format, ...], ...] = (
 that their losses can be compared. Completions and texts are not."""
 
 
-def validate(stream: Iterable[bytes] | BinaryIO) -> Report:
-    """Reads a whole file, as chunks of any size or as an open file, and returns its report."""
-    return result_of(checking(stream))
+def validate(stream: Iterable[bytes] | BinaryIO, columns: Mapping[str, str] | None = None) -> Report:
+    """Reads a whole file, as chunks of any size or as an open file, and returns its report.
+
+    `columns` has the file's column of each key that has another name there, such as
+    {"prompt": "question", "completion": "answer"}. Raises SpecError for a mapping to unknown keys.
+    """
+    return result_of(checking(stream, columns))
 
 
-def checking(stream: Iterable[bytes] | BinaryIO) -> Generator[int, None, Report]:
+def checking(
+    stream: Iterable[bytes] | BinaryIO, columns: Mapping[str, str] | None = None
+) -> Generator[int, None, Report]:
     """As `validate`, but yields the number of rows read, every ROWS_AT_ONCE."""
     findings, seen = Findings(), Seen()
     report = findings.report
-    for row in read_rows(stream, findings):
+    for row in read_rows(stream, findings, columns):
         report.rows += 1
         if row.record is not None:
             _check_record(row.number, row.record, findings)
             _check_is_new(row.number, row.record, seen, findings)
         if report.rows % ROWS_AT_ONCE == 0:
             yield report.rows
+    findings.say_what_was_detected()
     if report.rows > seen.limit:
         message = f"Only the first {seen.limit} rows were checked for duplicates."
         findings.note_once(seen.limit, "duplicates_not_sought", message)
@@ -67,22 +75,33 @@ def check_for_training(
     minimum_rows: int,
     training_format: str | None = None,
     type: str = "supervised",
+    literal: bool = False,
+    is_mapped: bool = False,
 ) -> OloraError | None:
-    """The error with which a job of this method.type fails on this file, or None."""
+    """The error with which a job of this method.type fails on this file, or None.
+
+    With `literal`, control tokens in messages are ordinary text. `is_mapped` says that the job reads the file
+    by a mapping of its columns, and the report does not: then only the number of rows counts, and whether they
+    can be read.
+    """
     code, param = f"invalid_{role}_file", f"{role}_file"
-    first = report.fatal or (report.errors[0] if report.errors else None)
+    errors, count = report.errors, report.error_count
+    if literal:
+        errors = [problem for problem in errors if problem.code != CONTROL_TOKEN]
+        count -= report.control_token_count
+    first = report.fatal or (errors[0] if errors and not is_mapped else None)
     if first is not None:
-        more = report.error_count - 1
+        more = count - 1
         rest = f" (and {more} more error{'s' if more > 1 else ''})" if more > 0 else ""
         return DataError(f"{first.sentence}{rest}", code=code, param=param)
-    if report.format not in TRAINABLE[type]:
+    if not is_mapped and report.format not in TRAINABLE[type]:
         return DataError(
             f"The {role} file holds {report.format or 'unknown'} data, which method {type} does not "
             f"train on. {_other_way(report.format, type)}",
             code="unexpected_file_format",
             param=param,
         )
-    if training_format is not None and not _are_alike(report.format, training_format):
+    if not is_mapped and training_format is not None and not _are_alike(report.format, training_format):
         return DataError(
             f"The {role} file is in {report.format} format, but the training file is in {training_format} "
             "format. Give both the same format.",
@@ -115,15 +134,17 @@ def _other_way(found: Format | None, type: str) -> str:
     return f"{method} lines of {lines[type]}."
 
 
-def read_records(path: Path, *, keep: str | None = None) -> Iterator[tuple[int, dict[str, Any]]]:
-    """(number, record) of each row, numbered from 1 by line, element or row.
+def read_records(
+    path: Path, columns: Mapping[str, str] | None = None, *, keep: str | None = None
+) -> Iterator[tuple[int, dict[str, Any]]]:
+    """(number, record) of each row, numbered from 1 by line, element or row. `columns` as for `validate`.
 
     `keep` is a column of a table that is read although its format does not have it. Raises DataError at the
     first row without a record.
     """
     findings = Findings()
     with path.open("rb") as file:
-        for row in read_rows(file, findings, keep=keep):
+        for row in read_rows(file, findings, columns, keep=keep):
             if row.record is None:
                 break
             yield row.number, row.record
@@ -148,8 +169,15 @@ def _check_record(number: int, record: dict[str, Any], findings: Findings) -> No
             "Keep one format per file.",
         )
     FORMATS[found].check(record, add)
+    if not _is_raw(found, record):
+        check_control_tokens(record, add)
     if uses_role(record, "developer"):
         findings.note_once(number, "developer_role", "Role 'developer' is trained as 'system'.")
+
+
+def _is_raw(format: Format, record: dict[str, Any]) -> bool:
+    """Whether the record is trained as it stands, without a chat template."""
+    return format == "text" or (format == "completion" and isinstance(record.get("prompt"), str))
 
 
 def _check_is_new(number: int, record: dict[str, Any], seen: Seen, findings: Findings) -> None:

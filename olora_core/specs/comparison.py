@@ -14,6 +14,7 @@ from .training import (
     ADAPTER_ALIASES,
     HYPERPARAMETER_ALIASES,
     MAX_SEED,
+    Columns,
     Hyperparameters,
     RowKey,
     Share,
@@ -97,6 +98,10 @@ class ComparisonSpec(Spec):
         default=None,
         description="A key at the top level of the rows: those with the same value are all held out or none.",
     )
+    columns: Columns | None = Field(
+        default=None,
+        description='The files\' columns by the keys they stand for: {"prompt": "question"}; null: as named.',
+    )
 
     @property
     def labels(self) -> tuple[str, ...]:
@@ -123,6 +128,7 @@ class ComparisonSpec(Spec):
             seed=self.seed,
             validation_share=self.validation_share,
             group_by=self.group_by,
+            columns=self.columns,
         )
 
 
@@ -144,6 +150,7 @@ def read_comparison(
     search_share: Any = 0.1,
     validation_share: Any = None,
     group_by: Any = None,
+    columns: Mapping[str, str] | None = None,
     prefix: str = "hyperparameters",
 ) -> ComparisonSpec:
     """Reads untyped input into a spec. A method is a name or an adapter object; "all" is every method.
@@ -167,6 +174,7 @@ def read_comparison(
         "search_share": search_share,
         "validation_share": validation_share,
         "group_by": group_by,
+        "columns": columns or None,
     }
     spec = read(ComparisonSpec, values, lambda name: "")
     if spec.seed + spec.seeds - 1 > MAX_SEED:

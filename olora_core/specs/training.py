@@ -121,8 +121,11 @@ class Hyperparameters(Spec):
 
 TrainingType = Literal["supervised", "dpo"]
 Share = Annotated[float, Field(gt=0, lt=1)]
-RowKey = Annotated[str, Field(min_length=1, max_length=256)]
+Name = Annotated[str, Field(min_length=1, max_length=256)]
+RowKey = Name
 """A key at the top level of a training file's rows."""
+Columns = Annotated[dict[Name, Name], Field(min_length=1, max_length=32)]
+"""The files' column of each key of a format that has another name there."""
 
 
 class TrainSpec(Spec):
@@ -143,6 +146,10 @@ class TrainSpec(Spec):
     group_by: RowKey | None = Field(
         default=None,
         description="A key at the top level of the rows: those with the same value are all held out or none.",
+    )
+    columns: Columns | None = Field(
+        default=None,
+        description='The files\' columns by the keys they stand for: {"prompt": "question"}; null: as named.',
     )
 
 
@@ -194,6 +201,7 @@ def read_spec(
     seed: int = 0,
     validation_share: float | None = None,
     group_by: str | None = None,
+    columns: Mapping[str, str] | None = None,
     prefix: str = "hyperparameters",
 ) -> TrainSpec:
     """Reads untyped input into a spec.
@@ -232,6 +240,7 @@ def read_spec(
         "seed": _read_seed(seed),
         "validation_share": validation_share,
         "group_by": group_by,
+        "columns": columns or None,
     }
     return read(TrainSpec, values, lambda name: "")
 

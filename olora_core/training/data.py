@@ -3,7 +3,7 @@
 import hashlib
 import json
 import tempfile
-from collections.abc import Generator, Iterator
+from collections.abc import Generator, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from datetime import date
@@ -69,6 +69,8 @@ class Reading:
     tokenizer: PreTrainedTokenizerBase
     context_length: int
     end_tokens: frozenset[int]
+    columns: Mapping[str, str] | None = None
+    """The files' column of each key that has another name there."""
     day: date = field(default_factory=date.today)
     """Today's date, for chat templates that write it."""
     reasoning: bool = True
@@ -112,6 +114,7 @@ def read_data(
         base.tokenizer,
         context_length(base) if kept == "auto" else kept,
         end_of_turn_tokens(base.tokenizer, base.model.generation_config.eos_token_id),
+        spec.columns,
         day or date.today(),
         spec.hyperparameters.train_on_reasoning,
         spec.hyperparameters.control_tokens == "text",
@@ -135,7 +138,7 @@ def _with_held_out(
     """The training file's examples, with a share of them as the validation examples."""
     examples, draws = file.examples, {}
     if spec.group_by is not None:
-        draws = yield from group_draws(path, spec.group_by, spec.seed, file.report.rows)
+        draws = yield from group_draws(path, spec.group_by, spec.seed, file.report.rows, spec.columns)
     parts = split(examples, share, spec.seed, draws)
     held_out = HeldOut(share, spec.seed, spec.group_by, len(parts.validation), len(examples))
     by = "" if spec.group_by is None else f", by '{spec.group_by}' and equal tokens"
@@ -173,7 +176,7 @@ def read_file(
     try:
         examples, about = open_examples(entry)
     except DamagedExamples:  # or not there
-        report = yield from _checked(path)
+        report = yield from _checked(path, how.columns)
         _refuse_unfit(report, role, how, training_format)
         with new_entry(cache) as folder, ExampleWriter(folder, len(how.tokenizer)) as writer:
             examples, notes = yield from tokenise(
@@ -187,6 +190,7 @@ def read_file(
                 day=how.day,
                 reasoning=how.reasoning,
                 literal=how.literal,
+                columns=how.columns,
             )
             about = {"report": _brief(report), "notes": [asdict(note) for note in notes]}
             writer.finish(examples, about)
@@ -197,11 +201,11 @@ def read_file(
     return Tokenised(examples, report, [Note(**note) for note in about["notes"]], sha256)
 
 
-def _checked(path: Path) -> Generator[Phase, None, Report]:
+def _checked(path: Path, columns: Mapping[str, str] | None) -> Generator[Phase, None, Report]:
     """Checks the file's structure."""
     size = path.stat().st_size
     with path.open("rb") as file:
-        steps = checking(file)
+        steps = checking(file, columns)
         while True:
             try:
                 next(steps)
@@ -213,7 +217,12 @@ def _checked(path: Path) -> Generator[Phase, None, Report]:
 
 def _refuse_unfit(report: Report, role: Role, how: Reading, training_format: str | None) -> None:
     error = check_for_training(
-        report, role=role, minimum_rows=1, training_format=training_format, type=how.type
+        report,
+        role=role,
+        minimum_rows=1,
+        training_format=training_format,
+        type=how.type,
+        literal=how.literal,
     )
     if error is not None:
         raise error
@@ -238,6 +247,7 @@ def _key(sha256: str, role: Role, how: Reading) -> str:
         sorted(how.end_tokens),
         *(how.reasoning, how.literal),
         how.written_day and how.written_day.isoformat(),
+        how.columns,
     ]
     return hashlib.sha256(json.dumps(parts, default=str, sort_keys=True).encode()).hexdigest()[:40]
 

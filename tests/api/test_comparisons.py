@@ -68,6 +68,7 @@ def test_a_new_comparison_carries_every_field(client: TestClient) -> None:
         "devices": 1,
         "validation_share": None,
         "group_by": None,
+        "columns": None,
         "attempt": 0,
         "failures": 0,
         "requested": None,

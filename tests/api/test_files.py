@@ -93,6 +93,12 @@ CONTAINERS = {
     "csv": b"prompt,completion\n" + b"".join(b"%d is,number %d\n" % (n, n) for n in range(12)),
     "parquet": in_parquet(PAIRS),
 }
+DETECTED = {
+    "jsonl": "read as JSONL",
+    "json": "read as a JSON array",
+    "csv": "read as CSV, columns prompt, completion",
+    "parquet": "read as Parquet, columns prompt, completion",
+}
 
 
 @pytest.mark.parametrize("container", CONTAINERS)
@@ -101,6 +107,7 @@ def test_a_file_is_taken_by_its_content_whatever_its_name(client: TestClient, co
     report = file["olora"]["report"]
     assert (report["format"], report["container"], report["rows"]) == ("completion", container, 12)
     assert (report["error_count"], report["warning_count"]) == (0, 0)
+    assert report["detected"] == DETECTED[container]
     assert client.get(f"/v1/files/{file['id']}/content").content == CONTAINERS[container]
     job = settled(client, created(client, training_file=file["id"])["id"])
     assert job["status"] == "queued"

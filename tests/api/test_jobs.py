@@ -168,6 +168,28 @@ def test_preferences_are_trained_by_dpo(body: dict[str, Any], client: TestClient
     assert settled(client, made["id"])["status"] == "queued"
 
 
+def test_columns_of_other_names_are_mapped_by_the_job(client: TestClient) -> None:
+    """The upload's report has errors, which another job, without the mapping, fails with."""
+    table = b"question,answer\n" + b"".join(b"%d?,%d\n" % (n, n) for n in range(12))
+    upload_id = uploaded(client, table)
+    mapping = {"prompt": "question", "completion": "answer"}
+    for more in ({}, {"validation_file": upload_id}, {"method": {"type": "supervised"}}):
+        made = created(client, training_file=upload_id, olora={"columns": mapping}, **more)
+        assert made["olora"]["columns"] == mapping
+        assert settled(client, made["id"])["status"] == "queued"
+    ended = settled(client, created(client, training_file=upload_id)["id"])
+    assert ended["status"] == "failed"
+    assert "found columns question, answer; expected messages" in ended["error"]["message"]
+    assert "olora.columns" in ended["error"]["message"]
+
+
+def test_a_mapping_does_not_make_a_file_longer(client: TestClient) -> None:
+    short = uploaded(client, b"question,answer\na,b\n")
+    columns = {"prompt": "question", "completion": "answer"}
+    ended = settled(client, created(client, training_file=short, olora={"columns": columns})["id"])
+    assert (ended["status"], ended["error"]["code"]) == ("failed", "invalid_n_examples")
+
+
 def test_answers_do_not_fit_dpo(client: TestClient) -> None:
     ended = settled(client, created(client, method={"type": "dpo"})["id"])
     assert (ended["status"], ended["error"]["code"]) == ("failed", "unexpected_file_format")

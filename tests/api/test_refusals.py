@@ -50,7 +50,7 @@ class BadUpload:
 
 
 BAD_UPLOADS = (
-    BadUpload("prose", b"question,reply\na,b\n", "data_type", ("JSONL format", "Line 1", "question,reply")),
+    BadUpload("prose", b"Question, reply\nand so on.\n", "data_type", ("JSONL format", "Line 1", "Question")),
     BadUpload("csv", b'prompt,completion\na,"b\n', "data_type", ("begins on line 2", "Close every quote")),
     BadUpload("array", b'[{"text": "a"}, {"text"', "data_type", ("Element 2 is not JSON",)),
     BadUpload(
@@ -284,6 +284,16 @@ BAD_BODIES = (
     bad("devices-0", {"olora": {"devices": 0}}, "olora.devices", "must be at least 1"),
     bad("devices-two", {"olora": {"devices": "2"}}, "olora.devices", "must be a whole number"),
     bad("seconds-huge", {"olora": {"max_seconds": 10**400}}, "olora.max_seconds", "must be at most"),
+    misfit("columns-key", "olora.columns", {"promt": "q"}, "did you mean 'prompt'?"),
+    misfit(
+        "columns-twice",
+        "olora.columns",
+        {"prompt": "q", "completion": "q"},
+        "column 'q' is given for 'prompt' and for 'completion'",
+    ),
+    bad("columns-list", {"olora": {"columns": ["prompt"]}}, "olora.columns", "columns"),
+    bad("columns-number", {"olora": {"columns": {"prompt": 1}}}, "olora.columns.prompt", "string"),
+    bad("columns-none", {"olora": {"columns": {}}}, "olora.columns", "columns"),
     bad("option-typo", {"olora": {"priorty": 1}}, "olora.priorty", "did you mean 'priority'?"),
 )
 

@@ -108,6 +108,27 @@ def test_what_is_not_a_number_is_refused(tmp_path: Path, option: str) -> None:
     assert f"{option}: 'soon' is not a number" in sentence
 
 
+@pytest.mark.parametrize(
+    ("columns", "says"),
+    [
+        ("question", "--columns 'question' is not KEY=COLUMN"),
+        ("prompt=a,prompt=b", "gives 'prompt' twice"),
+        ("prompt=a,completion=a", "column 'a' is given for 'prompt' and for 'completion'"),
+        ("promt=a", "did you mean 'prompt'?"),
+        ("prompt=", "the column for 'prompt' is empty"),
+    ],
+)
+def test_a_mapping_of_columns_that_cannot_be_meant_is_explained(
+    tmp_path: Path, columns: str, says: str
+) -> None:
+    spec = tmp_path / "spec.yaml"
+    spec.write_text(f"model: olora-tiny\ntraining_file: {ROWS}\noutput: out\n")
+    asked = ("--columns", columns)
+    assert says in refusal(tmp_path, "train", spec, *asked)
+    assert says in refusal(tmp_path, "jobs", "create", ROWS, *asked, api_key="k")
+    assert says in refusal(tmp_path, "compare", ROWS, "--validation", ROWS, *asked)
+
+
 def test_a_download_spares_a_folder_that_holds_something(tmp_path: Path) -> None:
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.txt").touch()
@@ -153,6 +174,8 @@ def test_a_download_spares_a_folder_that_holds_something(tmp_path: Path) -> None
         ("model: olora-huge\ntraining_file: ROWS\noutput: out\n", ["olora-huge", "olora-tiny"]),
         ("model: olora-tiny\ntraining_file: spec.yaml\noutput: out\n", ["JSON"]),
         ("model: olora-tiny\ntraining_file: ROWS\noutput: out\nseed: -1\n", ["seed"]),
+        ("model: olora-tiny\ntraining_file: ROWS\noutput: out\ncolumns: {promt: a}\n", ["promt", "prompt"]),
+        ("model: olora-tiny\ntraining_file: ROWS\noutput: out\ncolumns: {text: a}\n", ["no column 'a'"]),
     ],
 )
 def test_an_invalid_spec_file_is_explained(tmp_path: Path, content: str, words: list[str]) -> None:

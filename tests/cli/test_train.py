@@ -101,6 +101,7 @@ def test_an_interrupted_run_resumes_to_the_same_bytes(tmp_path: Path) -> None:
     assert len(list((tmp_path / "through" / "tokens").iterdir())) == 2
     assert through.returncode == 0, through.stderr
     assert through.stdout.strip() == str(tmp_path / "through" / "adapter")
+    assert re.search(r"\.jsonl: read as JSONL, \d+ examples", through.stderr)
     assert "step 40/40" in through.stderr
     assert "Adapter verified" in through.stderr
     assert "Validation loss" in through.stderr
@@ -180,6 +181,25 @@ def test_preferences_are_trained_by_the_type_dpo(tmp_path: Path) -> None:
     assert "beta = 0.1" in done.stderr
     asked = json.loads((tmp_path / "dpo" / "adapter" / "manifest.json").read_text())["spec"]
     assert json.dumps(asked).count('"dpo"') == 2
+
+
+def test_columns_of_other_names_are_mapped(tmp_path: Path) -> None:
+    table = "question;answer\n" + "".join(f"{n} + 1 =;{n + 1}\n" for n in range(12))
+    (tmp_path / "table.csv").write_text(table)
+    spec = tmp_path / "mapped.yaml"
+    content = "model: olora-tiny\ntraining_file: table.csv\noutput: out\nhyperparameters: {max_steps: 2}\n"
+    spec.write_text(content)
+    refused = " ".join(olora(tmp_path, "train", spec).stderr.split())
+    assert "found columns question, answer; expected messages" in refused
+    assert "--columns prompt=question,completion=answer" in refused
+    done = olora(tmp_path, "train", spec, "--columns", "prompt=question, completion=answer")
+    assert done.returncode == 0, done.stderr
+    read = "table.csv: read as CSV, columns question as prompt, answer as completion, 12 examples\n"
+    assert read in done.stderr
+    manifest = json.loads((tmp_path / "out" / "adapter" / "manifest.json").read_text())
+    assert manifest["spec"]["asked"]["columns"] == {"prompt": "question", "completion": "answer"}
+    spec.write_text(f"{content}columns: {{prompt: question, completion: other}}\n")
+    assert "no column 'other'" in olora(tmp_path, "train", spec, "--fresh").stderr
 
 
 def test_the_manifest_records_how_the_base_was_quantised(tmp_path: Path) -> None:

@@ -42,6 +42,7 @@ class Desk:
         resume: str | None = None,
         work: Path | None = None,
         tokens: Path | None = None,
+        columns: dict[str, str] | None = None,
         **hyperparameters: Any,
     ) -> str:
         """Sends an order for a job. Returns the name of its run."""
@@ -52,7 +53,9 @@ class Desk:
             work = self.folder / f"work-{self.orders}"
             work.mkdir()
         spec = read_spec(
-            model="tiny", hyperparameters={"batch_size": 4, "n_epochs": 2, "samples": 0, **hyperparameters}
+            model="tiny",
+            hyperparameters={"batch_size": 4, "n_epochs": 2, "samples": 0, **hyperparameters},
+            columns=columns,
         )
         order = Order(
             run=run,
@@ -209,6 +212,16 @@ def test_a_file_that_cannot_be_trained_on_is_a_sentence_with_its_line(desk: Desk
     assert failed["code"] == "invalid_training_file"
     assert "4" in failed["message"]
     assert "Traceback" not in failed["message"]
+
+
+def test_a_mapping_is_checked_where_the_file_is_read(desk: Desk) -> None:
+    data = b"question,answer\n" + b"".join(b"%d?,%d\n" % (n, n) for n in range(12))
+    desk.order(data=data, columns={"prompt": "question", "completion": "reply"})
+    failed = desk.receive_all()[-1]["failed"]
+    assert failed["code"] == "invalid_training_file"
+    assert "no column 'reply'" in failed["message"]
+    desk.order(data=data, columns={"prompt": "question", "completion": "answer"}, n_epochs=1)
+    assert kinds(desk.receive_all())[-1] == "Finished"
 
 
 def test_a_folder_that_is_no_base_model_is_a_sentence(desk: Desk, tmp_path: Path) -> None:

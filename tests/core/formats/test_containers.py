@@ -109,6 +109,16 @@ def test_every_format_comes_out_of_every_container_as_it_went_in(
     assert without_nulls(records_in(data, tmp_path)) == without_nulls(ROWS[format])
 
 
+@pytest.mark.parametrize("container", WRITERS)
+def test_the_report_says_how_the_file_was_read(container: str) -> None:
+    rows = [{"id": str(i), "prompt": f"a{i}", "completion": "b"} for i in range(2)]
+    report = validate(io.BytesIO(WRITERS[container](rows)))
+    columns = ", columns prompt, completion" if container in ("csv", "parquet") else ""
+    names = {"jsonl": "JSONL", "json": "a JSON array", "csv": "CSV", "parquet": "Parquet"}
+    assert report.detected == f"read as {names[container]}{columns}"
+    assert Report.model_validate(report.model_dump(exclude={"detected"})).detected == ""
+
+
 def without_nulls(value: Any) -> Any:
     """A Parquet column has every key in every row, so that null and absent are one."""
     if isinstance(value, dict):
@@ -195,6 +205,21 @@ def test_an_element_without_an_end_is_named_and_takes_no_memory() -> None:
     assert report.fatal is not None
     assert (report.fatal.line, "16 MB" in report.fatal.message) == (2, True)
     assert peak < 8 * MAX_ROW_BYTES
+
+
+@pytest.mark.parametrize("container", ["jsonl", "json"])
+@pytest.mark.parametrize("over", [0, 1])
+@pytest.mark.parametrize("letter", ["x", "é"])
+def test_a_record_may_have_16_mb_and_no_more(letter: str, over: int, container: str) -> None:
+    size = MAX_ROW_BYTES - len('{"text": ""}')
+    row = json.dumps({"text": letter * (size // len(letter.encode())) + "x" * over}, ensure_ascii=False)
+    rows = [row, '{"text": "y"}']
+    data = "\n".join(rows) if container == "jsonl" else "[" + ",".join(rows) + "]"
+    report = validate(io.BytesIO(data.encode()))
+    assert report.error_count == over
+    if over:
+        assert report.fatal is not None
+        assert (report.fatal.line, "16 MB" in report.fatal.message) == (1, True)
 
 
 # --- CSV -----------------------------------------------------------------------------------------------

@@ -114,6 +114,8 @@ def test_every_suggested_name_is_accepted(name) -> None:
         "dropout": 0,
         "max_steps": None,
         "quantization": "nf4",
+        "train_on_reasoning": False,
+        "control_tokens": "text",
         "export_rank": None,
         "target_modules": "auto",
         "lora_target_modules": "auto",

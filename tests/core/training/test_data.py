@@ -11,7 +11,7 @@ from olora_core.bases.loading import Base
 from olora_core.data.examples import Examples
 from olora_core.data.token_cache import trim
 from olora_core.errors import DataError
-from olora_core.progress import Phase
+from olora_core.progress import Phase, result_of
 from olora_core.training.data import Data, read_data
 
 from ..data.test_tokenising import PLAIN_CHATML, chat
@@ -142,3 +142,23 @@ def test_a_long_file_is_checked_with_signs_of_life(llama, tmp_path) -> None:
     phases = read(llama, path, None)[1]
     assert [phase.name for phase in phases[:3]] == ["checking", "checking", "tokenising"]
     assert phases[1].total == path.stat().st_size
+
+
+def test_a_mapping_of_columns_is_part_of_how_a_file_is_read(llama, tmp_path) -> None:
+    rows = [(f"q{i} ", f"a{i}", f"b{i}") for i in range(20)]
+    named = write_rows(tmp_path / "named.jsonl", [{"prompt": q, "completion": a} for q, a, _ in rows])
+    other = tmp_path / "other.csv"
+    other.write_text("question,answer,other\n" + "".join(f"{q},{a},{b}\n" for q, a, b in rows))
+    cache, spec = tmp_path / "cache", spec_for()
+
+    def mapped(**columns: str) -> Examples:
+        asked = spec.model_copy(update={"columns": columns})
+        return result_of(read_data(asked, llama, other, None, cache)).training
+
+    expected = result_of(read_data(spec, llama, named, None, None)).training
+    assert mapped(prompt="question", completion="answer").digest == expected.digest
+    assert mapped(prompt="question", completion="other").digest != expected.digest
+    with pytest.raises(DataError, match="no column 'reply'"):
+        mapped(prompt="question", completion="reply")
+    with pytest.raises(DataError, match="found columns question, answer"):
+        result_of(read_data(spec, llama, other, None, cache))
