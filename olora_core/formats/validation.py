@@ -81,8 +81,8 @@ def check_for_training(
     """The error with which a job of this method.type fails on this file, or None.
 
     With `literal`, control tokens in messages are ordinary text. `is_mapped` says that the job reads the file
-    by a mapping of its columns, and the report does not: then only the number of rows counts, and whether they
-    can be read.
+    by a mapping of its columns, and the report does not: then only the number of rows counts, and whether
+    they can be read.
     """
     code, param = f"invalid_{role}_file", f"{role}_file"
     errors, count = report.errors, report.error_count
