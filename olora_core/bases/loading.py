@@ -27,7 +27,7 @@ from ..layers import quantisation
 from ..layers.adapter import adapters_off
 from ..layers.quantisation import Quantised
 from ..specs import TrainSpec
-from .passes import Passes, passes_of
+from .passes import Passes, looks_ahead, passes_of
 from .sites import UNADAPTED, unadapted
 
 INDEX = "model.safetensors.index.json"
@@ -100,6 +100,7 @@ def load_base(
     else:
         quantisation.prepare_layers(model, kind, name, model.dtype)
         quantised = Quantised(kind, model.config.quantization_config.to_dict(), from_files)
+    _check_causal(model, name, folder)
     notes = _adopt_pad_token(tokenizer)
     if unused:
         notes.append(
@@ -263,6 +264,28 @@ def _message(error: Exception, folder: Path) -> str:
     """The first line of a library's error message, without the server's paths."""
     line = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
     return line.replace(f"{folder}/", "").replace(str(folder), "its folder")
+
+
+def _check_causal(model: PreTrainedModel, name: str, folder: Path) -> None:
+    """Raises ModelError for a model that does not compute logits of text alone, or looks both ways."""
+    try:
+        both_ways = looks_ahead(model)
+    except (MemoryError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:  # another family's inputs can fail in any way
+        raise ModelError(
+            f"Base model '{name}' ({type(model).__name__}) does not compute logits of text alone "
+            f"({_message(error, folder)}); use a model that predicts the next token of a text."
+        ) from error
+    if not both_ways:
+        return
+    remedy = "use a model that was trained to predict the next token"
+    if getattr(model.config, "is_decoder", None) is False:
+        remedy += ", or set is_decoder to true in its config.json if this one was"
+    raise ModelError(
+        f"Base model '{name}' ({type(model).__name__}) is not causal: its logits depend on later tokens, as "
+        f"in an encoder such as BERT; {remedy}."
+    )
 
 
 def _adopt_pad_token(tokenizer: PreTrainedTokenizerBase) -> list[str]:

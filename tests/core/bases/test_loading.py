@@ -7,13 +7,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import PreTrainedTokenizerFast
+from transformers import BertConfig, BertLMHeadModel, PreTrainedTokenizerFast
 
 from olora_core.bases.loading import Base, load_base
 from olora_core.bases.precision import compute_dtype
 from olora_core.errors import ModelError
 from olora_core.specs import read_spec
-from tests.tiny_base import END, make_llama, make_tokenizer
+from tests.tiny_base import END, VOCABULARY, make_llama, make_tokenizer, save_base
 
 
 @pytest.fixture
@@ -148,6 +148,31 @@ def test_a_tokenizer_of_another_model_is_refused(folder: Path) -> None:
     tokenizer.add_tokens(["one-more"])
     tokenizer.save_pretrained(folder)
     with pytest.raises(ModelError, match="token 259, but the model embeds 259 tokens"):
+        load_base(folder, name="m")
+
+
+BERT = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 48}
+
+
+def test_a_model_that_looks_both_ways_is_refused_with_what_to_do(tmp_path: Path) -> None:
+    for is_decoder in (True, False):
+        config = BertConfig(vocab_size=VOCABULARY, is_decoder=is_decoder, **BERT)
+        save_base(tmp_path, BertLMHeadModel(config).eval())
+        if is_decoder:
+            load_base(tmp_path, name="m")
+    says = r"'m' \(BertLMHeadModel\) is not causal: .*predict the next token, or set is_decoder to true"
+    with pytest.raises(ModelError, match=says) as refused:
+        load_base(tmp_path, name="m")
+    assert refused.value.param == "model"
+
+
+def test_a_model_that_needs_more_than_text_is_refused_with_the_reason(folder: Path, monkeypatch) -> None:
+    def forward(self, input_ids, pixel_values, **others):
+        raise AssertionError
+
+    monkeypatch.setattr("transformers.LlamaForCausalLM.forward", forward)
+    says = r"'m' \(LlamaForCausalLM\) does not compute logits of text alone \(.*'pixel_values'\)"
+    with pytest.raises(ModelError, match=says):
         load_base(folder, name="m")
 
 
