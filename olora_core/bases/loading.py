@@ -22,6 +22,7 @@ from transformers import (
 from transformers import __version__ as transformers_version
 from transformers.utils import logging
 
+from ..data.templates import end_of_turn_tokens
 from ..errors import ModelError, SpecError, shortened
 from ..layers import quantisation
 from ..layers.adapter import adapters_off
@@ -60,6 +61,17 @@ class Base:
         """How the model computes its forward passes."""
         with adapters_off(self.model):
             return passes_of(self.model)
+
+    @property
+    def embedded_tokens(self) -> int:
+        """Number of tokens that the model has an embedding for; its tokenizer may have more."""
+        return embedded_tokens(self.model)
+
+    @cached_property
+    def end_tokens(self) -> frozenset[int]:
+        """Ids of the tokens that may end an answer, of those that the model embeds."""
+        known = end_of_turn_tokens(self.tokenizer, self.model.generation_config.eos_token_id)
+        return frozenset(token for token in known if token < self.embedded_tokens)
 
     @cached_property
     def fingerprint(self) -> str:
@@ -101,22 +113,24 @@ def load_base(
         quantisation.prepare_layers(model, kind, name, model.dtype)
         quantised = Quantised(kind, model.config.quantization_config.to_dict(), from_files)
     _check_causal(model, name, folder)
-    notes = _adopt_pad_token(tokenizer)
+    notes = [
+        *_adopt_pad_token(tokenizer, embedded_tokens(model)),
+        *_beyond(tokenizer, embedded_tokens(model)),
+    ]
     if unused:
         notes.append(
             f"{len(unused)} tensors of the checkpoint are not used by the model: {shortened(unused)}."
-        )
-    rows = model.get_input_embeddings().weight.shape[0]
-    if (highest := max(tokenizer.get_vocab().values())) >= rows:
-        raise ModelError(
-            f"The tokenizer of base model '{name}' has token {highest}, but the model embeds {rows} tokens; "
-            "the tokenizer belongs to another model."
         )
     notes += [
         f"{len(names)} {UNADAPTED[kind].format(names=shortened(names))}"
         for kind, names in unadapted(model).items()
     ]
     return Base(model, tokenizer, folder, name, model.dtype, model.device, notes, quantised=quantised)
+
+
+def embedded_tokens(model: PreTrainedModel) -> int:
+    """Number of rows of the model's input embedding."""
+    return int(model.get_input_embeddings().weight.shape[0])
 
 
 def check_quantization(spec: TrainSpec, base: Base) -> None:
@@ -288,17 +302,33 @@ def _check_causal(model: PreTrainedModel, name: str, folder: Path) -> None:
     )
 
 
-def _adopt_pad_token(tokenizer: PreTrainedTokenizerBase) -> list[str]:
-    """Gives a tokenizer without a padding token one of its existing tokens. Returns notes.
+def _beyond(tokenizer: PreTrainedTokenizerBase, embedded: int) -> list[str]:
+    """A note on the tokens that the model does not embed; most are other modalities', never in a text."""
+    beyond = {token: text for text, token in tokenizer.get_vocab().items() if token >= embedded}
+    if not beyond:
+        return []
+    names = shortened([f"'{beyond[token]}'" for token in sorted(beyond)])
+    return [
+        f"The model embeds {embedded} tokens, and its tokenizer has {len(beyond)} more ({names}); a row that "
+        "contains one is refused."
+    ]
+
+
+def _adopt_pad_token(tokenizer: PreTrainedTokenizerBase, embedded: int) -> list[str]:
+    """Gives a tokenizer without a padding token that the model embeds one of its other tokens. Returns notes.
 
     A new token would need a new row in the embedding. Labels are masked by position, not by id, so that even
     the end token can be used.
     """
-    if tokenizer.pad_token_id is not None:
+    if tokenizer.pad_token_id is not None and tokenizer.pad_token_id < embedded:
         return []
-    vocabulary = tokenizer.get_vocab()
-    free = [token for token in PAD_CANDIDATES if token in vocabulary and token != tokenizer.eos_token]
-    token = free[0] if free else tokenizer.eos_token or tokenizer.convert_ids_to_tokens(0)
+    usable = {token for token, i in tokenizer.get_vocab().items() if i < embedded}
+    free = [token for token in PAD_CANDIDATES if token in usable and token != tokenizer.eos_token]
+    end = tokenizer.eos_token if tokenizer.eos_token in usable else None
+    token = free[0] if free else end or tokenizer.convert_ids_to_tokens(0)
     tokenizer.pad_token = token
     also = ", also its end-of-text token," if token == tokenizer.eos_token else ""
-    return [f"The tokenizer has no padding token; '{token}'{also} is used. Padding is never trained."]
+    return [
+        f"The tokenizer has no padding token that the model embeds; '{token}'{also} is used. Padding is "
+        "never trained."
+    ]

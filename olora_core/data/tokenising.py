@@ -4,6 +4,7 @@ Only answers are trained: an assistant's tokens including its end-of-turn token,
 end-of-sequence token. In a plain text, every token is trained.
 """
 
+import sys
 from array import array
 from collections import deque
 from collections.abc import Generator, Iterable, Iterator, Sequence
@@ -44,14 +45,17 @@ def tokenise(
     end_tokens: frozenset[int],
     role: str,
     total: int,
+    embedded_tokens: int = sys.maxsize,
 ) -> Generator[Phase, None, tuple[Examples, list[Note]]]:
     """Tokenises a validated file of `total` rows. Yields progress; returns the examples and notes on them.
 
     Rows are cut at `context_length` tokens, plain texts are split there. An example with a row without
-    trained tokens is dropped. Raises DataError with the line for a row that cannot be trained on.
+    trained tokens is dropped. Raises DataError with the line for a row that cannot be trained on, also one
+    with a token that is not among the first `embedded_tokens`, which the model has embeddings for.
     """
     encoder = Encoder(tokenizer, end_tokens)
     rows = _Rows(writer, role, container_of(path), context_length, encoder)
+    rows.embedded_tokens = embedded_tokens
     chat = ChatTemplate(tokenizer, end_tokens)
     noun = NOUNS[rows.container].capitalize()
     drafts = (_drafts(line, f"{noun} {line}", record, chat) for line, record in read_records(path))
@@ -164,6 +168,10 @@ class Encoder:
         """One `tokenizers.Encoding` for each text, without special tokens."""
         return self._core.encode_batch(texts, add_special_tokens=False)
 
+    def text_of(self, token: int) -> str:
+        """How the vocabulary writes a token."""
+        return str(self._core.id_to_token(token))
+
     def row(self, draft: _Draft, encoding: Any) -> tuple[np.ndarray, np.ndarray]:
         """Token ids of a row, (tokens,) int64, and which are trained, (tokens,) bool."""
         ids = np.array(encoding.ids, dtype=np.int64)
@@ -240,6 +248,7 @@ class _Rows:
         self.container = container
         self.context_length = context_length
         self.encoder = encoder
+        self.embedded_tokens = sys.maxsize
         self.cut, self.split, self.equal, self.dropped = (array("q") for _ in range(4))
         self.dropped_by_cut = 0
         self.parts = 0
@@ -295,6 +304,12 @@ class _Rows:
             self.writer.add(line, kept)
 
     def _check(self, line: int, ids: np.ndarray, trained: np.ndarray) -> None:
+        if (highest := int(ids.max(initial=0))) >= self.embedded_tokens:
+            raise self.error(
+                line,
+                f"contains token {highest} ('{self.encoder.text_of(highest)}'), and the base model embeds "
+                f"only {self.embedded_tokens} tokens. Leave it out, or use a base model that embeds it.",
+            )
         bos, ends = self.encoder.bos, self.encoder.end_tokens
         if bos is not None and ids[:2].tolist() == [bos, bos]:
             raise self.error(

@@ -16,7 +16,6 @@ from transformers import PreTrainedTokenizerBase
 from ..bases.loading import Base
 from ..data.example_files import DamagedExamples, ExampleWriter, file_hash, open_examples
 from ..data.examples import Examples
-from ..data.templates import end_of_turn_tokens
 from ..data.token_cache import keep, new_entry, use
 from ..data.tokenising import overlap_note, tokenise
 from ..formats import NOUNS, Report, check_for_training, checking
@@ -49,6 +48,7 @@ class Reading:
     tokenizer: PreTrainedTokenizerBase
     context_length: int
     end_tokens: frozenset[int]
+    embedded_tokens: int
 
 
 @dataclass(frozen=True)
@@ -74,7 +74,8 @@ def read_data(
         spec.type,
         base.tokenizer,
         context_length(base) if kept == "auto" else kept,
-        end_of_turn_tokens(base.tokenizer, base.model.generation_config.eos_token_id),
+        base.end_tokens,
+        base.embedded_tokens,
     )
     with _folder(cache) as folder:
         first = yield from read_file(training, "training", how, folder)
@@ -114,6 +115,7 @@ def read_file(
                 how.tokenizer,
                 context_length=how.context_length,
                 end_tokens=how.end_tokens,
+                embedded_tokens=how.embedded_tokens,
                 role=role,
                 total=report.rows,
             )
@@ -165,6 +167,7 @@ def _key(sha256: str, role: Role, how: Reading) -> str:
         tokenizer.special_tokens_map,
         how.context_length,
         sorted(how.end_tokens),
+        how.embedded_tokens,
     ]
     return hashlib.sha256(json.dumps(parts, default=str, sort_keys=True).encode()).hexdigest()[:40]
 
