@@ -15,6 +15,9 @@ MAMBA_NAMES = ("out_proj", "conv1d")
 MAMBA_FAMILIES = ("falcon_h1", "falcon_mamba", "mamba", "mamba2", "nemotron_h")
 """Families (`model_type`) in which PEFT refuses MAMBA_NAMES: their kernels use the weights directly."""
 
+RENAMED_PARTS = {"laguna": "shared_experts"}
+"""By family: a part of paths that PEFT renames as if it were the checkpoint's, and then does not find."""
+
 
 def why_not_loadable(model: nn.Module, path: str) -> str | None:
     """Why PEFT would not load an adapter of this layer; None if it would."""
@@ -23,6 +26,8 @@ def why_not_loadable(model: nn.Module, path: str) -> str | None:
         return f"PEFT maps its name to the fused experts of a {family} and would not load its adapter"
     if family in MAMBA_FAMILIES and name in MAMBA_NAMES:
         return f"PEFT refuses '{name}' in a {family}, whose Mamba kernels use its weight directly"
+    if RENAMED_PARTS.get(family) in path.split("."):
+        return f"PEFT renames it in a {family} and would not load its adapter"
     return None
 
 
