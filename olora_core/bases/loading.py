@@ -33,6 +33,11 @@ from .sites import UNADAPTED, unadapted
 
 INDEX = "model.safetensors.index.json"
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json", "spiece.model")
+UNFIT = {
+    "cpmant": "it reads a row that is padded at its end as another text",
+    "prophetnet": "its logits of a text depend on the padding behind it",
+}
+"""Families (`model_type`) that do not compute each row of a batch as they would alone, and how."""
 PAD_CANDIDATES = ("<|finetune_right_pad_id|>", "<|pad|>", "<pad>", "[PAD]", "<|endoftext|>", "<unk>")
 
 
@@ -63,6 +68,12 @@ class Base:
             return passes_of(self.model)
 
     @property
+    def width(self) -> int:
+        """Hidden size of the model, or of its embedding if the config does not name one."""
+        named = getattr(self.model.config.get_text_config(), "hidden_size", None)
+        return int(named or self.model.get_input_embeddings().weight.shape[1])
+
+    @property
     def embedded_tokens(self) -> int:
         """Number of tokens that the model has an embedding for; its tokenizer may have more."""
         return embedded_tokens(self.model)
@@ -72,6 +83,17 @@ class Base:
         """Ids of the tokens that may end an answer, of those that the model embeds."""
         known = end_of_turn_tokens(self.tokenizer, self.model.generation_config.eos_token_id)
         return frozenset(token for token in known if token < self.embedded_tokens)
+
+    @cached_property
+    def padding(self) -> int:
+        """Id of the token that fills rows up: the tokenizer's, unless its embedding is all zero.
+
+        Where a packed row ends in zeros, a norm or a standard deviation of them (Gemma 3n) has no gradient,
+        and 0 times it is NaN.
+        """
+        table, own = self.model.get_input_embeddings().weight, self.tokenizer.pad_token_id or 0
+        candidates = [own, *sorted(self.end_tokens), *range(len(table))]
+        return next((token for token in candidates if bool(table[token].any())), own)
 
     @cached_property
     def fingerprint(self) -> str:
@@ -112,6 +134,8 @@ def load_base(
     else:
         quantisation.prepare_layers(model, kind, name, model.dtype)
         quantised = Quantised(kind, model.config.quantization_config.to_dict(), from_files)
+    if reason := UNFIT.get(model.config.model_type):
+        raise ModelError(f"Base model '{name}' ({type(model).__name__}) cannot be trained: {reason}.")
     _check_causal(model, name, folder)
     notes = [
         *_adopt_pad_token(tokenizer, embedded_tokens(model)),

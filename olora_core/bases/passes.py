@@ -86,7 +86,8 @@ def head_is_plain(model: PreTrainedModel) -> bool:
     names.
     """
     decoder, head = model.get_decoder(), model.get_output_embeddings()
-    if decoder is None or decoder is model or head is None:
+    # Some families have a layer of that name: ModernBERT's `decoder` is its LM head.
+    if not isinstance(decoder, PreTrainedModel) or decoder is model or head is None:
         return False
     ids = probe_tokens(model, 8)
     with evaluating(model):
@@ -102,8 +103,18 @@ def packing_is_exact(model: PreTrainedModel, *, as_segments: bool = False) -> bo
 
     Two checks on 7 + 5 tokens: an example's logits in the row are those it has alone, up to rounding; and
     they do not change with the example before it. The second is stricter, because both rows are rounded
-    alike: it also finds a model that attends to the neighbour only weakly.
+    alike: it also finds a model that attends to the neighbour only weakly. A family that makes masks of its
+    own may not even compute such a row.
     """
+    try:
+        return _packs_exactly(model, as_segments)
+    except torch.OutOfMemoryError:
+        raise
+    except (RuntimeError, ValueError, TypeError, IndexError):
+        return False
+
+
+def _packs_exactly(model: PreTrainedModel, as_segments: bool) -> bool:
     ids = probe_tokens(model, 12)
     other = torch.cat([ids[:, 7:], ids[:, :2], ids[:, 7:]], dim=1)
     positions = torch.cat([torch.arange(7), torch.arange(5)]).to(ids.device)[None]
@@ -119,6 +130,22 @@ def packing_is_exact(model: PreTrainedModel, *, as_segments: bool = False) -> bo
         (alone - packed).abs().max() <= SEGMENT_TOLERANCE * scale
         and (after_other - packed).abs().max() <= min(LEAK_TOLERANCE, roundings) * scale
     )
+
+
+def most_positions(model: PreTrainedModel) -> int | None:
+    """The longest text, in tokens, that the model has positions for; None if it has no known limit.
+
+    RoBERTa and its relatives count from behind the padding's index, so that they hold fewer than the config's
+    `max_position_embeddings`.
+    """
+    limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    if not limit or limit < 0:
+        return None
+    for module in model.modules():
+        if isinstance(module, nn.Embedding) and module is not model.get_input_embeddings():
+            if module.num_embeddings == limit and module.padding_idx is not None:
+                return limit - module.padding_idx - 1
+    return limit
 
 
 def looks_ahead(model: PreTrainedModel) -> bool:

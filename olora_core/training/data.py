@@ -14,6 +14,7 @@ import transformers
 from transformers import PreTrainedTokenizerBase
 
 from ..bases.loading import Base
+from ..bases.passes import most_positions
 from ..data.example_files import DamagedExamples, ExampleWriter, file_hash, open_examples
 from ..data.examples import Examples
 from ..data.token_cache import keep, new_entry, use
@@ -174,7 +175,7 @@ def _key(sha256: str, role: Role, how: Reading) -> str:
 
 def context_length(base: Base) -> int:
     """The longest example, in tokens, that the model can read."""
-    limit = getattr(base.model.config.get_text_config(), "max_position_embeddings", None)
+    limit = most_positions(base.model)
     if limit:
         return min(limit, MAX_CONTEXT)
     named = base.tokenizer.model_max_length  # a huge number when the tokenizer has none

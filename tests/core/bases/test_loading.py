@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import BertConfig, BertLMHeadModel, PreTrainedTokenizerFast
+from torch import nn
+from transformers import AutoModelForCausalLM, BertConfig, BertLMHeadModel, PreTrainedTokenizerFast
 
 from olora_core.bases.loading import Base, load_base
 from olora_core.bases.precision import compute_dtype
@@ -16,6 +17,7 @@ from olora_core.progress import result_of
 from olora_core.specs import read_spec
 from olora_core.training.data import read_data
 from olora_core.training.samples import generate
+from tests.families.configs import tiny_config
 from tests.tiny_base import END, VOCABULARY, make_llama, make_tokenizer, save_base
 
 
@@ -199,6 +201,28 @@ def test_padding_and_ends_are_tokens_that_the_model_embeds(folder: Path) -> None
     assert base.end_tokens == {base.tokenizer.convert_tokens_to_ids(END)}
     (note,) = [note for note in base.notes if "padding" in note]
     assert "no padding token that the model embeds; '<|pad|>'" in note
+
+
+def test_rows_are_padded_with_a_token_whose_embedding_is_not_zero(folder: Path) -> None:
+    """A row that begins with zeros may have no gradient: Gemma 3n's standard deviation of them."""
+    assert load_base(folder, name="m").padding == 2  # the end; transformers makes padding's embedding zero
+    model = make_llama()
+    with torch.no_grad():
+        model.model.embed_tokens.weight[0] = 0.1
+    model.save_pretrained(folder)
+    assert load_base(folder, name="m").padding == 0
+
+
+@pytest.mark.parametrize("family", ["cpmant", "prophetnet"])
+def test_a_family_that_padding_changes_is_refused(tmp_path: Path, family: str) -> None:
+    model = AutoModelForCausalLM.from_config(tiny_config(family)).eval()
+    with torch.no_grad():
+        ids = torch.arange(5, 17)[None]
+        alone = model(ids, use_cache=False).logits
+        padded = model(nn.functional.pad(ids, (0, 6)), use_cache=False).logits[:, :12]
+    assert float((alone - padded).abs().max()) > 1e-3 * float(alone.abs().max())
+    with pytest.raises(ModelError, match=rf"'m' \({type(model).__name__}\) cannot be trained: .*padd"):
+        load_base(save_base(tmp_path, model), name="m")
 
 
 BERT = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 48}

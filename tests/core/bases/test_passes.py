@@ -7,17 +7,20 @@ from torch import nn
 from transformers import (
     AutoModelForCausalLM,
     BertConfig,
+    DogeConfig,
     Mamba2Config,
     MistralConfig,
     MixtralConfig,
+    ModernBertDecoderConfig,
     PreTrainedConfig,
+    RobertaConfig,
     XLNetConfig,
 )
 
 from olora_core.bases import attention
 from olora_core.bases.attention import longest_segment, segment_attention, segments, segments_understood
 from olora_core.bases.loading import Base
-from olora_core.bases.passes import looks_ahead, passes_of, probe_tokens
+from olora_core.bases.passes import looks_ahead, most_positions, passes_of, probe_tokens
 from olora_core.data.batches import MicroBatch, micro_batches
 from tests.tiny_base import VOCABULARY
 
@@ -114,6 +117,35 @@ def test_a_loaded_base_is_asked_once(llama: Base, monkeypatch: pytest.MonkeyPatc
     asked = llama.passes
     monkeypatch.setattr(llama.model, "forward", None)
     assert llama.passes is asked
+
+
+def test_a_family_that_makes_masks_of_its_own_is_not_packed_by_segments() -> None:
+    """Doge adds its own mask to the one that it is given, and cannot with a list of offsets."""
+    model = model_of(DogeConfig(**SMALL, intermediate_size=48, keep_window_size=128), torch.float32)
+    assert passes_of(model).packing == "positions"
+
+
+def test_a_layer_that_is_called_decoder_is_none() -> None:
+    """ModernBERT's is the LM head."""
+    model = model_of(ModernBertDecoderConfig(**SMALL, intermediate_size=48, pad_token_id=0), torch.float32)
+    assert isinstance(model.get_decoder(), nn.Linear)
+    assert not passes_of(model).plain_head
+
+
+def test_a_text_is_no_longer_than_the_positions_that_a_model_has() -> None:
+    config = RobertaConfig(**SMALL, intermediate_size=48, is_decoder=True, max_position_embeddings=34)
+    model = model_of(config, torch.float32)
+    longest = most_positions(model)
+    model(torch.full((1, longest), 5))
+    with pytest.raises((IndexError, RuntimeError)):
+        model(torch.full((1, longest + 1), 5))
+
+
+@pytest.mark.parametrize(("named", "expected"), [(128, 128), (-1, None)])
+def test_a_limit_of_positions_that_is_none_is_unknown(llama: Base, named: int, expected: int | None) -> None:
+    """XLNet's is -1."""
+    llama.model.config.max_position_embeddings = named
+    assert most_positions(llama.model) == expected
 
 
 # --- in which direction a model reads ----------------------------------------------------------------------
