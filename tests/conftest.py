@@ -27,6 +27,7 @@ SLOW = (
     "faults",
     "worker",
     "upgrade",
+    "families",
     "conformance",
     "cli/test_serve.py",
     "cli/test_train.py",
