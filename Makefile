@@ -19,10 +19,10 @@ PYTEST := env -u OLORA_HOME -u PYTHONDONTWRITEBYTECODE OMP_NUM_THREADS=1 \
 SOURCES := api worker cli store olora_core migrations examples bench tests
 
 .DEFAULT_GOAL := help
-.PHONY: help install quickstart serve test test-all test-fast check fix bench gpu clean
+.PHONY: help install quickstart serve test test-all test-fast test-families check fix bench gpu clean
 
 help:  ## List the commands
-	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
+	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-13s %s\n", $$1, $$2}'
 
 # One stamp for what a run needs, one for what the developers need on top: each target installs only what it lacks.
 $(VENV)/.run: pyproject.toml constraints.txt
@@ -56,6 +56,9 @@ test-all: $(VENV)/.dev  ## Run the whole test suite
 
 test-fast: $(VENV)/.dev  ## Run the tests without the slow ones
 	@$(PYTEST) -m 'not slow' $(ARGS)
+
+test-families: $(VENV)/.dev  ## Train a tiny model of every causal family of transformers (ARGS='-k qwen' for a part)
+	@OLORA_TEST_FAMILIES=all $(PYTEST) --dist load tests/families $(ARGS)
 
 check: $(VENV)/.dev  ## Check format, lint, types and who may import whom
 	$(BIN)/ruff format --check .

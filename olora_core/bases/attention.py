@@ -108,8 +108,16 @@ def takes_segments(model: PreTrainedModel) -> bool:
 def segments_understood(model: PreTrainedModel) -> Iterator[None]:
     """Inside, the model's layers accept `Segments` as the mask; other masks work as before."""
     before = model.config._attn_implementation
-    model.set_attn_implementation(NAME)
+    set_attention(model, NAME)
     try:
         yield
     finally:
-        model.set_attn_implementation(before)
+        set_attention(model, before)
+
+
+def set_attention(model: PreTrainedModel, name: str) -> None:
+    """Sets how the layers that read text attend. Vision and audio towers keep their own way: they may have no
+    other."""
+    text = model.config.get_text_config()
+    keys = [key for key in model.config.sub_configs if getattr(model.config, key, None) is text]
+    model.set_attn_implementation(dict.fromkeys(["", *keys], name))

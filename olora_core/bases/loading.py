@@ -22,16 +22,22 @@ from transformers import (
 from transformers import __version__ as transformers_version
 from transformers.utils import logging
 
+from ..data.turns import end_of_turn_tokens
 from ..errors import ModelError, SpecError, shortened
 from ..layers import quantisation
 from ..layers.adapter import adapters_off
 from ..layers.quantisation import Quantised
 from ..specs import TrainSpec
-from .passes import Passes, passes_of
+from .passes import Passes, looks_ahead, passes_of
 from .sites import UNADAPTED, unadapted
 
 INDEX = "model.safetensors.index.json"
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json", "spiece.model")
+UNFIT = {
+    "cpmant": "it reads a row that is padded at its end as another text",
+    "prophetnet": "its logits of a text depend on the padding behind it",
+}
+"""Families (`model_type`) that do not compute each row of a batch as they would alone, and how."""
 PAD_CANDIDATES = ("<|finetune_right_pad_id|>", "<|pad|>", "<pad>", "[PAD]", "<|endoftext|>", "<unk>")
 
 
@@ -60,6 +66,34 @@ class Base:
         """How the model computes its forward passes."""
         with adapters_off(self.model):
             return passes_of(self.model)
+
+    @property
+    def width(self) -> int:
+        """Hidden size of the model, or of its embedding if the config does not name one."""
+        named = getattr(self.model.config.get_text_config(), "hidden_size", None)
+        return int(named or self.model.get_input_embeddings().weight.shape[1])
+
+    @property
+    def embedded_tokens(self) -> int:
+        """Number of tokens that the model has an embedding for; its tokenizer may have more."""
+        return embedded_tokens(self.model)
+
+    @cached_property
+    def end_tokens(self) -> frozenset[int]:
+        """Ids of the tokens that may end an answer, of those that the model embeds."""
+        known = end_of_turn_tokens(self.tokenizer, self.model.generation_config.eos_token_id)
+        return frozenset(token for token in known if token < self.embedded_tokens)
+
+    @cached_property
+    def padding(self) -> int:
+        """Id of the token that fills rows up: the tokenizer's, unless its embedding is all zero.
+
+        Where a packed row ends in zeros, a norm or a standard deviation of them (Gemma 3n) has no gradient,
+        and 0 times it is NaN.
+        """
+        table, own = self.model.get_input_embeddings().weight, self.tokenizer.pad_token_id or 0
+        candidates = [own, *sorted(self.end_tokens), *range(len(table))]
+        return next((token for token in candidates if bool(table[token].any())), own)
 
     @cached_property
     def fingerprint(self) -> str:
@@ -100,22 +134,27 @@ def load_base(
     else:
         quantisation.prepare_layers(model, kind, name, model.dtype)
         quantised = Quantised(kind, model.config.quantization_config.to_dict(), from_files)
-    notes = _adopt_pad_token(tokenizer)
+    if reason := UNFIT.get(model.config.model_type):
+        raise ModelError(f"Base model '{name}' ({type(model).__name__}) cannot be trained: {reason}.")
+    _check_causal(model, name, folder)
+    notes = [
+        *_adopt_pad_token(tokenizer, embedded_tokens(model)),
+        *_beyond(tokenizer, embedded_tokens(model)),
+    ]
     if unused:
         notes.append(
             f"{len(unused)} tensors of the checkpoint are not used by the model: {shortened(unused)}."
-        )
-    rows = model.get_input_embeddings().weight.shape[0]
-    if (highest := max(tokenizer.get_vocab().values())) >= rows:
-        raise ModelError(
-            f"The tokenizer of base model '{name}' has token {highest}, but the model embeds {rows} tokens; "
-            "the tokenizer belongs to another model."
         )
     notes += [
         f"{len(names)} {UNADAPTED[kind].format(names=shortened(names))}"
         for kind, names in unadapted(model).items()
     ]
     return Base(model, tokenizer, folder, name, model.dtype, model.device, notes, quantised=quantised)
+
+
+def embedded_tokens(model: PreTrainedModel) -> int:
+    """Number of rows of the model's input embedding."""
+    return int(model.get_input_embeddings().weight.shape[0])
 
 
 def check_quantization(spec: TrainSpec, base: Base) -> None:
@@ -265,17 +304,55 @@ def _message(error: Exception, folder: Path) -> str:
     return line.replace(f"{folder}/", "").replace(str(folder), "its folder")
 
 
-def _adopt_pad_token(tokenizer: PreTrainedTokenizerBase) -> list[str]:
-    """Gives a tokenizer without a padding token one of its existing tokens. Returns notes.
+def _check_causal(model: PreTrainedModel, name: str, folder: Path) -> None:
+    """Raises ModelError for a model that does not compute logits of text alone, or looks both ways."""
+    try:
+        both_ways = looks_ahead(model)
+    except (MemoryError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:  # another family's inputs can fail in any way
+        raise ModelError(
+            f"Base model '{name}' ({type(model).__name__}) does not compute logits of text alone "
+            f"({_message(error, folder)}); use a model that predicts the next token of a text."
+        ) from error
+    if not both_ways:
+        return
+    remedy = "use a model that was trained to predict the next token"
+    if getattr(model.config, "is_decoder", None) is False:
+        remedy += ", or set is_decoder to true in its config.json if this one was"
+    raise ModelError(
+        f"Base model '{name}' ({type(model).__name__}) is not causal: its logits depend on later tokens, as "
+        f"in an encoder such as BERT; {remedy}."
+    )
+
+
+def _beyond(tokenizer: PreTrainedTokenizerBase, embedded: int) -> list[str]:
+    """A note on the tokens that the model does not embed; most are other modalities', never in a text."""
+    beyond = {token: text for text, token in tokenizer.get_vocab().items() if token >= embedded}
+    if not beyond:
+        return []
+    names = shortened([f"'{beyond[token]}'" for token in sorted(beyond)])
+    return [
+        f"The model embeds {embedded} tokens, and its tokenizer has {len(beyond)} more ({names}); a row that "
+        "contains one is refused."
+    ]
+
+
+def _adopt_pad_token(tokenizer: PreTrainedTokenizerBase, embedded: int) -> list[str]:
+    """Gives a tokenizer without a padding token that the model embeds one of its other tokens. Returns notes.
 
     A new token would need a new row in the embedding. Labels are masked by position, not by id, so that even
     the end token can be used.
     """
-    if tokenizer.pad_token_id is not None:
+    if tokenizer.pad_token_id is not None and tokenizer.pad_token_id < embedded:
         return []
-    vocabulary = tokenizer.get_vocab()
-    free = [token for token in PAD_CANDIDATES if token in vocabulary and token != tokenizer.eos_token]
-    token = free[0] if free else tokenizer.eos_token or tokenizer.convert_ids_to_tokens(0)
+    usable = {token for token, i in tokenizer.get_vocab().items() if i < embedded}
+    free = [token for token in PAD_CANDIDATES if token in usable and token != tokenizer.eos_token]
+    end = tokenizer.eos_token if tokenizer.eos_token in usable else None
+    token = free[0] if free else end or tokenizer.convert_ids_to_tokens(0)
     tokenizer.pad_token = token
     also = ", also its end-of-text token," if token == tokenizer.eos_token else ""
-    return [f"The tokenizer has no padding token; '{token}'{also} is used. Padding is never trained."]
+    return [
+        f"The tokenizer has no padding token that the model embeds; '{token}'{also} is used. Padding is "
+        "never trained."
+    ]

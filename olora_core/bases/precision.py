@@ -13,6 +13,8 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 WORTH_IT = 1.5
 """bf16 is chosen if it multiplies matrices this much faster, since the rest of a step does not gain."""
 PROBE_TOKENS, PROBE_ROUNDS = 512, 5
+UNKNOWN_WIDTH = 1024
+"""For a config that does not name its hidden size, such as BLT's, whose parts have one each."""
 
 
 def compute_dtype(spec: TrainSpec, folder: Path, device: str = "cpu") -> torch.dtype:
@@ -27,7 +29,7 @@ def compute_dtype(spec: TrainSpec, folder: Path, device: str = "cpu") -> torch.d
     config = load_config(folder, spec.model).get_text_config()
     if config.dtype not in (torch.bfloat16, torch.float16):
         return torch.float32
-    width = config.hidden_size
+    width = getattr(config, "hidden_size", None) or UNKNOWN_WIDTH
     inner = getattr(config, "intermediate_size", None) or 4 * width
     return torch.bfloat16 if bf16_is_faster(device, width, inner) else torch.float32
 

@@ -8,7 +8,6 @@ import torch
 from torch import nn
 from torch.nn.modules.conv import _ConvNd
 from transformers import PreTrainedModel
-from transformers import conversion_mapping as conversions
 from transformers.pytorch_utils import Conv1D
 
 from ..errors import SpecError
@@ -24,21 +23,20 @@ from ..layers.adapter import (
     site_weight,
 )
 from ..specs import nearest
+from .loaders import why_not_loadable
+from .reach import unreached_layers
 
 MATCH_SECONDS = 0.2
 ALL_LINEAR = ("auto", "all-linear")
 UNADAPTED = {
     "experts": "fused expert tensors ({names}) are not linear layers and are not adapted.",
     "routers": "routers ({names}) are not adapted unless they are linear layers and named in target_modules.",
-    "layers": "layers ({names}) are not adapted, because PEFT would mistake them for experts by their names.",
+    "unreached": "layers ({names}) are not called when the model reads text and are not adapted.",
+    "layers": "layers ({names}) are not adapted, because PEFT would not load their adapters: it takes their "
+    "names for experts', or refuses them in this family.",
     "tensors": "matrices ({names}) do not belong to a linear layer and are not adapted.",
 }
 """The note for each kind in `unadapted`, after the number of its tensors."""
-EXPERT_NAMES = {
-    "mixtral": ("gate", "w1", "w2", "w3"),
-    "qwen2_moe": ("gate", "gate_proj", "up_proj", "down_proj"),
-}
-"""Layer names that PEFT maps to the fused experts when it loads an adapter, wherever they occur."""
 
 
 def _fused(model: nn.Module) -> list[tuple[str, str, nn.Parameter]]:
@@ -63,15 +61,17 @@ def unadapted(model: nn.Module) -> dict[str, list[str]]:
     found: dict[str, list[str]] = {kind: [] for kind in UNADAPTED}
     stacks = block_stacks(model)
     owners = {path for path, _, _ in _fused(model)}
-    routers = _routers(model)
+    routers, unreached = _routers(model), unreached_layers(model)
     adapted = {path for path, module in model.named_modules() if isinstance(module, AdaptedLinear)}
     for path, module in bare_modules(model):
         if path in adapted or _block_of(path, stacks)[0] is None or isinstance(module, nn.Embedding):
             continue
         if is_linear(module):
-            if path in routers:
+            if path in unreached:
+                found["unreached"].append(path)
+            elif path in routers:
                 found["routers"].append(path)
-            elif _is_named_like_experts(model, path):
+            elif why_not_loadable(model, path):
                 found["layers"].append(path)
             elif _is_not_affine(module):
                 found["tensors"].append(f"{path}.weight")
@@ -108,19 +108,14 @@ def _routers(model: nn.Module) -> set[str]:
     }
 
 
-def _is_named_like_experts(model: nn.Module, path: str) -> bool:
-    """Whether PEFT would look for this layer's factors among the fused experts, and so not load them."""
-    family = getattr(model.config, "model_type", None)
-    family = "mixtral" if family == "mixtral" else conversions._MODEL_TO_CONVERSION_PATTERN.get(family)
-    return path.rpartition(".")[2] in EXPERT_NAMES.get(family, ())
-
-
 def target_sites(model: PreTrainedModel, target_modules: str | Sequence[str]) -> list[Site]:
     """The layers to adapt, in model order.
 
-    "auto" or "all-linear": every linear layer of the transformer blocks except routers; `unadapted` lists the
-    rest. A list: each name matches the layers whose path equals it or ends in `.name`. Any other string: a
-    regular expression for the whole path. These are PEFT's rules. The model must have no adapters attached.
+    "auto" or "all-linear": every linear layer of the transformer blocks that text reaches, except routers;
+    `unadapted` lists the rest. A list: each name matches the layers whose path equals it or ends in `.name`.
+    Any other string: a regular expression for the whole path. These are PEFT's rules, but that layers which
+    text does not reach are left out where the same name or expression also matches others. The model must
+    have no adapters attached.
 
     Raises SpecError for a name that matches nothing, or a layer that cannot be adapted.
     """
@@ -190,9 +185,12 @@ def _chosen(model: PreTrainedModel, matches: Callable[[str], bool]) -> list[str]
     chosen = []
     for name, module in model.named_modules():
         if name and matches(name) and (is_linear(module) or module._parameters):
-            if reason := _why_not(model, name):
-                raise _refusal(name, reason)
             chosen.append(name)
+    unreached = unreached_layers(model)
+    chosen = [name for name in chosen if name not in unreached] or chosen
+    for name in chosen:
+        if reason := _why_not(model, name):
+            raise _refusal(name, reason)
     return chosen
 
 
@@ -206,10 +204,9 @@ def _why_not(model: PreTrainedModel, name: str) -> str | None:
         return "its weight is tied to the token embedding"
     if reason := quantisation.why_not_adaptable(module):
         return reason
-    if _is_named_like_experts(model, name):
-        family = model.config.model_type
-        return f"PEFT maps its name to the fused experts of a {family} and would not load its adapter"
-    return None
+    if name in unreached_layers(model):
+        return "the model does not call it when it reads text, so that it would not be trained"
+    return why_not_loadable(model, name)
 
 
 @torch.no_grad()

@@ -92,7 +92,7 @@ def untrainable(spec: ComparisonSpec, i: int, problem: str) -> Entrant:
 
 def default_rate(adapter: AdapterSpec, base: Base) -> float:
     """The method's default learning rate for a base of this width."""
-    return learning_rate_for(adapter, base.model.config.get_text_config().hidden_size)
+    return learning_rate_for(adapter, base.width)
 
 
 def first_plan(grid: Grid, total_steps: int, seeds: int) -> list[int]:

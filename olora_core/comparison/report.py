@@ -38,6 +38,8 @@ class Setup:
     """The same; if it is held out of the training file also `held_out`, see `HeldOut`."""
     search: Mapping[str, Any]
     """`examples` held out, `trained_on`, `seed`, `learning_rates` (a list or "auto")."""
+    columns: Mapping[str, str] | None = None
+    """The mapping of the files' columns."""
     versions: Mapping[str, str] = field(default_factory=dict)
 
 
@@ -78,6 +80,7 @@ def setup_of(terms: Terms, budget: int, training: str, validation: str | None) -
             "trained_on": len(search.training),
             "examples": len(search.validation),
         },
+        columns=spec.columns,
         versions=versions(),
     )
 
@@ -209,11 +212,13 @@ def _winner(verdict: Verdict | None, setup: Setup, entrants: Sequence[Entrant]) 
         validation = {"validation_share": held_out["share"]}
         if held_out["group_by"] is not None:
             validation["group_by"] = held_out["group_by"]
+    columns = {"columns": dict(setup.columns)} if setup.columns else {}
     return {
         "model": setup.model,
         "type": setup.type,
         "training_file": setup.training["file"],
         **validation,
+        **columns,
         "output": f"{chosen.adapter.method}-adapter",
         "adapter": chosen.options,
         "hyperparameters": {**setup.asked, "learning_rate": chosen.best_rate},

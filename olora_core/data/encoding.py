@@ -53,6 +53,10 @@ class Encoder:
         core.encode_special_tokens = True
         return core
 
+    def text_of(self, token: int) -> str:
+        """How the vocabulary writes a token."""
+        return str(self._core.id_to_token(token))
+
     def row(self, draft: Draft, encoding: Encoding) -> tuple[np.ndarray, np.ndarray]:
         """Token ids of a row, (tokens,) int64, and which are trained, (tokens,) bool; or if some have a
         weight other than 1, their weights, (tokens,) float32."""

@@ -4,6 +4,7 @@ Only answers are trained: an assistant's tokens including its end-of-turn token,
 end-of-sequence token. In a plain text, every token is trained.
 """
 
+import sys
 from array import array
 from collections import deque
 from collections.abc import Generator, Iterable, Iterator, Mapping, Sequence
@@ -46,18 +47,21 @@ def tokenise(
     reasoning: bool = True,
     literal: bool = False,
     columns: Mapping[str, str] | None = None,
+    embedded_tokens: int = sys.maxsize,
 ) -> Generator[Phase, None, tuple[Examples, list[Note]]]:
     """Tokenises a validated file of `total` rows. Yields progress; returns the examples and notes on them.
 
     Rows are cut at `context_length` tokens, plain texts are split there. An example with a row without
     trained tokens is dropped. A chat template that writes today's date writes `day`, today if that is not
     given; `reasoning` and `literal` are options of `Answers`; `columns` has the file's column of each key
-    that has another name there. Raises DataError with the line for a row that cannot be trained on.
+    that has another name there. Raises DataError with the line for a row that cannot be trained on, also one
+    with a token that is not among the first `embedded_tokens`, which the model has embeddings for.
     """
     template = ChatTemplate(tokenizer, day or date.today())
     answers = Answers(template, end_tokens, reasoning=reasoning, literal=literal)
     encoder = Encoder(tokenizer, answers.ends)
     rows = _Rows(writer, role, container_of(path), context_length, encoder)
+    rows.embedded_tokens = embedded_tokens
     noun = NOUNS[rows.container].capitalize()
     records = read_records(path, columns)
     drafts = (drafts_of(line, f"{noun} {line}", record, answers) for line, record in records)
@@ -105,6 +109,7 @@ class _Rows:
         self.container = container
         self.context_length = context_length
         self.encoder = encoder
+        self.embedded_tokens = sys.maxsize
         self.cut, self.split, self.equal, self.dropped = (array("q") for _ in range(4))
         self.untrained = {kind: array("q") for kind in UNTRAINED}
         self.dropped_by_cut = 0
@@ -163,6 +168,12 @@ class _Rows:
             self.writer.add(line, kept)
 
     def _check(self, line: int, ids: np.ndarray, trained: np.ndarray) -> None:
+        if (highest := int(ids.max(initial=0))) >= self.embedded_tokens:
+            raise self.error(
+                line,
+                f"contains token {highest} ('{self.encoder.text_of(highest)}'), and the base model embeds "
+                f"only {self.embedded_tokens} tokens. Leave it out, or use a base model that embeds it.",
+            )
         bos, ends = self.encoder.bos, self.encoder.end_tokens
         if bos is not None and ids[:2].tolist() == [bos, bos]:
             raise self.error(

@@ -152,19 +152,26 @@ def _linear_layers(model: nn.Module) -> dict[str, nn.Module]:
 
 
 def _target_modules(model: nn.Module, layers: Mapping[str, nn.Module], names: Iterable[str]) -> list[str]:
-    """The shortest path endings that select the adapted layers, those fused with them, and no others."""
+    """The shortest path endings that select the adapted layers, those fused with them, and no others.
+
+    Another layer would need a pair of zeros, which servers refuse where they cannot adapt it, as in a vision
+    tower. Only a layer whose path ends in that of an adapted one cannot be told from it.
+    """
     wanted = list(names)
     for name in list(wanted):
         parent, _, last = name.rpartition(".")
         for group in SERVED_TOGETHER:
             if last in group:
                 wanted += [p for p in (f"{parent}.{other}" for other in group) if p in layers]
-    others = {name for name, _ in bare_modules(model)} - layers.keys()
+    modules = {name for name, _ in bare_modules(model)}
+    unwanted, not_linear = modules - set(wanted), modules - layers.keys()
     endings: dict[str, None] = {}
     for name in wanted:
         parts = name.split(".")
         tails = [".".join(parts[i:]) for i in range(len(parts) - 1, -1, -1)]
-        endings[next(t for t in tails if not any(ends_in(other, t) for other in others))] = None
+        exact = (t for t in tails if not any(ends_in(other, t) for other in unwanted))
+        possible = (t for t in tails if not any(ends_in(other, t) for other in not_linear))
+        endings[next(exact, None) or next(possible)] = None
     return list(endings)
 
 

@@ -7,8 +7,27 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 
+def fused_product(
+    x: Tensor,
+    A: Tensor,
+    B: Tensor,
+    L: Tensor,
+    R: Tensor,
+    scale: float | Tensor,
+    W: Tensor | None = None,
+    bias: Tensor | None = None,
+) -> Tensor:
+    """`LowRankProduct` of x with any number of axes: (…, in) → (…, out). It may be modified in place.
+
+    A view made inside a Function may not be modified in place, as models that clip or add in place do
+    (`clip_qkv`, Llama 4's experts). So the Function has matrices only, and the axes are restored outside.
+    """
+    flat = x.reshape(-1, x.shape[-1])  # (tokens, in)
+    return LowRankProduct.apply(flat, A, B, L, R, scale, W, bias).view(*x.shape[:-1], L.shape[0])
+
+
 class LowRankProduct(torch.autograd.Function):
-    """`W x + bias + L (R x)`, or `L (R x)` alone where W is None: x (…, in) → (…, out), W out×in.
+    """`W x + bias + L (R x)`, or `L (R x)` alone where W is None: x (tokens, in) → (tokens, out), W out×in.
 
     A (r×in) and B (out×r) are trained. L (out×k) and R (k×in), in x's dtype, are made of them without
     autograd: `s B` and `A` with k = r, or for an update that starts elsewhere `[s B0 | s (B−B0)]` and
@@ -26,30 +45,29 @@ class LowRankProduct(torch.autograd.Function):
         B: Tensor,
         L: Tensor,
         R: Tensor,
-        scale: float,
+        scale: float | Tensor,
         W: Tensor | None = None,
         bias: Tensor | None = None,
     ) -> Tensor:
-        flat = x.flatten(0, -2)  # (tokens, in)
-        h = flat @ R.T  # (tokens, k)
+        h = x @ R.T  # (tokens, k)
         # The update is added into the frozen product's own output: no second buffer of (tokens, out).
-        y = h @ L.T if W is None else F.linear(flat, W, bias).addmm_(h, L.T)
-        ctx.save_for_backward(flat, h, L, R, W)
-        ctx.r, ctx.scale, ctx.shape = A.shape[0], scale, x.shape
+        y = h @ L.T if W is None else F.linear(x, W, bias).addmm_(h, L.T)
+        ctx.save_for_backward(x, h, L, R, W)
+        ctx.r, ctx.scale = A.shape[0], scale
         ctx.dtypes = A.dtype, B.dtype
-        return y.view(*x.shape[:-1], -1)
+        return y
 
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
         x, h, L, R, W = ctx.saved_tensors
-        g = g.flatten(0, -2)  # (tokens, out)
         gh = g @ L  # (tokens, k), the gradient of h, for both dx and dA
         dx = None
         if ctx.needs_input_grad[0]:  # not in the first layer that is adapted, when the embeddings are frozen
-            dx = (gh @ R if W is None else (g @ W).addmm_(gh, R)).view(ctx.shape)
+            dx = gh @ R if W is None else (g @ W).addmm_(gh, R)
         # L's k columns are blocks of r that add up to s B: `s B0 + s (B − B0)`, or s B alone. So the blocks
         # of gh add up to `g s B`, which is what dA needs, whatever the start was.
-        dA = gh.view(len(gh), -1, ctx.r).sum(dim=1).T @ x
+        blocks = gh.unflatten(-1, (gh.shape[1] // ctx.r, ctx.r))
+        dA = blocks.sum(dim=1).T @ x
         # The last r rows of R are A in either form, so the last r columns of h are `A x`.
         dB = g.T @ h[:, -ctx.r :]
         # The scale is applied after the cast to B's fp32: s dB in bf16 would be rounded twice.

@@ -117,7 +117,8 @@ def loading_config(kind: str, dtype: torch.dtype) -> BitsAndBytesConfig | TorchA
 
 
 def prepare_layers(model: nn.Module, kind: str, name: str, dtype: torch.dtype) -> None:
-    """Makes the quantised layers of a freshly loaded base compute in `dtype` and never rewrite their weights.
+    """Makes the quantised layers of a freshly loaded base compute in `dtype` and never rewrite their weights,
+    and their outputs ones that a model may change in place.
 
     Raises ModelError if no layer is quantised, or one cannot be computed on this device.
     """
@@ -142,6 +143,13 @@ def prepare_layers(model: nn.Module, kind: str, name: str, dtype: torch.dtype) -
     distinct = {(layer.out_features, layer.in_features): (path, layer) for path, layer in layers.items()}
     for path, layer in distinct.values():
         _check_computes(layer, path, kind, name, dtype)
+    for layer in layers.values():
+        layer.register_forward_hook(_own_output)
+
+
+def _own_output(layer: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
+    """A copy where the kernel's Function returns a view, which autograd lets nobody change in place."""
+    return output.clone() if output.requires_grad and output._is_view() else output
 
 
 def _check_computes(layer: nn.Module, path: str, kind: str, name: str, dtype: torch.dtype) -> None:

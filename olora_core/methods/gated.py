@@ -4,7 +4,7 @@ import torch
 from torch import Tensor, nn
 
 from ..layers.adapter import LowRank, autocast_dtype
-from ..layers.products import LowRankProduct
+from ..layers.products import fused_product
 from .lora import LoRAAdapter
 
 
@@ -20,7 +20,7 @@ class GatedAdapter(LoRAAdapter):
         dtype, gated = autocast_dtype(x), self.B * self.g
         with torch.no_grad():
             L, R = (self.scale * gated).to(dtype), self.A.to(dtype)
-        return LowRankProduct.apply(x.to(dtype), self.A, gated, L, R, self.scale, *frozen)
+        return fused_product(x.to(dtype), self.A, gated, L, R, self.scale, *frozen)
 
     def pair(self) -> LowRank:
         """`c B[:, S] diag(g_S) A[S]` over the components S whose gate is not 0."""

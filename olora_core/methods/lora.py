@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from ..layers.adapter import LowRank, Site, autocast_dtype
-from ..layers.products import LowRankProduct, is_plain
+from ..layers.products import fused_product, is_plain
 from ..specs import AdapterSpec
 from ..specs.methods.lora import LoRASpec
 from .base import Method, generator
@@ -35,7 +35,7 @@ class LoRAAdapter(FactorsAdapter):
         dtype = autocast_dtype(x)
         with torch.no_grad():
             L, R = (factor.to(dtype) for factor in self.pair())
-        return LowRankProduct.apply(x.to(dtype), self.A, self.B, L, R, self.scale, *frozen)
+        return fused_product(x.to(dtype), self.A, self.B, L, R, self.scale, *frozen)
 
     def pair(self) -> LowRank:
         return LowRank(self.scale * self.B, self.A)

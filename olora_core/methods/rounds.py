@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ..layers.adapter import Adapter, LowRank, Site, autocast_dtype, low_rank_product
-from ..layers.products import LowRankProduct, is_plain
+from ..layers.products import fused_product, is_plain
 from ..specs.methods.base import Start
 from .lora import kaiming_uniform
 
@@ -57,7 +57,7 @@ class RoundsAdapter(Adapter):
         dtype = autocast_dtype(x)
         with torch.no_grad():
             L, R = (self.scale * self.B).to(dtype), self.A.to(dtype)
-        return LowRankProduct.apply(x.to(dtype), self.A, self.B, L, R, self.scale, *frozen)
+        return fused_product(x.to(dtype), self.A, self.B, L, R, self.scale, *frozen)
 
     def _with_finished(self, y: Tensor, x: Tensor) -> Tensor:
         """Adds the finished pairs' product, without dropout since they are frozen like the weight."""

@@ -15,13 +15,13 @@ import transformers
 from transformers import PreTrainedTokenizerBase
 
 from ..bases.loading import Base
+from ..bases.passes import most_positions
 from ..data.example_files import DamagedExamples, ExampleWriter, file_hash, open_examples
 from ..data.examples import Examples
 from ..data.held_out import group_draws, split
 from ..data.templates import writes_the_day
 from ..data.token_cache import keep, new_entry, use
 from ..data.tokenising import overlap_note, tokenise
-from ..data.turns import end_of_turn_tokens
 from ..formats import NOUNS, Report, check_for_training, checking
 from ..progress import Note, Phase
 from ..specs import MAX_CONTEXT, TrainSpec
@@ -69,6 +69,7 @@ class Reading:
     tokenizer: PreTrainedTokenizerBase
     context_length: int
     end_tokens: frozenset[int]
+    embedded_tokens: int
     columns: Mapping[str, str] | None = None
     """The files' column of each key that has another name there."""
     day: date = field(default_factory=date.today)
@@ -113,7 +114,8 @@ def read_data(
         spec.type,
         base.tokenizer,
         context_length(base) if kept == "auto" else kept,
-        end_of_turn_tokens(base.tokenizer, base.model.generation_config.eos_token_id),
+        base.end_tokens,
+        base.embedded_tokens,
         spec.columns,
         day or date.today(),
         spec.hyperparameters.train_on_reasoning,
@@ -185,6 +187,7 @@ def read_file(
                 how.tokenizer,
                 context_length=how.context_length,
                 end_tokens=how.end_tokens,
+                embedded_tokens=how.embedded_tokens,
                 role=role,
                 total=report.rows,
                 day=how.day,
@@ -248,13 +251,14 @@ def _key(sha256: str, role: Role, how: Reading) -> str:
         *(how.reasoning, how.literal),
         how.written_day and how.written_day.isoformat(),
         how.columns,
+        how.embedded_tokens,
     ]
     return hashlib.sha256(json.dumps(parts, default=str, sort_keys=True).encode()).hexdigest()[:40]
 
 
 def context_length(base: Base) -> int:
     """The longest example, in tokens, that the model can read."""
-    limit = getattr(base.model.config.get_text_config(), "max_position_embeddings", None)
+    limit = most_positions(base.model)
     if limit:
         return min(limit, MAX_CONTEXT)
     named = base.tokenizer.model_max_length  # a huge number when the tokenizer has none

@@ -56,8 +56,9 @@ def evaluate(
     sums: list[list[float]] = []
     for start in range(0, len(examples), ROWS_AT_ONCE):
         rows = np.arange(start, min(start + ROWS_AT_ONCE, len(examples)))
-        pad = base.tokenizer.pad_token_id or 0
-        batches = micro_batches(examples, rows, size=size, tokens=tokens, packing=packing, pad_token=pad)
+        batches = micro_batches(
+            examples, rows, size=size, tokens=tokens, packing=packing, pad_token=base.padding
+        )
         own = [[0.0] * 4 for _ in batches]
         for position, counts in devices.assign([batch.tokens for batch in batches], in_step=base.shards > 1):
             if base.shards > 1:

@@ -21,7 +21,7 @@ from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from ..bases.loading import Base
-from ..bases.passes import LOGITS_AT_ONCE
+from ..bases.passes import LOGITS_AT_ONCE, most_positions
 from ..data.batches import micro_batches
 from ..data.examples import Examples
 from ..errors import SpecError, TrainingError
@@ -235,7 +235,7 @@ def estimate_memory(
         optimizer=3 * trained,
         passes=base.pass_bytes[how],
         layers=getattr(config, "num_hidden_layers", None) or 1,
-        layer_input=config.hidden_size * base.model.dtype.itemsize,
+        layer_input=base.width * base.model.dtype.itemsize,
         head=head,
         penalty=penalty_copies * vocabulary * base.model.dtype.itemsize,
         slack=CPU_SLACK if base.device.type == "cpu" else 1.1,
@@ -278,7 +278,7 @@ def fitted(rows: np.ndarray, peaks: np.ndarray) -> tuple[float, float, float]:
 
 
 def _probe_lengths(model: PreTrainedModel) -> tuple[int, ...]:
-    limit = getattr(model.config.get_text_config(), "max_position_embeddings", None) or PROBE_LENGTHS[-1]
+    limit = most_positions(model) or PROBE_LENGTHS[-1]
     shrink = max(1, -(-PROBE_LENGTHS[-1] // limit))
     return tuple(max(2, length // shrink) for length in PROBE_LENGTHS)
 

@@ -61,9 +61,8 @@ def check_sharding(spec: TrainSpec, base: Base, devices: Devices) -> None:
 
 def run_facts(base: Base, data: Data, devices: Devices) -> RunFacts:
     dtype = "bfloat16" if base.dtype == torch.bfloat16 else "float32"
-    width = base.model.config.get_text_config().hidden_size
     return RunFacts(
-        len(data.training), width, context_length(base), dtype, devices.count, sharded=base.shards > 1
+        len(data.training), base.width, context_length(base), dtype, devices.count, sharded=base.shards > 1
     )
 
 
@@ -76,7 +75,7 @@ def restored_afterwards(base: Base) -> Iterator[None]:
     finally:
         detach(base.model)
         set_checkpointing(base.model, False)
-        base.model.set_attn_implementation(attention_before)
+        attention.set_attention(base.model, attention_before)
         base.model.eval()
         torch.set_num_threads(threads)
 
@@ -198,7 +197,7 @@ def start(
     # Devices of different kinds may round an adapter's start differently; now all have the same bits.
     devices.broadcast(adapter_tensors(adapters).values())
     if packing == "segments":
-        base.model.set_attn_implementation(attention.NAME)
+        attention.set_attention(base.model, attention.NAME)
     own_plan = plan_passes(
         spec,
         base,

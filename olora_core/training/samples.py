@@ -18,7 +18,6 @@ from ..bases.loading import Base
 from ..bases.passes import evaluating
 from ..data.conversations import normalised
 from ..data.examples import Examples
-from ..data.turns import end_of_turn_tokens
 from ..errors import ModelError
 from ..layers.adapter import adapters_off
 from ..progress import Note, Phase, Sample, Samples
@@ -111,7 +110,11 @@ def answer(base: Base, prompt: list[int], max_new_tokens: int, *, until: float =
 
     The sampling and penalties of the base's own generation config are ignored.
     """
-    ends = end_of_turn_tokens(base.tokenizer, base.model.generation_config.eos_token_id)
+    if (highest := max(prompt, default=0)) >= base.embedded_tokens:
+        raise ModelError(
+            f"The prompt contains token {highest} ('{base.tokenizer.convert_ids_to_tokens(highest)}'), and "
+            f"base model '{base.name}' embeds only {base.embedded_tokens} tokens; leave it out."
+        )
     how = GenerationConfig(
         do_sample=False,
         num_beams=1,
@@ -122,7 +125,7 @@ def answer(base: Base, prompt: list[int], max_new_tokens: int, *, until: float =
         top_k=50,
         max_new_tokens=max_new_tokens,
         max_time=None if until == math.inf else max(0.0, until - time.monotonic()),
-        eos_token_id=sorted(ends),
+        eos_token_id=sorted(base.end_tokens),
         pad_token_id=base.tokenizer.pad_token_id or 0,
     )
     input_ids = torch.tensor([prompt], device=base.device)

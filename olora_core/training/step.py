@@ -154,7 +154,7 @@ def batches_of(run: Run, rows: np.ndarray) -> list[MicroBatch]:
         size=run.hyperparameters.micro_batch_size,
         tokens=run.micro_batch_tokens,
         packing=run.hyperparameters.packing,
-        pad_token=run.base.tokenizer.pad_token_id or 0,
+        pad_token=run.base.padding,
     )
 
 

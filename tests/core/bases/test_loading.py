@@ -7,13 +7,18 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import PreTrainedTokenizerFast
+from torch import nn
+from transformers import AutoModelForCausalLM, BertConfig, BertLMHeadModel, PreTrainedTokenizerFast
 
 from olora_core.bases.loading import Base, load_base
 from olora_core.bases.precision import compute_dtype
-from olora_core.errors import ModelError
+from olora_core.errors import DataError, ModelError
+from olora_core.progress import result_of
 from olora_core.specs import read_spec
-from tests.tiny_base import END, make_llama, make_tokenizer
+from olora_core.training.data import read_data
+from olora_core.training.samples import generate
+from tests.families.configs import tiny_config
+from tests.tiny_base import END, VOCABULARY, make_llama, make_tokenizer, save_base
 
 
 @pytest.fixture
@@ -143,11 +148,104 @@ def test_a_missing_or_broken_tokenizer_is_named(folder: Path) -> None:
         load_base(folder, name="m")
 
 
-def test_a_tokenizer_of_another_model_is_refused(folder: Path) -> None:
+def with_more_tokens(folder: Path, **tokens: str) -> Base:
+    """The base, with two tokens in its tokenizer that it has no embedding for, as Gemma 3 1B has one."""
     tokenizer = make_tokenizer()
-    tokenizer.add_tokens(["one-more"])
+    tokenizer.add_tokens(["<image>", "<audio>"], special_tokens=True)
+    for name, token in tokens.items():
+        setattr(tokenizer, name, token)
     tokenizer.save_pretrained(folder)
-    with pytest.raises(ModelError, match="token 259, but the model embeds 259 tokens"):
+    return load_base(folder, name="m")
+
+
+def test_tokens_that_the_model_does_not_embed_are_pointed_out(folder: Path) -> None:
+    base = with_more_tokens(folder)
+    assert base.embedded_tokens == VOCABULARY
+    assert base.notes == [
+        "The model embeds 259 tokens, and its tokenizer has 2 more ('<image>', '<audio>'); a row that "
+        "contains one is refused."
+    ]
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"prompt": "It is", "completion": " an <audio>."},
+        {"text": "An <audio>."},
+    ],
+)
+def test_a_row_with_a_token_that_the_model_does_not_embed_is_refused_with_its_line(
+    folder: Path, tmp_path: Path, row: dict
+) -> None:
+    base = with_more_tokens(folder)
+    fitting = json.loads(json.dumps(row).replace("<audio>", "<sound>"))
+    path = tmp_path / "rows.jsonl"
+    path.write_text(f"{json.dumps(fitting)}\n{json.dumps(row)}\n")
+    spec = read_spec(model="m", type="supervised")
+    says = r"Line 2 of the training file contains token 260 \('<audio>'\), and the base model embeds only 259"
+    with pytest.raises(DataError, match=says) as refused:
+        result_of(read_data(spec, base, path, None))
+    assert refused.value.param == "training_file"
+
+
+def test_a_prompt_with_such_a_token_is_refused(folder: Path) -> None:
+    base = with_more_tokens(folder)
+    with pytest.raises(ModelError, match=r"prompt contains token 259 \('<image>'\).*embeds only 259 tokens"):
+        generate(base, [{"role": "user", "content": "What is <image>?"}], 4)
+
+
+def test_padding_and_ends_are_tokens_that_the_model_embeds(folder: Path) -> None:
+    base = with_more_tokens(folder, pad_token="<image>", eos_token="<audio>")
+    assert base.tokenizer.pad_token == "<|pad|>"
+    assert base.end_tokens == {base.tokenizer.convert_tokens_to_ids(END)}
+    (note,) = [note for note in base.notes if "padding" in note]
+    assert "no padding token that the model embeds; '<|pad|>'" in note
+
+
+def test_rows_are_padded_with_a_token_whose_embedding_is_not_zero(folder: Path) -> None:
+    """A row that begins with zeros may have no gradient: Gemma 3n's standard deviation of them."""
+    assert load_base(folder, name="m").padding == 2  # the end; transformers makes padding's embedding zero
+    model = make_llama()
+    with torch.no_grad():
+        model.model.embed_tokens.weight[0] = 0.1
+    model.save_pretrained(folder)
+    assert load_base(folder, name="m").padding == 0
+
+
+@pytest.mark.parametrize("family", ["cpmant", "prophetnet"])
+def test_a_family_that_padding_changes_is_refused(tmp_path: Path, family: str) -> None:
+    model = AutoModelForCausalLM.from_config(tiny_config(family)).eval()
+    with torch.no_grad():
+        ids = torch.arange(5, 17)[None]
+        alone = model(ids, use_cache=False).logits
+        padded = model(nn.functional.pad(ids, (0, 6)), use_cache=False).logits[:, :12]
+    assert float((alone - padded).abs().max()) > 1e-3 * float(alone.abs().max())
+    with pytest.raises(ModelError, match=rf"'m' \({type(model).__name__}\) cannot be trained: .*padd"):
+        load_base(save_base(tmp_path, model), name="m")
+
+
+BERT = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 48}
+
+
+def test_a_model_that_looks_both_ways_is_refused_with_what_to_do(tmp_path: Path) -> None:
+    for is_decoder in (True, False):
+        config = BertConfig(vocab_size=VOCABULARY, is_decoder=is_decoder, **BERT)
+        save_base(tmp_path, BertLMHeadModel(config).eval())
+        if is_decoder:
+            load_base(tmp_path, name="m")
+    says = r"'m' \(BertLMHeadModel\) is not causal: .*predict the next token, or set is_decoder to true"
+    with pytest.raises(ModelError, match=says) as refused:
+        load_base(tmp_path, name="m")
+    assert refused.value.param == "model"
+
+
+def test_a_model_that_needs_more_than_text_is_refused_with_the_reason(folder: Path, monkeypatch) -> None:
+    def forward(self, input_ids, pixel_values, **others):
+        raise AssertionError
+
+    monkeypatch.setattr("transformers.LlamaForCausalLM.forward", forward)
+    says = r"'m' \(LlamaForCausalLM\) does not compute logits of text alone \(.*'pixel_values'\)"
+    with pytest.raises(ModelError, match=says):
         load_base(folder, name="m")
 
 

@@ -166,6 +166,17 @@ def test_gradients_are_those_of_the_weights_multiplied_out(base_folders, token_r
 
 
 @pytest.mark.parametrize("kind", KINDS)
+def test_a_family_may_change_a_layers_output_in_place(base_folders, kind) -> None:
+    """As those with clip_qkv do, also with layers that have no adapter."""
+    base = load_base(base_folders["wide-llama"], name="tiny", quantization=kind)
+    layer = base.model.model.layers[0].mlp.up_proj
+    x = torch.randn(2, 5, 128, generator=torch.Generator().manual_seed(0), requires_grad=True)
+    (expected,) = torch.autograd.grad(layer(x).clamp(-0.5, 0.5).sum(), x)
+    (got,) = torch.autograd.grad(layer(x).clamp_(-0.5, 0.5).sum(), x)
+    assert torch.equal(got, expected)
+
+
+@pytest.mark.parametrize("kind", KINDS)
 def test_a_step_computes_what_an_evaluation_does(base_folders, tmp_path, kind) -> None:
     """LLM.int8 on a CPU has another product for training, also of layers without an adapter."""
     rows = write_rows(tmp_path / "rows.jsonl", chat_rows(4))

@@ -430,10 +430,29 @@ def test_a_comparison_without_a_share_is_the_comparison_of_before(
     saved = next(update for update in going if isinstance(update, Saved))
     going.close()
     fields = json.loads(spec.model_dump_json())
-    assert (fields.pop("validation_share"), fields.pop("group_by")) == (None, None)
+    added = [fields.pop(name) for name in ("validation_share", "group_by", "columns")]
+    added += [fields["hyperparameters"].pop(name) for name in ("train_on_reasoning", "control_tokens")]
+    assert added == [None, None, None, True, "refuse"]
     before = json.dumps(fields, separators=(",", ":"), ensure_ascii=False)
     identity = json.loads((saved.folder / "manifest.json").read_text())["identity"]
     assert identity["comparison"] == hashlib.sha256(before.encode()).hexdigest()
+
+
+def test_the_winner_reads_the_columns_that_the_comparison_read(
+    llama: Base, files: tuple[Path, Path], tmp_path: Path
+) -> None:
+    renamed = []
+    for file in files:
+        rows = [json.loads(row) for row in file.read_text().splitlines()]
+        renamed.append(write_rows(tmp_path / file.name, [{"talk": row["messages"]} for row in rows]))
+    one_run = {"learning_rates": [1e-3], "seeds": 1, "methods": ["lora"]}
+    report = report_in(
+        compare(comparison(**one_run, columns={"messages": "talk"}), llama, *renamed, tmp_path / "mapped")
+    )
+    plain = report_in(compare(comparison(**one_run), llama, *files, tmp_path / "plain"))
+    assert report["winner"]["columns"] == {"messages": "talk"}
+    assert without_timings(report)["methods"] == without_timings(plain)["methods"]
+    assert "columns" not in plain["winner"]
 
 
 def test_a_comparison_needs_one_source_of_validation_rows(

@@ -28,7 +28,7 @@ def peak():
     return int(status.partition("VmHWM:")[2].split()[0]) * 1024
 
 folder = Path(sys.argv[1])
-how = Reading("supervised", AutoTokenizer.from_pretrained(folder / "tokenizer"), 512, frozenset({0}))
+how = Reading("supervised", AutoTokenizer.from_pretrained(folder / "tokenizer"), 512, frozenset({0}), 2**31)
 result_of(read_file(folder / "small.jsonl", "training", how, folder / "cache"))  # fills what there is
 before = peak()
 read = result_of(read_file(folder / "large.jsonl", "training", how, folder / "cache"))

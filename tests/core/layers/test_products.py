@@ -1,5 +1,7 @@
 """The fused product of a frozen layer and its adapter against float64, and against the parts it fuses."""
 
+from collections.abc import Callable
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -53,7 +55,7 @@ def test_the_layer_and_its_gradients_are_the_formulas(kind: str, bias: bool, sha
     g = torch.randn(*shape, OUT)
     y = adapted(x)
     y.backward(g)
-    assert y.grad_fn.name() == "LowRankProductBackward"
+    assert y.grad_fn.next_functions[0][0].name() == "LowRankProductBackward"
     mine = [y, x.grad, adapted.adapter.A.grad, adapted.adapter.B.grad]
     for got, expected in zip(mine, by_formula(kind, x, layer, g), strict=True):
         assert torch.allclose(got.double(), expected, rtol=1e-5, atol=1e-5)
@@ -70,6 +72,42 @@ def test_dropout_takes_the_long_way_to_the_same_numbers(kind: str, dtype: torch.
     adapted.adapter.dropout = 1e-12  # drops nothing
     apart = adapted.train()(x)
     assert torch.allclose(fused, apart, rtol=2e-2 if dtype == torch.bfloat16 else 1e-5, atol=1e-2)
+
+
+IN_PLACE: dict[str, Callable[[Tensor], Tensor]] = {
+    "clamp": lambda y: y.clamp_(-0.5, 0.5),  # clip_qkv in OLMo and DBRX
+    "add": lambda y: y.add_(torch.ones_like(y)),  # Llama 4's experts
+    "scale a part": lambda y: y[..., : OUT // 2].mul_(3.0),
+}
+
+
+@pytest.mark.parametrize("kind", ["lora", "olora"])
+@pytest.mark.parametrize("shape", [(7,), (2, 5), (2, 3, 2)])
+@pytest.mark.parametrize("change", IN_PLACE)
+def test_a_family_may_change_the_output_in_place(kind: str, shape: tuple[int, ...], change: str) -> None:
+    """The gradients are those of the same change made to a copy."""
+    torch.manual_seed(0)
+    layer = nn.Linear(IN, OUT).requires_grad_(False)
+    adapted = AdaptedLinear(layer, adapter_of(kind))
+    x = torch.randn(*shape, IN, requires_grad=True)
+    g = torch.randn(*shape, OUT)
+    got = []
+    for kept in (True, False):
+        y = adapted(x).clone() if kept else adapted(x)
+        IN_PLACE[change](y)
+        got.append(torch.autograd.grad(y, [x, adapted.adapter.A, adapted.adapter.B], g))
+    for expected, mine in zip(*got, strict=True):
+        assert torch.equal(mine, expected)
+
+
+def test_an_expert_without_tokens_has_a_gradient_of_zero() -> None:
+    layer = nn.Linear(IN, OUT).requires_grad_(False)
+    adapted = AdaptedLinear(layer, adapter_of("olora"))
+    y = adapted(torch.zeros(0, IN, requires_grad=True))
+    assert y.shape == (0, OUT)
+    y.sum().backward()
+    assert not adapted.adapter.A.grad.any()
+    assert not adapted.adapter.B.grad.any()
 
 
 def test_no_gradient_is_formed_for_an_input_that_needs_none() -> None:

@@ -20,7 +20,8 @@ from ..runs import spec_for, write_rows
 CHANGES: dict[str, Callable[[Base], object]] = {
     "template": lambda base: setattr(base.tokenizer, "chat_template", PLAIN_CHATML + " "),
     "end of sequence": lambda base: setattr(base.tokenizer, "eos_token", "<|pad|>"),
-    "vocabulary": lambda base: base.tokenizer.add_tokens(["qq"]),
+    "vocabulary": lambda base: base.tokenizer.add_tokens(["never said"]),
+    "embedding": lambda base: base.model.resize_token_embeddings(300),
 }
 FILES = ("tokens", "trained", "offsets", "lines", "trained_counts", "prints", "about.json")
 
