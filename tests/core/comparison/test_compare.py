@@ -444,7 +444,9 @@ def test_the_winner_reads_the_columns_that_the_comparison_read(
     renamed = []
     for file in files:
         rows = [json.loads(row) for row in file.read_text().splitlines()]
-        renamed.append(write_rows(tmp_path / file.name, [{"talk": row["messages"]} for row in rows]))
+        renamed.append(
+            write_rows(tmp_path / f"talk-{file.name}", [{"talk": row["messages"]} for row in rows])
+        )
     one_run = {"learning_rates": [1e-3], "seeds": 1, "methods": ["lora"]}
     report = report_in(
         compare(comparison(**one_run, columns={"messages": "talk"}), llama, *renamed, tmp_path / "mapped")
