@@ -9,7 +9,7 @@ that is installed. Both train rank 16 on all linear layers of the blocks, from r
 
 - "full": rows of 4,096 tokens, all of them trained, as published figures have them. A step is one pass of 1,
   2 or 4 rows, without accumulation, so the optimizer's share is never hidden. Ours lays them in one packed
-  row, the peer in a batch. The first step's loss is that of the base, and must be the same for both.
+  row, the peer in a batch. The first step's loss is the base's, and must be the same for both.
 - "mixed": chats of 64 to 4,096 tokens, half of each trained, packed by both into rows; rates count tokens
   without padding.
 

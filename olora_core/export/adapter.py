@@ -155,7 +155,7 @@ def _target_modules(model: nn.Module, layers: Mapping[str, nn.Module], names: It
     """The shortest path endings that select the adapted layers, those fused with them, and no others.
 
     Another layer would need a pair of zeros, which servers refuse where they cannot adapt it, as in a vision
-    tower. Only a layer whose path ends in that of an adapted one cannot be told from it.
+    tower. Only a layer whose path ends in an adapted layer's path cannot be told from it.
     """
     wanted = list(names)
     for name in list(wanted):

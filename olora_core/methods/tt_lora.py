@@ -1,6 +1,6 @@
 """TT-LoRA (arXiv 2408.01008): `ΔW[o,i] = α Σ G_1[i_1] … G_p[i_p] H_1[o_1] … H_q[o_q]`, a tensor train.
 
-in = Π m_k and out = Π n_k; i_1 is the fastest digit of i, o_q that of o. The cores are r×m×r (1×m×r and r×n×1
+in = Π m_k and out = Π n_k; i_1 is the fastest digit of i, o_q of o. The cores are r×m×r (1×m×r and r×n×1
 at the ends). All input digits come before all output digits, so one bond of width r joins the two halves, and
 ΔW = α H G is exactly a LoRA of rank r, whose factors G (r×in) and H (out×r) are contracted before each use.
 
@@ -73,7 +73,7 @@ class TTLoRA(Method[TTLoRASpec, TTLoRAAdapter]):
         r, ins = self.spec.rank, modes_of(self.spec, site.in_features)
         outs = modes_of(self.spec, site.out_features)[::-1]
         draw = generator(self.seed, self.finished_steps, site.name)
-        # The variance of an entry of G is that of its p factors, over r paths at each of p - 1 bonds.
+        # An entry of G has the variance of its p factors, summed over r paths at each of p - 1 bonds.
         spread = (1 / (3 * site.in_features * r ** (len(ins) - 1))) ** (1 / (2 * len(ins)))
         bonds = [1, *[r] * (len(ins) - 1)]
         G = [

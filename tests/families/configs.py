@@ -117,7 +117,7 @@ def _tiny(config: type[PreTrainedConfig], own: dict[str, Any]) -> PreTrainedConf
     if "qk_rope_head_dim" in values:  # latent attention has a key for each query
         values["num_key_value_heads"] = HEADS
         if "head_dim" in values:
-            values["head_dim"] = values["qk_rope_head_dim"]  # what their rotary embedding goes by
+            values["head_dim"] = values["qk_rope_head_dim"]  # their rotary embedding's width
     for name, inner in config.sub_configs.items():
         kind = type(getattr(config(), name)) if inner is AutoConfig else inner
         if issubclass(kind, PreTrainedConfig):
