@@ -6,16 +6,16 @@ models here. `read_spec` turns untyped input into a `TrainSpec`; `resolve` turns
 
 from .adapters import ADAPTER_SPECS, DEFAULT_METHOD, check_export
 from .base import Spec, nearest, spec_error
-from .comparison import MAX_SEEDS, ComparedMethod, ComparisonSpec, check_judging, read_comparison
+from .compared_methods import ComparedMethod
+from .comparison import MAX_SEEDS, ComparisonSpec, check_judging, read_comparison
+from .hyperparameters import MAX_CONTEXT, Hyperparameters
 from .methods.base import AdapterSpec
 from .resolving import RunFacts, auto_batch_size, auto_epochs, learning_rate_for, resolve
 from .serving import MAX_EXPORT_RANK, WHERE_TOO_WIDE
 from .training import (
     ADAPTER_ALIASES,
-    MAX_CONTEXT,
     MAX_SEED,
     Columns,
-    Hyperparameters,
     RowKey,
     Share,
     TrainSpec,

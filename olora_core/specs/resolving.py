@@ -5,8 +5,9 @@ from typing import Any, Literal
 
 from ..errors import SpecError
 from .base import read
+from .hyperparameters import Hyperparameters
 from .methods.base import AdapterSpec
-from .training import Hyperparameters, TrainSpec
+from .training import TrainSpec
 
 REFERENCE_WIDTH = 4096
 """Hidden size at which a method's `base_learning_rate` holds; see `learning_rate_for`."""
