@@ -19,7 +19,6 @@ from olora_core.progress import Evaluated, Finished, Progress, Resolved, Step
 from olora_core.specs import read_spec
 from olora_core.training.neftune import with_noise
 from olora_core.training.randomness import Randomness
-from tests.tiny_base import PAD
 
 from ..runs import chat_rows, losses, spec_for, train, write_rows
 
@@ -77,9 +76,9 @@ def watched(base: Base) -> Iterator[Forwards]:
 
 def segments(ids: Tensor, base: Base) -> Iterator[tuple[int, slice]]:
     """Row and place of each example: the padding is cut off, and a second question begins another example."""
-    pad, turn = base.tokenizer.convert_tokens_to_ids([PAD, "<|im_start|>"])
+    turn = base.tokenizer.convert_tokens_to_ids("<|im_start|>")
     for row in range(ids.shape[0]):
-        length = int((ids[row] != pad).sum())
+        length = int((ids[row] != base.padding).nonzero().max()) + 1
         starts = [i for i in range(length) if ids[row, i] == turn][::2]
         for start, end in zip(starts, [*starts[1:], length], strict=True):
             yield row, slice(start, end)
