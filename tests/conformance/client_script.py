@@ -129,7 +129,7 @@ def deleted_files_are_gone(world: World) -> None:
 
 def files_that_are_not_jsonl_are_refused(world: World) -> None:
     error = expect(
-        openai.BadRequestError, lambda: world.client.files.create(file=b"no rows at all\n", purpose="fine-tune")
+        openai.BadRequestError, lambda: world.client.files.create(file=b"no rows\n", purpose="fine-tune")
     )
     assert "Expected file to have JSONL format" in error.message
     assert "Line 1" in error.message
