@@ -127,6 +127,8 @@ class _Probes:
     def _opening(self, messages: Messages, asked: str, gaps: list[str]) -> Opening | None:
         """`gaps` are what stands between the last of these messages, `asked`, and an answer to it."""
         prompt = _between(self._text(messages, generation_prompt=True), asked)
+        for own in (_CALL_ID, NAME):  # some families repeat them behind the result
+            prompt = prompt.rpartition(own)[2]
         # Without the end of the question, which differs from one kind of message to another.
         ended = len(shared_start(prompt, _between(self._text(messages), asked)))
         if prompt[ended:].strip():

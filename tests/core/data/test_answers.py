@@ -164,6 +164,38 @@ def test_ids_are_made_to_fit_where_a_family_constrains_them(tokenizer) -> None:
     assert free.startswith("call_0123456789abcdef:")
 
 
+WITH_RESULTS = (
+    "{%- for message in messages -%}"
+    "{%- if message.role == 'user' -%}{{- '[ASK]' + message.content + '[/ASK]' -}}"
+    "{%- elif message.role == 'tool' -%}"
+    "{{- '[RESULT]' + message.content + ' of ' + message.tool_call_id + '[/RESULT]' -}}"
+    "{%- elif message.tool_calls -%}{%- for call in message.tool_calls -%}"
+    "{{- '[CALL]' + call.function | tojson + ' as ' + call.id -}}{%- endfor -%}{{- '<|im_end|>' -}}"
+    "{%- else -%}{{- message.content + '<|im_end|>' -}}{%- endif -%}{%- endfor -%}"
+)
+
+
+@pytest.mark.parametrize("name", ["abcdefgh1", "call_0123456789abcdef"])
+def test_a_result_may_be_followed_by_the_id_of_its_call(tokenizer, name) -> None:
+    called = call(city="Paris")
+    called[0]["id"] = name
+    result = RESULT | {"tool_call_id": name}
+    messages = [
+        user("One?"),
+        assistant("", tool_calls=called),
+        result,
+        assistant("So."),
+        user("?"),
+        assistant("No."),
+    ]
+    found = trained(answers(tokenizer, WITH_RESULTS).render("Line 1", messages, None))
+    assert found == [
+        f'[CALL]{{"name": "get_weather", "arguments": {{"city": "Paris"}}}} as {name}<|im_end|>',
+        "So.<|im_end|>",
+        "No.<|im_end|>",
+    ]
+
+
 def test_content_in_parts_where_a_template_reads_nothing_else(tokenizer) -> None:
     template = PLAIN_CHATML.replace("message['content']", "message['content'][0]['text']")
     messages = [user("One?"), assistant("First."), user("Two?"), assistant("Second.")]
