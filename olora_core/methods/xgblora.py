@@ -18,6 +18,7 @@ from .base import Method, generator
 from .rounds import RoundsAdapter, forget, ramp, set_lr_factor
 
 MAX_ROUNDS = 256
+FEW_STEPS = 1000
 
 
 class XGBLoRA(Method[XGBLoRASpec, RoundsAdapter]):
@@ -32,6 +33,11 @@ class XGBLoRA(Method[XGBLoRASpec, RoundsAdapter]):
                 f"adapter.steps_per_round = {self.round_steps} gives more than {MAX_ROUNDS} rounds for the "
                 f"job's {self.total_steps} steps; use at least {-(-self.total_steps // MAX_ROUNDS)}.",
                 param="adapter.steps_per_round",
+            )
+        if self.total_steps < FEW_STEPS:
+            self.notes.append(
+                f"XGBLoRA trains one small adapter after another, in a few blocks each: with fewer than "
+                f"{FEW_STEPS:,} steps (this job has {self.total_steps}) the other methods learn far more."
             )
         self.layer_of: dict[str, int | None] = {}
         self.adapters: Mapping[str, RoundsAdapter] = {}

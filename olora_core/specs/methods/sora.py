@@ -23,7 +23,7 @@ class SoRASpec(AdapterSpec):
         "uses."
     )
     base_learning_rate: ClassVar[float] = 1.8e-4  # the authors' 8e-4, for a model 768 wide
-    width_exponent: ClassVar[float] = 0.8850
+    width_exponent: ClassVar[float] = 1.2637
 
     method: Literal["sora"] = "sora"
     rank: int = Field(default=16, ge=1, le=4096, description="r, the components that a layer starts with.")

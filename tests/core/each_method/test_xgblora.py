@@ -131,3 +131,9 @@ def test_what_cannot_be_boosted_is_refused_by_name() -> None:
     assert caught.value.param == "adapter.target_modules"
     with pytest.raises(SpecError, match="lora_plus_ratio"):
         read_spec(model="m", adapter={"method": "xgblora", "lora_plus_ratio": 2})
+
+
+@pytest.mark.parametrize(("steps", "told"), [(999, True), (1000, False)])
+def test_a_short_job_is_told_that_it_is_too_short(steps: int, told: bool) -> None:
+    method, _ = boosting(steps=steps)
+    assert any("this job has 999" in note for note in method.notes) is told

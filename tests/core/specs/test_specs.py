@@ -25,6 +25,7 @@ from olora_core.specs.methods.melora import MELoRASpec
 from olora_core.specs.methods.mora import MoRASpec
 from olora_core.specs.methods.olora import OLoRASpec
 from olora_core.specs.methods.pissa import PiSSASpec
+from olora_core.specs.methods.sora import SoRASpec
 from olora_core.specs.methods.tt_lora import TTLoRASpec
 
 
@@ -304,7 +305,10 @@ def test_auto_batch_is_a_fifth_of_a_percent(examples, batch) -> None:
         (PiSSASpec(), 4096, 1e-4),
         (PiSSASpec(), 192, 1e-3),
         (MELoRASpec(), 4096, 3e-4),
-        (BALoRASpec(), 4096, 2e-5),
+        (BALoRASpec(), 4096, 1e-4),
+        (BALoRASpec(), 192, 1e-3),
+        (SoRASpec(), 4096, 1.8e-4),
+        (SoRASpec(), 192, 8.6e-3),
         (TTLoRASpec(), 4096, 1e-3),
         (TTLoRASpec(), 192, 3e-3),
         (MoRASpec(), 4096, 3e-4),
