@@ -51,6 +51,8 @@ def add(
         end(system_error(error), REFUSED)
     except ImportError as error:
         end(f"{error.name} is not installed; run this where workers run (the extra `worker`).", REFUSED)
+    except MemoryError:
+        end("There is not enough main memory for this model; add it on a larger machine.", REFUSED)
     except OloraError as error:
         end(str(error), REFUSED)
     print_lines(lines)

@@ -166,10 +166,32 @@ def test_a_folder_that_was_added_elsewhere_keeps_its_provenance(
     assert provenance(added(home, first)) == provenance(first)
 
 
+def test_a_hub_model_is_copied_with_its_commit(
+    home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """From the hub's cache, as offline."""
+    import huggingface_hub.constants
+
+    from olora_core.bases.loading import load_base
+
+    commit = "0123456789abcdef" * 2 + "01234567"
+    cached = tmp_path / "hub" / "models--someone--tiny"
+    shutil.copytree(SHIPPED, cached / "snapshots" / commit)
+    (cached / "refs").mkdir()
+    (cached / "refs" / "main").write_text(commit)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    folder = added(home, "someone/tiny")
+    shutil.rmtree(tmp_path / "hub")
+    said = provenance(folder)
+    assert (said["kind"], said["source"], said["revision"]) == ("hub", "someone/tiny", commit)
+    assert load_base(folder, name=folder.name).reference == "someone/tiny"
+    assert listed(home)["tiny"][-1] == f"OLORA_HOME/models: someone/tiny at {commit}"
+
+
 # --- what becomes of it ------------------------------------------------------------------------------------
 
 
-@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`:FutureWarning")  # PEFT asks transformers
 @pytest.mark.parametrize("export", ["adapter", "merged"])
 def test_what_is_trained_names_its_dequantised_base_by_file_and_sha256(
@@ -347,6 +369,17 @@ def test_a_hub_that_cannot_be_reached_is_a_sentence(home: Path, monkeypatch: pyt
     assert "'nobody/nothing' could not be fetched" in refusal(home, "nobody/nothing")
 
 
+def test_a_damaged_provenance_is_a_sentence_before_training(home: Path, gguf: Path, tmp_path: Path) -> None:
+    folder = added(home, gguf)
+    (folder / "provenance.json").write_text('{"kind": "gg')
+    spec = tmp_path / "spec.yaml"
+    spec.write_text(f"model: {folder.name}\ntraining_file: {ROWS}\noutput: run\n")
+    done = olora(home, "train", spec)
+    assert done.returncode == 1
+    assert "provenance.json of base model" in done.stderr.splitlines()[-1]
+    assert "olora models add" in done.stderr.splitlines()[-1]
+
+
 def test_one_command_at_a_time_adds_a_model(home: Path, gguf: Path) -> None:
     (home / "models").mkdir(parents=True)
     with (home / "models" / ".lock").open("ab") as lock:
@@ -374,7 +407,6 @@ def test_a_home_that_cannot_be_written_is_named(tmp_path: Path, gguf: Path) -> N
 WEIGHTS = 4 * sum(parameter.numel() for parameter in gguf_files.make("llama").parameters())
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     ("size", "says"),
     [(WEIGHTS - 4096, "The model's files need up to"), (WEIGHTS + 65536, "The disk is full")],
