@@ -3,20 +3,14 @@
 Commands import what they need when they run, so that `olora --help` is fast.
 """
 
-import os
-import sys
 import traceback
-from typing import NoReturn
 
 import typer
-from rich.console import Console
-from rich.text import Text
 
 from olora_core.errors import OloraError
 
-from . import adapters, compare, comparisons, files, jobs, methods, serve, train
-
-LONGEST_REASON = 300
+from . import adapters, compare, comparisons, files, jobs, methods, models, serve, train
+from .failures import end, system_error, unexpected
 
 app = typer.Typer(
     help="Self-hosted fine-tuning with OpenAI's API. Adapters load in PEFT, transformers and vLLM.",
@@ -30,6 +24,7 @@ app.command()(serve.migrate)
 app.command()(train.train)
 app.command()(compare.compare)
 app.command()(methods.methods)
+app.add_typer(models.app, name="models", help="Add and list base models. Needs no service.")
 app.add_typer(files.app, name="files", help="Upload training files.")
 app.add_typer(jobs.app, name="jobs", help="Create, list, watch and cancel fine-tuning jobs.")
 app.add_typer(comparisons.app, name="comparisons", help="Compare fine-tuning methods in the service.")
@@ -41,31 +36,11 @@ def main() -> None:
     try:
         app()
     except OloraError as error:
-        _end(str(error))
+        end(str(error))
     except Exception as error:
         if _is_debug():
             traceback.print_exc()
-        _end(_system_error(error) if isinstance(error, OSError) else _unexpected(error))
-
-
-def _end(sentence: str) -> NoReturn:
-    Console(stderr=True, soft_wrap=True).print(Text(f"Error: {sentence}", style="red"))
-    sys.exit(1)
-
-
-def _system_error(error: OSError) -> str:
-    if error.filename is None or error.strerror is None:
-        return _unexpected(error)
-    path = error.filename if isinstance(error.filename, int) else os.fsdecode(error.filename)
-    return f"Cannot read or write {path}: {error.strerror}. Choose another path."
-
-
-def _unexpected(error: Exception) -> str:
-    reason = " ".join(str(error).split())[:LONGEST_REASON].rstrip(".")
-    return (
-        f"Unexpected error: {type(error).__name__}{': ' if reason else ''}{reason}. "
-        "Run the command with OLORA_LOG_LEVEL=debug for a traceback."
-    )
+        end(system_error(error) if isinstance(error, OSError) else unexpected(error))
 
 
 def _is_debug() -> bool:

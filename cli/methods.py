@@ -11,6 +11,8 @@ from rich.text import Text
 from olora_core.errors import SpecError
 from olora_core.specs import ADAPTER_SPECS, AdapterSpec, nearest
 
+from .tables import print_rows
+
 
 def methods(
     method: Annotated[
@@ -21,7 +23,7 @@ def methods(
     console = Console()
     if method is None:
         rows = [[name, spec.paper, spec.summary] for name, spec in ADAPTER_SPECS.items()]
-        _print(console, ["method", "paper", "summary"], rows)
+        print_rows(console, ["method", "paper", "summary"], rows)
         return
     if method not in ADAPTER_SPECS:
         raise SpecError(
@@ -36,7 +38,7 @@ def methods(
         for name, option in spec.options()["properties"].items()
         if name != "method"
     ]
-    _print(console, ["option", "default", "values", "meaning"], rows)
+    print_rows(console, ["option", "default", "values", "meaning"], rows)
 
 
 def _describe(console: Console, method: str, spec: type[AdapterSpec]) -> None:
@@ -46,20 +48,6 @@ def _describe(console: Console, method: str, spec: type[AdapterSpec]) -> None:
         table.add_row(Text(name, style="bold"), Text(sentence))
     console.print(table)
     console.print()
-
-
-def _print(console: Console, header: list[str], rows: list[list[str]]) -> None:
-    if not console.is_terminal:
-        for row in rows:
-            console.file.write("\t".join(row) + "\n")
-        return
-    table = Table(box=None, pad_edge=False)
-    for name in header[:-1]:
-        table.add_column(name, overflow="fold")
-    table.add_column(header[-1])
-    for row in rows:
-        table.add_row(*map(Text, row))
-    console.print(table)
 
 
 def _values(option: dict[str, Any]) -> str:

@@ -259,6 +259,11 @@ class Settings(BaseSettings):
         return self.home / "tokens"
 
     @property
+    def added_models_folder(self) -> Path:
+        """The base models that `olora models add` made."""
+        return self.home / "models"
+
+    @property
     def trackers_folder(self) -> Path:
         """Where Weights & Biases' offline runs are kept."""
         return self.home / "trackers"

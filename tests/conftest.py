@@ -27,6 +27,7 @@ os.environ["OMP_NUM_THREADS"] = "1"
 SLOW = (
     *("faults", "worker", "upgrade", "conformance", "examples", "families"),
     *("cli/test_serve.py", "cli/test_train.py", "cli/test_compare.py", "cli/test_quickstart.py"),
+    *("cli/test_models.py", "core/bases/test_gguf.py"),
     "deploy/test_images.py",
     *("core/test_devices.py", "core/bases/test_quantised.py", "core/bases/test_families.py"),
     *("core/each_method/test_methods_in_runs.py", "core/each_method/test_ba_lora.py"),

@@ -37,8 +37,8 @@ def delete_model(model: str, call: CallDep) -> Deleted:
     """Deletes the model and its adapter; the job that trained it stays."""
     if any(ref.id == model for ref in bases.base_models(call.settings)):
         raise Forbidden(
-            f"'{model}' is a base model; the operator removes it from OLORA_MODELS_DIR or "
-            "OLORA_ALLOWED_HUB_MODELS.",
+            f"'{model}' is a base model; the operator removes it from OLORA_MODELS_DIR, from `models` in "
+            "OLORA_HOME, or from OLORA_ALLOWED_HUB_MODELS.",
             param="model",
         )
     with call.writing() as session:

@@ -29,6 +29,7 @@ from ..layers.adapter import adapters_off
 from ..layers.quantisation import Quantised
 from ..specs import TrainSpec
 from .passes import Passes, looks_ahead, passes_of
+from .provenance import Provenance, file_sha256, read_provenance
 from .sites import UNADAPTED, unadapted
 
 INDEX = "model.safetensors.index.json"
@@ -60,6 +61,8 @@ class Base:
     """How its linear layers are quantised; None if they are not."""
     shards: int = 1
     """Number of devices its blocks are sharded over; see `sharding.shard`."""
+    provenance: Provenance | None = None
+    """Where its folder comes from, if `olora models add` made it."""
 
     @cached_property
     def passes(self) -> Passes:
@@ -95,13 +98,15 @@ class Base:
         candidates = [own, *sorted(self.end_tokens), *range(len(table))]
         return next((token for token in candidates if bool(table[token].any())), own)
 
+    @property
+    def reference(self) -> str:
+        """How exported files name it: its id, unless its provenance has a name that says more elsewhere."""
+        return (self.provenance and self.provenance.reference) or self.name
+
     @cached_property
     def fingerprint(self) -> str:
         """SHA-256 of the weight files, as `sha256sum *.safetensors | sha256sum` in the folder."""
-        lines = []
-        for path in weight_files(self.folder):
-            with path.open("rb") as file:
-                lines.append(f"{hashlib.file_digest(file, 'sha256').hexdigest()}  {path.name}\n")
+        lines = [f"{file_sha256(path)}  {path.name}\n" for path in weight_files(self.folder)]
         return hashlib.sha256("".join(lines).encode()).hexdigest()
 
 
@@ -119,7 +124,7 @@ def load_base(
     weights stays quantised. Raises ModelError, or SpecError if `quantization` does not fit the checkpoint.
     """
     folder = Path(folder)
-    config = load_config(folder, name)
+    config, provenance = load_config(folder, name), read_provenance(folder, name)
     kind = quantisation.choose_kind(quantization, config, name, device)
     from_files = getattr(config, "quantization_config", None) is not None
     tokenizer = _load_tokenizer(folder, name)
@@ -149,7 +154,8 @@ def load_base(
         f"{len(names)} {UNADAPTED[kind].format(names=shortened(names))}"
         for kind, names in unadapted(model).items()
     ]
-    return Base(model, tokenizer, folder, name, model.dtype, model.device, notes, quantised=quantised)
+    where = (folder, name, model.dtype, model.device)
+    return Base(model, tokenizer, *where, notes, quantised=quantised, provenance=provenance)
 
 
 def embedded_tokens(model: PreTrainedModel) -> int:

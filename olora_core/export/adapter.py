@@ -55,7 +55,7 @@ def export_adapter(base: Base, adapters: Mapping[str, Adapter], folder: Path, re
     aside.mkdir(parents=True)
     save_file(_named(padded), aside / TENSORS, metadata={"format": "pt"})
     save_native(adapters, aside)
-    write_json(aside / CONFIG, adapter_config(base.name, rank, endings, transposed))
+    write_json(aside / CONFIG, adapter_config(base.reference, rank, endings, transposed))
     copy_tokenizer(base.folder, aside)
     facts = {
         "kind": "adapter",

@@ -22,7 +22,7 @@ def model_card(base: Base, export: Export, record: RunRecord) -> str:
     )
     return f"""\
 ---
-base_model: {json.dumps(base.name)}
+base_model: {json.dumps(base.reference)}
 library_name: peft
 pipeline_tag: text-generation
 tags:
@@ -35,7 +35,7 @@ tags:
 Trained with {adapter.method} ({adapter.paper}): {adapter.summary}
 
 This is a plain LoRA of rank {export.rank} for the unchanged base model, with all scale in B.
-{truncated_to}{_quantised_sentence(base)}
+{truncated_to}{dequantised_sentence(base)}{_quantised_sentence(base)}
 ## How to load it
 
 `BASE` is the base model ({base.name}), `ADAPTER` this folder.
@@ -115,6 +115,18 @@ def _held_out_row(held_out: Mapping[str, Any] | None) -> str:
     return (
         f"| validation | {held_out['examples']} of {held_out['of']} examples of the training file, held out: "
         f"share {held_out['share']:g}, seed {held_out['seed']}{by} |\n"
+    )
+
+
+def dequantised_sentence(base: Base) -> str:
+    """Which GGUF file the base was dequantised from, and how to make it again; nothing for other bases."""
+    if (provenance := base.provenance) is None or provenance.kind != "gguf":
+        return ""
+    package = f" of the package {provenance.package}" if provenance.package else ""
+    return (
+        f"\nThe base is the model in `{provenance.file}`{package} (SHA-256 `{provenance.sha256}`), "
+        f"dequantised from\n{provenance.quantisation} by `olora models add`. Its weights are not those of "
+        "the model that the file was made from.\n"
     )
 
 

@@ -85,6 +85,7 @@ def manifest(base: Base, record: RunRecord, export: Mapping[str, Any]) -> dict[s
             "name": base.name,
             "fingerprint": base.fingerprint,
             "quantization": _quantization(base),
+            "provenance": _provenance(base),
         },
         "spec": {
             "asked": record.asked.model_dump(mode="json"),
@@ -117,6 +118,14 @@ def _quantization(base: Base) -> dict[str, Any] | None:
         "in_files": quantised.from_files,
         "config": quantised.settings,
     }
+
+
+def _provenance(base: Base) -> dict[str, Any] | None:
+    """Where the base's folder comes from, without a path of this machine."""
+    if (provenance := base.provenance) is None:
+        return None
+    private = {"source"} if provenance.kind != "hub" else set()
+    return provenance.model_dump(mode="json", exclude=private, exclude_none=True)
 
 
 def versions() -> dict[str, str]:

@@ -18,7 +18,7 @@ from ..errors import SpecError
 from ..layers import quantisation
 from ..layers.adapter import Adapter, Site, bare_modules, full_precision, site_weight
 from ..specs import TrainSpec
-from .card import how_it_was_trained
+from .card import dequantised_sentence, how_it_was_trained
 from .manifest import CARD, MANIFEST, RunRecord, copy_tokenizer, manifest, save_native, write_json
 
 
@@ -116,7 +116,7 @@ def model_card(base: Base, adapters: Mapping[str, Adapter], merged: Merged, reco
     endings = list(dict.fromkeys(path.rpartition(".")[2] for path in adapters))
     return f"""\
 ---
-base_model: {json.dumps(base.name)}
+base_model: {json.dumps(base.reference)}
 library_name: transformers
 pipeline_tag: text-generation
 tags:
@@ -131,7 +131,7 @@ This is the whole model: the update is merged into the weights of {base.name}.
 
 The weights are stored in {merged.dtype}. W + ΔW was computed in fp32 and rounded once. Rounding lost
 {merged.rounding_loss:.2%} of the update (‖round(W + ΔW) − (W + ΔW)‖ / ‖ΔW‖).
-{_quantised_sentence(base)}
+{dequantised_sentence(base)}{_quantised_sentence(base)}
 ## How to load it
 
 `MODEL` is this folder.

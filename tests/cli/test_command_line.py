@@ -39,7 +39,7 @@ def test_help_answers_at_once(tmp_path: Path) -> None:
 def test_help_names_every_command(tmp_path: Path) -> None:
     shown = olora(tmp_path, "--help").stdout
     commands = ("serve", "worker", "migrate", "train", "compare", "methods", "files", "jobs", "comparisons")
-    for command in (*commands, "adapters"):
+    for command in (*commands, "adapters", "models"):
         assert command in shown
     for command in ("create", "list", "watch", "cancel"):
         assert command in olora(tmp_path, "jobs", "--help").stdout

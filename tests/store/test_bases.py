@@ -43,6 +43,22 @@ def test_each_usable_folder_is_a_base_model(tmp_path: Path, models_dir: Path) ->
     assert fetch_base(find_base(settings, "good"), settings) == models_dir / "good"
 
 
+def test_models_added_to_the_home_are_bases_after_the_operators(tmp_path: Path, models_dir: Path) -> None:
+    for name in ("good", "added", "no-weights-either"):
+        shutil.copytree(models_dir / "good", tmp_path / "home" / "models" / name)
+    (tmp_path / "home" / "models" / "no-weights-either" / "model.safetensors").unlink()
+    (tmp_path / "home" / "models" / ".adding").mkdir()
+    settings = settings_with(tmp_path, models_dir=models_dir)
+    found = {ref.id: (ref.kind, ref.folder) for ref in base_models(settings)}
+    assert found == {
+        "olora-tiny": ("shipped", SHIPPED_FOLDER),
+        "good": ("folder", models_dir / "good"),
+        "added": ("added", tmp_path / "home" / "models" / "added"),
+    }
+    with pytest.raises(ModelError, match="cannot be used"):
+        find_base(settings, "no-weights-either")
+
+
 @pytest.mark.parametrize("name", ["with space & ü", "日本語", "-dash", "a+b (2)", "a" * 255, "%2e%2e", "ft"])
 def test_a_folder_is_a_base_model_under_its_own_name(tmp_path: Path, models_dir: Path, name: str) -> None:
     shutil.copytree(models_dir / "good", models_dir / name)

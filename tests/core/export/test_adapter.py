@@ -264,6 +264,7 @@ def test_the_manifest_tells_where_the_adapter_comes_from(llama: Base, tmp_path: 
         "name": "tiny-llama",
         "fingerprint": llama.fingerprint,
         "quantization": None,
+        "provenance": None,
     }
     assert manifest["spec"]["asked"] == asked.model_dump(mode="json")
     assert manifest["spec"]["resolved"]["adapter"]["dropout"] == 0.1
