@@ -19,10 +19,11 @@ PYTEST := env -u OLORA_HOME -u PYTHONDONTWRITEBYTECODE OMP_NUM_THREADS=1 \
 SOURCES := api worker cli store olora_core migrations examples bench tests
 
 .DEFAULT_GOAL := help
-.PHONY: help install quickstart serve test test-all test-fast test-families check fix bench gpu clean
+.PHONY: help install quickstart quickstart-real serve test test-all test-fast test-families test-real check fix bench \
+  gpu clean
 
 help:  ## List the commands
-	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-13s %s\n", $$1, $$2}'
+	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-15s %s\n", $$1, $$2}'
 
 # One stamp for what a run needs, one for what the developers need on top: each target installs only what it lacks.
 $(VENV)/.run: pyproject.toml constraints.txt
@@ -45,6 +46,9 @@ install: $(VENV)/.run  ## Make .venv with the pinned packages
 quickstart: $(VENV)/.run  ## Train an OLoRA adapter on the shipped model through the API, and load it in PEFT
 	@$(BIN)/python -m examples.quickstart
 
+quickstart-real: $(VENV)/.run  ## The same on a real model of 135 million parameters, in six minutes (93 MB to download)
+	@$(BIN)/python -m examples.quickstart_real
+
 serve: $(VENV)/.run  ## Start the API and a worker, and keep them up (PORT=8001 for another port)
 	@exec $(BIN)/olora serve $(if $(PORT),--port $(PORT))
 
@@ -59,6 +63,10 @@ test-fast: $(VENV)/.dev  ## Run the tests without the slow ones
 
 test-families: $(VENV)/.dev  ## Train a tiny model of every causal family of transformers (ARGS='-k qwen' for a part)
 	@OLORA_TEST_FAMILIES=all $(PYTEST) --dist load tests/families $(ARGS)
+
+test-real: $(VENV)/.dev  ## See what is promised hold on a real model, in fp32 and bf16 (93 MB to download)
+	@OLORA_TEST_REAL_MODEL="$$($(BIN)/python -m examples.smollm2)" && export OLORA_TEST_REAL_MODEL \
+	  && env -u OLORA_HOME $(BIN)/python -m pytest -v --capture=no tests/real $(ARGS)
 
 check: $(VENV)/.dev  ## Check format, lint, types and who may import whom
 	$(BIN)/ruff format --check .

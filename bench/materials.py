@@ -1,4 +1,4 @@
-"""The benchmarks' models and data: random Llamas of several shapes, and two data sets.
+"""The benchmarks' models and data: random Llamas of several shapes, a real one, and two data sets.
 
     python -m bench.materials FOLDER --model 100m --data mixed
 
@@ -47,7 +47,7 @@ SHAPES = {
     "0.5b": Shape(151_936, 896, 4864, 24, 14, 2, 4096, tied=True),  # Qwen2.5-0.5B's
     "8b": Shape(128_256, 4096, 14_336, 32, 32, 8, 8192),  # Llama-3-8B's
 }
-MODELS = ("shipped", *SHAPES)
+MODELS = ("shipped", "smollm2", *SHAPES)
 DATA = ("docstrings", "mixed")
 
 
@@ -68,9 +68,15 @@ def make(folder: Path, *, model: str, data: str, rows: int, device: str = "cpu")
 
 
 def make_base(folder: Path, model: str, device: str = "cpu") -> None:
-    """The shipped base, or a random Llama in bf16 with the shipped tokenizer."""
+    """The shipped base, SmolLM2 as it is installed, or a random Llama in bf16 with the shipped tokenizer."""
     if model == "shipped":
         shutil.copytree(SHIPPED, folder)
+        return
+    if model == "smollm2":
+        from examples import smollm2
+        from store.settings import get_settings
+
+        folder.symlink_to(smollm2.folder(get_settings()))
         return
     shape = SHAPES[model]
     config = LlamaConfig(

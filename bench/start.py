@@ -152,7 +152,7 @@ def shown(seconds: Sequence[float]) -> str:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--models", nargs="+", default=["shipped", "100m"])
+    parser.add_argument("--models", nargs="+", default=["shipped", "100m", "smollm2"])
     parser.add_argument("--rounds", type=int, default=5, help="fresh services, each with one cold job")
     parser.add_argument("--warm", type=int, default=3, help="warm jobs in each round")
     parser.add_argument("--rows", type=int, default=300, help="rows of each training file")

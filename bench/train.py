@@ -144,7 +144,7 @@ def table(measured: dict[str, Any]) -> str:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--models", nargs="+", default=["shipped", "100m"])
+    parser.add_argument("--models", nargs="+", default=["shipped", "100m", "smollm2"])
     parser.add_argument("--data", nargs="+", default=["docstrings", "mixed"])
     parser.add_argument("--arms", nargs="+", default=DEFAULT_ARMS)
     parser.add_argument("--rounds", type=int, default=5)

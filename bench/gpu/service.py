@@ -14,7 +14,7 @@ from typing import Any
 
 from openai import OpenAI
 
-from examples import quickstart
+from examples import peft_adapter, quickstart, service
 from store.settings import Settings, read_settings
 
 from .report import Report, Task, main
@@ -80,18 +80,18 @@ def serve(task: Task, report: Report, settings: Settings) -> Path:
     # What begins late must still be stopped, and its adapter looked at, within the section's limit.
     until = began + report.seconds_left - STOP_SECONDS - PEFT_SECONDS
     stop_seconds = TINY_STOP_SECONDS if task.tiny else STOP_SECONDS
-    with quickstart.service(settings, until - began, stop_seconds) as url:
+    with service.service(settings, until - began, stop_seconds) as url:
         report.figures("olora serve answers", seconds=time.monotonic() - began)
-        client = OpenAI(base_url=f"{url}/v1", api_key=quickstart.key_of(settings))
+        client = OpenAI(base_url=f"{url}/v1", api_key=service.key_of(settings))
         job, cold = train(client, training, validation, until, max_steps=steps, samples=samples)
-        adapter = quickstart.download(client, job, task.scratch / job.id)
+        adapter = service.download(client, job, task.scratch / job.id)
         report_job(report, "the quickstart's job, cold", job, adapter, cold)
         report_device(task, report, settings)
         if until - time.monotonic() < cold.whole - cold.first_step:
             report.skip("a second job, warm", f"{report.seconds_left:.0f} s are left.")
         else:
             job, warm = train(client, other, validation, until, max_steps=warm_steps, samples=1)
-            second = quickstart.download(client, job, task.scratch / job.id)
+            second = service.download(client, job, task.scratch / job.id)
             report_job(report, "a second job, warm", job, second, warm)
             report.figures(
                 "from the POST to the first step",
@@ -116,7 +116,7 @@ def train(client: OpenAI, training: Path, validation: Path, until: float, **aske
     posted, first_step, steps = time.monotonic(), 0.0, []
     seen: set[str] = set()
     while time.monotonic() < until:
-        events = quickstart.new_events(client, job.id, seen)
+        events = service.new_events(client, job.id, seen)
         steps += [event.data for event in events if event.type == "metrics"]
         if steps and not first_step:
             first_step = time.monotonic() - posted
@@ -174,10 +174,10 @@ def load(task: Task, report: Report, adapter: Path) -> None:
     rows = [json.loads(line) for line in lines]
     tokenizer = AutoTokenizer.from_pretrained(quickstart.BASE)
     base = AutoModelForCausalLM.from_pretrained(quickstart.BASE, dtype=torch.float32).to(task.device)
-    untrained = quickstart.logits(base, tokenizer, rows)
-    trained = quickstart.trained_logits(base, adapter, tokenizer, rows)
-    served = quickstart.logits(PeftModel.from_pretrained(base, adapter).eval(), tokenizer, rows)
-    difference, largest, allowed = quickstart.compared(served, trained, certificate)
+    untrained = peft_adapter.logits(base, tokenizer, rows)
+    trained = peft_adapter.trained_logits(base, adapter, tokenizer, rows)
+    served = peft_adapter.logits(PeftModel.from_pretrained(base, adapter).eval(), tokenizer, rows)
+    difference, largest, allowed = peft_adapter.compared(served, trained, certificate)
     learned = float((trained - untrained).abs().max())
     report.check(
         "the adapter in PEFT gives the trained logits",

@@ -10,7 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from examples import quickstart
+from examples import peft_adapter, quickstart
+from examples.service import QuickstartError
 from store.settings import get_settings
 from tests.cli.running import ROOT, ROWS, descendants, environment, lives, wait_for
 
@@ -56,11 +57,11 @@ def test_an_adapter_that_differs_from_the_trained_one_is_noticed() -> None:
 
     certificate = {"bound": 1e-3, "max_abs_logit": 10.0, "max_abs_logit_diff": 0.0}
     logits = torch.linspace(-10, 10, 50)
-    quickstart.check(logits + 5e-4, logits, certificate)
-    with pytest.raises(quickstart.QuickstartError):
-        quickstart.check(logits + 2e-3, logits, certificate)
-    with pytest.raises(quickstart.QuickstartError):
-        quickstart.check(logits + float("nan"), logits, certificate)
+    peft_adapter.check(logits + 5e-4, logits, certificate)
+    with pytest.raises(QuickstartError):
+        peft_adapter.check(logits + 2e-3, logits, certificate)
+    with pytest.raises(QuickstartError):
+        peft_adapter.check(logits + float("nan"), logits, certificate)
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGKILL])
