@@ -285,7 +285,10 @@ def test_an_unknown_package_is_named(home: Path, index: Path) -> None:
 def test_a_package_without_a_wheel_is_not_built(home: Path, index: Path, tmp_path: Path) -> None:
     source = tmp_path / "tiny_model-1.2"
     source.mkdir()
-    (source / "setup.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')")
+    (source / "builder.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')")
+    (source / "pyproject.toml").write_text(
+        '[build-system]\nrequires = []\nbuild-backend = "builder"\nbackend-path = ["."]\n'
+    )
     (source / "PKG-INFO").write_text("Metadata-Version: 2.1\nName: tiny_model\nVersion: 1.2\n")
     shutil.make_archive(str(index / source.name), "gztar", tmp_path, source.name)
     assert "no wheel of a package" in refusal(home, "tiny-model")
