@@ -8,7 +8,7 @@ validation rows occur in no training row; only quantities and days are shared. E
 
 import json
 import random
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from itertools import count
 from pathlib import Path
@@ -76,11 +76,28 @@ TRAINING = Vocabulary(
         *("chairs", "lamps", "notebooks", "pencils", "towels", "pillows", "mirrors", "buckets", "ladders"),
         *("blankets", "teapots", "umbrellas", "candles", "shelves", "carpets", "curtains", "baskets"),
         *("hammers", "brushes", "bottles", "jackets", "gloves", "helmets", "tables", "clocks", "vases"),
+        *("printers", "keyboards", "monitors", "screws", "nails", "hinges", "radiators", "fans", "stoves"),
+        *("freezers", "cups", "bowls", "forks", "knives", "trays", "jars", "tulips", "roses", "bricks"),
+        *("tiles", "pipes", "wheels", "tyres", "saddles", "bicycles", "skis", "balls", "rackets"),
+        *("guitars", "trumpets", "pianos", "flutes", "cameras", "radios", "watches", "rings", "scarves"),
+        *("belts", "socks", "shirts", "hats", "sandals", "backpacks", "envelopes", "stamps", "folders"),
+        *("calendars", "posters", "paintings", "magnets", "drills", "saws", "shovels", "rakes", "hoses"),
+        *("benches", "stools", "cushions", "mattresses", "aprons", "napkins"),
     ),
     cities=(
         *("London", "Paris", "Berlin", "Madrid", "Rome", "Vienna", "Prague", "Dublin", "Oslo", "Lisbon"),
         *("Athens", "Boston", "Chicago", "Denver", "Seattle", "Toronto", "Sydney", "Leeds", "Hamburg"),
         *("Munich", "Milan", "Naples", "Geneva", "Zurich", "Cairo", "Nairobi", "Mumbai", "Tokyo"),
+        *("Bristol", "Cardiff", "Liverpool", "Manchester", "Brighton", "Oxford", "Norwich", "Cologne"),
+        *("Stuttgart", "Leipzig", "Bremen", "Hanover", "Salzburg", "Basel", "Bern", "Nantes", "Toulouse"),
+        *("Marseille", "Bordeaux", "Lille", "Barcelona", "Valencia", "Bilbao", "Granada", "Porto"),
+        *("Bologna", "Florence", "Venice", "Palermo", "Verona", "Rotterdam", "Utrecht", "Antwerp", "Ghent"),
+        *("Brussels", "Copenhagen", "Stockholm", "Gothenburg", "Riga", "Vilnius", "Tallinn", "Krakow"),
+        *("Budapest", "Bucharest", "Sofia", "Belgrade", "Zagreb", "Istanbul", "Ankara", "Lagos", "Accra"),
+        *("Tunis", "Durban", "Delhi", "Bangalore", "Bangkok", "Manila", "Jakarta", "Seoul", "Kyoto"),
+        *("Brisbane", "Perth", "Auckland", "Vancouver", "Calgary", "Ottawa", "Quebec", "Houston"),
+        *("Phoenix", "Atlanta", "Memphis", "Portland", "Detroit", "Baltimore", "Miami", "Havana", "Lima"),
+        *("Bogota", "Santiago"),
     ),
 )
 HELD_OUT = Vocabulary(
@@ -101,11 +118,13 @@ HELD_OUT = Vocabulary(
     kinds=("", "", "green ", "metal ", "heavy ", "round ", "used "),
     things=(
         *("desks", "spoons", "kettles", "ropes", "tents", "scissors", "suitcases", "drums", "boots"),
-        *("violins", "batteries", "sofas", "plates"),
+        *("violins", "batteries", "sofas", "plates", "pumps", "ovens", "wallets", "canoes", "harps"),
+        *("sweaters", "barrels"),
     ),
     cities=(
         *("Glasgow", "Warsaw", "Helsinki", "Lyon", "Seville", "Dallas", "Montreal", "Melbourne", "Osaka"),
-        *("Dresden", "Turin", "Bergen"),
+        *("Dresden", "Turin", "Bergen", "Plymouth", "Nuremberg", "Malaga", "Genoa", "Adelaide"),
+        *("Cleveland", "Shanghai", "Casablanca"),
     ),
 )
 FILES = {"train.jsonl": (TRAINING, 360), "valid.jsonl": (HELD_OUT, 80)}
@@ -124,22 +143,27 @@ def rows(vocabulary: Vocabulary, number: int) -> list[Row]:
     return list(found.values())
 
 
-def orders(vocabulary: Vocabulary) -> Iterator[Row]:
+def orders(v: Vocabulary) -> Iterator[Row]:
     """Orders without end, of which one in four has no day."""
     # Of all its draws, Python promises only those of random() to be the same in every version.
     draw = random.Random(seed_of("orders")).random
-
-    def one_of(choices: tuple[str, ...]) -> str:
-        return choices[int(draw() * len(choices))]
-
+    parts = (v.kinds, v.things, v.cities, tuple(QUANTITIES), v.greetings, v.closings)
+    with_day, without_day = dealt(v.with_day, draw), dealt(v.without_day, draw)
+    days, dealers = dealt(DAYS, draw), [dealt(part, draw) for part in parts]
     for number in count():
-        day = None if number % 4 == 3 else one_of(DAYS)
-        template = one_of(vocabulary.with_day if day else vocabulary.without_day)
-        item = one_of(vocabulary.kinds) + one_of(vocabulary.things)
-        quantity, city = one_of(tuple(QUANTITIES)), one_of(vocabulary.cities)
-        text = template.format(order=f"{quantity} {item}", city=city, day=day)
-        text = one_of(vocabulary.greetings) + text[0].upper() + text[1:] + one_of(vocabulary.closings)
-        yield row_of(text, {"item": item, "quantity": QUANTITIES[quantity], "city": city, "day": day})
+        day = None if number % 4 == 3 else next(days)
+        template = next(with_day if day else without_day)
+        kind, thing, city, quantity, greeting, closing = map(next, dealers)
+        text = template.format(order=f"{quantity} {kind}{thing}", city=city, day=day)
+        text = greeting + text[0].upper() + text[1:] + closing
+        order = {"item": kind + thing, "quantity": QUANTITIES[quantity], "city": city, "day": day}
+        yield row_of(text, order)
+
+
+def dealt(choices: tuple[str, ...], draw: Callable[[], float]) -> Iterator[str]:
+    """The choices like cards: in another order each time that all are used up."""
+    while True:
+        yield from sorted(choices, key=lambda _: draw())
 
 
 def row_of(text: str, order: dict[str, str | int | None]) -> Row:

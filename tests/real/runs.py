@@ -1,5 +1,6 @@
 """Short runs on the real model, and what is seen of them."""
 
+import shutil
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -87,9 +88,10 @@ def run_of(base: Base, spec: TrainSpec, training: Path, folder: Path, *, resume:
                 run.at_start = logits_of(base.model, tokens)
             case Step():
                 run.steps.append(update)
-                request = "save" if update.step == update.total_steps // 2 else None
-            case Saved():
-                run.checkpoint = update.folder
+                middle = update.total_steps // 2
+                request = "save" if update.step == middle else None
+            case Saved() if update.step == middle:  # the run itself keeps its newest two
+                run.checkpoint = shutil.copytree(update.folder, folder / "middle" / update.folder.name)
             case Finished():
                 run.finished, run.trained = update, logits_of(base.model, tokens)
                 with adapters_off(base.model):

@@ -11,6 +11,7 @@ import pytest
 import torch
 from peft import PeftModel
 from safetensors.torch import load_file
+from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from examples import quickstart_real
@@ -26,9 +27,14 @@ pytestmark = [pytest.mark.filterwarnings("ignore::FutureWarning"), pytest.mark.t
 
 LN_2 = math.log(2)
 ULP = float(np.spacing(np.float32(LN_2)))
-BOUND = {"float32": 1e-4, "bfloat16": 5e-2}
-"""Of the largest logit, between two orders of the same sums: fp32 rounds to 1e-7, bf16 to 4e-3."""
+BOUND = {"float32": 1e-4, "bfloat16": 0.1}
+"""Of what training has changed, between two orders of the same sums: fp32 rounds to 1e-7, bf16 to 4e-3."""
 Say = Callable[[str], None]
+
+
+def apart(theirs: Tensor, run: Run) -> float:
+    """How far logits are from the trained model's, as a part of what training has changed."""
+    return float((theirs - run.trained).norm() / (run.trained - run.bare).norm())
 
 
 def test_it_starts_at_the_base_bit_for_bit(run: Run) -> None:
@@ -53,11 +59,8 @@ def test_peft_loads_the_adapter_and_gives_the_trained_logits(
 ) -> None:
     plain = AutoModelForCausalLM.from_pretrained(folder, dtype=base.dtype)
     theirs = logits_of(PeftModel.from_pretrained(plain, run.folder), tokens_of(base))
-    largest = float(run.trained.abs().max())
-    apart, moved = float((theirs - run.trained).abs().max()), float((run.trained - run.bare).abs().max())
-    say(f"largest difference {apart:.1e}, largest logit {largest:.0f}, moved by training {moved:.1f}")
-    assert apart <= BOUND[dtype] * largest
-    assert apart < moved / 2
+    say(f"apart by {apart(theirs, run):.1e} of what training has changed")
+    assert apart(theirs, run) <= BOUND[dtype]
 
 
 def test_with_the_adapter_off_it_is_the_base_bit_for_bit(run: Run) -> None:
@@ -93,13 +96,13 @@ def test_merged_weights_are_the_bases_plus_the_update(
     for site in sorted({name.rpartition(".")[0] for name in native}):
         A, B, A0, B0 = (native[f"{site}.{name}"].double() for name in ("A", "B", "A0", "B0"))
         expected = before[f"{site}.weight"].double() + scale * (B @ A - B0 @ A0)
-        apart = (after[f"{site}.weight"].double() - expected).abs()
-        worst = max(worst, float((apart / expected.abs().max()).max()))
-    say(f"largest difference {worst:.1e} of the largest weight")
-    assert worst <= torch.finfo(base.dtype).eps
+        difference = (after[f"{site}.weight"].double() - expected).abs()
+        worst = max(worst, float(difference.max() / expected.abs().max()))
     merged = AutoModelForCausalLM.from_pretrained(run.folder, dtype=base.dtype)
     theirs = logits_of(merged, tokens_of(base))
-    assert float((theirs - run.trained).abs().max()) <= BOUND[dtype] * float(run.trained.abs().max())
+    say(f"weights apart by {worst:.1e} of the largest, logits by {apart(theirs, run):.1e} of the change")
+    assert worst <= torch.finfo(base.dtype).eps
+    assert apart(theirs, run) <= BOUND[dtype]
 
 
 def test_dpo_starts_at_the_logarithm_of_2(base: Base, dtype: str, tmp_path: Path, say: Say) -> None:
