@@ -108,14 +108,14 @@ def compare(base: Path, folder: Path) -> tuple[Answered, Answered]:
     rows = [json.loads(line) for line in VALIDATION.read_text(encoding="utf-8").splitlines()]
     model, tokenizer = peft_adapter.load(base, folder, rows)
 
-    def answered() -> Answered:
-        answers = peft_adapter.answers(model, tokenizer, rows[:ASKED], LONGEST)
-        return Answered(peft_adapter.mean_loss(model, tokenizer, rows), rows[:ASKED], answers)
+    def answered(by: Any) -> Answered:
+        answers = peft_adapter.answers(by, tokenizer, rows[:ASKED], LONGEST)
+        return Answered(peft_adapter.mean_loss(by, tokenizer, rows), rows[:ASKED], answers)
 
     console.print(f"Asking both models about {ASKED} orders that they have not seen ...")
-    after = answered()
     with model.disable_adapter():
-        return answered(), after
+        before = answered(model)
+    return before, answered(model.merge_and_unload())  # merged, it answers faster
 
 
 # What a person sees

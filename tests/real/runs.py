@@ -72,27 +72,19 @@ def logits_of(model: Any, tokens: Tensor) -> Tensor:
 
 
 def run_of(base: Base, spec: TrainSpec, training: Path, folder: Path, *, resume: Path | None = None) -> Run:
-    """A whole run, with a checkpoint in its middle."""
+    """A whole run, and the checkpoint of its middle: one follows each epoch, and so each step."""
     tokens = tokens_of(base)
     run = Run(logits_of(base.model, tokens))
-    updates = train(spec, base, training, None, folder, resume=resume, checkpoint_seconds=NEVER)
-    request: str | None = None
-    while True:
-        try:
-            update = updates.send(request)
-        except StopIteration:
-            return run
-        request = None
+    for update in train(spec, base, training, None, folder, resume=resume, checkpoint_seconds=NEVER):
         match update:
             case Resolved():
                 run.at_start = logits_of(base.model, tokens)
             case Step():
                 run.steps.append(update)
-                middle = update.total_steps // 2
-                request = "save" if update.step == middle else None
-            case Saved() if update.step == middle:  # the run itself keeps its newest two
+            case Saved(step=step) if step == STEPS // 2:  # the run itself keeps its newest two
                 run.checkpoint = shutil.copytree(update.folder, folder / "middle" / update.folder.name)
             case Finished():
                 run.finished, run.trained = update, logits_of(base.model, tokens)
                 with adapters_off(base.model):
                     run.turned_off = logits_of(base.model, tokens)
+    return run
