@@ -27,14 +27,21 @@ pytestmark = [pytest.mark.filterwarnings("ignore::FutureWarning"), pytest.mark.t
 
 LN_2 = math.log(2)
 ULP = float(np.spacing(np.float32(LN_2)))
-BOUND = {"float32": 1e-4, "bfloat16": 0.1}
-"""Of what training has changed, between two orders of the same sums: fp32 rounds to 1e-7, bf16 to 4e-3."""
+ORDERS, MERGED = 2, 4
+"""Times the dtype's rounding: two orders of the same sums round twice, and merging rounds the weights too."""
 Say = Callable[[str], None]
 
 
+@pytest.fixture(scope="module")
+def rounding(base: Base, folder: Path, run: Run) -> float:
+    """What computing in its dtype does to the base's logits, against the same weights in float64: a norm."""
+    wide = AutoModelForCausalLM.from_pretrained(folder, dtype=base.dtype).double()
+    return float((logits_of(wide, tokens_of(base)) - run.bare).norm())
+
+
 def apart(theirs: Tensor, run: Run) -> float:
-    """How far logits are from the trained model's, as a part of what training has changed."""
-    return float((theirs - run.trained).norm() / (run.trained - run.bare).norm())
+    """How far logits are from the trained model's: a norm, as that of the rounding."""
+    return float((theirs - run.trained).norm())
 
 
 def test_it_starts_at_the_base_bit_for_bit(run: Run) -> None:
@@ -55,12 +62,15 @@ def test_it_is_certified(run: Run, say: Say) -> None:
 
 
 def test_peft_loads_the_adapter_and_gives_the_trained_logits(
-    base: Base, dtype: str, folder: Path, run: Run, say: Say
+    base: Base, folder: Path, run: Run, rounding: float, say: Say
 ) -> None:
     plain = AutoModelForCausalLM.from_pretrained(folder, dtype=base.dtype)
     theirs = logits_of(PeftModel.from_pretrained(plain, run.folder), tokens_of(base))
-    say(f"apart by {apart(theirs, run):.1e} of what training has changed")
-    assert apart(theirs, run) <= BOUND[dtype]
+    changed = float((run.trained - run.bare).norm())
+    say(
+        f"apart by {apart(theirs, run):.2g}; its dtype rounds by {rounding:.2g}, training moved {changed:.0f}"
+    )
+    assert apart(theirs, run) <= ORDERS * rounding < changed
 
 
 def test_with_the_adapter_off_it_is_the_base_bit_for_bit(run: Run) -> None:
@@ -84,7 +94,7 @@ def digest(path: Path) -> str:
 
 
 def test_merged_weights_are_the_bases_plus_the_update(
-    base: Base, dtype: str, folder: Path, training: Path, tmp_path: Path, say: Say
+    base: Base, dtype: str, training: Path, rounding: float, tmp_path: Path, say: Say
 ) -> None:
     spec = spec_for(dtype, adapter={"export": "merged"}, n_epochs=2)
     run = run_of(base, spec, training, tmp_path)
@@ -100,9 +110,9 @@ def test_merged_weights_are_the_bases_plus_the_update(
         worst = max(worst, float(difference.max() / expected.abs().max()))
     merged = AutoModelForCausalLM.from_pretrained(run.folder, dtype=base.dtype)
     theirs = logits_of(merged, tokens_of(base))
-    say(f"weights apart by {worst:.1e} of the largest, logits by {apart(theirs, run):.1e} of the change")
-    assert worst <= torch.finfo(base.dtype).eps
-    assert apart(theirs, run) <= BOUND[dtype]
+    say(f"weights apart by {worst:.1e} of the largest, logits by {apart(theirs, run):.2g}")
+    assert worst <= max(torch.finfo(d).eps for d in (base.dtype, merged.dtype))
+    assert apart(theirs, run) <= MERGED * rounding
 
 
 def test_dpo_starts_at_the_logarithm_of_2(base: Base, dtype: str, tmp_path: Path, say: Say) -> None:
