@@ -6,7 +6,7 @@ from typing import Any, TypeVar, get_args
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from olora_core.formats import check_columns
-from olora_core.specs import Columns, RowKey, Share
+from olora_core.specs import Columns, GroupBy, ValidationShare
 from olora_core.specs.validation import refusal
 
 from ..errors import BadRequest
@@ -52,18 +52,9 @@ class JobOptions(RequestBody):
         le=MAX_SECONDS,
         description="The job fails when its attempts together have taken this long.",
     )
-    validation_share: Share | None = Field(
-        default=None,
-        description="Share of the training rows to hold out for validation, instead of a validation file.",
-    )
-    group_by: RowKey | None = Field(
-        default=None,
-        description="A key at the top level of the rows: those with the same value are all held out or none.",
-    )
-    columns: Columns | None = Field(
-        default=None,
-        description='The files\' columns by the keys they stand for: {"prompt": "question", …}.',
-    )
+    validation_share: ValidationShare = None
+    group_by: GroupBy = None
+    columns: Columns = None
 
 
 def columns_of(options: JobOptions | None) -> dict[str, str] | None:

@@ -16,7 +16,7 @@ from .training import (
     HYPERPARAMETER_ALIASES,
     MAX_SEED,
     Columns,
-    RowKey,
+    GroupBy,
     Share,
     TrainingType,
     TrainSpec,
@@ -71,14 +71,8 @@ class ComparisonSpec(Spec):
         description="Share of the training rows to hold out for the final results, instead of a validation "
         "file.",
     )
-    group_by: RowKey | None = Field(
-        default=None,
-        description="A key at the top level of the rows: those with the same value are all held out or none.",
-    )
-    columns: Columns | None = Field(
-        default=None,
-        description='The files\' columns by the keys they stand for: {"prompt": "question"}; null: as named.',
-    )
+    group_by: GroupBy = None
+    columns: Columns = None
 
     @property
     def labels(self) -> tuple[str, ...]:

@@ -13,12 +13,24 @@ from .methods.olora import OLoRASpec
 
 MAX_SEED = 2**31 - 1
 TrainingType = Literal["supervised", "dpo"]
-Share = Annotated[float, Field(gt=0, lt=1)]
 Name = Annotated[str, Field(min_length=1, max_length=256)]
-RowKey = Name
-"""A key at the top level of a training file's rows."""
-Columns = Annotated[dict[Name, Name], Field(min_length=1, max_length=32)]
-"""The files' column of each key of a format that has another name there."""
+Share = Annotated[float, Field(gt=0, lt=1)]
+ValidationShare = Annotated[
+    Share | None,
+    Field(description="Share of the training rows to hold out for validation, instead of a validation file."),
+]
+GroupBy = Annotated[
+    Name | None,
+    Field(
+        description="A key at the top level of the rows: those with the same value are all held out or none."
+    ),
+]
+Columns = Annotated[
+    Annotated[dict[Name, Name], Field(min_length=1, max_length=32)] | None,
+    Field(
+        description='The files\' columns by the keys they stand for: {"prompt": "question"}; null: as named.'
+    ),
+]
 
 
 class TrainSpec(Spec):
@@ -32,18 +44,9 @@ class TrainSpec(Spec):
     adapter: AnyAdapterSpec = Field(default_factory=OLoRASpec)
     hyperparameters: Hyperparameters = Field(default_factory=Hyperparameters)
     seed: int = Field(default=0, ge=0, le=MAX_SEED)
-    validation_share: Share | None = Field(
-        default=None,
-        description="Share of the training rows to hold out for validation, instead of a validation file.",
-    )
-    group_by: RowKey | None = Field(
-        default=None,
-        description="A key at the top level of the rows: those with the same value are all held out or none.",
-    )
-    columns: Columns | None = Field(
-        default=None,
-        description='The files\' columns by the keys they stand for: {"prompt": "question"}; null: as named.',
-    )
+    validation_share: ValidationShare = None
+    group_by: GroupBy = None
+    columns: Columns = None
 
 
 def check_validation(
