@@ -1,11 +1,13 @@
 """Control tokens, such as "<|im_end|>", that somebody typed into a text."""
 
 import re
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
+from ..formats import texts_in
+from .conversations import with_texts
 from .marks import THINK
 
 
@@ -27,7 +29,7 @@ class ControlTokens:
     def first(self, messages: Iterable[dict[str, Any]]) -> tuple[int, str] | None:
         """The message that contains one, and the token; None without any."""
         for i, message in enumerate(messages):
-            for text in _texts(message):
+            for _, text in texts_in(message, ""):
                 if found := self._pattern.search(text):
                     return i, found[0]
         return None
@@ -37,25 +39,9 @@ class ControlTokens:
 
         `mark` makes the mark for a token of this length.
         """
-        return _mapped(
+        return with_texts(
             value,
             lambda text: self._pattern.sub(
                 lambda token: token[0][0] + mark(len(token[0])) + token[0][1:], text
             ),
         )
-
-
-def _texts(value: Any) -> Iterator[str]:
-    if isinstance(value, str):
-        yield value
-    elif isinstance(value, dict | list):
-        for item in value.values() if isinstance(value, dict) else value:
-            yield from _texts(item)
-
-
-def _mapped(value: Any, changed: Callable[[str], str]) -> Any:
-    if isinstance(value, str):
-        return changed(value)
-    if isinstance(value, dict):
-        return {key: _mapped(item, changed) for key, item in value.items()}
-    return [_mapped(item, changed) for item in value] if isinstance(value, list) else value

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from typing import Any
 
-from ..formats import plain_text
+from ..formats import REASONING, plain_text
 
 Messages = list[dict[str, Any]]
 
@@ -34,8 +34,13 @@ def _normalised(message: dict[str, Any]) -> dict[str, Any]:
     return plain
 
 
-REASONING = ("reasoning_content", "reasoning", "thinking")
-"""Keys of a message under which servers return a thought."""
+def with_texts(value: Any, changed: Callable[[str], str]) -> Any:
+    """A copy of a JSON value with every string in it changed; keys stay."""
+    if isinstance(value, str):
+        return changed(value)
+    if isinstance(value, dict):
+        return {key: with_texts(item, changed) for key, item in value.items()}
+    return [with_texts(item, changed) for item in value] if isinstance(value, list) else value
 
 
 Spelling = Callable[[Messages], Messages]

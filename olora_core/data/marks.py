@@ -7,7 +7,10 @@ part's edges, which templates strip.
 import re
 from collections.abc import Mapping
 from dataclasses import InitVar, dataclass, field
+from functools import partial
 from typing import Any, Literal
+
+from .conversations import with_texts
 
 PRIVATE = re.compile("[\U000f0000-\U0010fffd]")
 THINK = re.compile(r"(</?think(?:ing)?>)")
@@ -70,16 +73,8 @@ class Marker:
     def _call(self, i: int, call: Mapping[str, Any]) -> dict[str, Any]:
         function = call["function"]
         name = self._mark(i, "call", function["name"])
-        arguments = self._value(i, function["arguments"])
+        arguments = with_texts(function["arguments"], partial(self._mark, i, "argument"))
         return {**call, "function": {**function, "name": name, "arguments": arguments}}
-
-    def _value(self, i: int, value: Any) -> Any:
-        """Marks every string in the arguments of a call."""
-        if isinstance(value, str):
-            return self._mark(i, "argument", value)
-        if isinstance(value, dict):
-            return {key: self._value(i, item) for key, item in value.items()}
-        return [self._value(i, item) for item in value] if isinstance(value, list) else value
 
     def _mark(self, i: int, kind: Kind, text: str) -> str:
         core = text.strip()

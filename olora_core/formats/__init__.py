@@ -6,8 +6,9 @@ template (rows that are too long, rows without trained tokens) are in `data/toke
 
 from .columns import check_columns
 from .containers import container_of
+from .control_tokens import texts_in
 from .detection import canonical, detect_format
-from .messages import plain_text
+from .messages import REASONING, plain_text
 from .preference import Preference, read_preference
 from .report import NOUNS, Container, Format, Problem, Report
 from .rows import MAX_ROW_BYTES
@@ -16,6 +17,7 @@ from .validation import check_for_training, checking, read_records, validate
 __all__ = [
     "MAX_ROW_BYTES",
     "NOUNS",
+    "REASONING",
     "Container",
     "Format",
     "Preference",
@@ -30,5 +32,6 @@ __all__ = [
     "plain_text",
     "read_preference",
     "read_records",
+    "texts_in",
     "validate",
 ]

@@ -15,7 +15,7 @@ FORMS = re.compile(r"<[|｜][\w▁ ]{1,40}[|｜]>|<(?:start|end)_of_turn>|<\|?tu
 
 def check_control_tokens(record: dict[str, Any], add: Add) -> None:
     """Adds an error for the first control token in a record whose texts a chat template will frame."""
-    for path, text in _texts(record, "$"):
+    for path, text in texts_in(record, "$"):
         if found := FORMS.search(text):
             add(
                 path,
@@ -26,12 +26,13 @@ def check_control_tokens(record: dict[str, Any], add: Add) -> None:
             return
 
 
-def _texts(value: Any, path: str) -> Iterator[tuple[str, str]]:
+def texts_in(value: Any, path: str) -> Iterator[tuple[str, str]]:
+    """The path and the text of every string in a JSON value, which is itself at `path`."""
     if isinstance(value, str):
         yield path, value
     elif isinstance(value, dict):
         for key, item in value.items():
-            yield from _texts(item, f"{path}.{key}")
+            yield from texts_in(item, f"{path}.{key}")
     elif isinstance(value, list):
         for i, item in enumerate(value):
-            yield from _texts(item, f"{path}[{i}]")
+            yield from texts_in(item, f"{path}[{i}]")
