@@ -1,5 +1,6 @@
 """The trained characters of a rendered conversation: from where each answer begins to its end token."""
 
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -66,7 +67,8 @@ class Answer:
     def _has_keys(self, text: str) -> bool:
         """Whether the names of all arguments are written: values that are no strings have no marks."""
         start = min(self.places, default=0)
-        return all(text.find(key, start) >= 0 for call in self.calls for key in call["arguments"])
+        keys = [key for call in self.calls for key in call["arguments"]]
+        return all(any(text.find(form, start) >= 0 for form in (key, json.dumps(key)[1:-1])) for key in keys)
 
     def untrained(self, spans: Sequence[Span]) -> set[str]:
         """Kinds of its parts that lie, whole or in part, in none of these spans."""

@@ -4,10 +4,12 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import date
+from functools import cached_property
 from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
+from ..errors import ModelError
 from .conversations import Messages, is_garbled, spellings
 from .templates import ChatTemplate, TemplateRefused, Tools
 
@@ -28,6 +30,7 @@ _CALL = {
     "tool_calls": [{"id": _CALL_ID, "type": "function", "function": _FUNCTION}],
 }
 _RESULT = {"role": "tool", "name": NAME, "tool_call_id": _CALL_ID, "content": RESULT}
+_RESULTS = [_USER, _CALL, _RESULT]
 
 
 @dataclass(frozen=True)
@@ -97,31 +100,42 @@ class _Probes:
         self.template = template
         self.tools = tools
 
+    @cached_property
+    def _answered(self) -> str:
+        return self._text([_USER, _ANSWER])
+
+    @cached_property
+    def _answered_twice(self) -> str:
+        return self._text([_USER, _ANSWER, _USER_AGAIN, _ANSWER_AGAIN])
+
+    @cached_property
+    def _after_result(self) -> str:
+        return self._text([*_RESULTS, _ANSWER])
+
     def last_tail(self) -> str:
         """What follows the answer that a conversation ends with."""
-        return _between(self._text([_USER, _ANSWER]), SAID)
+        return _between(self._answered, SAID)
 
     def inner_tail(self) -> str:
         """What follows an earlier answer, up to the user's next text."""
-        return _between(self._text([_USER, _ANSWER, _USER_AGAIN, _ANSWER_AGAIN]), SAID, ASKED_AGAIN)
+        return _between(self._answered_twice, SAID, ASKED_AGAIN)
 
     def call_tails(self) -> tuple[str, str]:
         """What follows a tool call: the last one, and one with a result, up to that."""
-        inner = self._text([_USER, _CALL, _RESULT, _ANSWER])
-        return _between(self._text([_USER, _CALL]), VALUE), _between(inner, VALUE, RESULT)
+        last = self._text([_USER, _CALL])
+        return _between(last, VALUE), _between(self._after_result, VALUE, RESULT)
 
     def openings(self) -> tuple[Opening, ...]:
         first = self._opening(
             [_USER],
             ASKED,
             [
-                _between(self._text([_USER, _ANSWER]), ASKED, SAID),
-                _between(self._text([_USER, _ANSWER, _USER_AGAIN, _ANSWER_AGAIN]), ASKED, SAID),
+                _between(self._answered, ASKED, SAID),
+                _between(self._answered_twice, ASKED, SAID),
                 _between(self._text([_USER, _THOUGHTFUL]), ASKED, THOUGHT),
             ],
         )
-        results = [_USER, _CALL, _RESULT]
-        second = self._opening(results, RESULT, [_between(self._text([*results, _ANSWER]), RESULT, SAID)])
+        second = self._opening(_RESULTS, RESULT, [_between(self._after_result, RESULT, SAID)])
         return tuple(dict.fromkeys(opening for opening in (first, second) if opening is not None))
 
     def _opening(self, messages: Messages, asked: str, gaps: list[str]) -> Opening | None:
@@ -147,7 +161,7 @@ class _Probes:
             spelled = spelling(messages)
             try:
                 text, _ = self.template.render(spelled, self.tools, generation_prompt=generation_prompt)
-            except TemplateRefused:
+            except (TemplateRefused, ModelError):  # which a row that needs the template will report
                 continue
             if not is_garbled(text, spelled) and _holds_all(text, messages):
                 return text
@@ -183,12 +197,9 @@ def _between(text: str, start: str, end: str = "") -> str:
 
 def _added(tokenizer: PreTrainedTokenizerBase, text: str) -> list[str]:
     """The added tokens in the text, in order."""
+    added = tokenizer.added_tokens_decoder
     tokens = tokenizer(text, add_special_tokens=False).input_ids
-    return [
-        str(tokenizer.convert_ids_to_tokens(token))
-        for token in tokens
-        if token in tokenizer.added_tokens_decoder
-    ]
+    return [str(tokenizer.convert_ids_to_tokens(token)) for token in tokens if token in added]
 
 
 def _earliest(ends: Sequence[str], text: str) -> str:

@@ -1,5 +1,6 @@
 """What is told, refused or left untrained of a conversation, and which form of it a template gets."""
 
+import json
 from datetime import date
 
 import numpy as np
@@ -53,6 +54,13 @@ def test_numbers_that_the_template_does_not_write_are_refused(tokenizer) -> None
     messages = [user("One?"), assistant("", tool_calls=call(days=3))]
     with pytest.raises(DataError, match="all arguments of the tool calls of message 1"):
         answers(tokenizer, template).render("Line 3", messages, TOOLS)
+
+
+@pytest.mark.parametrize("name", ['a "quoted" name', "back\\slash", "größe"])
+def test_a_numbers_name_may_be_written_as_json_escapes_it(name: str) -> None:
+    messages = [user("One?"), assistant("", tool_calls=call(**{name: 3}))]
+    (span,) = trained(answers_of("qwen3", FAMILIES["qwen3"]).render("Line 3", messages, TOOLS))
+    assert json.dumps({name: 3}, ensure_ascii=False) in span
 
 
 def test_calls_that_are_not_trained_need_not_be_written() -> None:
@@ -275,6 +283,14 @@ def test_a_date_of_a_computed_format_is_refused(tokenizer) -> None:
     tokenizer.chat_template = "{%- set form = '%Y' -%}{{ strftime_now(form) }}" + PLAIN_CHATML
     with pytest.raises(ModelError, match="strftime_now"):
         ChatTemplate(tokenizer, DAY).render([user("?")])
+
+
+def test_a_base_whose_template_cannot_be_fixed_to_a_day_still_trains_on_text(tmp_path, tokenizer) -> None:
+    tokenizer.chat_template = "{%- set form = '%Y' -%}{{ strftime_now(form) }}" + PLAIN_CHATML
+    examples, _ = read(tmp_path, tokenizer, [{"prompt": "a", "completion": "b"}])
+    assert tokenizer.decode(examples.row(0)[0].tolist()) == "ab<|im_end|>"
+    with pytest.raises(ModelError, match="strftime_now"):
+        read(tmp_path, tokenizer, [chat(("user", "?"), ("assistant", "So."))])
 
 
 # --- time ----------------------------------------------------------------------------------------------
