@@ -68,13 +68,19 @@ TRAINING = sorted(path.stem for path in FOLDER.glob("*_training.jinja"))
 IN_PARTS = ("idefics3_training", "llava_next_training", "smolvlm_training")
 
 
-@pytest.mark.parametrize("column", ["one", "two", "call"])
-@pytest.mark.parametrize("name", TRAINING)
+MARKED = [
+    (name, column)
+    for name in TRAINING
+    for column in ("one", "two", "call")
+    if column not in FAMILIES.get(name.removesuffix("_training"), CHATML).refused
+    and not (name in IN_PARTS and column == "call")
+]
+
+
+@pytest.mark.parametrize(("name", "column"), MARKED)
 def test_a_template_with_marks_of_its_own_decides_what_is_trained(name: str, column: str) -> None:
     family = FAMILIES.get(name.removesuffix("_training"), CHATML)
     messages = COLUMNS[column]
-    if column in family.refused or (name in IN_PARTS and column == "call") or name == "qwen2_5_vl_training":
-        pytest.skip("the template has no tools")
     answers = answers_of(name, family)
     found = answers.render("Line 7", messages, tools_of(messages))
     blocks = answers.template.render(written_for(name, messages), tools_of(messages))[1]
