@@ -117,7 +117,7 @@ def compare(
     _check_request(output, spec)
     read = check_data(
         *(training_file, validation_file, spec.type, spec.columns),
-        literal=spec.hyperparameters.control_tokens == "text",
+        literal=spec.hyperparameters.takes_control_tokens,
     )
     folder = base_folder(base, Path.cwd())
     make_output(output)

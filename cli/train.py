@@ -124,7 +124,7 @@ def train(
     spec = _recorded(output, asked)
     read = check_data(
         *(training, validation, spec.type, spec.columns),
-        literal=spec.hyperparameters.control_tokens == "text",
+        literal=spec.hyperparameters.takes_control_tokens,
     )
     folder = base_folder(run.model, here)
     make_output(output)

@@ -70,7 +70,7 @@ def compare(
     check_quantization(spec.training, base)
     check_sharding(spec.training, base, SINGLE)
     check_judging(spec, given=validation is not None)
-    day = checkpoint.day_of(resume) or day or date.today()
+    day = checkpoint.day_of(resume) or day
     data = yield from read_data(spec.training, base, training, validation, cache or folder / "tokens", day)
     comparison = Comparison(spec, base, data, folder, checkpoint_seconds)
     if resume is not None:

@@ -60,8 +60,7 @@ def tokenise(
     template = ChatTemplate(tokenizer, day or date.today())
     answers = Answers(template, end_tokens, reasoning=reasoning, literal=literal)
     encoder = Encoder(tokenizer, answers.ends)
-    rows = _Rows(writer, role, container_of(path), context_length, encoder)
-    rows.embedded_tokens = embedded_tokens
+    rows = _Rows(writer, role, container_of(path), context_length, encoder, embedded_tokens)
     noun = NOUNS[rows.container].capitalize()
     records = read_records(path, columns)
     drafts = (drafts_of(line, f"{noun} {line}", record, answers) for line, record in records)
@@ -102,14 +101,20 @@ class _Rows:
     """Writes rows, and collects what the notes say about them."""
 
     def __init__(
-        self, writer: ExampleWriter, role: str, container: Container, context_length: int, encoder: Encoder
+        self,
+        writer: ExampleWriter,
+        role: str,
+        container: Container,
+        context_length: int,
+        encoder: Encoder,
+        embedded_tokens: int,
     ) -> None:
         self.writer = writer
         self.role = role
         self.container = container
         self.context_length = context_length
         self.encoder = encoder
-        self.embedded_tokens = sys.maxsize
+        self.embedded_tokens = embedded_tokens
         self.cut, self.split, self.equal, self.dropped = (array("q") for _ in range(4))
         self.untrained = {kind: array("q") for kind in UNTRAINED}
         self.dropped_by_cut = 0

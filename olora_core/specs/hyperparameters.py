@@ -112,3 +112,8 @@ class Hyperparameters(Spec):
     beta: Auto | Annotated[float, Field(gt=0, le=2)] | None = Field(
         default=None, description="For dpo: how strongly the model is kept near the base; auto is 0.1."
     )
+
+    @property
+    def takes_control_tokens(self) -> bool:
+        """Whether control tokens inside messages are trained as ordinary text."""
+        return self.control_tokens == "text"

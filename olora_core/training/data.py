@@ -119,7 +119,7 @@ def read_data(
         spec.columns,
         day or date.today(),
         spec.hyperparameters.train_on_reasoning,
-        spec.hyperparameters.control_tokens == "text",
+        spec.hyperparameters.takes_control_tokens,
     )
     with _folder(cache) as folder:
         first = yield from read_file(training, "training", how, folder)
