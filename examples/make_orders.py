@@ -145,7 +145,7 @@ def rows(vocabulary: Vocabulary, number: int) -> list[Row]:
 
 def orders(v: Vocabulary) -> Iterator[Row]:
     """Orders without end, of which one in four has no day."""
-    # Of all its draws, Python promises only those of random() to be the same in every version.
+    # Python promises the same numbers in every version for random() alone, not for choice or sample.
     draw = random.Random(seed_of("orders")).random
     parts = (v.kinds, v.things, v.cities, tuple(QUANTITIES), v.greetings, v.closings)
     with_day, without_day = dealt(v.with_day, draw), dealt(v.without_day, draw)

@@ -16,7 +16,7 @@ CHECKED = 8
 def load(base_folder: Path, folder: Path, rows: list[Any]) -> tuple[Any, Any]:
     """The adapter on the untouched base in fp32, and the tokenizer.
 
-    Raises QuickstartError if its logits on the first rows are not those of the trained model.
+    Raises QuickstartError if its logits on the first rows differ from the trained model's.
     """
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # waiting threads sleep instead of spinning
     warnings.filterwarnings("ignore", category=FutureWarning)  # from PEFT about transformers

@@ -25,7 +25,7 @@ from .service import QuickstartError, console
 EXAMPLES = Path(__file__).parent
 TRAINING, VALIDATION = EXAMPLES / "orders" / "train.jsonl", EXAMPLES / "orders" / "valid.jsonl"
 ASKED, SHOWN = 40, 5
-"""Validation rows that both models answer, and those of them that are printed. All count for the loss."""
+"""Validation rows that both models answer, and how many of them are printed. The loss is of all rows."""
 LONGEST = 48
 """Tokens of an answer; an expected one has about 30."""
 LEAST_RIGHT, MOST_LOSS = 0.5, 0.5

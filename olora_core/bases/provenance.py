@@ -42,8 +42,8 @@ class Provenance(BaseModel):
     def reference(self) -> str | None:
         """How exported files name the base, for whoever has other copies of it; None: by its id.
 
-        A dequantised base is named by its GGUF file, since its weights are not those of the model that the
-        file was made from. `@` and `:` keep loaders from looking for the name on the hub.
+        A dequantised base is named by its GGUF file, since its weights differ from the model that the file
+        was made from. `@` and `:` keep loaders from looking for the name on the hub.
         """
         if self.kind == "gguf":
             return f"{self.file}@sha256:{self.sha256}"

@@ -1,8 +1,8 @@
 """The rows of a training file that are held out for validation: whole groups of them, drawn by the seed.
 
 Rows with the same value of a chosen key, the same tokens or the same line (the parts of a long text) are one
-group. A group's place in the draw is a hash of the seed and of that value, or else of the tokens, so that it
-does not depend on the order of the rows.
+group. Groups are drawn in the order of a hash of the seed and the value, or else the tokens, so that the
+order of the rows does not matter.
 """
 
 import json
@@ -65,7 +65,8 @@ def split(examples: Examples, share: float, seed: int, draws: Mapping[int, int])
     """Holds out groups of about `share` (between 0 and 1) of the examples.
 
     In the order of the draw, each group is taken that fits into what is left of the share, and then one more
-    if that is nearer. `draws` are those of `group_draws`, or empty. Raises DataError if all are one group.
+    if that is nearer. `draws` is what `group_draws` returned, or empty. Raises DataError if all are one
+    group.
     """
     prints = examples.fingerprints.tolist()
     places = [

@@ -125,8 +125,8 @@ def dequantised_sentence(base: Base) -> str:
     package = f" of the package {provenance.package}" if provenance.package else ""
     return (
         f"\nThe base is the model in `{provenance.file}`{package} (SHA-256 `{provenance.sha256}`), "
-        f"dequantised from\n{provenance.quantisation} by `olora models add`. Its weights are not those of "
-        "the model that the file was made from.\n"
+        f"dequantised from\n{provenance.quantisation} by `olora models add`. Its weights differ from the "
+        "model that the file was made from.\n"
     )
 
 

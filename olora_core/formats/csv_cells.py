@@ -53,8 +53,8 @@ class _AfterQuote(Exception):
 def _take(line: str, delimiter: str, cells: list[str], held: list[str] | None) -> list[str] | None:
     """Adds the cells of a line to `cells`.
 
-    `held` has the parts of a quoted cell that began on an earlier line. Returns those of a cell that does not
-    end on this one.
+    `held` has the parts of a quoted cell that began on an earlier line. Returns the parts of a cell that does
+    not end on this one.
     """
     body = line.rstrip("\r\n")
     if held is None and '"' not in body:

@@ -24,7 +24,7 @@ def check_messages(
 ) -> None:
     """Checks each message, and each tool message against `calls`, those before it; adds their own calls.
 
-    The messages are those of `path` from number `first` on.
+    `messages` are the list at `path` from number `first` on.
     """
     calls = calls or Calls(ids_given(messages))
     for i, message in enumerate(messages, first):

@@ -1,8 +1,8 @@
 """What the columns of a Parquet file unpack to, from its metadata and the headers of its pages.
 
 A few bytes may unpack to gigabytes, and the metadata at the file's end need not say so: what a reader
-allocates is in the header in front of each page. No page is unpacked to find out. The numbers of fields are
-those of https://parquet.apache.org/docs/file-format/metadata/.
+allocates is in the header in front of each page. No page is unpacked to find out. Fields are numbered as in
+https://parquet.apache.org/docs/file-format/metadata/.
 """
 
 from collections.abc import Iterator

@@ -50,7 +50,7 @@ def evaluate(
         return [loss.total.item(), float(loss.correct), float(loss.weight), float(loss.count)]
 
     done = 0
-    # (loss, correct, weight, count) of each micro-batch, in order; zeros for those of other processes.
+    # (loss, correct, weight, count) of each micro-batch, in order; zeros where another process has it.
     # Summing the rows over the processes adds zeros only, so the total has the same bits on any number of
     # devices.
     sums: list[list[float]] = []

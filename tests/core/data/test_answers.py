@@ -1,4 +1,4 @@
-"""What is told, refused or left untrained of a conversation, and which form of it a template gets."""
+"""Conversations: what is reported, refused or not trained, and in which form a template gets them."""
 
 import json
 from datetime import date
