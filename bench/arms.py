@@ -42,8 +42,9 @@ class Arm:
     options: dict[str, Any] = field(default_factory=dict)
     grouped: bool = False
     """Whether a peer groups batches by length; ours keeps its own order."""
-    dtype: str = "bfloat16"
-    """The dtype in which a peer loads the base; ours is automatic."""
+    dtype: str = "faster"
+    """The dtype in which a peer loads the base: a name, its own "default", or the one that is "faster" on this
+    machine, by the same measurement as ours. Where that is fp32, autocast is off."""
     method: str = "lora"
     switch: str | None = None
     """The technique of ours that is turned off, a key of SWITCHES."""
@@ -58,11 +59,14 @@ class Arm:
 TUNED = {"bf16": True, "logging_nan_inf_filter": False, "gradient_checkpointing": False}
 AT_A_TIME = "gradient_accumulation_steps"
 BEST = TUNED | {AT_A_TIME: 4}
-"""Two rows at a time: of 1, 2, 4 and 8 rows, fp32 and bf16 with and without autocast, the fastest here."""
+"""Two rows at a time: of 1, 2, 4 and 8 rows the fastest on a CPU, in its faster dtype."""
 ARMS = {
     "ours": Arm("ours", "`olora_core.training.train` as a user calls it, LoRA, every setting auto"),
     "trainer": Arm(
-        "trainer", "PEFT + HF Trainer tuned: bf16, no checkpointing, length-grouped", BEST, grouped=True
+        "trainer",
+        "PEFT + HF Trainer tuned: the faster dtype, no checkpointing, length-grouped",
+        BEST,
+        grouped=True,
     ),
     "trl": Arm("trl", "PEFT + TRL SFTTrainer, its defaults", dtype="default"),
     "trl-packed": Arm("trl", "PEFT + TRL SFTTrainer, packing=True", {"packing": True}, dtype="default"),
@@ -73,7 +77,10 @@ ARMS = {
     "trainer-4-rows": Arm("trainer", "tuned, 4 rows at a time", TUNED | {AT_A_TIME: 2}, grouped=True),
     "trainer-8-rows": Arm("trainer", "tuned, 8 rows at a time", TUNED, grouped=True),
     "trainer-fp32": Arm("trainer", "tuned, in fp32", BEST | {"bf16": False}, True, "float32"),
-    "trainer-no-autocast": Arm("trainer", "tuned, bf16 base, fp32 LoRA", BEST | {"bf16": False}, True),
+    "trainer-bf16": Arm("trainer", "tuned, in bf16", BEST, True, "bfloat16"),
+    "trainer-no-autocast": Arm(
+        "trainer", "tuned, bf16 base, fp32 LoRA", BEST | {"bf16": False}, True, "bfloat16"
+    ),
     "trainer-recast": Arm("trainer", "tuned, fp32 base cast to bf16 in every product", BEST, True, "float32"),
     # Ours, with one change each.
     "ours-olora": Arm("ours", "OLoRA instead of LoRA", method="olora"),
@@ -299,9 +306,23 @@ SWITCHES: dict[str, Callable[[Any], None]] = {
 # --- the peers -----------------------------------------------------------------------------------------
 
 
+def in_faster_dtype(task: Task, arm: Arm) -> Arm:
+    """The arm with the dtype that is faster on this machine, unless it names another."""
+    from olora_core.bases.precision import DTYPES, compute_dtype
+
+    if arm.dtype != "faster":
+        return arm
+    dtype = compute_dtype(our_spec(task, {}), task.base, task.device)
+    if dtype == DTYPES["bfloat16"]:
+        return dataclasses.replace(arm, dtype="bfloat16")
+    return dataclasses.replace(arm, dtype="float32", options=arm.options | {"bf16": False})
+
+
 def peer(task: Task, arm: Arm) -> dict[str, Any]:
     import peft
     from transformers import TrainerCallback
+
+    arm = in_faster_dtype(task, arm)
 
     class Ticks(TrainerCallback):
         def on_step_end(self, *_: Any, **__: Any) -> None:

@@ -6,9 +6,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 import olora_core.training.losses
 from bench import arms, materials, train
+from olora_core.bases import precision
 from olora_core.methods.lora import LoRAAdapter
 
 # The peers' libraries warn of one another.
@@ -50,6 +52,20 @@ def ours(folder: Path) -> dict[str, Any]:
         arms.main(["ours", str(folder), *STEPS])
     told: dict[str, Any] = json.loads(said[-1])
     return told
+
+
+@pytest.mark.parametrize(("dtype", "autocast"), [(torch.float32, False), (torch.bfloat16, True)])
+def test_tuned_peers_train_in_the_dtype_that_is_faster_on_this_machine(
+    dtype: torch.dtype, autocast: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A peer in emulated bf16 would flatter ours."""
+    monkeypatch.setattr(precision, "compute_dtype", lambda *_: dtype)
+    task = arms.Task(Path("anywhere"), steps=2, warm_up=1, batch_size=8, device="cpu")
+    for name in ("trainer", "trl-tuned", "trainer-4-rows"):
+        arm = arms.in_faster_dtype(task, arms.ARMS[name])
+        assert (arm.dtype, arm.options["bf16"]) == (str(dtype).removeprefix("torch."), autocast)
+    for name in ("trainer-fp32", "trainer-no-autocast", "trl"):
+        assert arms.in_faster_dtype(task, arms.ARMS[name]) is arms.ARMS[name]
 
 
 @pytest.mark.slow
