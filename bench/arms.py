@@ -43,8 +43,8 @@ class Arm:
     grouped: bool = False
     """Whether a peer groups batches by length; ours keeps its own order."""
     dtype: str = "faster"
-    """The dtype in which a peer loads the base: a name, its own "default", or the one that is "faster" on this
-    machine, by the same measurement as ours. Where that is fp32, autocast is off."""
+    """The dtype in which a peer loads the base: a name, the peer's own "default", or what is "faster" on this
+    machine by the measurement that ours uses. Where that is fp32, autocast is off."""
     method: str = "lora"
     switch: str | None = None
     """The technique of ours that is turned off, a key of SWITCHES."""

@@ -5,9 +5,10 @@
     python -m bench.train --device cuda --models 8b --data mixed --batch-size 24 --arms ours trainer
 
 The arms (described in `bench/arms.py`) run in turn, each in its own process, round after round; the first
-one is the reference. Rates count tokens without padding, over the steps after the warm-up; the table has
-medians over the rounds, and the range of ratios. A ratio is printed only if both arms have learned the
-same: in each step if their batches are the same, else on held-out rows.
+one is the reference. Each is told on stderr as it ends, and the table follows. Rates count tokens without
+padding, over the steps after the warm-up; the table has medians over the rounds, and the range of ratios. A
+ratio is printed only if both arms have learned the same: in each step if their batches are the same, else on
+held-out rows.
 """
 
 import argparse
@@ -61,9 +62,14 @@ def measure(asked: argparse.Namespace, model: str, data: str) -> dict[str, Any]:
         sizes += ["--batch-size", str(asked.batch_size)]
         facts = run_child(["bench.arms", "prepare", folder, *sizes], asked)
         results: dict[str, list[dict[str, Any]]] = {arm: [] for arm in asked.arms}
-        for _ in range(asked.rounds):
+        for number in range(1, asked.rounds + 1):
             for arm, of_arm in results.items():
                 of_arm.append(run_child(["bench.arms", arm, folder, *sizes], asked))
+                rate, dtype = of_arm[-1]["tokens_per_second"], of_arm[-1]["dtype"]
+                told = (
+                    f"{model}, {data}, round {number} of {asked.rounds}: {arm} {rate:.0f} tokens/s in {dtype}"
+                )
+                print(told, file=sys.stderr, flush=True)
     return {"model": model, "data": data, "facts": facts, "results": results}
 
 

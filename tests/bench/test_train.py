@@ -104,7 +104,11 @@ def prepared(folder: Path) -> dict[str, Any]:
 def test_the_table_has_a_row_for_each_arm(capsys: pytest.CaptureFixture[str]) -> None:
     small = ["--models", "tiny", "--data", "docstrings", "--rounds", "1", "--threads", "1"]
     train.main([*small, *STEPS, "--arms", "ours", "trainer"])
-    printed = capsys.readouterr().out
+    printed, as_it_went = capsys.readouterr()
+    assert [line.split(" tokens/s")[0].rsplit(" ", 1)[0] for line in as_it_went.splitlines()][-2:] == [
+        "tiny, docstrings, round 1 of 1: ours",
+        "tiny, docstrings, round 1 of 1: trainer",
+    ]
     assert "1 threads" in printed
     first, second = (
         line.split(" | ") for line in printed.splitlines() if line.startswith(("| ours", "| tr"))
