@@ -14,6 +14,7 @@ PhaseName = Literal[
     "tokenising",
     "splitting",
     "starting",
+    "measuring",
     "training",
     "evaluating",
     "sampling",

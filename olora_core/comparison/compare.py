@@ -131,7 +131,7 @@ class Comparison:
 
         All runs then share the micro-batch size and checkpointing of the method that needs most memory.
         """
-        for sentence in (*self.why, *self.terms.base.notes):
+        for sentence in (*self.why.values(), *self.terms.base.notes):
             yield Note("info", sentence)
         tried: list[Hyperparameters] = []
         for i, entrant in enumerate(self.entrants):

@@ -10,7 +10,7 @@ from .compared_methods import ComparedMethod
 from .comparison import MAX_SEEDS, ComparisonSpec, check_judging, read_comparison
 from .hyperparameters import MAX_CONTEXT, Hyperparameters
 from .methods.base import AdapterSpec
-from .resolving import RunFacts, auto_batch_size, auto_epochs, learning_rate_for, resolve
+from .resolving import RunFacts, auto_batch_size, auto_epochs, learning_rate_for, resolve, with_learning_rate
 from .serving import MAX_EXPORT_RANK, WHERE_TOO_WIDE
 from .training import (
     ADAPTER_ALIASES,
@@ -55,4 +55,5 @@ __all__ = [
     "read_spec",
     "resolve",
     "spec_error",
+    "with_learning_rate",
 ]

@@ -21,10 +21,12 @@ class Hyperparameters(Spec):
         default="auto", description="Examples in one optimizer step."
     )
     learning_rate_multiplier: Auto | Annotated[float, Field(gt=0)] = Field(
-        default="auto", description="Multiplies the method's default rate for a model of this size."
+        default="auto", description="Multiplies the rate that auto or table gives."
     )
-    learning_rate: Auto | Annotated[float, Field(gt=0, le=MAX_LEARNING_RATE)] = Field(
-        default="auto", description="Absolute peak rate, instead of the multiplier."
+    learning_rate: Literal["auto", "table"] | Annotated[float, Field(gt=0, le=MAX_LEARNING_RATE)] = Field(
+        default="auto",
+        description="Peak rate; auto measures it before the first step, table takes the method's default for "
+        "this rank, scale and hidden size.",
     )
     schedule: Literal["linear", "cosine", "constant"] = Field(
         default="linear", description="How the learning rate falls after the warm-up."

@@ -52,19 +52,22 @@ def learning_rate_for(adapter: AdapterSpec, hidden_size: int) -> float:
     )
 
 
-def resolve(spec: TrainSpec, facts: RunFacts) -> tuple[TrainSpec, list[str]]:
-    """Resolves every "auto". Returns the spec, and a sentence for each value that was chosen.
+def resolve(spec: TrainSpec, facts: RunFacts) -> tuple[TrainSpec, dict[str, str]]:
+    """Resolves every "auto". Returns the spec, and for the name of each value that was chosen a sentence.
+
+    The learning rate is the table's; a run may measure its own before the first step.
 
     Raises SpecError for a resolved value outside the bounds that the request must keep to, such as a learning
     rate that a multiplier makes too high.
     """
-    asked, why = spec.hyperparameters, []
+    asked = spec.hyperparameters
     chosen: dict[str, Any] = {}
+    why: dict[str, str] = {}
 
     def decide(name: str, value: Any, reason: str) -> None:
         if getattr(asked, name) == "auto":
             chosen[name] = value
-            why.append(f"{name} = {value} (auto: {reason})")
+            why[name] = f"{name} = {value} (auto: {reason})"
 
     decide("n_epochs", auto_epochs(facts.examples), f"from {facts.examples} examples")
     decide("batch_size", auto_batch_size(facts.examples), "0.2 % of the examples, from 4 to 256")
@@ -72,20 +75,20 @@ def resolve(spec: TrainSpec, facts: RunFacts) -> tuple[TrainSpec, list[str]]:
     decide("beta", AUTO_BETA, "DPO's usual value")
     decide("dtype", facts.dtype, "the faster one on this device")
     own_rate = learning_rate_for(spec.adapter, facts.hidden_size)
-    if asked.learning_rate == "auto":
+    if asked.learning_rate in ("auto", "table"):
         factor = 1.0 if asked.learning_rate_multiplier == "auto" else asked.learning_rate_multiplier
         chosen["learning_rate"] = own_rate * factor
         chosen["learning_rate_multiplier"] = factor
         default = f"{spec.adapter.title}'s default for hidden size {facts.hidden_size}"
         reason = f"auto: {default}" if factor == 1 else f"{factor:g} times {default}"
-        why.append(f"learning_rate = {own_rate * factor:g} ({reason})")
+        why["learning_rate"] = f"learning_rate = {own_rate * factor:g} ({reason})"
     elif asked.learning_rate_multiplier == "auto":
         chosen["learning_rate_multiplier"] = asked.learning_rate / own_rate
     batch_size = chosen.get("batch_size", asked.batch_size)
     if asked.sharding == "auto":
         chosen["sharding"] = "full" if facts.sharded else "none"
         if facts.devices > 1:
-            why.append(f"sharding = {chosen['sharding']} (auto: by the device's memory)")
+            why["sharding"] = f"sharding = {chosen['sharding']} (auto: by the device's memory)"
     if asked.micro_batch_size == "auto":
         chosen["micro_batch_size"] = -(-batch_size // facts.devices)
     elif asked.micro_batch_size > batch_size:
@@ -99,6 +102,15 @@ def resolve(spec: TrainSpec, facts: RunFacts) -> tuple[TrainSpec, list[str]]:
             f"{facts.context_length} tokens.",
             param="hyperparameters.context_length",
         )
-    values = asked.model_dump() | chosen
+    return _with(spec, chosen), why
+
+
+def with_learning_rate(spec: TrainSpec, rate: float) -> TrainSpec:
+    """A resolved spec with another peak rate. Raises SpecError for one outside the bounds."""
+    return _with(spec, {"learning_rate": rate})
+
+
+def _with(spec: TrainSpec, changes: dict[str, Any]) -> TrainSpec:
+    values = spec.hyperparameters.model_dump() | changes
     hyperparameters = read(Hyperparameters, values, lambda name: "hyperparameters")
-    return spec.model_copy(update={"hyperparameters": hyperparameters}), why
+    return spec.model_copy(update={"hyperparameters": hyperparameters})

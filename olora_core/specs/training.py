@@ -144,7 +144,7 @@ def read_spec(
 def _read_hyperparameters(type: str, values: dict[str, Any], prefix: str) -> Hyperparameters:
     """The training options, checked against each other and against the type of training."""
     multiplier = values.get("learning_rate_multiplier", "auto")
-    if multiplier != "auto" and values.get("learning_rate", "auto") != "auto":
+    if multiplier != "auto" and values.get("learning_rate", "auto") not in ("auto", "table"):
         raise SpecError(
             "learning_rate and learning_rate_multiplier exclude each other; pass only one.",
             param=f"{prefix}.learning_rate",

@@ -21,6 +21,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from ..errors import CheckpointError
+from ..methods.base import Schedule
 
 FORMAT = 1
 MANIFEST, STATE = "manifest.json", "state.json"
@@ -90,6 +91,23 @@ def day_of(folder: Path | None) -> date | None:
     """The day that the run's chat template writes; None without a checkpoint, or if it writes none."""
     written = None if folder is None else _read_json(folder / STATE).get("day")
     return date.fromisoformat(written) if written else None
+
+
+def learning_rate_of(folder: Path, schedule: Schedule, total_steps: int, factor: float) -> float | None:
+    """The peak rate of the run that a checkpoint belongs to; `factor` is its learning_rate_multiplier.
+
+    Checkpoints of earlier versions do not name it. There it is what the optimizer's rate at that step was
+    scheduled from: a default of two digits, times the multiplier. None if the method has schedules of its
+    own; the defaults of those methods are what they were.
+    """
+    state = _read_json(folder / STATE)
+    if "learning_rate" in state:
+        return float(state["learning_rate"])
+    group = next(group for group in state["optimizer"]["param_groups"] if "lr_peak" not in group)
+    if group["lr_by"] == "method" or group["lr_factor"] != 1:
+        return None
+    peak = group["lr"] / (schedule(state["step"], total_steps) * group["lr_multiplier"])
+    return float(f"{peak / factor:.2g}") * factor
 
 
 def _check_identity(folder: Path, found: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:

@@ -82,6 +82,7 @@ def snapshot(run: Run) -> Snapshot:
         "glances": run.quick_evaluations,
         "evaluations": [asdict(evaluated) for evaluated in run.evaluations],
         "evaluated_at": run.evaluated_at,
+        "learning_rate": run.hyperparameters.learning_rate,
         "day": run.data.day and run.data.day.isoformat(),
     }
     tensors = {"adapter": adapter_tensors(run.adapters), "optimizer": moments}

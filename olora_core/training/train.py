@@ -25,6 +25,7 @@ from .checkpoint import day_of
 from .data import Data, read_data
 from .early_stopping import is_over
 from .evaluate import evaluate_fully
+from .measured_rate import settle_rate
 from .memory import Plan
 from .resume import Checkpoints, resume_run, save
 from .run import Run, check_dtype, check_sharding, restored_afterwards, run_facts, start
@@ -82,9 +83,10 @@ def train(
         spec, why = resolve(spec, run_facts(base, data, devices))
         with restored_afterwards(base):
             run, plan = yield from start(asked, spec, base, data, sites, devices)
+            why |= yield from settle_rate(run, resume)
             trained = sum(parameter.numel() for parameter in run.parameters)
             targets = [site.name for site in sites]
-            reasons = [*why, *plan.why]
+            reasons = [*why.values(), *plan.why]
             yield Resolved(run.spec, reasons, run.total_steps, len(data.training), trained, targets)
             if resume is None:
                 yield from notes(run, plan)
@@ -107,7 +109,7 @@ def notes(run: Run, plan: Plan) -> Iterator[Note]:
     if multiplier != "auto" and multiplier < TINY_MULTIPLIER:
         yield Note(
             "warn",
-            f"learning_rate_multiplier = {multiplier:g} multiplies the method's default rate, to "
+            f"learning_rate_multiplier = {multiplier:g} multiplies the automatic rate, to "
             f"{run.hyperparameters.learning_rate:g}; for an absolute rate use learning_rate.",
         )
 
