@@ -1,0 +1,1 @@
+"""Which learning rate suits a method: sweeps, and what can be known before the first step."""

@@ -1,0 +1,131 @@
+"""Which learning rate suits a method, and which rule finds it before the first step.
+
+    python -m bench.rates sweep --base shipped --out rates.jsonl
+    python -m bench.rates table rates.jsonl
+
+A triple is a base, a task and a method at a rank. For each, `sweep` measures the rate as a run with
+learning_rate "auto" does, and then the validation loss after whole runs at rates a factor 2 apart.
+"""
+
+import argparse
+import json
+import time
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from olora_core.bases.loading import Base, load_base
+from olora_core.progress import result_of
+from olora_core.specs import learning_rate_for
+from olora_core.training.data import Data, read_data
+from olora_core.training.measured_rate import PEAK
+
+from . import bases, tasks
+from .sweep import curvature, final_loss, measured, sweep, train_spec
+from .table import details, held_out_constant, summary
+
+Adapter = dict[str, Any]
+
+METHODS = ("lora", "olora", "pissa", "ba_lora", "sora", "mora")
+RANKS = (8, 32)
+
+
+def run_sweeps(asked: argparse.Namespace) -> None:
+    """Appends one line of JSON for each triple that the file does not have yet."""
+    torch.set_num_threads(asked.threads)
+    asked.work.mkdir(parents=True, exist_ok=True)
+    base = load_base(bases.folder(asked.base, asked.work), name=asked.base, dtype=torch.float32)
+    done = {key(line) for line in read(asked.out)} if asked.out.exists() else set()
+    for task in asked.tasks:
+        data = data_of(task, base, asked.work)
+        for rank, method in product(asked.ranks, asked.methods):
+            adapter = {"method": method, "rank": rank}
+            if asked.alpha is not None:
+                adapter["alpha"] = asked.alpha
+            triple = {"base": asked.base, "task": task, **adapter}
+            if key(triple) in done:
+                continue
+            line = triple | swept(adapter, base, data, length=asked.steps, with_curvature=asked.curvature)
+            with asked.out.open("a") as out:
+                out.write(json.dumps(line) + "\n")
+
+
+def data_of(task: str, base: Base, work: Path) -> Data:
+    """The task's rows, tokenised for the base; its files are made in `work` where they are missing."""
+    files = {role: work / f"{base.name}-{task}-{role}.jsonl" for role in tasks.ROWS}
+    for role, path in files.items():
+        if not path.exists():
+            tasks.write(task, role, path, system=bases.SYSTEM.get(base.name))
+    return result_of(read_data(train_spec({}), base, files["train"], files["valid"], work / "tokens"))
+
+
+def swept(adapter: Adapter, base: Base, data: Data, *, length: int, with_curvature: bool) -> dict[str, Any]:
+    """The rates that are known beforehand, and the losses of a sweep around the measured one."""
+    began = time.monotonic()
+    table = learning_rate_for(train_spec(adapter).adapter, base.width)
+    auto = measured(adapter, base, data)
+    print(f"{adapter}: table {table:.2e}, {auto.sentence}", flush=True)
+
+    def loss_at(rate: float) -> float:
+        loss = final_loss(adapter, base, data, rate, length)
+        print(f"  rate {rate:.2e}: {loss:.4f}", flush=True)
+        return loss
+
+    found = {
+        "steps": length,
+        "table": table,
+        "measured": auto.rate,
+        "peak": PEAK,
+        "trials": auto.trials,
+        "losses": list(sweep(loss_at, auto.rate).items()),
+    }
+    if with_curvature:
+        found["curvature"] = curvature(adapter, base, data)
+    return found | {"seconds": round(time.monotonic() - began)}
+
+
+def print_table(asked: argparse.Namespace) -> None:
+    """Every triple, then how each rule does on each base."""
+    lines = [line for path in asked.files for line in read(path)]
+    rules = {
+        "table": lambda line: line["table"],
+        "measured": lambda line: line["measured"] / line["peak"] * PEAK,
+        "held-out constant": lambda line: held_out_constant(lines, line) * line["measured"],
+    }
+    print(*details(lines, rules), *summary(lines, rules), sep="\n")
+
+
+def read(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def key(line: dict[str, Any]) -> tuple[Any, ...]:
+    return line["base"], line["task"], line["method"], line["rank"], line.get("alpha")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    commands = parser.add_subparsers(required=True)
+    sweeps = commands.add_parser("sweep")
+    sweeps.add_argument("--base", choices=bases.BASES, default="shipped")
+    sweeps.add_argument("--tasks", nargs="+", choices=tasks.TASKS, default=tasks.TASKS)
+    sweeps.add_argument("--methods", nargs="+", default=METHODS)
+    sweeps.add_argument("--ranks", nargs="+", type=int, default=RANKS)
+    sweeps.add_argument("--alpha", type=float, help="instead of each method's default")
+    sweeps.add_argument("--steps", type=int, default=60)
+    sweeps.add_argument("--curvature", action="store_true")
+    sweeps.add_argument("--threads", type=int, default=1)
+    sweeps.add_argument("--work", type=Path, default=Path("bench/.rates"))
+    sweeps.add_argument("--out", type=Path, default=Path("bench/.rates/rates.jsonl"))
+    sweeps.set_defaults(run=run_sweeps)
+    table = commands.add_parser("table")
+    table.add_argument("files", nargs="+", type=Path)
+    table.set_defaults(run=print_table)
+    asked = parser.parse_args()
+    asked.run(asked)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,87 @@
+"""The study of learning rates: its arithmetic, its data, and a whole sweep in small."""
+
+import json
+import math
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from bench.rates import tasks
+from bench.rates.sweep import sweep
+from bench.rates.table import best, held_out_constant, lost, summary
+
+ROOT = Path(__file__).parents[2]
+
+
+def line_of(rates: list[float], loss, **values) -> dict:
+    return {"base": "a", "losses": [(rate, loss(rate)) for rate in rates], **values}
+
+
+def bowl(rate: float) -> float:
+    """Lowest, at 2, where the rate is 1e-3."""
+    return 2 + 0.3 * (math.log10(rate) + 3) ** 2
+
+
+def test_the_best_rate_and_the_cost_of_another_are_those_of_the_parabola() -> None:
+    line = line_of([3e-4, 6e-4, 1.2e-3, 2.4e-3], bowl)
+    rate, loss = best(line)
+    assert (rate, loss) == (pytest.approx(1e-3), pytest.approx(2))
+    assert lost(line, 2e-3) == (pytest.approx(0.3 * math.log10(2) ** 2), False)
+    assert lost(line, 1e-2) == (pytest.approx(bowl(2.4e-3) - 2), True)
+
+
+def test_runs_that_diverge_count_for_nothing_but_the_edge() -> None:
+    line = line_of([5e-4, 1e-3, 2e-3, 4e-3], lambda rate: bowl(rate) if rate < 4e-3 else math.inf)
+    assert best(line)[0] == pytest.approx(1e-3)
+
+
+def test_a_sweep_goes_on_until_the_best_rate_has_a_worse_one_on_each_side() -> None:
+    losses = sweep(bowl, 1.6e-2)
+    rates = sorted(losses, key=losses.__getitem__)
+    assert min(losses) < rates[0] < max(losses)
+    assert rates[0] == pytest.approx(1e-3)
+
+
+def test_a_constant_is_never_fitted_on_the_base_it_is_judged_on() -> None:
+    rates = [2.5e-4, 5e-4, 1e-3, 2e-3, 4e-3]
+    own = line_of(rates, bowl, measured=1e-5)
+    others = [line_of(rates, bowl, measured=m) | {"base": "b"} for m in (6e-4, 1e-3, 1.9e-3)]
+    assert held_out_constant([own, *others], own) == pytest.approx(1)
+    rows = summary([own, *others], {"measured": lambda line: line["measured"]})
+    assert rows[0].startswith("a ")
+    assert "0 of   1 within a factor 2" in rows[0]
+    assert "3 of   3 within a factor 2" in rows[1]
+
+
+@pytest.mark.parametrize("task", tasks.TASKS)
+def test_a_tasks_files_have_rows_that_training_does_not(task, tmp_path) -> None:
+    rows = {}
+    for role, count in tasks.ROWS.items():
+        tasks.write(task, role, tmp_path / role)
+        rows[role] = (tmp_path / role).read_text().splitlines()
+        assert len(rows[role]) == count
+        for row in rows[role]:
+            messages = json.loads(row)["messages"]
+            assert sum(len(message["content"]) for message in messages) <= tasks.LONGEST
+            assert messages[-1]["role"] == "assistant"
+    assert not set(rows["train"]) & set(rows["valid"])
+
+
+def test_a_sweep_of_one_triple_prints_and_keeps_what_it_measured(tmp_path) -> None:
+    out = tmp_path / "rates.jsonl"
+    program = [sys.executable, "-m", "bench.rates"]
+    chosen = ["--tasks", "keys", "--methods", "lora", "--ranks", "4", "--steps", "2", "--curvature"]
+    places = ["--work", str(tmp_path), "--out", str(out)]
+    for _ in range(2):  # the second has nothing left to do
+        subprocess.run([*program, "sweep", *chosen, *places], cwd=ROOT, check=True, capture_output=True)
+    (line,) = map(json.loads, out.read_text().splitlines())
+    assert line["measured"] > 0
+    assert line["curvature"] > 0
+    assert len(line["losses"]) >= 3
+    table = subprocess.run(
+        [*program, "table", str(out)], cwd=ROOT, check=True, capture_output=True, text=True
+    ).stdout
+    assert table.splitlines()[0].startswith("shipped  keys       lora       4  best")
+    assert "within a factor 2" in table
