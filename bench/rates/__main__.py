@@ -24,7 +24,7 @@ from olora_core.training.measured_rate import PEAK
 
 from . import bases, tasks
 from .sweep import curvature, final_loss, measured, sweep, train_spec
-from .table import details, held_out_constant, summary
+from .table import best, details, held_out_constant, summary
 
 Adapter = dict[str, Any]
 
@@ -47,7 +47,9 @@ def run_sweeps(asked: argparse.Namespace) -> None:
             triple = {"base": asked.base, "task": task, **adapter}
             if key(triple) in done:
                 continue
-            line = triple | swept(adapter, base, data, length=asked.steps, with_curvature=asked.curvature)
+            line = triple | swept(
+                adapter, base, data, length=asked.steps, seeds=asked.seeds, with_curvature=asked.curvature
+            )
             with asked.out.open("a") as out:
                 out.write(json.dumps(line) + "\n")
 
@@ -61,8 +63,11 @@ def data_of(task: str, base: Base, work: Path) -> Data:
     return result_of(read_data(train_spec({}), base, files["train"], files["valid"], work / "tokens"))
 
 
-def swept(adapter: Adapter, base: Base, data: Data, *, length: int, with_curvature: bool) -> dict[str, Any]:
-    """The rates that are known beforehand, and the losses of a sweep around the measured one."""
+def swept(
+    adapter: Adapter, base: Base, data: Data, *, length: int, seeds: int, with_curvature: bool
+) -> dict[str, Any]:
+    """The rates that are known beforehand, the losses of a sweep around the measured one, and those of other
+    seeds at the best rate."""
     began = time.monotonic()
     table = learning_rate_for(train_spec(adapter).adapter, base.width)
     auto = measured(adapter, base, data)
@@ -81,6 +86,8 @@ def swept(adapter: Adapter, base: Base, data: Data, *, length: int, with_curvatu
         "trials": auto.trials,
         "losses": list(sweep(loss_at, auto.rate).items()),
     }
+    rate = best(found)[0]
+    found["others"] = [final_loss(adapter, base, data, rate, length, seed + 1) for seed in range(seeds)]
     if with_curvature:
         found["curvature"] = curvature(adapter, base, data)
     return found | {"seconds": round(time.monotonic() - began)}
@@ -115,6 +122,7 @@ def main() -> None:
     sweeps.add_argument("--ranks", nargs="+", type=int, default=RANKS)
     sweeps.add_argument("--alpha", type=float, help="instead of each method's default")
     sweeps.add_argument("--steps", type=int, default=60)
+    sweeps.add_argument("--seeds", type=int, default=0, help="further seeds at the best rate")
     sweeps.add_argument("--curvature", action="store_true")
     sweeps.add_argument("--threads", type=int, default=1)
     sweeps.add_argument("--work", type=Path, default=Path("bench/.rates"))

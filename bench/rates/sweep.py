@@ -28,9 +28,9 @@ a parabola over half decades would miss the best one by far."""
 BATCH = 4
 
 
-def train_spec(adapter: dict[str, Any], **hyperparameters: Any) -> TrainSpec:
+def train_spec(adapter: dict[str, Any], seed: int = 0, **hyperparameters: Any) -> TrainSpec:
     fixed = {"batch_size": BATCH, "samples": 0, "dtype": "float32", **hyperparameters}
-    return read_spec(model="base", adapter=adapter, hyperparameters=fixed)
+    return read_spec(model="base", adapter=adapter, hyperparameters=fixed, seed=seed)
 
 
 @contextmanager
@@ -44,9 +44,11 @@ def begun(spec: TrainSpec, base: Base, data: Data) -> Iterator[Run]:
         yield run
 
 
-def final_loss(adapter: dict[str, Any], base: Base, data: Data, rate: float, length: int) -> float:
+def final_loss(
+    adapter: dict[str, Any], base: Base, data: Data, rate: float, length: int, seed: int = 0
+) -> float:
     """Validation loss after a whole run at this peak rate, in nats; infinite if it diverged."""
-    spec = train_spec(adapter, learning_rate=rate, max_steps=length)
+    spec = train_spec(adapter, seed, learning_rate=rate, max_steps=length)
     with begun(spec, base, data) as run:
         nowhere = Checkpoints(save=lambda run: None, seconds=math.inf, follow_evaluations=False)
         try:

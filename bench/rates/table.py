@@ -42,15 +42,15 @@ def best(line: Line) -> tuple[float, float]:
 
 
 def lost(line: Line, rate: float) -> tuple[float, bool]:
-    """Nats above the best loss at this rate, and whether it lies beyond the rates that were swept."""
+    """Nats above the lowest loss of the sweep, and whether this rate lies beyond those that were swept."""
     found, x = points(line), math.log10(rate)
-    _, lowest = best(line)
+    lowest = min(loss for _, loss in found)
     if not found[0][0] <= x <= found[-1][0]:
         edge = found[0] if x < found[0][0] else found[-1]
         return edge[1] - lowest, True
     middle = min(range(1, len(found) - 1), key=lambda i: abs(found[i][0] - x), default=None)
     if middle is None:
-        return min(loss for _, loss in found) - lowest, True
+        return 0.0, True
     a, b, c = parabola(found[middle - 1 : middle + 2])
     return max(0.0, a * x**2 + b * x + c - lowest), False
 
@@ -94,8 +94,12 @@ def details(lines: Iterable[Line], rules: dict[str, Rule]) -> list[str]:
             f"{name} {rule(line):.2e} (×{rule(line) / rate:.2f}, +{lost(line, rule(line))[0]:.3f})"
             for name, rule in rules.items()
         )
+        seeds = [loss, *line.get("others", ())]
+        mean = f"{statistics.mean(seeds):.3f}" + (
+            f" ± {statistics.stdev(seeds):.3f}" if len(seeds) > 1 else ""
+        )
         rows.append(
             f"{line['base']:8} {line['task']:10} {line['method']:8} {line['rank']:3}  best {rate:.2e} "
-            f"({loss:.3f}): {told}"
+            f"({mean}): {told}"
         )
     return rows

@@ -28,8 +28,8 @@ def test_the_best_rate_and_the_cost_of_another_are_those_of_the_parabola() -> No
     line = line_of([3e-4, 6e-4, 1.2e-3, 2.4e-3], bowl)
     rate, loss = best(line)
     assert (rate, loss) == (pytest.approx(1e-3), pytest.approx(2))
-    assert lost(line, 2e-3) == (pytest.approx(0.3 * math.log10(2) ** 2), False)
-    assert lost(line, 1e-2) == (pytest.approx(bowl(2.4e-3) - 2), True)
+    assert lost(line, 2e-3) == (pytest.approx(bowl(2e-3) - bowl(1.2e-3)), False)
+    assert lost(line, 1e-2) == (pytest.approx(bowl(2.4e-3) - bowl(1.2e-3)), True)
 
 
 def test_runs_that_diverge_count_for_nothing_but_the_edge() -> None:
@@ -72,13 +72,26 @@ def test_a_tasks_files_have_rows_that_training_does_not(task, tmp_path) -> None:
 def test_a_sweep_of_one_triple_prints_and_keeps_what_it_measured(tmp_path) -> None:
     out = tmp_path / "rates.jsonl"
     program = [sys.executable, "-m", "bench.rates"]
-    chosen = ["--tasks", "keys", "--methods", "lora", "--ranks", "4", "--steps", "2", "--curvature"]
+    chosen = [
+        "--tasks",
+        "keys",
+        "--methods",
+        "lora",
+        "--ranks",
+        "4",
+        "--steps",
+        "2",
+        "--curvature",
+        "--seeds",
+        "1",
+    ]
     places = ["--work", str(tmp_path), "--out", str(out)]
     for _ in range(2):  # the second has nothing left to do
         subprocess.run([*program, "sweep", *chosen, *places], cwd=ROOT, check=True, capture_output=True)
     (line,) = map(json.loads, out.read_text().splitlines())
     assert line["measured"] > 0
     assert line["curvature"] > 0
+    assert len(line["others"]) == 1
     assert len(line["losses"]) >= 3
     table = subprocess.run(
         [*program, "table", str(out)], cwd=ROOT, check=True, capture_output=True, text=True
