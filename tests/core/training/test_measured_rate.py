@@ -139,11 +139,14 @@ def test_the_rate_is_a_multiple_of_the_best_trial(run, measurements) -> None:
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_measuring_leaves_a_run_as_it_was(run, method) -> None:
+def test_measuring_leaves_a_run_as_it_was(run, method, measurements, monkeypatch) -> None:
     """Dropout, restarts, pruning, gates: whatever a method keeps is as if nothing had been tried."""
-    adapter = {} if method == "mora" else {"dropout": 0.2}
-    measured = run(spec_for(method, adapter=adapter, **AUTO))
-    given = run(spec_for(method, adapter=adapter, **AUTO | {"learning_rate": rate_of(measured)}))
+    monkeypatch.setattr(measured_rate, "FEWEST_RUN_STEPS", 6)
+    monkeypatch.setattr(measured_rate, "MOST_TRIALS", 3)
+    short = {"adapter": {"dropout": 0.2}, "max_steps": 6}
+    measured = run(spec_for(method, **AUTO, **short))
+    assert len(measurements) == 1
+    given = run(spec_for(method, **AUTO | {"learning_rate": rate_of(measured)}, **short))
     assert [u.loss for u in measured if isinstance(u, Step)] == [u.loss for u in given if isinstance(u, Step)]
     assert_same_adapter(measured, given)
 
