@@ -24,8 +24,8 @@ RUN_FIELDS = ("run", "runs", "run_step", "run_steps", "method", "stage", "learni
 """The fields of the trainer's newest `ComparedStep` that describe its run; the row keeps them as `at_run`."""
 
 FIGURES = (
-    *("label", "method", "rank", "trainable_parameters", "learning_rate", "final", "steps_to_baseline"),
-    *("seconds", "tokens_per_second", "peak_memory_bytes", "exported_rank", "problem"),
+    *("label", "method", "rank", "alpha", "scale", "trainable_parameters", "learning_rate", "final"),
+    *("steps_to_baseline", "seconds", "tokens_per_second", "peak_memory_bytes", "exported_rank", "problem"),
 )
 """The fields of each method's report that the row keeps; curves and searches are only in the file."""
 

@@ -84,7 +84,8 @@ def compare(
         if entrant.best_rate is not None:
             yield from comparison.measure(entrant)
     validation_name = None if validation is None else validation.name
-    setup = setup_of(comparison.terms, comparison.budget, training.name, validation_name)
+    baseline = comparison.entrants[spec.baseline].label
+    setup = setup_of(comparison.terms, comparison.budget, baseline, training.name, validation_name)
     report = report_of(setup, comparison.entrants)
     write(report, folder)
     yield Compared(folder, report)
@@ -145,7 +146,7 @@ class Comparison:
                         spec, spec, self.terms.base, self.terms.data, entrant.sites, SINGLE
                     )
                 except (SpecError, TrainingError) as error:
-                    self.entrants[i] = untrainable(self.spec, i, error.message)
+                    self.entrants[i] = untrainable(entrant.label, entrant.asked, error.message)
                     continue
             for sentence in run.method.notes:
                 yield Note("warn", f"{entrant.label}: {sentence}")
@@ -298,7 +299,11 @@ class Comparison:
         unfinished = snapshot(run)
         state = {
             "hyperparameters": self.terms.hyperparameters.model_dump(mode="json"),
-            "unfit": {each.label: each.problem for each in self.entrants if not each.can_train},
+            "unfit": {
+                label: each.problem
+                for label, each in zip(self.spec.labels, self.entrants, strict=True)
+                if not each.can_train
+            },
             "outcomes": [result.state() for result in self.results],
             "run": unfinished.state,
             "day": unfinished.state["day"],
@@ -317,7 +322,7 @@ class Comparison:
             self.terms.hyperparameters = Hyperparameters.model_validate(saved.state["hyperparameters"])
             for label, problem in saved.state["unfit"].items():
                 i = labels.index(label)
-                self.entrants[i] = untrainable(self.spec, i, problem)
+                self.entrants[i] = untrainable(self.entrants[i].label, self.spec.methods[i], problem)
             self.replayed = [RunResult.from_state(values) for values in saved.state["outcomes"]]
             self.interrupted = Snapshot({}, saved.state["run"], saved.tensors)
         except (KeyError, ValueError, TypeError) as error:

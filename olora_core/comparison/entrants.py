@@ -1,5 +1,6 @@
 """The compared methods: at which rank each is trained, which runs it still has to make, and their results."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -9,9 +10,12 @@ from ..errors import SpecError
 from ..layers.adapter import Site
 from ..progress import Stage
 from ..specs import AdapterSpec, ComparisonSpec, learning_rate_for
+from ..specs.compared_methods import ComparedMethod
 from .budget import trainable_parameters, within_budget
 from .runs import PlannedRun, RunResult
 from .search import Grid, Rung, grid_around, halving
+
+OF_THE_SCALE = ("rank", "alpha", "rslora")
 
 
 @dataclass(frozen=True)
@@ -29,6 +33,8 @@ class Entrant:
     """One compared method: how it is trained, and its results so far."""
 
     label: str
+    asked: ComparedMethod
+    """As the spec has it, before the budget."""
     adapter: AdapterSpec
     """At the rank that meets the budget."""
     sites: list[Site] = field(default_factory=list)
@@ -67,7 +73,10 @@ def enter(spec: ComparisonSpec, base: Base, total_steps: int) -> tuple[int, list
     lora = spec.training.adapter
     sites = target_sites(base.model, lora.target_modules)
     budget = trainable_parameters(lora, sites, total_steps) if spec.budget == "auto" else spec.budget
-    return budget, [_entrant(spec, i, base, budget, total_steps) for i in range(len(spec.methods))]
+    entrants = [_entrant(spec, i, base, budget, total_steps) for i in range(len(spec.methods))]
+    for entrant in entrants:
+        entrant.label = _label(entrant, entrants)
+    return budget, entrants
 
 
 def _entrant(spec: ComparisonSpec, i: int, base: Base, budget: int, total_steps: int) -> Entrant:
@@ -77,17 +86,41 @@ def _entrant(spec: ComparisonSpec, i: int, base: Base, budget: int, total_steps:
         if spec.methods[i].match_budget:
             adapter = within_budget(adapter, budget, sites, total_steps)
     except SpecError as error:
-        return untrainable(spec, i, error.message)
+        return untrainable(spec.labels[i], spec.methods[i], error.message)
     rate = default_rate(adapter, base)
     grid = grid_around(rate) if spec.learning_rates == "auto" else Grid(spec.learning_rates)
     numbers = trainable_parameters(adapter, sites, total_steps)
     planned = first_plan(grid, total_steps, spec.seeds)
-    return Entrant(spec.labels[i], adapter, sites, numbers, rate, grid, planned)
+    return Entrant(spec.labels[i], spec.methods[i], adapter, sites, numbers, rate, grid, planned)
 
 
-def untrainable(spec: ComparisonSpec, i: int, problem: str) -> Entrant:
-    """Method i of the spec, as asked for, which cannot be trained here."""
-    return Entrant(spec.labels[i], spec.methods[i].adapter, problem=problem)
+def untrainable(label: str, asked: ComparedMethod, problem: str) -> Entrant:
+    """A method, as asked for, that cannot be trained here."""
+    return Entrant(label, asked, asked.adapter, problem=problem)
+
+
+def _label(entrant: Entrant, entrants: Sequence[Entrant]) -> str:
+    """The method's name; if it occurs more than once, with the options that are not defaults, and with those
+    of the scale where another one's are not: `olora (rank 8 by budget, alpha 16)` beside `olora (rank 8,
+    alpha 4)`.
+    """
+    name = entrant.adapter.method
+    namesakes = [each.asked for each in entrants if each.adapter.method == name]
+    if len(namesakes) == 1:
+        return name
+    scaling = {option for asked in namesakes for option in asked.options if option in OF_THE_SCALE}
+    shown = scaling | set(entrant.asked.options)
+    told = [_told(entrant, option) for option in type(entrant.adapter).model_fields if option in shown]
+    return f"{name} ({', '.join(told)})" if told else name
+
+
+def _told(entrant: Entrant, option: str) -> str:
+    value = getattr(entrant.adapter, option)
+    if option == "rank" and entrant.asked.match_budget:
+        return f"rank {value} by budget" if entrant.can_train else "rank by budget"
+    if isinstance(value, tuple):
+        return f"{option} [{', '.join(map(str, value))}]"
+    return f"{option} {value:g}" if isinstance(value, float) else f"{option} {value}"
 
 
 def default_rate(adapter: AdapterSpec, base: Base) -> float:

@@ -6,6 +6,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from ..export.manifest import versions
+from ..specs import AdapterSpec
 from .entrants import Entrant
 from .report_format import FORMAT
 from .runs import RunResult, Terms
@@ -43,8 +44,11 @@ class Setup:
     versions: Mapping[str, str] = field(default_factory=dict)
 
 
-def setup_of(terms: Terms, budget: int, training: str, validation: str | None) -> Setup:
-    """`training` and `validation` are the files' names; None if the spec has a `validation_share`."""
+def setup_of(terms: Terms, budget: int, baseline: str, training: str, validation: str | None) -> Setup:
+    """`baseline` is plain LoRA's label, `training` and `validation` are the files' names.
+
+    `validation` is None if the spec has a `validation_share`.
+    """
     base, spec, data, search = terms.base, terms.spec, terms.data, terms.search_data
     shown = terms.hyperparameters.model_dump(
         mode="json", exclude_defaults=True, exclude={"learning_rate", "learning_rate_multiplier"}
@@ -62,7 +66,7 @@ def setup_of(terms: Terms, budget: int, training: str, validation: str | None) -
         steps=terms.total_steps,
         seeds=terms.seeds,
         budget=budget,
-        baseline=spec.labels[spec.baseline],
+        baseline=baseline,
         training={
             "file": training,
             "sha256": data.hashes["training"],
@@ -108,7 +112,13 @@ def _method(
         "label": entrant.label,
         "method": entrant.adapter.method,
         "adapter": entrant.options,
-        "rank": entrant.adapter.rank,
+        **_scaling(entrant.adapter),
+        "options": entrant.adapter.model_dump(mode="json"),
+        "match_budget": entrant.asked.match_budget,
+        "before_budget": {
+            **_scaling(entrant.asked.adapter),
+            "options": entrant.asked.adapter.model_dump(mode="json"),
+        },
         "trainable_parameters": entrant.trainable_parameters,
         "own_learning_rate": entrant.default_rate,
         "learning_rate": entrant.best_rate,
@@ -143,6 +153,17 @@ def _method(
         "tokens_per_second": statistics.median(run.tokens / run.seconds for run in finals),
         "peak_memory_bytes": max(run.peak_memory_bytes for run in finals),
         "exported_rank": None if None in ranks else max(ranks),
+    }
+
+
+def _scaling(adapter: AdapterSpec) -> dict[str, Any]:
+    """`scale_range` is null where all layers and links have the same scale."""
+    low, high = adapter.scale_range
+    return {
+        "rank": adapter.rank,
+        "alpha": adapter.alpha,
+        "scale": adapter.scale,
+        "scale_range": None if low == high else [low, high],
     }
 
 

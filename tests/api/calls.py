@@ -189,7 +189,10 @@ class Attempt:
         """Ends the comparison with a page and a report."""
         stored = storage(self.settings)
         files = []
-        for name, content in (("comparison.html", PAGE), ("comparison.json", b'{"format": 1}')):
+        for name, content in (
+            ("comparison.html", PAGE),
+            ("comparison.json", b'{"format": 1, "methods": []}'),
+        ):
             key = f"results/{self.claim.job_id}/{name}"
             with stored.writer(key) as writer:
                 writer.write(content)

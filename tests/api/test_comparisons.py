@@ -174,7 +174,7 @@ def test_a_finished_comparison_tells_what_it_found(client: TestClient, settings:
     assert (page.content, page.headers["content-type"]) == (PAGE, "text/html; charset=utf-8")
     assert page.headers["content-disposition"].startswith("attachment")
     report = client.get(f"/v1/files/{done['results']['report']}/content").json()
-    assert report == {"format": 1}
+    assert report == {"format": 1, "methods": []}
     assert client.get("/v1/models").json()["data"][1:] == []
 
 

@@ -37,6 +37,8 @@ RENAMED = {
     "steps_to_yardstick": "steps_to_baseline",
     "below_yardstick": "below_baseline",
 }
+ADDED = ("alpha", "scale", "scale_range", "options", "match_budget", "before_budget")
+"""What a report says of each method since format 3."""
 UNFINISHED_SECONDS = 240.0
 SAME = 1e-3
 """Relative difference of losses that another processor's rounding may make in 96 steps."""
@@ -208,7 +210,9 @@ def test_a_comparison_that_had_succeeded_still_has_its_page_and_report(upgraded:
     report = upgraded.report("comparison")
     for method in report["methods"]:
         method.pop("curve")  # too long to be kept beside the home
-    assert report == {**today(before["report"]), "format": 2}
+    untold = [[method.pop(name) for name in ADDED] for method in report["methods"]]
+    assert untold == [[None] * len(ADDED)] * len(untold), "the old service did not record them"
+    assert report == {**today(before["report"]), "format": 3}
     assert (now["verdict"], now["winner"]) == (today(before["verdict"]), before["winner"])
     assert now["figures"] == today(before["figures"])
 
@@ -308,8 +312,14 @@ def test_a_comparison_that_was_left_undone_finds_what_its_twin_found(upgraded: U
     ended = [event["data"]["run"] for event in upgraded.events(name) if event["type"] == "run"]
     assert ended == list(range(1, now["progress"]["runs"] + 1))
     report = upgraded.report(name)
+    for told in (*report["methods"], *now["figures"]):
+        alpha, scale = told.pop("alpha"), told.pop("scale")
+        assert (alpha, scale) == (16, pytest.approx(16 / told["rank"], rel=1e-5))
+    for method in report["methods"]:
+        full = [method.pop(name) for name in ADDED if name in method]
+        assert None not in full[1:], "all but the range of scales"
     assert same_but_for_measures(report["methods"], today(twin["report"]["methods"])) == []
-    assert (report["format"], report["baseline"]) == (2, "lora")
+    assert (report["format"], report["baseline"]) == (3, "lora")
     assert report["verdict"]["take"] == twin["verdict"]["take"]
     assert now["winner"]["adapter"] == twin["winner"]["adapter"]
     assert same_but_for_measures(now["figures"], today(twin["figures"])) == []

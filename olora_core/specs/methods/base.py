@@ -66,6 +66,11 @@ class AdapterSpec(Spec):
         return self.alpha / (self.rank**0.5 if self.rslora else self.rank)
 
     @property
+    def scale_range(self) -> tuple[float, float]:
+        """The lowest and the highest s of a run, whose layers or links may have ranks of their own."""
+        return self.scale, self.scale
+
+    @property
     def pair_rank(self) -> int:
         """k, the rank of the exact pair `ΔW = B A` (B out×k, A k×in) that is exported, at most.
 

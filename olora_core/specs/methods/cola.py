@@ -68,3 +68,7 @@ class COLASpec(RoundsSpec):
     def scale_of(self, rank: int) -> float:
         """s_j of a link of that rank."""
         return self.alpha / (rank**0.5 if self.rslora else rank)
+
+    @property
+    def scale_range(self) -> tuple[float, float]:
+        return self.scale_of(max(self.ranks)), self.scale_of(min(self.ranks))

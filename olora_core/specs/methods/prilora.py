@@ -85,3 +85,9 @@ class PRILoRASpec(FactorsSpec):
     def scale_at(self, layer_rank: int) -> float:
         rank = layer_rank if self.scale_by == "layer_rank" else self.rank
         return self.alpha / (rank**0.5 if self.rslora else rank)
+
+    @property
+    def scale_range(self) -> tuple[float, float]:
+        """Of the first and the last layer, the one with the higher rank first."""
+        first, last = self.end_ranks
+        return self.scale_at(max(first, last)), self.scale_at(min(first, last))

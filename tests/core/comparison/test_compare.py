@@ -4,6 +4,7 @@ import copy
 import hashlib
 import json
 import math
+import re
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ import torch
 
 from olora_core.bases.loading import Base, load_base
 from olora_core.comparison.compare import compare
+from olora_core.comparison.entrants import enter
 from olora_core.comparison.runs import RunResult
 from olora_core.comparison.search import held_out
 from olora_core.errors import CheckpointError, SpecError
@@ -31,6 +33,7 @@ from olora_core.progress import (
     result_of,
 )
 from olora_core.specs import ComparisonSpec, read_comparison, read_spec
+from olora_core.specs.methods.olora import OLoRASpec
 from olora_core.training.data import read_data
 from olora_core.training.step import forget_peak_memory, peak_memory
 from olora_core.training.train import train
@@ -110,6 +113,65 @@ def test_every_method_trains_as_many_numbers_as_the_budget_allows(
     assert pissa["rank"] == 2
     assert lora["trainable_parameters"] == 4 * pissa["trainable_parameters"]
     assert (lora["exported_rank"], olora["exported_rank"], pissa["exported_rank"]) == (8, 16, 4)
+
+
+def test_the_report_tells_the_scale_of_each_method_and_what_the_budget_made_of_it(
+    llama: Base, files: tuple[Path, Path], tmp_path: Path
+) -> None:
+    asked = [
+        {"method": "olora", "dropout": 0.1},
+        {"method": "olora", "rank": 8, "alpha": 4},
+        {"method": "lora", "rslora": True},
+        "prilora",
+        "mora",
+        "tt_lora",
+    ]
+    spec = comparison(asked, budget="auto", learning_rates=[1e-3], seeds=1)
+    methods = report_in(told(spec, llama, files, tmp_path))["methods"]
+    by_budget, given, rslora, prilora, mora, tt_lora, lora = methods
+    assert [(m["rank"], m["alpha"], m["scale"]) for m in (by_budget, given, rslora, lora)] == [
+        (8, 16, 16 / 8),
+        (8, 4, 4 / 8),
+        (8, 16, pytest.approx(16 / 8**0.5)),
+        (8, 16, 16 / 8),
+    ]
+    assert mora["scale"] == mora["alpha"] == 1
+    assert tt_lora["scale"] == tt_lora["alpha"] == 16
+    assert prilora["scale_range"] == [pytest.approx(16 / 12), pytest.approx(16 / 4)]
+    assert [m["scale_range"] for m in methods if m is not prilora] == [None] * 6
+    before = by_budget["before_budget"]
+    assert before["rank"] == OLoRASpec().rank != 8
+    assert before["scale"] == pytest.approx(16 / before["rank"])
+    assert before["options"] == by_budget["options"] | {"rank": before["rank"]}
+    assert [m["match_budget"] for m in methods] == [True, False, True, True, True, True, True]
+    assert given["before_budget"]["options"] == given["options"]
+
+
+def test_the_options_of_a_method_in_full_are_those_of_its_runs(
+    llama: Base, files: tuple[Path, Path], tmp_path: Path
+) -> None:
+    spec = comparison([{"method": "olora", "dropout": 0.1}], learning_rates=[1e-3], seeds=1)
+    olora, lora = report_in(told(spec, llama, files, tmp_path))["methods"]
+    for method in (olora, lora):
+        again = read_spec(model="tiny", adapter=method["options"]).adapter
+        assert again == read_spec(model="tiny", adapter=method["adapter"]).adapter
+        assert set(method["options"]) == set(type(again).model_fields)
+    assert (olora["options"]["dropout"], lora["options"]["dropout"]) == (0.1, 0)
+
+
+def test_methods_of_one_name_are_told_apart_by_the_ranks_and_alphas_that_they_have(llama: Base) -> None:
+    plain = {"method": "olora", "rank": 8, "alpha": 8}
+    plus = {"method": "lora", "lora_plus_ratio": 16, "target_modules": ["q_proj", "v_proj"]}
+    _, entrants = enter(comparison(["olora", plain, "pissa", plus, "lora"], budget="auto"), llama, STEPS)
+    assert [entrant.label.replace(f"rank {entrant.adapter.rank}", "rank R") for entrant in entrants] == [
+        "olora (rank R by budget, alpha 16)",
+        "olora (rank R, alpha 8)",
+        "pissa",
+        "lora (target_modules [q_proj, v_proj], lora_plus_ratio 16)",
+        "lora",
+    ]
+    assert (entrants[0].adapter.rank, entrants[0].adapter.alpha) == (8, 16)
+    assert len({entrant.label for entrant in entrants}) == 5
 
 
 def test_the_validation_file_has_no_part_in_the_search(
@@ -378,6 +440,21 @@ def test_a_checkpoint_of_another_comparison_is_refused(
     shorter = write_rows(tmp_path / "shorter.jsonl", chat_rows(40))
     with pytest.raises(CheckpointError, match="training data"):
         told(comparison(seeds=1), llama, (shorter, files[1]), tmp_path / "on", resume=saved[-1].folder)
+
+
+def test_a_checkpoint_names_methods_as_the_spec_does(
+    llama: Base, files: tuple[Path, Path], tmp_path: Path
+) -> None:
+    """As those of earlier versions; the report's labels have the budget's rank."""
+    spec = comparison(["olora", {"method": "olora", "rank": 64}], learning_rates=[1e-3], seeds=1)
+    progress = told(spec, llama, files, tmp_path, checkpoint_seconds=0)
+    [*_, saved] = [p for p in progress if isinstance(p, Saved)]
+    assert list(json.loads((saved.folder / "state.json").read_text())["unfit"]) == ["olora (rank 64)"]
+    again = told(spec, llama, files, tmp_path / "on", resume=saved.folder)
+    assert without_timings(report_in(again)) == without_timings(report_in(progress))
+    labels = [method["label"] for method in report_in(again)["methods"]]
+    assert labels[1:] == ["olora (rank 64)", "lora"]
+    assert re.fullmatch(r"olora \(rank \d+ by budget\)", labels[0])
 
 
 def test_a_failed_run_is_read_back_from_the_checkpoints_of_earlier_versions() -> None:

@@ -7,11 +7,12 @@ from typing import Any
 
 import pytest
 
-from olora_core.comparison.entrants import Entrant, Trial
+from olora_core.comparison.entrants import Entrant, Trial, untrainable
 from olora_core.comparison.page import page, ticks
 from olora_core.comparison.report import Setup, report_of
 from olora_core.comparison.runs import RunResult
 from olora_core.specs import ADAPTER_SPECS
+from olora_core.specs.compared_methods import ComparedMethod
 from tests.browser import Chromium, chromium
 
 STEPS = 120
@@ -40,9 +41,11 @@ def entrant(label: str, end: float, seeds: int) -> Entrant:
         )
     trials = [Trial(rate, 30, loss) for rate, loss in ((1e-4, 1.9), (3.2e-4, 1.7), (1e-3, 1.6), (1e-2, None))]
     trials += [Trial(rate, STEPS, loss) for rate, loss in ((3.2e-4, 1.5), (1e-3, 1.4))]
+    method = ADAPTER_SPECS[label.split()[0]]
     return Entrant(
         label,
-        ADAPTER_SPECS[label.split()[0]](rank=8),
+        ComparedMethod(adapter=method()),
+        method(rank=8),
         trainable_parameters=98_304,
         default_rate=1e-3,
         trials=trials,
@@ -70,7 +73,7 @@ def report(seeds: int = 3, model: str = "olora-tiny", **more: Entrant) -> dict[s
         search={"learning_rates": "auto", "seed": 0, "trained_on": 144, "examples": 16},
         versions={"olora": "0.1.0"},
     )
-    failed = Entrant("adalora", ADAPTER_SPECS["adalora"](rank=8), problem="It has no step.")
+    failed = untrainable("adalora", ComparedMethod(adapter=ADAPTER_SPECS["adalora"]()), "It has no step.")
     entrants = [entrant(label, end, seeds) for label, end in ENDS.items()]
     return report_of(setup, [*entrants, failed, *more.values()])
 
