@@ -10,7 +10,10 @@ from .services import unavailable
 NAMES = ("chromium", "chromium-browser", "google-chrome")
 MEASURE = """
 <script>
-  document.documentElement.dataset.measured = [document.documentElement.scrollWidth, innerWidth].join("/");
+  const hidden = Array.from(document.querySelectorAll("*"), each => getComputedStyle(each).overflowX == "auto"
+    ? each.scrollWidth - each.clientWidth : 0);
+  document.documentElement.dataset.measured =
+    [document.documentElement.scrollWidth, innerWidth, Math.max(...hidden)].join("/");
 </script>
 """
 
@@ -54,11 +57,19 @@ class Chromium:
 
     def overflow(self, page: Path, width: int) -> int:
         """Pixels by which the page is wider than its window."""
+        wide, window, _ = self._measured(page, width)
+        return wide - window
+
+    def hidden(self, page: Path, width: int) -> int:
+        """Pixels of the widest part that has to be scrolled sideways to be seen whole."""
+        return self._measured(page, width)[2]
+
+    def _measured(self, page: Path, width: int) -> tuple[int, int, int]:
         measured = self.folder / "measured.html"
         measured.write_text(page.read_text(encoding="utf-8").replace("</body>", f"{MEASURE}</body>"))
-        found = re.search(r'data-measured="(\d+)/(\d+)"', self.document(measured, width))
+        found = re.search(r'data-measured="(\d+)/(\d+)/(\d+)"', self.document(measured, width))
         assert found, "the page was not laid out"
-        return int(found[1]) - int(found[2])
+        return int(found[1]), int(found[2]), int(found[3])
 
 
 def chromium(folder: Path) -> Chromium:

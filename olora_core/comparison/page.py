@@ -7,11 +7,14 @@ size on a phone. Every value from outside is escaped by `text`.
 import html
 import json
 import math
+import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 Report = Mapping[str, Any]
+IN_WORDS = ("What the budget changed", "Other options")
+"""Columns of words, not numbers."""
 COLOURED = 6
 """Methods with their own colour in the chart of all curves; the others are grey."""
 
@@ -30,7 +33,8 @@ def page(report: Report) -> str:
         f'<p class="verdict">{text(report["verdict"]["sentence"])}</p>',
         _facts(report),
         *([_finals(ranked, colours, report), _curves(ranked, colours, report)] if ranked else []),
-        _table([*ranked, *failed], report),
+        _results([*ranked, *failed], report),
+        _adapters([*ranked, *failed], report),
         *([_one_by_one(ranked, report)] if len(ranked) > 2 else []),
         _searches([*ranked, *failed], report),
         _recipe(report),
@@ -74,7 +78,10 @@ def _facts(report: Report) -> str:
         return ""
     steps = taken["steps_to_baseline"]
     facts = [
-        ("Method", f"{taken['label']}, rank {taken['rank']}"),
+        ("Method", taken["label"]),
+        ("Rank, scale", f"{taken['rank']}, {_scale(taken)}")
+        if _tells_scale(report)
+        else ("Rank", taken["rank"]),
         ("Learning rate", f"{taken['learning_rate']:g}"),
         ("Final validation loss", _loss(taken["final"]["mean"])),
     ]
@@ -249,63 +256,165 @@ def _step_ticks(steps: int) -> list[int]:
     return sorted({round(tick) for tick in ticks(0, steps, 4)} | {0})
 
 
-# --- the table -----------------------------------------------------------------------------------------
+# --- the tables ----------------------------------------------------------------------------------------
 
 
-def _table(methods: Sequence[Report], report: Report) -> str:
+def _results(methods: Sequence[Report], report: Report) -> str:
     heads = [
         "Method",
         "Final loss",
         "Improvement on LoRA",
         "Learning rate",
-        "Rank",
-        "Trainable parameters",
         "Steps to LoRA's loss",
         "Accuracy",
         "Training time",
         "Peak memory",
-        "Exported rank",
     ]
-    head = "".join(f'<th scope="col">{name}</th>' for name in heads)
-    body = "".join(_row(method, report, len(heads)) for method in methods)
     return _section(
         "All results",
-        "“Beyond” or “within”: whether the difference exceeds the spread across seeds (95 % interval of "
-        "Student's t, paired by seed). Time is the median over seeds, training steps only; memory is the "
-        "device's peak, or the process's on a CPU.",
-        f'<div class="wide"><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>',
+        "“Beyond” or “within”: whether the difference exceeds the spread across seeds (±, half the 95 % "
+        f"interval of Student's t, paired by seed).{_detectable(report)} Time is the median over seeds, "
+        "training steps only; memory is the device's peak, or the process's on a CPU.",
+        _table(heads, [_result(method, report, len(heads)) for method in methods]),
     )
 
 
-def _row(method: Report, report: Report, columns: int) -> str:
-    name = f'<th scope="row">{text(method["label"])}</th>'
+def _table(heads: Sequence[str], rows: Sequence[str]) -> str:
+    head = "".join(
+        f'<th scope="col"{" class=words" if name in IN_WORDS else ""}>{name}</th>' for name in heads
+    )
+    return (
+        f'<div class="wide"><table><thead><tr>{head}</tr></thead><tbody>{"".join(rows)}</tbody></table></div>'
+    )
+
+
+def _result(method: Report, report: Report, columns: int) -> str:
     if not method["final"]:
-        return f'<tr>{name}<td class="plain" colspan="{columns - 1}">{text(method["problem"])}</td></tr>'
+        problem = f'<td class="plain" colspan="{columns - 1}">{text(method["problem"])}</td>'
+        return _row(method, report, problem)
     final, is_baseline = method["final"], method["label"] == report["baseline"]
     steps = method["steps_to_baseline"]
-    share = method["trainable_parameters"] / report["budget"]
     cells = [
         _loss(final["mean"])
         + ("" if final["deviation"] is None else f"<small>± {_loss(final['deviation'])}</small>"),
         "–" if is_baseline else _below(final["below_baseline"]),
         f"{method['learning_rate']:g}",
-        str(method["rank"]),
-        f"{method['trainable_parameters']:,}<small>{share:.0%} of budget</small>",
         "never" if steps is None else f"{steps:,.0f}",
         f"{final['accuracy']:.1%}",
         _seconds(method["seconds"]),
         _memory(method["peak_memory_bytes"]),
-        "merged only" if method["exported_rank"] is None else str(method["exported_rank"]),
     ]
+    return _row(method, report, "".join(f"<td>{cell}</td>" for cell in cells))
+
+
+def _row(method: Report, report: Report, cells: str) -> str:
     kind = ' class="taken"' if method["label"] == report["verdict"]["take"] else ""
-    return f"<tr{kind}>{name}{''.join(f'<td>{cell}</td>' for cell in cells)}</tr>"
+    return f'<tr{kind}><th scope="row">{text(method["label"])}</th>{cells}</tr>'
 
 
 def _below(found: Report | None) -> str:
     if found is None:
         return "–"
-    spread = "one seed" if found["low"] is None else "beyond" if found["beyond_spread"] else "within"
-    return f"{found['mean']:+.4f}<small>{spread}</small>"
+    width = _half_width(found)
+    spread = "beyond" if found["beyond_spread"] else "within"
+    told = "one seed" if width is None else f"±\N{NO-BREAK SPACE}{_loss(width)}, {spread}"
+    return f"{found['mean']:+.4f}<small>{told}</small>"
+
+
+def _half_width(found: Report) -> float | None:
+    """Of the interval of a difference; None with one seed."""
+    return None if found["low"] is None else (found["high"] - found["low"]) / 2
+
+
+def _detectable(report: Report) -> str:
+    """How large a difference from LoRA had to be to exceed the spread, as a sentence; nothing if unknown."""
+    compared = [
+        method["final"]["below_baseline"]
+        for method in report["methods"]
+        if method["final"] and method["label"] != report["baseline"]
+    ]
+    widths = [width for found in compared if found and (width := _half_width(found)) is not None]
+    if not widths:
+        return ""
+    by_method = f" (median; {_loss(min(widths))} to {_loss(max(widths))})" if len(widths) > 1 else ""
+    return (
+        f" With {_seeds(report)}, a difference had to exceed {_loss(statistics.median(widths))}{by_method} "
+        "to be beyond it; a smaller one cannot be told from chance."
+    )
+
+
+def _adapters(methods: Sequence[Report], report: Report) -> str:
+    heads = [
+        "Method",
+        "Rank",
+        "Alpha",
+        "Scale",
+        "Trainable parameters",
+        "Exported rank",
+        "What the budget changed",
+        "Other options",
+    ]
+    untold = "" if _tells_scale(report) else " The version that made this report did not record alphas."
+    return _section(
+        "Rank and scale of each method",
+        f"The budget of {report['budget']:,} trainable parameters sets the rank of a method for which none "
+        "was given. Alpha stays, so the scale changes: alpha / rank, or alpha / √rank with rsLoRA. Where "
+        "layers or links have ranks of their own, it is a range. Other options: those that are not defaults, "
+        f"and any dropout; comparison.json has all.{untold}",
+        _table(heads, [_adapter(method, report) for method in methods]),
+    )
+
+
+def _adapter(method: Report, report: Report) -> str:
+    trained, exported = method["trainable_parameters"], method["exported_rank"]
+    share = "" if trained is None else f"<small>{trained / report['budget']:.0%} of budget</small>"
+    numbers = [
+        str(method["rank"]),
+        "–" if method["alpha"] is None else f"{method['alpha']:g}",
+        _scale(method),
+        "–" if trained is None else f"{trained:,}{share}",
+        "–" if not method["final"] else "merged only" if exported is None else str(exported),
+    ]
+    words = [_change(method), _other_options(method) or "–"]
+    cells = [*(f"<td>{cell}</td>" for cell in numbers), *(f'<td class="words">{text(w)}</td>' for w in words)]
+    return _row(method, report, "".join(cells))
+
+
+def _tells_scale(report: Report) -> bool:
+    """Not before format 3."""
+    return any(method["scale"] is not None for method in report["methods"])
+
+
+def _scale(told: Report) -> str:
+    """Of a method, or of what it was before the budget; a dash in reports that do not tell it."""
+    if told["scale"] is None:
+        return "–"
+    if told["scale_range"] is None:
+        return f"{told['scale']:.3g}"
+    low, high = told["scale_range"]
+    return f"{low:.3g} to {high:.3g}"
+
+
+def _change(method: Report) -> str:
+    """What the budget did to a method's rank and scale."""
+    before = method["before_budget"]
+    if before is None or method["trainable_parameters"] is None:
+        return "–"
+    if not method["match_budget"]:
+        return "nothing: the rank was given"
+    if method["rank"] == before["rank"]:
+        return "nothing: the default rank fits"
+    scales = [_scale(before), _scale(method)]
+    scale = f"scale {scales[0]} → {scales[1]}" if scales[0] != scales[1] else "the same scale"
+    return f"rank {before['rank']} → {method['rank']}, {scale}"
+
+
+def _other_options(method: Report) -> str:
+    options = dict(method["adapter"])
+    if method["options"] and method["options"]["dropout"]:
+        options["dropout"] = method["options"]["dropout"]
+    shown = {name: value for name, value in options.items() if name not in ("method", "rank", "alpha")}
+    return ", ".join(f"{name} {_plain(value)}" for name, value in shown.items())
 
 
 # --- the search ----------------------------------------------------------------------------------------
@@ -325,7 +434,7 @@ def _searches(methods: Sequence[Report], report: Report) -> str:
         f"schedule, and keeps the better half by the loss on {searched['examples']:,} held-out training rows "
         f"(seed {searched['seed']}; trained on the other {searched['trained_on']:,}). {_unused(report)} not "
         "used. The chosen rate is green, dropped ones are grey.",
-        f'<div class="many">{tables}</div>' if tables else "<p>No search: there was only one rate.</p>",
+        f'<div class="searches">{tables}</div>' if tables else "<p>No search: there was only one rate.</p>",
     )
 
 
@@ -374,12 +483,13 @@ def _rules(report: Report) -> str:
         f"All methods train on the same tokens of {training['file']} ({training['examples']:,} rows), in the "
         f"same order for the same seed, for {report['steps']:,} steps. They share: {shared}.",
         "A method without a given rank gets the rank whose parameter count is nearest to the budget of "
-        f"{report['budget']:,}. Parameters that are trained one after another are added up. Other options "
-        "are the method's defaults, unless given.",
+        f"{report['budget']:,}. Parameters that are trained one after another are added up. Other options, "
+        "alpha among them, are the method's defaults, unless given.",
         f"All results are on {_judging_data(validation)} ({validation['examples']:,} rows), which was not "
         "used to choose anything.",
         "Two methods are compared seed by seed. A difference is beyond the spread if 0 lies outside the 95 % "
-        "interval of Student's t. Of twenty methods no better than LoRA, one may seem so by chance.",
+        "interval of Student's t. There is no correction, such as Holm's, for the number of "
+        "methods: of twenty that are no different from LoRA, one is expected to seem different by chance.",
         "Steps to LoRA's loss: where a method's mean curve, interpolated between evaluations, first reaches "
         "LoRA's mean final loss.",
     ]

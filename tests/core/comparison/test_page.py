@@ -2,6 +2,7 @@
 
 import math
 import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,8 @@ from olora_core.comparison.report import Setup, report_of
 from olora_core.comparison.runs import RunResult
 from olora_core.specs import ADAPTER_SPECS
 from olora_core.specs.compared_methods import ComparedMethod
+from olora_core.specs.methods.olora import OLoRASpec
+from olora_core.specs.methods.prilora import PRILoRASpec
 from tests.browser import Chromium, chromium
 
 STEPS = 120
@@ -109,6 +112,59 @@ def test_it_says_the_sentence_and_every_method_with_its_figures() -> None:
     assert "diverged" in whole
 
 
+def test_it_shows_what_the_budget_made_of_rank_and_scale() -> None:
+    """Alpha is 16 in all of them; the scale is alpha / rank."""
+    olora = entrant("olora (rank 8 by budget)", 1.3, 3)
+    olora.asked = ComparedMethod(adapter=OLoRASpec(rank=32, dropout=0.1))
+    olora.adapter = OLoRASpec(rank=8, dropout=0.1)
+    given = entrant("olora (rank 8)", 1.3, 3)
+    given.asked = ComparedMethod(adapter=OLoRASpec(rank=8), match_budget=False)
+    prilora = entrant("prilora", 1.3, 3)
+    prilora.asked, prilora.adapter = ComparedMethod(adapter=PRILoRASpec(rank=8)), PRILoRASpec(rank=4)
+    found = report(olora=olora, given=given, prilora=prilora)
+    assert cells(found, "olora (rank 8 by budget)") == [
+        *("8", "16", "2", "98,304 100% of budget", "16", "rank 32 → 8, scale 0.5 → 2", "dropout 0.1"),
+    ]
+    assert cells(found, "olora (rank 8)")[5:] == ["nothing: the rank was given", "–"]
+    assert cells(found, "prilora")[2] == "2.67 to 8"
+    assert cells(found, "prilora")[5] == "rank 8 → 4, scale 1.33 to 4 → 2.67 to 8"
+    assert cells(found, "lora")[5] == "nothing: the default rank fits"
+    assert cells(found, "adalora")[3:] == ["–", "–", "–", "–"], "it could not be trained"
+
+
+def cells(found: dict[str, Any], label: str) -> list[str]:
+    """Of the method's row in the table of ranks and scales."""
+    table = page(found).partition("<h2>Rank and scale of each method</h2>")[2].partition("</table>")[0]
+    row = table.partition(f">{label}</th>")[2].partition("</tr>")[0]
+    return [
+        re.sub(r"<[^>]+>", " ", cell).strip().replace("  ", " ")
+        for cell in re.findall("<td[^>]*>(.*?)</td>", row)
+    ]
+
+
+def test_it_says_how_large_a_difference_had_to_be() -> None:
+    """Half of Student's 95 % interval with 2 degrees of freedom: 4.303 standard errors of the differences."""
+    uneven = {name: entrant(name, 1.3, 3) for name in ("melora", "mora", "rm_lora")}
+    for i, each in enumerate(uneven.values()):
+        each.finals = [replace(run, loss=1.3 + (i + 1) * run.seed**2 / 100) for run in each.finals]
+    found = report(**uneven)
+    losses = {m["label"]: m["final"]["losses"] for m in found["methods"] if m["final"]}
+    lora, widths = losses.pop("lora"), []
+    for own in losses.values():
+        pairs = [b - a for a, b in zip(own, lora, strict=True)]
+        mean = sum(pairs) / 3
+        widths.append(4.303 * math.sqrt(sum((pair - mean) ** 2 for pair in pairs) / 2 / 3))
+    low, middle, high = min(widths), sorted(widths)[len(widths) // 2], max(widths)
+    assert len(widths) % 2 == 1
+    assert low < middle < high
+    assert f"had to exceed {middle:.4f} (median; {low:.4f} to {high:.4f}) to be beyond it" in page(found)
+    assert "had to exceed" not in page(report(seeds=1))
+
+
+def test_it_says_that_many_comparisons_are_not_corrected_for() -> None:
+    assert "no correction, such as Holm&#x27;s, for the number of methods" in page(report())
+
+
 def test_methods_stand_by_their_loss_and_those_without_one_last() -> None:
     table = page(report()).partition("<h2>All results</h2>")[2].partition("</table>")[0]
     found = re.findall(r'<th scope="row">([^<]+)</th>', table)
@@ -151,4 +207,5 @@ def test_chromium_opens_it_and_it_fits_a_phone(browser: Chromium, tmp_path: Path
     assert document.count("<polyline") == len(re.findall("<polyline", path.read_text()))
     assert browser.overflow(path, 1200) == 0
     assert browser.overflow(path, 500) == 0
+    assert browser.hidden(path, 900) == 0, "no column has to be scrolled to"
     assert browser.screenshot(path).stat().st_size > 50_000

@@ -1,9 +1,10 @@
-"""Reports that earlier versions stored are read."""
+"""Reports that earlier versions stored are read and drawn."""
 
 import json
 from pathlib import Path
 from typing import Any
 
+from olora_core.comparison.page import page
 from olora_core.comparison.report_format import FORMAT, RENAMED, read_report
 
 STORED = Path(__file__).parents[3] / "docs" / "comparison" / "comparison.json"
@@ -37,3 +38,13 @@ def test_a_report_of_format_1_says_the_same() -> None:
 
 def test_a_report_of_this_format_is_left_as_it_is() -> None:
     assert read_report(read_report(stored())) == read_report(stored())
+
+
+def test_its_page_has_every_figure_that_it_knows_and_says_what_it_does_not() -> None:
+    whole = page(read_report(stored()))
+    for method in stored()["methods"]:
+        assert f">{method['label']}</th>" in whole
+        assert f"{method['final']['mean']:.4f}" in whole
+    assert "<dt>Rank</dt><dd>8</dd>" in whole
+    assert "did not record alphas" in whole
+    assert "None" not in whole
