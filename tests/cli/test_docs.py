@@ -10,7 +10,7 @@ from typer.main import get_command
 
 from cli.main import app
 from cli.train import read_run
-from olora_core.specs import read_spec
+from olora_core.specs import ADAPTER_SPECS, read_spec
 from store.keys import find_key, first_key
 from store.session import make_engine, migrate, sessions
 from store.settings import Settings, read_settings, settings_table
@@ -49,6 +49,21 @@ def test_the_table_of_settings_is_the_settings() -> None:
     expected = [f"| `{name}` | {default} | {meaning} |" for name, default, meaning in settings_table()]
     assert table.splitlines() == expected
     assert len(expected) == len(Settings.model_fields)
+
+
+def test_the_exported_ranks_on_the_page_of_methods_are_those_of_the_defaults() -> None:
+    text = " ".join((ROOT / "docs" / "methods.md").read_text(encoding="utf-8").split())
+    fit, _, wide = text.partition("Exports with the defaults: ")[2].partition(" fit; ")
+    told = {
+        name: (int(rank), fits)
+        for part, fits in ((fit, True), (wide.partition(" do not")[0], False))
+        for name, rank in re.findall(r"`(\w+)` (\d+)", part)
+    }
+    assert told == {
+        name: (spec().pair_rank, spec().pair_rank <= 16)
+        for name, spec in ADAPTER_SPECS.items()
+        if name not in ("xgblora", "mora")  # theirs depend on the steps and on the layers
+    }
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
