@@ -22,7 +22,8 @@ class MoRASpec(AdapterSpec):
     )
     choose: ClassVar[str] = (
         "For learning facts, as in continued pretraining on new texts, where a low rank holds LoRA back, and "
-        "where the server takes adapters of high rank."
+        "where the server takes adapters of high rank. The default is type 1, which exports exactly; at low "
+        "ranks its authors use type 6, which can only be exported merged."
     )
     base_learning_rate: ClassVar[float] = 3e-4
     width_exponent: ClassVar[float] = 0.8850
@@ -45,7 +46,8 @@ class MoRASpec(AdapterSpec):
     type: Literal[1, 2, 3, 4, 6] = Field(
         default=1,
         description="How inputs are summed and outputs filled: 1 by turns, tiled; 2 neighbours, repeated; "
-        "3 neighbours, tiled; 4 by turns, repeated; 6 block by block, each rotated (export merged only).",
+        "3 neighbours, tiled; 4 by turns, repeated; 6 block by block, each rotated (what the authors use at "
+        "low ranks; export merged only).",
     )
     restart_every: int = Field(
         default=0,

@@ -20,7 +20,7 @@ class RMLoRASpec(FactorsSpec):
     )
     choose: ClassVar[str] = (
         "For little data, where LoRA overfits: the mask reduces that, and the penalty makes the update use "
-        "all of its directions."
+        "all of its directions. Unlike in the authors' program, only A and B are masked."
     )
     base_learning_rate: ClassVar[float] = 2.3e-4  # the authors' 1e-3, for a model 768 wide
     width_exponent: ClassVar[float] = 0.8850
@@ -46,7 +46,8 @@ class RMLoRASpec(FactorsSpec):
     )
     init: Literal["kaiming", "gaussian"] = Field(
         default="kaiming",
-        description="How A starts: uniform up to 1 / sqrt(in), or Gaussian with deviation 0.02.",
+        description="How A starts: uniform up to 1 / sqrt(in), or Gaussian with deviation 0.02, as in the "
+        "authors' program.",
     )
 
     @field_validator("moved_rank")

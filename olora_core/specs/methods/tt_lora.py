@@ -20,7 +20,8 @@ class TTLoRASpec(AdapterSpec):
     )
     choose: ClassVar[str] = (
         "When the trained state must be tiny, as for many adapters kept in their native form; others have "
-        "found it worse than LoRA on hard tasks."
+        "found it worse than LoRA on hard tasks. Unlike its authors', it starts at the base and "
+        "adapts all linear layers, so their rates do not carry over."
     )
     base_learning_rate: ClassVar[float] = 1e-3
     width_exponent: ClassVar[float] = 0.3590
