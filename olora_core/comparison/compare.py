@@ -6,7 +6,7 @@ unfinished run: to resume is to make the same decisions again and to train what 
 
 import hashlib
 import json
-from collections.abc import Generator, Iterator, Mapping
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from contextlib import closing
 from datetime import date
 from pathlib import Path
@@ -37,7 +37,7 @@ from .entrants import Entrant, Trial, default_rate, enter, plan_from, untrainabl
 from .page import page
 from .report import report_of, setup_of
 from .runs import PlannedRun, RunResult, Terms, train_run
-from .search import halving, held_out
+from .search import FACTORS, halving, held_out
 
 PAGE, REPORT = "comparison.html", "comparison.json"
 Progress = Generator[ComparisonProgress, str | None, None]
@@ -305,6 +305,11 @@ class Comparison:
                 if not each.can_train
             },
             "outcomes": [result.state() for result in self.results],
+            "default_rates": {
+                label: each.default_rate
+                for label, each in zip(self.spec.labels, self.entrants, strict=True)
+                if each.can_train
+            },
             "run": unfinished.state,
             "day": unfinished.state["day"],
         }
@@ -314,21 +319,39 @@ class Comparison:
         metrics = {"step": step, "run": len(self.results) + 1, "train_loss": run.history[-1][1]}
         return Saved(step, saved, metrics)
 
+    def _places(self) -> dict[str, int]:
+        """The entrants' positions by label, and by method for labels of versions with other defaults."""
+        methods = [method.adapter.method for method in self.spec.methods]
+        return {name: i for names in (methods, self.spec.labels) for i, name in enumerate(names)}
+
     def resume(self, folder: Path) -> None:
         """Restores the state that `save` wrote to `folder`. Raises CheckpointError if it does not fit."""
         saved = checkpoint.load(folder, self.identity)
-        labels = self.spec.labels
+        places = self._places()
         try:
             self.terms.hyperparameters = Hyperparameters.model_validate(saved.state["hyperparameters"])
             for label, problem in saved.state["unfit"].items():
-                i = labels.index(label)
+                i = places[label]
                 self.entrants[i] = untrainable(self.entrants[i].label, self.spec.methods[i], problem)
             self.replayed = [RunResult.from_state(values) for values in saved.state["outcomes"]]
             self.interrupted = Snapshot({}, saved.state["run"], saved.tensors)
+            for label, rate in saved.state.get("default_rates", former_default_rates(self.replayed)).items():
+                self.entrants[places[label]].take_default_rate(rate, self.spec)
         except (KeyError, ValueError, TypeError) as error:
             raise CheckpointError(
                 f"Checkpoint '{folder.name}' does not fit this comparison: {error}. Start it anew."
             ) from None
+
+
+def former_default_rates(results: Sequence[RunResult]) -> dict[str, float]:
+    """By label, the methods' default rates when these results were made; earlier versions did not keep them.
+
+    An automatic search begins at the lowest rate of the grid around the default.
+    """
+    first: dict[str, float] = {}
+    for result in results:
+        first.setdefault(result.method, float(f"{result.learning_rate / FACTORS[0]:.2g}"))
+    return first
 
 
 ADDED = ("validation_share", "group_by", "columns")

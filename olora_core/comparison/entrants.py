@@ -62,6 +62,11 @@ class Entrant:
         chosen = self.adapter.model_dump(mode="json", exclude_defaults=True)
         return chosen | {"method": self.adapter.method, "rank": self.adapter.rank}
 
+    def take_default_rate(self, rate: float, spec: ComparisonSpec) -> None:
+        """Searches around this rate instead, unless the spec names the rates to try."""
+        if spec.learning_rates == "auto":
+            self.default_rate, self.grid = rate, grid_around(rate)
+
     def run(self, stage: Stage, learning_rate: float, seed: int, steps: int) -> PlannedRun:
         """One run of a method that can be trained."""
         own = self.label, self.adapter, self.sites, self.default_rate

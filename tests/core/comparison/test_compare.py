@@ -33,7 +33,9 @@ from olora_core.progress import (
     result_of,
 )
 from olora_core.specs import ComparisonSpec, read_comparison, read_spec
+from olora_core.specs.methods.lora import LoRASpec
 from olora_core.specs.methods.olora import OLoRASpec
+from olora_core.training import checkpoint
 from olora_core.training.data import read_data
 from olora_core.training.step import forget_peak_memory, peak_memory
 from olora_core.training.train import train
@@ -426,6 +428,29 @@ def test_a_resumed_comparison_has_the_same_report(
     assert [(p.step, p.total_steps, p.run, p.runs, p.loss) for p in again if isinstance(p, ComparedStep)] == [
         (p.step, p.total_steps, p.run, p.runs, p.loss) for p in rest
     ]
+    assert without_timings(report_in(again)) == without_timings(report_in(through))
+
+
+@pytest.mark.parametrize("are_named", [True, False], ids=["named", "by an earlier version"])
+def test_a_resumed_comparison_keeps_to_the_default_rates_it_began_with(
+    llama: Base, files: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, are_named: bool
+) -> None:
+    """Defaults may change with a version; earlier ones did not write them down."""
+    spec = comparison(["lora"], learning_rates="auto", seeds=1, hyperparameters={"max_steps": 8})
+    through = told(spec, llama, files, tmp_path / "through")
+    run = compare(spec, llama, *files, tmp_path / "stopped")
+    for update in run:
+        if isinstance(update, ComparedStep) and update.run == 3:
+            saved = run.send("save")
+            break
+    run.close()
+    if not are_named:
+        identity = json.loads((saved.folder / "manifest.json").read_text())["identity"]
+        snapshot = checkpoint.load(saved.folder, identity)
+        del snapshot.state["default_rates"]
+        checkpoint.save(saved.folder, snapshot)
+    monkeypatch.setattr(LoRASpec, "base_learning_rate", 5 * LoRASpec.base_learning_rate)
+    again = told(spec, llama, files, tmp_path / "on", resume=saved.folder)
     assert without_timings(report_in(again)) == without_timings(report_in(through))
 
 
