@@ -108,7 +108,7 @@ MODELS = {
     "wide-llama-bf16": lambda: make_llama(width=128, dtype=torch.bfloat16),
     "wide-gpt2": lambda: make_gpt2(width=64),
 }
-"""Every layer of `tiny` can hold the default rank, 32. The wide ones have layers as wide as a block of NF4,
+"""Every layer of `tiny` can hold rank 32. The wide ones have layers as wide as a block of NF4,
 or twice and three times that."""
 
 

@@ -42,14 +42,16 @@ def auto_batch_size(examples: int) -> int:
 
 
 def learning_rate_for(adapter: AdapterSpec, hidden_size: int) -> float:
-    """The method's default peak rate for a model of this hidden size.
+    """The method's default peak rate for this rank and scale, and a model of this hidden size.
 
-    `base (4096 / hidden)^e`, through two anchors per method: its card's rate at width 4096, and the optimum
-    measured on the shipped base at width 192 (3e-3 for LoRA and TT-LoRA, 1e-3 for OLoRA and PiSSA).
+    `base (4096 / hidden)^e (s0 / s)^a (r0 / r)^q`, with the scale s0 and rank r0 of the method's defaults.
+    docs/methods.md has the measurements that the exponents come from.
     """
-    return float(
-        f"{adapter.base_learning_rate * (REFERENCE_WIDTH / hidden_size) ** adapter.width_exponent:.2g}"
-    )
+    default = type(adapter)()
+    rate = adapter.base_learning_rate * (REFERENCE_WIDTH / hidden_size) ** adapter.width_exponent
+    rate *= (default.scale / adapter.scale) ** adapter.scale_exponent
+    rate *= (default.rank / adapter.rank) ** adapter.rank_exponent
+    return float(f"{rate:.2g}")
 
 
 def resolve(spec: TrainSpec, facts: RunFacts) -> tuple[TrainSpec, dict[str, str]]:
@@ -79,9 +81,12 @@ def resolve(spec: TrainSpec, facts: RunFacts) -> tuple[TrainSpec, dict[str, str]
         factor = 1.0 if asked.learning_rate_multiplier == "auto" else asked.learning_rate_multiplier
         chosen["learning_rate"] = own_rate * factor
         chosen["learning_rate_multiplier"] = factor
-        default = f"{spec.adapter.title}'s default for hidden size {facts.hidden_size}"
-        reason = f"auto: {default}" if factor == 1 else f"{factor:g} times {default}"
-        why["learning_rate"] = f"learning_rate = {own_rate * factor:g} ({reason})"
+        default = (
+            f"{spec.adapter.title}'s default for rank {spec.adapter.rank}, scale {spec.adapter.scale:g} and "
+            f"hidden size {facts.hidden_size}"
+        )
+        reason = default if factor == 1 else f"{factor:g} times {default}"
+        why["learning_rate"] = f"learning_rate = {own_rate * factor:g} ({asked.learning_rate}: {reason})"
     elif asked.learning_rate_multiplier == "auto":
         chosen["learning_rate_multiplier"] = asked.learning_rate / own_rate
     batch_size = chosen.get("batch_size", asked.batch_size)

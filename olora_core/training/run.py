@@ -23,6 +23,7 @@ from ..methods import METHODS, Method
 from ..methods.base import Schedule, build_adapters_with_progress
 from ..progress import Evaluated, Phase
 from ..specs import Hyperparameters, RunFacts, TrainSpec
+from ..specs.identity import identity_text
 from .data import Data, context_length
 from .early_stopping import best_of
 from .losses import Loss, loss_of
@@ -154,7 +155,7 @@ class Run:
         """What a checkpoint must have in common with the run that resumes from it."""
         held_out = self.data.validation
         return {
-            "spec": hashlib.sha256(self.spec.model_dump_json(exclude_defaults=True).encode()).hexdigest(),
+            "spec": hashlib.sha256(identity_text(self.spec).encode()).hexdigest(),
             "training data": self.data.training.digest,
             "validation data": None if held_out is None else held_out.digest,
             "base model": self.base.fingerprint,

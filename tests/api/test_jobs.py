@@ -90,7 +90,7 @@ def test_what_is_not_said_gets_the_methods_defaults_and_a_seed(client: TestClien
         created(client, training_file=training),
         created(client, training_file=training, seed=None),
     )
-    assert (first["adapter"]["method"], first["adapter"]["rank"]) == ("olora", 32)
+    assert (first["adapter"]["method"], first["adapter"]["rank"]) == ("olora", 8)
     assert 0 <= first["seed"] < 2**31
     assert first["seed"] != second["seed"]
     assert (first["validation_file"], first["metadata"], first["user_provided_suffix"]) == (None, None, None)

@@ -18,8 +18,8 @@ class BALoRASpec(SVDSpec):
         "forward; exports a LoRA of rank 2r, or r with LoRA's start."
     )
     choose: ClassVar[str] = "For little or noisy data, when the model must not drift from what it knows."
-    base_learning_rate: ClassVar[float] = 1e-4  # PiSSA's, whose start it has
-    width_exponent: ClassVar[float] = 0.7525
+    base_learning_rate: ClassVar[float] = 1.3e-5  # PiSSA's, whose start it has
+    width_exponent: ClassVar[float] = 1.68
 
     method: Literal["ba_lora"] = "ba_lora"
     rank: int = Field(default=16, ge=1, le=4096, description="r, the width of the trained factors.")

@@ -24,8 +24,11 @@ class AdapterSpec(Spec):
     choose: ClassVar[str]
     """When to choose it, as a sentence."""
     base_learning_rate: ClassVar[float]
-    """The peak rate at hidden size 4096; see `learning_rate_for`."""
+    """The peak rate at hidden size 4096, with the default rank and alpha; see `learning_rate_for`."""
     width_exponent: ClassVar[float]
+    scale_exponent: ClassVar[float] = 0.5
+    rank_exponent: ClassVar[float] = 0.36
+    """How the rate falls with width, scale and rank; the last two as measured for LoRA."""
 
     method: str
     rank: int = Field(ge=1, le=4096, description="r, the width of the trained factors.")
@@ -111,6 +114,9 @@ class FactorsSpec(AdapterSpec):
 
 class SVDSpec(FactorsSpec):
     """The options of methods whose factors start from the SVD of the pretrained weight."""
+
+    scale_exponent: ClassVar[float] = 1.0
+    rank_exponent: ClassVar[float] = 0.92
 
     svd_iterations: int | None = Field(
         default=16,

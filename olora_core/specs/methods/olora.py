@@ -20,11 +20,13 @@ class OLoRASpec(FactorsSpec):
         "The default: training starts in directions that the pretrained weight already has, at a lower "
         "learning rate than LoRA's."
     )
-    base_learning_rate: ClassVar[float] = 1e-4
-    width_exponent: ClassVar[float] = 0.7525
+    base_learning_rate: ClassVar[float] = 4e-6
+    width_exponent: ClassVar[float] = 1.96
+    scale_exponent: ClassVar[float] = 1.0  # the update is s (B0 dA + dB A0) to first order
+    rank_exponent: ClassVar[float] = 0.92
 
     method: Literal["olora"] = "olora"
-    rank: int = Field(default=32, ge=1, le=4096, description="r, the width of the trained factors.")
+    rank: int = Field(default=8, ge=1, le=4096, description="r, the width of the trained factors.")
 
     @property
     def pair_rank(self) -> int:

@@ -19,8 +19,8 @@ class PiSSASpec(SVDSpec):
     choose: ClassVar[str] = (
         "Like OLoRA, when few singular values hold most of a weight; its start takes longer to compute."
     )
-    base_learning_rate: ClassVar[float] = 1e-4
-    width_exponent: ClassVar[float] = 0.7525
+    base_learning_rate: ClassVar[float] = 1.3e-5
+    width_exponent: ClassVar[float] = 1.68
 
     method: Literal["pissa"] = "pissa"
     rank: int = Field(default=16, ge=1, le=4096, description="r, the width of the trained factors.")

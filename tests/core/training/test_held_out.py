@@ -11,6 +11,7 @@ from olora_core.bases.loading import Base
 from olora_core.errors import DataError, SpecError
 from olora_core.progress import Evaluated, Finished, Note, Progress, Samples, Saved, Step, result_of
 from olora_core.specs import TrainSpec, check_validation
+from olora_core.specs.identity import identity_text
 from olora_core.training.data import Data, read_data
 from olora_core.training.train import train
 
@@ -114,12 +115,8 @@ def test_a_resumed_run_holds_out_the_same_rows(llama, training, tmp_path) -> Non
 
 def test_a_spec_without_them_is_the_spec_of_before() -> None:
     """A checkpoint's identity is this text; those from before the options existed must stay valid."""
-    assert not {"validation_share", "group_by"} & set(json.loads(identity(spec_for())))
-    assert json.loads(identity(with_share(spec_for())))["validation_share"] == 0.25
-
-
-def identity(spec: TrainSpec) -> str:
-    return spec.model_dump_json(exclude_defaults=True)
+    assert not {"validation_share", "group_by"} & set(json.loads(identity_text(spec_for())))
+    assert json.loads(identity_text(with_share(spec_for())))["validation_share"] == 0.25
 
 
 def test_options_that_contradict_each_other_are_refused(llama, training, tmp_path) -> None:

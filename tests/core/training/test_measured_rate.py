@@ -194,7 +194,7 @@ def test_nothing_is_measured_with_few_examples(run, tmp_path, measurements) -> N
     updates = run(spec_for("olora", **AUTO | {"n_epochs": 4}), training=few)
     assert measurements == []
     assert reason_of(updates) == (
-        f"learning_rate = {rate_of(updates):g} (auto: OLoRA's default for hidden size 32)"
+        f"learning_rate = {rate_of(updates):g} (auto: OLoRA's default for rank 4, scale 1 and hidden size 32)"
     )
 
 
