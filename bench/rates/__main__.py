@@ -80,6 +80,7 @@ def swept(
 
     found = {
         "steps": length,
+        "width": base.width,
         "table": table,
         "measured": auto.rate,
         "peak": PEAK,
@@ -97,11 +98,18 @@ def print_table(asked: argparse.Namespace) -> None:
     """Every triple, then how each rule does on each base."""
     lines = [line for path in asked.files for line in read(path)]
     rules = {
-        "table": lambda line: line["table"],
+        "table then": lambda line: line["table"],
+        "table": table_rate,
         "measured": lambda line: line["measured"] / line["peak"] * PEAK,
         "held-out constant": lambda line: held_out_constant(lines, line) * line["measured"],
     }
     print(*details(lines, rules), *summary(lines, rules), sep="\n")
+
+
+def table_rate(line: dict[str, Any]) -> float:
+    """The table's rate now, which may have changed since the sweep."""
+    adapter = {name: line[name] for name in ("method", "rank", "alpha") if name in line}
+    return learning_rate_for(train_spec(adapter).adapter, line["width"])
 
 
 def read(path: Path) -> list[dict[str, Any]]:

@@ -265,7 +265,11 @@ def test_a_deleted_file_and_a_deleted_model_stay_deleted(upgraded: Upgraded) -> 
 def test_a_job_that_waited_succeeds(upgraded: Upgraded, name: str) -> None:
     now = upgraded.now(name)
     assert (now["status"], now["error"], now["olora"]["attempt"]) == ("succeeded", None, 1)
-    assert upgraded.losses(name) == pytest.approx(upgraded.twin(name)["losses"], rel=SAME)
+    losses, known = upgraded.losses(name), upgraded.twin(name)["losses"]
+    assert len(losses) == len(known)
+    # It asks for the automatic learning rate, which is this version's: only what comes before the first step
+    # at a rate above 0 is as it was.
+    assert losses[:2] == pytest.approx(known[:2], rel=SAME)
     assert_an_adapter(upgraded.adapter(name))
 
 
