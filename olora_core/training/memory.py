@@ -7,7 +7,7 @@ loss.
 
 import resource
 import weakref
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,6 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
@@ -314,19 +313,31 @@ class LiveBytes(TorchDispatchMode):
         self._seen: set[int] = set()
 
     def __torch_dispatch__(self, operation: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        known = {id(t.untyped_storage()) for t in tree_leaves((args, kwargs)) if type(t) in PLAIN}
-        made = operation(*args, **(kwargs or {}))
-        for tensor in tree_leaves(made):
-            if type(tensor) in PLAIN and id(storage := tensor.untyped_storage()) not in known | self._seen:
-                self._seen.add(id(storage))
-                self.now += storage.nbytes()
-                self.peak = max(self.peak, self.now)
-                weakref.finalize(storage, self._freed, id(storage), storage.nbytes())
+        kwargs = kwargs or {}
+        made = operation(*args, **kwargs)
+        new = {id(storage): storage for storage in _storages(made) if id(storage) not in self._seen}
+        if new:
+            given = {id(storage) for storage in _storages([*args, *kwargs.values()])}
+            for place, storage in new.items():
+                if place not in given:  # it is no view of what was there before
+                    self._seen.add(place)
+                    self.now += storage.nbytes()
+                    self.peak = max(self.peak, self.now)
+                    weakref.finalize(storage, self._freed, place, storage.nbytes())
         return made
 
     def _freed(self, place: int, size: int) -> None:
         self._seen.discard(place)
         self.now -= size
+
+
+def _storages(value: Any) -> Iterator[torch.UntypedStorage]:
+    """Those of the tensors in what an operation takes or makes, which has no more than lists of them."""
+    if type(value) in PLAIN:
+        yield value.untyped_storage()
+    elif isinstance(value, list | tuple):
+        for item in value:
+            yield from _storages(item)
 
 
 def memory_of(device: torch.device) -> tuple[int, int]:
