@@ -9,6 +9,7 @@ import json
 import os
 import subprocess
 import sys
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ from olora_core.methods.lora import LoRA, LoRAAdapter
 from olora_core.progress import Evaluated, Finished, Note, Saved, Step
 from olora_core.specs import TrainSpec
 from olora_core.training.train import train
+from tests.core.loaded_bases import fresh_base
 
 ROOT = Path(__file__).parents[2]
 
@@ -90,7 +92,7 @@ def _method(case: dict[str, Any], devices: Devices) -> type[LoRA]:
 def run_case(case: dict[str, Any], devices: Devices = SINGLE) -> dict[str, Any]:
     """Trains one case and returns what there is to compare; with `stop_after` only to a checkpoint there."""
     spec = TrainSpec.model_validate(case["spec"])
-    base = load_base(Path(case["base"]), name="tiny")
+    base = fresh_base(Path(case["base"]))
     if case.get("sharding") == "full" and devices.count > 1:
         shard(base, "cpu", devices)
     result: dict[str, Any] = {"steps": [], "margins": [], "evaluated": [], "digests": [], "saved": None}
@@ -151,7 +153,7 @@ def _digest(base: Base) -> str:
 
 def _off(base: Base, devices: Devices) -> bool:
     """Whether the base holds its files' values, and with its adapters off gives their logits."""
-    fresh = load_base(base.folder, name="tiny")
+    fresh = _read_again(base.folder)
     originals = dict(fresh.model.named_parameters())
     for name, parameter in base.model.named_parameters():
         if name.replace(".base.", ".") in originals:
@@ -161,6 +163,12 @@ def _off(base: Base, devices: Devices) -> bool:
     ids = torch.arange(3, 19)[None]
     with torch.no_grad(), adapters_off(base.model):
         return torch.equal(base.model(ids).logits, fresh.model(ids).logits)
+
+
+@cache
+def _read_again(folder: Path) -> Base:
+    """A base that no run has."""
+    return load_base(folder, name="tiny")
 
 
 class Pair:

@@ -17,6 +17,7 @@ from olora_core.progress import Evaluated, Finished, Resolved, Saved, Step
 from olora_core.specs import TrainSpec
 from olora_core.training.train import train
 
+from ..loaded_bases import fresh_base
 from ..runs import chat_rows, spec_for, write_rows
 
 ROOT = Path(__file__).parents[3]
@@ -108,16 +109,16 @@ PROGRAM = """
 import json, sys
 from dataclasses import asdict
 from pathlib import Path
-from olora_core.bases.loading import load_base
 from olora_core.bases.precision import DTYPES
 from olora_core.specs import TrainSpec
 from olora_core.progress import Evaluated, Finished, Step
 from olora_core.training.train import train
+from tests.core.loaded_bases import fresh_base
 
 for case in json.load(sys.stdin):
     spec = TrainSpec.model_validate(case["spec"])
     dtype, quantization = DTYPES[spec.hyperparameters.dtype], spec.hyperparameters.quantization
-    base = load_base(Path(case["base"]), name="tiny", dtype=dtype, quantization=quantization)
+    base = fresh_base(Path(case["base"]), dtype=dtype, quantization=quantization)
     paths = [Path(case[name]) for name in ("training", "validation", "folder")]
     result = {"steps": [], "evaluated": []}
     for progress in train(spec, base, *paths, resume=Path(case["resume"])):
@@ -154,7 +155,7 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
 
 def run_unbroken(base_folder: Path, spec: TrainSpec, files: tuple[Path, Path], folder: Path) -> Unbroken:
     dtype = getattr(torch, spec.hyperparameters.dtype)
-    base = load_base(base_folder, name="tiny", dtype=dtype, quantization=spec.hyperparameters.quantization)
+    base = fresh_base(base_folder, dtype=dtype, quantization=spec.hyperparameters.quantization)
     steps, evaluated, checkpoints, resolved, finished = [], [], {}, None, None
     progress = train(spec, base, *files, folder)
     update = next(progress)
