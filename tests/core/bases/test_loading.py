@@ -20,6 +20,19 @@ from olora_core.training.samples import generate
 from tests.families.configs import tiny_config
 from tests.tiny_base import END, VOCABULARY, make_llama, make_tokenizer, save_base
 
+from ..loaded_bases import fresh_base
+
+
+@pytest.fixture
+def llama(base_folders: dict[str, Path]) -> Base:
+    """Loaded, not copied: this file is about loading."""
+    return load_base(base_folders["llama"], name="tiny-llama")
+
+
+@pytest.fixture
+def bf16_llama(base_folders: dict[str, Path]) -> Base:
+    return load_base(base_folders["llama-bf16"], name="tiny-llama-bf16")
+
 
 @pytest.fixture
 def folder(base_folders: dict[str, Path], tmp_path: Path) -> Path:
@@ -35,6 +48,24 @@ def test_a_base_is_loaded_frozen_in_eval_mode_and_its_own_dtype(llama: Base, bf1
     original = make_llama().state_dict()
     loaded = llama.model.state_dict()
     assert all(torch.equal(loaded[name], original[name]) for name in original)
+
+
+@pytest.mark.parametrize("name", ["llama", "llama-tied", "llama-bf16", "gpt2"])
+def test_the_copies_that_other_tests_get_are_as_loaded(
+    base_folders: dict[str, Path], token_rows: torch.Tensor, name: str
+) -> None:
+    loaded, copied = load_base(base_folders[name], name="tiny"), fresh_base(base_folders[name])
+    plain = [(base.name, base.dtype, base.end_tokens, base.padding, base.notes) for base in (loaded, copied)]
+    assert plain[0] == plain[1]
+    expected, found = (dict(base.model.named_parameters()) for base in (loaded, copied))
+    assert expected.keys() == found.keys()
+    assert all(torch.equal(expected[key], found[key]) for key in expected)
+    assert torch.equal(copied.model(token_rows).logits, loaded.model(token_rows).logits)
+    with torch.no_grad():
+        for parameter in copied.model.parameters():
+            parameter.zero_()
+    again = fresh_base(base_folders[name]).model.named_parameters()
+    assert all(torch.equal(expected[key], parameter) for key, parameter in again)
 
 
 def test_another_dtype_can_be_asked_for(base_folders: dict[str, Path]) -> None:
