@@ -9,6 +9,7 @@ learning_rate "auto" does, and then the validation loss after whole runs at rate
 
 import argparse
 import json
+import math
 import time
 from itertools import product
 from pathlib import Path
@@ -24,7 +25,7 @@ from olora_core.training.measured_rate import PEAK
 
 from . import bases, tasks
 from .sweep import curvature, final_loss, measured, sweep, train_spec
-from .table import best, details, held_out_constant, summary
+from .table import best, details, summary
 
 Adapter = dict[str, Any]
 
@@ -101,7 +102,7 @@ def print_table(asked: argparse.Namespace) -> None:
         "table then": lambda line: line["table"],
         "table": table_rate,
         "measured": lambda line: line["measured"] / line["peak"] * PEAK,
-        "held-out constant": lambda line: held_out_constant(lines, line) * line["measured"],
+        "auto": lambda line: math.sqrt(table_rate(line) * line["measured"] / line["peak"] * PEAK),
     }
     print(*details(lines, rules), *summary(lines, rules), sep="\n")
 

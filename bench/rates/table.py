@@ -55,12 +55,6 @@ def lost(line: Line, rate: float) -> tuple[float, bool]:
     return max(0.0, a * x**2 + b * x + c - lowest), False
 
 
-def held_out_constant(lines: list[Line], line: Line) -> float:
-    """The median of best / measured over all other bases: what PEAK would be without this line's base."""
-    ratios = [best(other)[0] / other["measured"] for other in lines if other["base"] != line["base"]]
-    return statistics.median(ratios or [1.0])
-
-
 def summary(lines: list[Line], rules: dict[str, Rule]) -> list[str]:
     """A line for each base and rule, then one for all bases together."""
     groups: dict[str, list[Line]] = defaultdict(list)

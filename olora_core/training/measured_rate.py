@@ -5,6 +5,10 @@ the loss is measured on the rows that come next. This is repeated with rates a f
 one has a worse one on either side. The run's peak rate is `PEAK` times the best, which the vertex of a
 parabola through these three losses gives. Every trial begins at the run's start, and so does the run.
 
+So few steps cannot tell how far the run has to go: where little has to be learned the measured rate is too
+high, where much has to be, too low. The table's rate errs elsewhere, as widely. The run takes their geometric
+mean, which is nearer to the best rate than either.
+
 Why Adam's own steps, and not the largest eigenvalue of the Hessian: Adam moves every parameter by about the
 rate, whatever the gradient's size, so that its best rate does not follow the curvature from one method to
 another; docs/methods.md has both, measured against sweeps.
@@ -53,13 +57,14 @@ class MeasuredRate:
     @property
     def sentence(self) -> str:
         trials = ", ".join(f"{loss:.3f} at {rate:.2g}" for rate, loss in self.trials)
-        return f"measured: after {STEPS} steps, the loss on {JUDGED_ROWS} other examples was {trials}"
+        return f"after {STEPS} steps the loss on {JUDGED_ROWS} other examples was {trials}"
 
 
 def settle_rate(run: Run, resume: Path | None) -> Generator[Phase | Note, None, dict[str, str]]:
     """Gives a run that has not begun its peak rate, unless the job asks for a number.
 
-    A run that resumes takes its checkpoint's: measured elsewhere it might be another. Returns the reason.
+    It is the geometric mean of the table's and the measured one. A run that resumes takes its checkpoint's:
+    measured elsewhere it might be another. Returns the reason.
     """
     asked = run.asked.hyperparameters.learning_rate
     if asked not in ("auto", "table"):
@@ -73,11 +78,14 @@ def settle_rate(run: Run, resume: Path | None) -> Generator[Phase | Note, None, 
         return {"learning_rate": f"learning_rate = {peak:g} (as in the checkpoint)"}
     if asked == "table" or not is_measurable(run):
         return {}
+    table = run.hyperparameters.learning_rate / factor
     measured = yield from measure_rate(run)
-    run.spec = with_learning_rate(run.spec, measured.rate * factor)
-    times = "" if factor == 1 else f"{factor:g} times {measured.rate:g}, "
+    mean = float(f"{math.sqrt(table * measured.rate):.2g}")
+    run.spec = with_learning_rate(run.spec, mean * factor)
+    times = "" if factor == 1 else f"{factor:g} times {mean:g}, "
     peak = run.hyperparameters.learning_rate
-    return {"learning_rate": f"learning_rate = {peak:g} (auto: {times}{measured.sentence})"}
+    between = f"between the table's {table:g} and the measured {measured.rate:g}; {measured.sentence}"
+    return {"learning_rate": f"learning_rate = {peak:g} (auto: {times}{between})"}
 
 
 def is_measurable(run: Run) -> bool:

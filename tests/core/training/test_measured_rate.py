@@ -15,7 +15,7 @@ from olora_core.data.batches import epoch_order
 from olora_core.errors import SpecError
 from olora_core.methods import METHODS
 from olora_core.progress import Evaluated, Finished, Phase, Progress, Resolved, Saved, Step
-from olora_core.specs import TrainSpec
+from olora_core.specs import TrainSpec, learning_rate_for
 from olora_core.training import checkpoint, measured_rate
 from olora_core.training.measured_rate import MeasuredRate, best_power, next_trial
 from olora_core.training.train import train
@@ -58,6 +58,11 @@ def measurements(monkeypatch) -> list[MeasuredRate]:
 
 def rate_of(updates: list[Progress]) -> float:
     return one(Resolved, updates).spec.hyperparameters.learning_rate
+
+
+def between(table: float, measured: float) -> float:
+    """The geometric mean, to two digits."""
+    return float(f"{math.exp((math.log(table) + math.log(measured)) / 2):.2g}")
 
 
 def reason_of(updates: list[Progress]) -> str:
@@ -126,16 +131,21 @@ def test_a_trial_is_what_a_run_at_a_constant_rate_would_be(run, training, tmp_pa
         assert loss == pytest.approx(last.loss, abs=1e-6)
 
 
-def test_the_rate_is_a_multiple_of_the_best_trial(run, measurements) -> None:
-    updates = run(spec_for("lora", **AUTO))
+def test_the_rate_is_between_the_tables_and_a_multiple_of_the_best_trial(run, measurements) -> None:
+    spec = spec_for("lora", **AUTO)
+    updates = run(spec)
     (measured,) = measurements
     best, _ = min(measured.trials, key=lambda trial: trial[1])
     assert best / 2 <= measured.rate / measured_rate.PEAK <= 2 * best
-    assert rate_of(updates) == measured.rate
-    assert reason_of(updates).startswith(f"learning_rate = {measured.rate:g} (auto: measured: after 4 steps")
+    table = learning_rate_for(spec.adapter, 32)
+    assert rate_of(updates) == between(table, measured.rate)
+    assert reason_of(updates).startswith(
+        f"learning_rate = {rate_of(updates):g} (auto: between the table's {table:g} and the measured "
+        f"{measured.rate:g}; after 4 steps the loss on 24 other examples was "
+    )
     assert any(isinstance(update, Phase) and update.name == "measuring" for update in updates)
     peak = max(update.learning_rate for update in updates if isinstance(update, Step))
-    assert peak == pytest.approx(measured.rate)
+    assert peak == pytest.approx(rate_of(updates))
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -155,20 +165,23 @@ def test_it_is_measured_for_preferences(run, tmp_path, measurements) -> None:
     pairs = write_rows(tmp_path / "pairs.jsonl", preference_rows(ROWS))
     updates = run(spec_for("olora", type="dpo", **AUTO), training=pairs)
     (measured,) = measurements
-    assert rate_of(updates) == measured.rate
+    assert rate_of(updates) == between(learning_rate_for(spec_for("olora").adapter, 32), measured.rate)
     assert min(loss for _, loss in measured.trials) < math.log(2)
 
 
 def test_it_is_measured_on_a_quantised_base(base_folders, run, measurements) -> None:
     base = load_base(base_folders["wide-llama"], name="wide", quantization="int8")
     updates = run(spec_for("olora", quantization="int8", **AUTO), base=base)
-    assert rate_of(updates) == measurements[0].rate
+    assert rate_of(updates) == between(
+        learning_rate_for(spec_for("olora").adapter, 128), measurements[0].rate
+    )
 
 
-def test_a_multiplier_multiplies_what_was_measured(run, measurements) -> None:
+def test_a_multiplier_multiplies_what_was_found(run, measurements) -> None:
     updates = run(spec_for("olora", **AUTO, learning_rate_multiplier=0.5))
-    assert rate_of(updates) == 0.5 * measurements[0].rate
-    assert f"(auto: 0.5 times {measurements[0].rate:g}, measured" in reason_of(updates)
+    mean = between(learning_rate_for(spec_for("olora").adapter, 32), measurements[0].rate)
+    assert rate_of(updates) == 0.5 * mean
+    assert f"(auto: 0.5 times {mean:g}, between the table's" in reason_of(updates)
 
 
 def test_a_multiplier_that_makes_it_too_high_is_an_error(run) -> None:
