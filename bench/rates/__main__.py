@@ -1,7 +1,8 @@
 """Which learning rate suits a method, and which rule finds it before the first step.
 
-    python -m bench.rates sweep --base shipped --out rates.jsonl
-    python -m bench.rates table rates.jsonl
+    python -m bench.rates sweep --base shipped --out bench/.rates/rates.jsonl
+    python -m bench.rates table bench/.rates/rates.jsonl
+    python -m bench.rates table bench/rates/measured.jsonl      # the sweeps of docs/methods.md
 
 A triple is a base, a task and a method at a rank. For each, `sweep` measures the rate as a run with
 learning_rate "auto" does, and then the validation loss after whole runs at rates a factor 2 apart.
@@ -99,7 +100,7 @@ def print_table(asked: argparse.Namespace) -> None:
     """Every triple, then how each rule does on each base."""
     lines = [line for path in asked.files for line in read(path)]
     rules = {
-        "table then": lambda line: line["table"],
+        "former table": lambda line: line["table"],
         "table": table_rate,
         "measured": lambda line: line["measured"] / line["peak"] * PEAK,
         "auto": lambda line: math.sqrt(table_rate(line) * line["measured"] / line["peak"] * PEAK),
