@@ -13,6 +13,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor, nn
 
@@ -23,8 +24,9 @@ from olora_core.errors import OloraError
 from olora_core.layers.adapter import Site, adapters_off, attached
 from olora_core.methods import METHODS, Outputs
 from olora_core.methods.lora import LoRA, LoRAAdapter
-from olora_core.progress import Evaluated, Finished, Note, Saved, Step
+from olora_core.progress import Evaluated, Finished, Note, Resolved, Saved, Step
 from olora_core.specs import TrainSpec
+from olora_core.training import measured_rate
 from olora_core.training.train import train
 from tests.core.loaded_bases import fresh_base
 
@@ -97,7 +99,12 @@ def run_case(case: dict[str, Any], devices: Devices = SINGLE) -> dict[str, Any]:
         shard(base, "cpu", devices)
     result: dict[str, Any] = {"steps": [], "margins": [], "evaluated": [], "digests": [], "saved": None}
     made: list[LoRA] = []
-    METHODS["lora"] = lambda *a, **b: made.append(_method(case, devices)(*a, **b)) or made[-1]  # type: ignore
+    patch = pytest.MonkeyPatch()
+    if case.get("measured"):  # on as few rows as there are
+        patch.setattr(measured_rate, "FEWEST_RUN_STEPS", 1)
+        patch.setattr(measured_rate, "STEPS", 1)
+        patch.setattr(measured_rate, "JUDGED_ROWS", 5)
+    patch.setitem(METHODS, "lora", lambda *a, **b: made.append(_method(case, devices)(*a, **b)) or made[-1])
     progress = train(
         *(spec, base, Path(case["training"]), Path(case["validation"]), Path(case["folder"])),
         resume=Path(case["resume"]) if case.get("resume") else None,
@@ -107,6 +114,8 @@ def run_case(case: dict[str, Any], devices: Devices = SINGLE) -> dict[str, Any]:
     try:
         for update in progress:
             match update:
+                case Resolved():
+                    result["why"] = update.why
                 case Step():
                     result["steps"].append([update.step, update.loss, update.grad_norm, update.valid_loss])
                     result["margins"].append(update.reward_margin)
@@ -137,7 +146,7 @@ def run_case(case: dict[str, Any], devices: Devices = SINGLE) -> dict[str, Any]:
     except OloraError as error:
         result["error"] = [error.code, error.message]
     finally:
-        METHODS["lora"] = LoRA
+        patch.undo()
     result["statistic"] = made[0].seen_by_step if made and case.get("penalised") else None  # type: ignore
     result["wrote"] = Path(case["folder"]).exists()
     return result

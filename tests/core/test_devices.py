@@ -53,6 +53,12 @@ CASES: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
     "with a penalty": ("llama", {"method": "lora", "micro_batch_size": 1}, {"penalised": True}),
     "with an idle tensor": ("llama", {"method": "lora", "weight_decay": 0.5}, {"idle": True}),
     "short of memory once": ("llama", {"method": "lora"}, {"short": True}),
+    "at a measured rate": ("llama", {"micro_batch_size": 1, "learning_rate": "auto"}, {"measured": True}),
+    "sharded, at a measured rate": (
+        "llama",
+        {"sharding": "full", "learning_rate": "auto"},
+        {"measured": True},
+    ),
     "sharded": ("llama", {"adapter": {"dropout": 0.2}, "sharding": "full"}, {}),
     "sharded GPT-2, packed": ("gpt2", {"packing": True, "sharding": "full"}, {}),
     "sharded, checkpointed": ("llama", {"gradient_checkpointing": True, "sharding": "full"}, {}),
@@ -192,6 +198,14 @@ def test_the_weights_of_tokens_count_on_two_devices(one, two) -> None:
         for result in (one[name], *two[name]):
             losses = [loss for _, loss, *_ in result["steps"]]
             assert losses != pytest.approx([loss for _, loss, *_ in one["accumulated"]["steps"]], rel=1e-3)
+
+
+def test_the_rate_that_is_measured_is_that_of_one_device(one, two) -> None:
+    for name in ("at a measured rate", "sharded, at a measured rate"):
+        [expected] = [sentence for sentence in one[name]["why"] if sentence.startswith("learning_rate")]
+        assert "and the measured" in expected
+        for result in two[name]:
+            assert expected in result["why"]
 
 
 def test_a_tensor_without_a_gradient_stays_as_it_is(two) -> None:
