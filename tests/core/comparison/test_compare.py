@@ -34,7 +34,7 @@ from olora_core.progress import (
 )
 from olora_core.specs import ComparisonSpec, read_comparison, read_spec
 from olora_core.specs.methods.lora import LoRASpec
-from olora_core.specs.methods.olora import OLoRASpec
+from olora_core.specs.methods.pissa import PiSSASpec
 from olora_core.training import checkpoint
 from olora_core.training.data import read_data
 from olora_core.training.step import forget_peak_memory, peak_memory
@@ -121,8 +121,8 @@ def test_the_report_tells_the_scale_of_each_method_and_what_the_budget_made_of_i
     llama: Base, files: tuple[Path, Path], tmp_path: Path
 ) -> None:
     asked = [
-        {"method": "olora", "dropout": 0.1},
-        {"method": "olora", "rank": 8, "alpha": 4},
+        {"method": "pissa", "dropout": 0.1},
+        {"method": "pissa", "rank": 8, "alpha": 4},
         {"method": "lora", "rslora": True},
         "prilora",
         "mora",
@@ -142,7 +142,7 @@ def test_the_report_tells_the_scale_of_each_method_and_what_the_budget_made_of_i
     assert prilora["scale_range"] == [pytest.approx(16 / 12), pytest.approx(16 / 4)]
     assert [m["scale_range"] for m in methods if m is not prilora] == [None] * 6
     before = by_budget["before_budget"]
-    assert before["rank"] == OLoRASpec().rank != 8
+    assert before["rank"] == PiSSASpec().rank != 8
     assert before["scale"] == pytest.approx(16 / before["rank"])
     assert before["options"] == by_budget["options"] | {"rank": before["rank"]}
     assert [m["match_budget"] for m in methods] == [True, False, True, True, True, True, True]
