@@ -33,16 +33,6 @@ def training(tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def run(llama: Base, training: Path, tmp_path: Path) -> Callable[..., list[Progress]]:
-    def run_it(spec: TrainSpec, **options: Any) -> list[Progress]:
-        folder = tmp_path / f"run{len(list(tmp_path.glob('run*')))}"
-        arguments = {"base": llama, "training": training, "validation": None, "folder": folder} | options
-        return list(train(spec, **arguments))
-
-    return run_it
-
-
-@pytest.fixture
 def measurements(monkeypatch) -> list[MeasuredRate]:
     """What the runs of a test have measured."""
     seen: list[MeasuredRate] = []

@@ -3,7 +3,6 @@
 import itertools
 import json
 import math
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -19,8 +18,8 @@ from olora_core.errors import DataError, SpecError, TrainingError
 from olora_core.layers.adapter import AdaptedLinear
 from olora_core.methods import METHODS
 from olora_core.methods.lora import LoRA
-from olora_core.progress import Evaluated, Finished, Note, Phase, Progress, Resolved, Saved, Step
-from olora_core.specs import Hyperparameters, TrainSpec
+from olora_core.progress import Evaluated, Finished, Note, Phase, Resolved, Saved, Step
+from olora_core.specs import Hyperparameters
 from olora_core.training.schedule import schedule_of
 from olora_core.training.train import train
 
@@ -35,16 +34,6 @@ def training(tmp_path: Path) -> Path:
 @pytest.fixture
 def validation(tmp_path: Path) -> Path:
     return write_rows(tmp_path / "validation.jsonl", chat_rows(20)[11:])
-
-
-@pytest.fixture
-def run(llama: Base, training: Path, tmp_path: Path) -> Callable[..., list[Progress]]:
-    def run_it(spec: TrainSpec, **options: Any) -> list[Progress]:
-        folder = tmp_path / f"run{len(list(tmp_path.glob('run*')))}"
-        arguments = {"base": llama, "training": training, "validation": None, "folder": folder} | options
-        return list(train(spec, **arguments))
-
-    return run_it
 
 
 # --- updates -------------------------------------------------------------------------------------------
