@@ -25,8 +25,8 @@ class Hyperparameters(Spec):
     )
     learning_rate: Literal["auto", "table"] | Annotated[float, Field(gt=0, le=MAX_LEARNING_RATE)] = Field(
         default="auto",
-        description="Peak rate; auto measures it before the first step, table takes the method's default for "
-        "this rank, scale and hidden size.",
+        description="Peak rate; table: the method's default for this rank, scale and hidden size; auto: the "
+        "mean of that and of a rate measured before the first step.",
     )
     schedule: Literal["linear", "cosine", "constant"] = Field(
         default="linear", description="How the learning rate falls after the warm-up."
