@@ -12,8 +12,8 @@ from sqlalchemy.orm import Session
 from olora_core.progress import Note
 
 from .claims import Claim, write_as
+from .endings import ResultFile, complete
 from .events import event_row
-from .jobs import ResultFile, complete
 from .models import Event, Job
 from .progress import finite, greatest
 from .session import db_now

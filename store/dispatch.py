@@ -13,7 +13,7 @@ from celery import Celery
 from sqlalchemy import ColumnElement, Engine, and_, case, or_, select, update
 from sqlalchemy.orm import Session
 
-from . import claims, jobs
+from . import claims, endings, jobs
 from .files import purge_files, to_purge
 from .idempotency import forget_old_requests
 from .models import File, Job
@@ -111,7 +111,7 @@ class Dispatcher(threading.Thread):
     def _sweep(self) -> None:
         if self._any(claims.lease_expired()):
             with self._sessions.begin() as session:
-                jobs.sweep(session, self.settings)
+                endings.sweep(session, self.settings)
 
     def _count_wake_ups(self) -> None:
         if not self._any(and_(claims.claimable(), wake_up_due())):

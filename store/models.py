@@ -106,7 +106,7 @@ class File(Row):
 
 
 class Job(Row):
-    """A fine-tuning job, or a comparison of methods; `store/jobs.py` has their life cycle."""
+    """A fine-tuning job, or a comparison of methods; `store/jobs.py` tells where their life cycle is."""
 
     __tablename__ = "jobs"
 

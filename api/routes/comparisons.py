@@ -9,7 +9,7 @@ from starlette.responses import JSONResponse, Response
 
 from olora_core.comparison.report_format import FORMAT, read_report
 from olora_core.specs import ComparisonSpec
-from store import files, jobs
+from store import control, files, jobs
 from store.errors import JobStateError
 from store.errors import NotFound as NotStored
 from store.kinds import COMPARISON
@@ -94,7 +94,7 @@ def cancel_comparison(comparison_id: str, call: CallDep) -> ComparisonObject:
     """A waiting one ends at once, a running one at its next step. Cancelling twice is not an error."""
     with call.writing() as session:
         job = jobs.get_job(session, call.project_id, comparison_id, COMPARISON)
-        return ComparisonObject.of(jobs.cancel(session, job))
+        return ComparisonObject.of(control.cancel(session, job))
 
 
 @router.get("/{comparison_id}/report", response_class=Response)

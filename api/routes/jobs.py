@@ -5,7 +5,7 @@ from sqlalchemy.orm import Session
 from starlette.responses import Response
 
 from olora_core.specs import TrainSpec
-from store import files, jobs, progress
+from store import control, files, jobs, progress
 from store.errors import JobStateError
 from store.errors import NotFound as NotStored
 from store.integrations import Integration, read_integrations, require_offered
@@ -91,7 +91,7 @@ def retrieve_job(job_id: str, call: CallDep) -> JobObject:
 def cancel_job(job_id: str, call: CallDep) -> JobObject:
     """A waiting job ends at once, a running one at its next step. Cancelling twice is not an error."""
     with call.writing() as session:
-        return _object(jobs.cancel(session, jobs.get_job(session, call.project_id, job_id)), call)
+        return _object(control.cancel(session, jobs.get_job(session, call.project_id, job_id)), call)
 
 
 @router.get("/{job_id}/checkpoints")

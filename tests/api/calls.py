@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 from starlette.testclient import TestClient
 
 from olora_core.specs import RunFacts, TrainSpec, resolve
-from store import claims, comparisons, fine_tuned, jobs, progress
+from store import claims, comparisons, endings, fine_tuned, jobs, progress
 from store.comparisons import EndedRun
 from store.session import make_engine, sessions
 from store.settings import Settings
@@ -155,10 +155,10 @@ class Attempt:
             key = f"results/{self.claim.job_id}/{name}"
             with stored.writer(key) as writer:
                 writer.write(content)
-            files.append(jobs.ResultFile(name, writer.bytes, writer.sha256, key))
+            files.append(endings.ResultFile(name, writer.bytes, writer.sha256, key))
         with self.sessions.begin() as session:
             found = jobs.get_job(session, self.claim.project_id, self.claim.job_id)
-            jobs.succeed(
+            endings.succeed(
                 session,
                 self.claim,
                 files=files,
@@ -196,7 +196,7 @@ class Attempt:
             key = f"results/{self.claim.job_id}/{name}"
             with stored.writer(key) as writer:
                 writer.write(content)
-            files.append(jobs.ResultFile(name, writer.bytes, writer.sha256, key))
+            files.append(endings.ResultFile(name, writer.bytes, writer.sha256, key))
         with self.sessions.begin() as session:
             comparisons.succeed(session, self.claim, files=files, findings=FINDINGS)
 

@@ -8,7 +8,7 @@ from sqlalchemy import select
 from olora_core.errors import TrainingError
 from olora_core.progress import Note
 from olora_core.specs import ComparisonSpec, TrainSpec
-from store import claims, comparisons, files, jobs, progress
+from store import claims, comparisons, control, endings, files, jobs, progress
 from store.comparisons import EndedRun
 from store.errors import JobStateError, LeaseLost, NotFound, UnknownCursor
 from store.events import events_since
@@ -19,8 +19,8 @@ from store.settings import Settings
 from tests.store import making
 
 RESULTS = (
-    jobs.ResultFile("comparison.html", 10, "a" * 64, "jobs/c/1/comparison.html"),
-    jobs.ResultFile("comparison.json", 20, "b" * 64, "jobs/c/1/comparison.json"),
+    endings.ResultFile("comparison.html", 10, "a" * 64, "jobs/c/1/comparison.html"),
+    endings.ResultFile("comparison.json", 20, "b" * 64, "jobs/c/1/comparison.json"),
 )
 FINDINGS = {
     "verdict": {"sentence": "Take lora.", "take": "lora"},
@@ -169,7 +169,7 @@ def test_a_run_that_is_done_again_after_a_crash_is_told_once(sessions: Sessions,
     with sessions.begin() as session:
         session.get_one(Job, made.seq).lease_until = db_now() - 1
     with sessions.begin() as session:
-        jobs.sweep(session, settings)
+        endings.sweep(session, settings)
         session.get_one(Job, made.seq).not_before = None
     record(sessions, making.claimed(sessions), 40, 2, 3)
     with sessions() as session:
@@ -190,7 +190,7 @@ def test_an_attempt_that_lost_its_comparison_writes_nothing(sessions: Sessions) 
     made = making.comparison(sessions)
     claim = making.claimed(sessions)
     with sessions.begin() as session:
-        jobs.hand_back(session, claim, reason="released", message="The worker was stopped.")
+        endings.hand_back(session, claim, reason="released", message="The worker was stopped.")
     making.claimed(sessions, owner="another")
     before = making.everything(sessions)
     with pytest.raises(LeaseLost):
@@ -205,7 +205,7 @@ def test_a_checkpoint_of_a_comparison_sets_its_failures_back(sessions: Sessions)
     made = making.comparison(sessions)
     claim = making.claimed(sessions)
     with sessions.begin() as session:
-        jobs.hand_back(session, claim, reason="trainer_lost", message="It died.", crashed=True)
+        endings.hand_back(session, claim, reason="trainer_lost", message="It died.", crashed=True)
         session.get_one(Job, made.seq).not_before = None
     claim = making.claimed(sessions)
     assert making.reread(sessions, made.id).failures == 1
@@ -220,12 +220,12 @@ def test_its_troubles_are_told_in_its_own_name(sessions: Sessions) -> None:
     claim = making.claimed(sessions)
     record(sessions, claim, 25)
     with sessions.begin() as session:
-        jobs.hand_back(session, claim, reason="released", message="The worker was stopped.")
+        endings.hand_back(session, claim, reason="released", message="The worker was stopped.")
     claim = making.claimed(sessions)
     with sessions.begin() as session:
-        jobs.cancel(session, session.get_one(Job, made.seq))
+        control.cancel(session, session.get_one(Job, made.seq))
     with sessions.begin() as session:
-        jobs.fail(session, claim, TrainingError("Nothing fits."))
+        endings.fail(session, claim, TrainingError("Nothing fits."))
     onward = "Step 25 was reached; the comparison is queued again and resumes from the start."
     assert making.messages(sessions, made.id)[-3:] == [
         f"The worker was stopped. {onward}",
@@ -233,4 +233,4 @@ def test_its_troubles_are_told_in_its_own_name(sessions: Sessions) -> None:
         "The comparison failed: Nothing fits.",
     ]
     with sessions.begin() as session, pytest.raises(JobStateError, match=f"Comparison {made.id} cannot be"):
-        jobs.cancel(session, session.get_one(Job, made.seq))
+        control.cancel(session, session.get_one(Job, made.seq))

@@ -15,7 +15,7 @@ from typing import BinaryIO
 import pytest
 from sqlalchemy import select
 
-from store import files, jobs, storage
+from store import control, files, jobs, storage
 from store.errors import FileInUse, NotFound, StorageError, StorageFull, TooLarge, UnknownCursor
 from store.models import File, Job
 from store.session import Sessions, db_now
@@ -487,7 +487,7 @@ def test_an_expired_file_goes_unless_a_job_needs_it(sessions: Sessions, store: S
             files.get_file(session, "p", free.id)
         assert files.get_file(session, "p", fresh.id).expires_at == pytest.approx(time.time() + 3600, abs=60)
     with sessions.begin() as session:
-        jobs.cancel(session, job)
+        control.cancel(session, job)
     files.purge_files(sessions, store)
     with sessions() as session:
         assert session.scalar(select(File.deleted_at).where(File.id == needed.id)) is not None

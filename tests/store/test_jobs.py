@@ -13,7 +13,7 @@ from sqlalchemy import select
 from olora_core.errors import DataError
 from olora_core.progress import Note
 from olora_core.specs import RunFacts, resolve
-from store import claims, files, fine_tuned, jobs, progress
+from store import claims, control, endings, files, fine_tuned, jobs, progress
 from store.errors import FileUnusable, JobStateError, LeaseLost, NotFound, UnknownCursor
 from store.events import events_since, list_events
 from store.models import Attempt, Event, File, Job, Metric, new_id
@@ -23,15 +23,15 @@ from store.settings import Settings
 from tests.store import making
 
 RESULTS = (
-    jobs.ResultFile("step_metrics.csv", 10, "a" * 64, "jobs/j/1/step_metrics.csv"),
-    jobs.ResultFile("adapter.zip", 20, "b" * 64, "jobs/j/1/adapter.zip"),
+    endings.ResultFile("step_metrics.csv", 10, "a" * 64, "jobs/j/1/step_metrics.csv"),
+    endings.ResultFile("adapter.zip", 20, "b" * 64, "jobs/j/1/adapter.zip"),
 )
 MODEL = "ft:olora-tiny:olora::AbCdEfGh"
 
 
 def succeed(sessions: Sessions, claim: claims.Claim, model: str = MODEL) -> Job:
     with sessions.begin() as session:
-        return jobs.succeed(
+        return endings.succeed(
             session,
             claim,
             files=RESULTS,
@@ -43,7 +43,7 @@ def succeed(sessions: Sessions, claim: claims.Claim, model: str = MODEL) -> Job:
 
 def hand_back(sessions: Sessions, claim: claims.Claim, *, crashed: bool) -> Job:
     with sessions.begin() as session:
-        return jobs.hand_back(
+        return endings.hand_back(
             session, claim, reason="trainer_died", message="The trainer died.", crashed=crashed
         )
 
@@ -416,7 +416,7 @@ def test_a_loser_changes_nothing(sessions: Sessions, settings: Settings) -> None
     loser = making.claimed(sessions, "loser")
     expire(sessions, job.id)
     with sessions.begin() as session:
-        assert jobs.sweep(session, settings) == 1
+        assert endings.sweep(session, settings) == 1
     rest_is_over(sessions, job.id)
     winner = making.claimed(sessions, "winner")
     assert winner.attempt == loser.attempt + 1
@@ -426,10 +426,10 @@ def test_a_loser_changes_nothing(sessions: Sessions, settings: Settings) -> None
             lambda: claims.renew(session, loser, 60),
             lambda: progress.record(session, loser, steps=[making.step(1)], events=[Note("info", "!")]),
             lambda: progress.add_checkpoint(session, loser, 1, {}, "jobs/j/ckpt-1"),
-            lambda: jobs.fail(session, loser, DataError("no")),
-            lambda: jobs.cancelled(session, loser),
-            lambda: jobs.hand_back(session, loser, reason="r", message="m", crashed=True),
-            lambda: jobs.succeed(
+            lambda: endings.fail(session, loser, DataError("no")),
+            lambda: endings.cancelled(session, loser),
+            lambda: endings.hand_back(session, loser, reason="r", message="m", crashed=True),
+            lambda: endings.succeed(
                 session, loser, files=RESULTS, model=MODEL, certificate={}, trained_tokens=1
             ),
         ):
@@ -448,7 +448,7 @@ def test_a_report_after_success_changes_nothing(sessions: Sessions) -> None:
     with pytest.raises(LeaseLost):
         succeed(sessions, claim, "ft:other")
     with pytest.raises(LeaseLost), sessions.begin() as session:
-        jobs.fail(session, claim, DataError("no"))
+        endings.fail(session, claim, DataError("no"))
     assert making.everything(sessions) == before
 
 
@@ -467,10 +467,10 @@ def test_renewing_prolongs_the_lease_and_tells_the_wish(sessions: Sessions, sett
     claim = making.claimed(sessions, lease_seconds=1)
     with sessions.begin() as session:
         assert claims.renew(session, claim, 60) is None
-        jobs.cancel(session, job)
+        control.cancel(session, job)
     with sessions.begin() as session:
         assert claims.renew(session, claim, 60) == "cancel"
-        assert jobs.sweep(session, settings) == 0
+        assert endings.sweep(session, settings) == 0
 
 
 # --- redone steps --------------------------------------------------------------------------------------
@@ -563,13 +563,13 @@ def test_an_expired_lease_puts_the_job_back_with_one_warning(sessions: Sessions,
     job = making.job(sessions)
     making.claimed(sessions, "worker-7")
     with sessions.begin() as session:
-        assert jobs.sweep(session, settings) == 0
+        assert endings.sweep(session, settings) == 0
     expire(sessions, job.id)
     with sessions.begin() as session:
-        assert jobs.sweep(session, settings) == 1
+        assert endings.sweep(session, settings) == 1
     before = making.everything(sessions)
     with sessions.begin() as session:
-        assert jobs.sweep(session, settings) == 0  # idempotent
+        assert endings.sweep(session, settings) == 0  # idempotent
     assert making.everything(sessions) == before
     swept = making.reread(sessions, job.id)
     assert (swept.status, swept.failures, swept.lease_owner) == ("queued", 1, None)
@@ -587,12 +587,12 @@ def test_a_running_job_without_a_lease_is_swept_too(sessions: Sessions, settings
     with sessions.begin() as session:
         session.scalars(select(Job)).one().lease_until = None
     with sessions.begin() as session:
-        assert jobs.sweep(session, settings) == 1
+        assert endings.sweep(session, settings) == 1
     assert making.reread(sessions, job.id).status == "queued"
 
 
 def test_the_rest_after_a_crash_grows_and_ends() -> None:
-    assert [jobs.back_off(n) for n in (1, 2, 3, 10)] == [1, 2, 4, 60]
+    assert [endings.back_off(n) for n in (1, 2, 3, 10)] == [1, 2, 4, 60]
 
 
 # --- checkpoints ---------------------------------------------------------------------------------------
@@ -656,7 +656,7 @@ def test_a_pruned_checkpoint_is_not_found(sessions: Sessions) -> None:
 def test_a_waiting_job_is_cancelled_at_once(sessions: Sessions, settings: Settings, status: str) -> None:
     job = making.job(sessions, status=status)
     with sessions.begin() as session:
-        assert jobs.cancel(session, job).status == "cancelled"
+        assert control.cancel(session, job).status == "cancelled"
     with sessions.begin() as session:
         jobs.admit(session, settings)
         assert claims.claim(session, owner="w", lease_seconds=60) is None
@@ -668,10 +668,10 @@ def test_a_running_job_is_asked_to_end(sessions: Sessions) -> None:
     claim = making.claimed(sessions)
     for _ in range(2):
         with sessions.begin() as session:
-            assert jobs.cancel(session, job).status == "running"
+            assert control.cancel(session, job).status == "running"
     assert making.reread(sessions, job.id).stop_request == "cancel"
     with sessions.begin() as session:
-        jobs.cancelled(session, claim)
+        endings.cancelled(session, claim)
     ended = making.reread(sessions, job.id)
     assert (ended.status, ended.stop_request) == ("cancelled", None)
     texts = making.messages(sessions, job.id)
@@ -684,10 +684,10 @@ def test_a_running_job_is_asked_to_end(sessions: Sessions) -> None:
 def test_cancelling_a_cancelled_job_gives_the_job(sessions: Sessions) -> None:
     job = making.job(sessions)
     with sessions.begin() as session:
-        jobs.cancel(session, job)
+        control.cancel(session, job)
     before = making.everything(sessions)
     with sessions.begin() as session:
-        assert jobs.cancel(session, job).status == "cancelled"
+        assert control.cancel(session, job).status == "cancelled"
     assert making.everything(sessions) == before
 
 
@@ -695,19 +695,19 @@ def test_a_job_that_has_ended_cannot_be_cancelled(sessions: Sessions) -> None:
     job = making.job(sessions)
     succeed(sessions, making.claimed(sessions))
     with pytest.raises(JobStateError, match="succeeded"), sessions.begin() as session:
-        jobs.cancel(session, job)
+        control.cancel(session, job)
     failing = making.job(sessions)
     with sessions.begin() as session:
         claim = claims.claim(session, owner="w", lease_seconds=60)
         assert claim is not None
-        jobs.fail(session, claim, DataError("Line 3 holds nothing.", param="training_file"))
+        endings.fail(session, claim, DataError("Line 3 holds nothing.", param="training_file"))
     assert making.reread(sessions, failing.id).error == {
         "code": "invalid_training_file",
         "message": "Line 3 holds nothing.",
         "param": "training_file",
     }
     with pytest.raises(JobStateError, match="failed"), sessions.begin() as session:
-        jobs.cancel(session, failing)
+        control.cancel(session, failing)
 
 
 @pytest.mark.parametrize("way", ["handed back", "crashed", "swept"])
@@ -717,11 +717,11 @@ def test_a_job_asked_to_end_does_not_go_back_to_the_queue(
     job = making.job(sessions)
     claim = making.claimed(sessions)
     with sessions.begin() as session:
-        jobs.cancel(session, job)
+        control.cancel(session, job)
     if way == "swept":
         expire(sessions, job.id)
         with sessions.begin() as session:
-            jobs.sweep(session, settings)
+            endings.sweep(session, settings)
     else:
         hand_back(sessions, claim, crashed=way == "crashed")
     assert making.reread(sessions, job.id).status == "cancelled"

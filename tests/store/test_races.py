@@ -9,8 +9,8 @@ from typing import Any
 
 from sqlalchemy import func, select, update
 
-from store import claims, jobs, progress
-from store.errors import LeaseLost
+from store import claims, control, endings, jobs, progress
+from store.errors import JobStateError, LeaseLost
 from store.models import Attempt, Checkpoint, Event, Job, Metric, Model
 from store.session import Sessions, db_now, make_engine, sessions
 from store.settings import Settings
@@ -72,7 +72,7 @@ def test_one_job_again_and_again_goes_to_one_of_eight(sessions: Sessions) -> Non
             if claim is not None:
                 wins.append((number, claim))
                 with sessions.begin() as session:
-                    jobs.hand_back(session, claim, reason="round", message="The round is over.")
+                    endings.hand_back(session, claim, reason="round", message="The round is over.")
 
     threads = [threading.Thread(target=take_part, args=(f"w{n}",)) for n in range(CLAIMERS)]
     for thread in threads:
@@ -116,7 +116,7 @@ def _work(
                     progress.record(session, claim, steps=[making.step(number)])
                     progress.add_checkpoint(session, claim, number, {}, f"jobs/{claim.job_id}/{number}")
             with made.begin() as session:
-                jobs.succeed(
+                endings.succeed(
                     session,
                     claim,
                     files=[],
@@ -142,7 +142,7 @@ def _run_with_sleepers(made: Sessions, settings: Settings, count: int, seconds: 
     deadline = time.monotonic() + seconds
     while time.monotonic() < deadline:
         with made.begin() as session:
-            jobs.sweep(session, patient)
+            endings.sweep(session, patient)
             session.execute(update(Job).where(Job.not_before.is_not(None)).values(not_before=db_now()))
             left = session.scalar(select(func.count()).where(Job.status.in_(("queued", "running"))))
         if not left:
@@ -191,14 +191,14 @@ def test_cancelling_against_succeeding_leaves_one_end(sessions: Sessions) -> Non
             barrier.wait(30)
             with sessions.begin() as session:
                 name = f"ft:{claim.job_id}"
-                jobs.succeed(session, claim, files=[], model=name, certificate={}, trained_tokens=1)
+                endings.succeed(session, claim, files=[], model=name, certificate={}, trained_tokens=1)
 
         def give_up(job: Job = job, barrier: threading.Barrier = barrier, ends: list[str] = ends) -> None:
             barrier.wait(30)
             try:
                 with sessions.begin() as session:
-                    jobs.cancel(session, job)
-            except jobs.JobStateError:
+                    control.cancel(session, job)
+            except JobStateError:
                 ends.append("refused")
 
         pair = [threading.Thread(target=finish), threading.Thread(target=give_up)]

@@ -16,7 +16,7 @@ from sqlalchemy.orm import Session
 
 from olora_core.formats import validate
 from olora_core.specs import read_comparison, read_spec
-from store import jobs, progress
+from store import control, jobs, progress
 from store.events import events_since
 from store.files import file_key, new_file_id, record_file
 from store.models import Attempt, Checkpoint, Event, File, Job, Metric, Project
@@ -161,7 +161,7 @@ class Service:
 
     def cancel(self, job_id: str) -> None:
         with self.write.begin() as session:
-            jobs.cancel(session, _row(session, Job, job_id))
+            control.cancel(session, _row(session, Job, job_id))
 
     def job(self, job_id: str) -> Job:
         with self.write() as session:

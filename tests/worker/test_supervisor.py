@@ -22,7 +22,7 @@ from olora_core.errors import TrainingError
 from olora_core.progress import Step
 from olora_core.specs import TrainSpec
 from olora_core.training.train import train
-from store import files, jobs, progress
+from store import endings, files, progress
 from store.errors import LeaseLost, StorageFull, StoreError
 from store.storage import Storage
 from tests.rows import chat_file
@@ -370,7 +370,7 @@ def test_a_lost_lease_is_not_a_failed_job(service: Service, supervisor: Supervis
     assert service.attempts(job_id)[0].ended_at is None
     service.wait(job_id, lambda job: job.lease_until < time.time(), "the end of the lease")
     with service.write.begin() as session:
-        jobs.sweep(session, service.settings)
+        endings.sweep(session, service.settings)
     service.cancel(job_id)
 
 

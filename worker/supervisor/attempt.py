@@ -17,7 +17,7 @@ from sqlalchemy import func, select
 from sqlalchemy.orm import Session
 
 from olora_core.errors import CheckpointError, OloraError
-from store import jobs, progress
+from store import endings, jobs, progress
 from store.claims import Claim
 from store.errors import LeaseLost, StorageError, StoreError
 from store.kinds import COMPARISON, FINE_TUNING
@@ -166,14 +166,14 @@ class Attempt:
             case StorageError():
                 self._crash(error.code, error.message)
             case Stopped(request="cancel"):
-                self.fenced.end(jobs.cancelled)
+                self.fenced.end(endings.cancelled)
                 self._remove_strays()
             case Stopped():
                 self._hand_back("released", "The worker was stopped.", crashed=False)
             case Crashed():
                 self._crash(error.reason, error.message)
             case OloraError():
-                self.fenced.end(jobs.fail, error)
+                self.fenced.end(endings.fail, error)
                 self._remove_strays()
             case OSError(errno=errno.ENOSPC):
                 self._crash("disk_full", "No space is left on the worker's disk.")
@@ -188,7 +188,9 @@ class Attempt:
 
     def _hand_back(self, reason: str, message: str, *, crashed: bool) -> None:
         limit = self.settings.max_failures
-        self.fenced.end(jobs.hand_back, reason=reason, message=message, crashed=crashed, max_failures=limit)
+        self.fenced.end(
+            endings.hand_back, reason=reason, message=message, crashed=crashed, max_failures=limit
+        )
 
     def _remove_strays(self, attempt: int | None = None) -> None:
         try:

@@ -15,7 +15,7 @@ from sqlalchemy import select
 from sqlalchemy.orm import Session
 
 from olora_core.specs import TrainSpec
-from store import comparisons, fine_tuned, jobs, progress
+from store import comparisons, endings, fine_tuned, progress
 from store.claims import Claim
 from store.errors import StorageError
 from store.models import Checkpoint, Job
@@ -82,7 +82,7 @@ class Publisher(ABC):
     def _publish(self, job: Job, finished: dict[str, Any], results: Path) -> None:
         """Makes the result files in the empty folder `results`, stores them and ends the job."""
 
-    def _store(self, results: Path, *names: str) -> list[jobs.ResultFile]:
+    def _store(self, results: Path, *names: str) -> list[endings.ResultFile]:
         prefix = result_folder(self.claim.job_id, self.claim.attempt)
         self.storage.put_folder(prefix, results)
         return [_result_file(results / name, prefix) for name in names]
@@ -100,7 +100,7 @@ class FineTuningPublisher(Publisher):
         shutil.rmtree(finished["folder"])  # a whole model is large
         events_file = self._write_event_file(results)
         self.fenced.end(
-            jobs.succeed,
+            endings.succeed,
             files=self._store(results, METRICS_FILE, weights_file, events_file),
             model=fine_tuned.model_name(spec.model, self.settings.organization, job.suffix, job.id),
             certificate=finished["certificate"],
@@ -142,7 +142,7 @@ def _add_checkpoint(
     return progress.add_checkpoint(session, claim, step, metrics, key, best_step)
 
 
-def _result_file(path: Path, prefix: str) -> jobs.ResultFile:
+def _result_file(path: Path, prefix: str) -> endings.ResultFile:
     with path.open("rb") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
-    return jobs.ResultFile(path.name, path.stat().st_size, digest, f"{prefix}/{path.name}")
+    return endings.ResultFile(path.name, path.stat().st_size, digest, f"{prefix}/{path.name}")
