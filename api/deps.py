@@ -96,7 +96,15 @@ class Body:
 
 async def read_body(request: Request) -> Body:
     """Reads the body as one JSON object, whatever its content type. Raises BadRequest."""
-    raw = await request.body()
+    return _read(await request.body())
+
+
+async def read_optional_body(request: Request) -> Body:
+    """As `read_body`; nothing at all is an empty object."""
+    return _read(await request.body() or b"{}")
+
+
+def _read(raw: bytes) -> Body:
     try:
         values = json.loads(raw.decode("utf-8-sig"), parse_constant=_refuse_constant)
     except UnicodeDecodeError:
@@ -147,5 +155,6 @@ def check_text(value: Any, place: str = "", depth: int = 0) -> None:
 
 CallDep = Annotated[Call, Depends(read_call)]
 BodyDep = Annotated[Body, Depends(read_body)]
+OptionalBodyDep = Annotated[Body, Depends(read_optional_body)]
 After = Annotated[str | None, Query(max_length=64, description="Id of the last item of the previous page.")]
 Limit = Annotated[int, Query(ge=1, le=1000, description="Items per page.")]

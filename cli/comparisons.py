@@ -103,8 +103,20 @@ def watch(comparison: ComparisonId, base_url: BaseUrl = None) -> None:
 
 @app.command()
 def cancel(comparison: ComparisonId, base_url: BaseUrl = None) -> None:
-    """Cancel a comparison; a running one stops after its current step."""
-    watching.cancel(COMPARISONS, comparison, base_url)
+    """Cancel a comparison."""
+    watching.ask(COMPARISONS, comparison, "cancel", base_url)
+
+
+@app.command()
+def pause(comparison: ComparisonId, base_url: BaseUrl = None) -> None:
+    """Pause a comparison; a running one saves a checkpoint and releases its device."""
+    watching.ask(COMPARISONS, comparison, "pause", base_url)
+
+
+@app.command()
+def resume(comparison: ComparisonId, base_url: BaseUrl = None) -> None:
+    """Resume a paused comparison where it stopped."""
+    watching.ask(COMPARISONS, comparison, "resume", base_url)
 
 
 @app.command()

@@ -94,8 +94,20 @@ def watch(job: JobId, base_url: BaseUrl = None) -> None:
 
 @app.command()
 def cancel(job: JobId, base_url: BaseUrl = None) -> None:
-    """Cancel a job; a running one stops after its current step."""
-    watching.cancel(JOBS, job, base_url)
+    """Cancel a job."""
+    watching.ask(JOBS, job, "cancel", base_url)
+
+
+@app.command()
+def pause(job: JobId, base_url: BaseUrl = None) -> None:
+    """Pause a job; a running one saves a checkpoint and releases its device."""
+    watching.ask(JOBS, job, "pause", base_url)
+
+
+@app.command()
+def resume(job: JobId, base_url: BaseUrl = None) -> None:
+    """Resume a paused job where it stopped."""
+    watching.ask(JOBS, job, "resume", base_url)
 
 
 def _watch(client: httpx.Client, job_id: str) -> None:

@@ -68,8 +68,11 @@ class LiveBars:
 
     def show_progress(self, current: Mapping[str, Any]) -> None:
         """`current` is the unfinished job or comparison, as the service's API returns it."""
-        if current["status"] != "running":
+        stage = current["olora"]["stage"]
+        if stage is None or current["status"] != "running":
             self.phase(current["status"].replace("_", " "))
+        elif stage["name"] != "training":
+            self.phase(stage["name"], stage["done"], stage["total"])
 
     def print(self, message: str, style: str = "") -> None:
         """Prints a line above the bars."""
@@ -206,7 +209,7 @@ class ComparisonBars(LiveBars):
         if current["status"] == "running" and current["progress"]["run"]:
             self.step(ComparedStep(**current["progress"]))
         else:
-            self.phase(current["status"].replace("_", " "))
+            super().show_progress(current)
 
 
 def _named(name: str, value: float | None) -> str:

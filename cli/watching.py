@@ -1,4 +1,4 @@
-"""What `olora jobs` and `olora comparisons` share: both list, watch and cancel what runs in the service."""
+"""What `olora jobs` and `olora comparisons` share: both list, watch, pause and cancel."""
 
 import time
 from collections.abc import Iterator
@@ -19,7 +19,13 @@ from .files import send_file
 from .progress import LiveBars
 
 POLL_SECONDS = 1.0
-STYLES = {"succeeded": "green", "failed": "red", "cancelled": "yellow", "running": "cyan"}
+STYLES = {
+    "succeeded": "green",
+    "failed": "red",
+    "cancelled": "yellow",
+    "paused": "yellow",
+    "running": "cyan",
+}
 
 
 @dataclass(frozen=True)
@@ -80,11 +86,12 @@ def _result(item: dict[str, Any]) -> str:
     return " ".join(result.split())
 
 
-def cancel(resource: Resource, id: str, base_url: str | None) -> None:
+def ask(resource: Resource, id: str, action: str, base_url: str | None) -> None:
+    """`action` is "cancel", "pause" or "resume"."""
     with connect(base_url) as client:
-        answer = send(client, "POST", f"{resource.path}/{id}/cancel")
-    stopping = answer["status"] not in ENDED
-    typer.echo(f"{id}: {'stopping' if stopping else answer['status']}")
+        answer = send(client, "POST", f"{resource.path}/{id}/{action}")
+    stopping = " (its trainer is stopping)" if answer["olora"]["stopping"] else ""
+    typer.echo(f"{id}: {answer['status']}{stopping}")
 
 
 def watch(client: httpx.Client, resource: Resource, id: str, bars: LiveBars) -> dict[str, Any]:

@@ -1,7 +1,8 @@
 """Who works on a job: claims, leases and the fence.
 
 A claim increments `attempt` and sets a lease by the database's clock. Whoever claimed writes only through
-`write_as`, which succeeds while it still owns the attempt and the job is running.
+`write_as`, which succeeds while it holds that lease. A job that is paused or cancelled is held until its
+trainer has stopped.
 """
 
 from collections.abc import Sequence
@@ -19,7 +20,7 @@ from .kinds import KINDS, Kind, Work
 from .models import Attempt, File, Job, Project
 from .session import db_now, reader
 
-StopRequest = Literal["cancel"]
+StopRequest = Literal["cancel", "pause"]
 
 
 @dataclass(frozen=True)
@@ -39,12 +40,14 @@ class Claim:
 
 
 def claimable() -> ColumnElement[bool]:
-    """Queued and, after a crash, past its back-off."""
-    return and_(Job.status == "queued", or_(Job.not_before.is_(None), Job.not_before <= db_now()))
+    """Queued, held by nobody and, after a crash, past its back-off."""
+    rested = or_(Job.not_before.is_(None), Job.not_before <= db_now())
+    return and_(Job.status == "queued", Job.lease_owner.is_(None), rested)
 
 
 def lease_expired() -> ColumnElement[bool]:
-    return and_(Job.status == "running", or_(Job.lease_until.is_(None), Job.lease_until < db_now()))
+    """Held, in whatever status, by an attempt that has not renewed its lease."""
+    return or_(Job.lease_until < db_now(), and_(Job.status == "running", Job.lease_until.is_(None)))
 
 
 def claim(session: Session, *, owner: str, lease_seconds: float) -> Claim | None:
@@ -65,7 +68,7 @@ def claim(session: Session, *, owner: str, lease_seconds: float) -> Claim | None
     )
     job = session.scalar(
         update(Job)
-        .where(Job.seq == best.scalar_subquery(), Job.status == "queued")
+        .where(Job.seq == best.scalar_subquery(), Job.status == "queued", Job.lease_owner.is_(None))
         .values(
             status="running",
             attempt=Job.attempt + 1,
@@ -73,6 +76,7 @@ def claim(session: Session, *, owner: str, lease_seconds: float) -> Claim | None
             lease_until=db_now() + lease_seconds,
             started_at=func.coalesce(Job.started_at, db_now()),
             not_before=None,
+            waiting_since=None,
         )
         .returning(Job)
         .execution_options(populate_existing=True)
@@ -115,8 +119,14 @@ def _claim_of(session: Session, job: Job, owner: str) -> Claim:
 
 def renew(session: Session, claim: Claim, lease_seconds: float) -> StopRequest | None:
     """Extends the lease. Returns the owner's stop request, if any. Raises LeaseLost."""
-    job = write_as(session, claim, lease_until=db_now() + lease_seconds)
-    return "cancel" if job.stop_request == "cancel" else None
+    return stop_request(write_as(session, claim, lease_until=db_now() + lease_seconds).status)
+
+
+def stop_request(status: str) -> StopRequest | None:
+    """What the status of a job asks of the attempt that holds it."""
+    if status == "running":
+        return None
+    return "cancel" if status == "cancelled" else "pause"  # also if it has been resumed meanwhile
 
 
 def write_as(session: Session, claim: Claim, **values: Any) -> Job:
@@ -124,12 +134,12 @@ def write_as(session: Session, claim: Claim, **values: Any) -> Job:
 
     Raises LeaseLost if this attempt no longer holds the job.
     """
-    fenced = update(Job).where(_mine(claim)).values(**{"status": "running", **values}).returning(Job)
+    fenced = update(Job).where(held_by(claim)).values(**{"lease_owner": claim.owner, **values}).returning(Job)
     job = session.scalar(fenced.execution_options(populate_existing=True))
     if job is None:
         raise LeaseLost(claim.job_id, claim.attempt)
     return job
 
 
-def _mine(claim: Claim) -> ColumnElement[bool]:
-    return and_(Job.id == claim.job_id, Job.attempt == claim.attempt, Job.status == "running")
+def held_by(claim: Claim) -> ColumnElement[bool]:
+    return and_(Job.id == claim.job_id, Job.attempt == claim.attempt, Job.lease_owner == claim.owner)

@@ -15,7 +15,7 @@ from .claims import Claim, write_as
 from .endings import ResultFile, complete
 from .events import event_row
 from .models import Event, Job
-from .progress import finite, greatest
+from .progress import finite
 from .session import db_now
 
 RUN = "run"
@@ -53,17 +53,23 @@ def record(
     *,
     at: Mapping[str, Any] | None = None,
     events: Sequence[Note] = (),
+    stage: Mapping[str, Any] | None = None,
     seconds_left: float | None = None,
 ) -> None:
     """Records progress: the newest step, which gets neither a row nor an event of its own, and events.
 
     The end of a run is reported once, whichever attempt reported it. Raises LeaseLost.
     """
-    job = write_as(session, claim, step=greatest(Job.step, int(at["step"]) if at else 0))
+    job = write_as(session, claim)
+    if job.status == "cancelled":
+        return
+    if stage is not None:
+        job.stage = dict(stage)
     if at is not None:
+        job.step = max(job.step, int(at["step"]))
         job.total_steps = at["total_steps"]
         job.at_run, _ = finite({name: at[name] for name in RUN_FIELDS})
-    if seconds_left is not None:
+    if seconds_left is not None and job.status == "running":
         job.estimated_finish = db_now() + seconds_left
     _add_events(session, job, events)
     session.flush()
@@ -96,4 +102,4 @@ def findings_of(report: Mapping[str, Any]) -> dict[str, Any]:
 
 def succeed(session: Session, claim: Claim, *, files: Sequence[ResultFile], findings: dict[str, Any]) -> Job:
     """Ends the comparison with its page, its report and a summary of its findings. Raises LeaseLost."""
-    return complete(session, claim, files, findings["verdict"]["sentence"], findings=findings)
+    return complete(session, claim, files, Note("info", findings["verdict"]["sentence"]), findings=findings)

@@ -13,7 +13,7 @@ from celery import Celery
 from sqlalchemy import ColumnElement, Engine, and_, case, or_, select, update
 from sqlalchemy.orm import Session
 
-from . import claims, endings, jobs
+from . import claims, endings, jobs, workers
 from .files import purge_files, to_purge
 from .idempotency import forget_old_requests
 from .models import File, Job
@@ -84,6 +84,7 @@ class Dispatcher(threading.Thread):
         self._try("take jobs from lost workers", self._sweep)
         self._try("see which jobs wait", self._count_wake_ups)
         self._try("wake workers", self._send_wake_ups)
+        self._try("tell who waits in vain", self._tell_waiting)
         if tidy or time.monotonic() >= self._next_tidying:
             self._try("remove deleted files", self._purge)
         if time.monotonic() >= self._next_tidying:
@@ -129,6 +130,11 @@ class Dispatcher(threading.Thread):
             self._next_sending = time.monotonic() + self._broker_back_off
             self._broker_back_off = min(BROKER_BACK_OFF_SECONDS, 2 * self._broker_back_off)
 
+    def _tell_waiting(self) -> None:
+        if self._any(workers.waits_in_vain()):
+            with self._sessions.begin() as session:
+                workers.tell_waiting(session)
+
     def _purge(self) -> None:
         with self._readers() as session:
             due = session.scalar(select(File.seq).where(to_purge()).limit(1))
@@ -145,6 +151,7 @@ class Dispatcher(threading.Thread):
         remove_leftovers(self.settings)
         with self._sessions.begin() as session:
             forget_old_requests(session)
+            workers.forget_lost(session)
 
 
 def wake_up_due() -> ColumnElement[bool]:

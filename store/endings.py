@@ -47,22 +47,31 @@ def succeed(
     Raises LeaseLost; then nothing is written.
     """
     made = {"fine_tuned_model": model, "certificate": certificate, "trained_tokens": trained_tokens}
-    job = complete(session, claim, files, f"New fine-tuned model created: {model}", **made)
-    session.add(Model(id=model, project_id=job.project_id, job_id=job.id))
-    session.flush()
+    job = complete(session, claim, files, Note("info", f"New fine-tuned model created: {model}"), **made)
+    if job.status == "succeeded":
+        session.add(Model(id=model, project_id=job.project_id, job_id=job.id))
+        session.flush()
     return job
 
 
-def complete(session: Session, claim: Claim, files: Sequence[ResultFile], outcome: str, **result: Any) -> Job:
+def complete(
+    session: Session, claim: Claim, files: Sequence[ResultFile], outcome: Note, **result: Any
+) -> Job:
     """Ends a job or comparison that has succeeded. `outcome` becomes an event, `result` sets columns.
 
-    Raises LeaseLost.
+    One that was cancelled or paused meanwhile stays so, without the results. Raises LeaseLost.
     """
-    job = write_as(session, claim, status="succeeded", finished_at=db_now(), **result, **_NO_ATTEMPT)
+    job = write_as(session, claim)
+    if job.status != "running":
+        _let_go(session, job)
+        return job
+    job.status, job.finished_at = "succeeded", db_now()
+    for name, value in result.items():
+        setattr(job, name, value)
     job.result_files = [_record_result(session, job, file).id for file in files]
     _end_attempt(session, job, "succeeded")
     ended = f"The {KINDS[job.kind].word} has successfully completed"
-    add_notes(session, job.id, Note("info", outcome), Note("info", ended))
+    add_notes(session, job.id, outcome, Note("info", ended))
     settle(session, job)
     return job
 
@@ -70,8 +79,8 @@ def complete(session: Session, claim: Claim, files: Sequence[ResultFile], outcom
 _NO_ATTEMPT: dict[str, Any] = {
     "lease_owner": None,
     "lease_until": None,
-    "stop_request": None,
     "estimated_finish": None,
+    "stage": None,
 }
 """The columns that are null while no attempt runs."""
 
@@ -90,16 +99,15 @@ def _record_result(session: Session, job: Job, file: ResultFile) -> File:
 
 
 def fail(session: Session, claim: Claim, error: OloraError) -> Job:
-    """Ends the job with an error for its owner. Raises LeaseLost."""
-    job = write_as(session, claim)
-    end_failed(session, job, error_dict(error))
-    return job
+    """Ends the job with an error for its owner, unless it was cancelled or paused meanwhile.
 
-
-def cancelled(session: Session, claim: Claim) -> Job:
-    """Ends the job after its trainer has stopped on request. Raises LeaseLost."""
+    Raises LeaseLost.
+    """
     job = write_as(session, claim)
-    end_cancelled(session, job)
+    if job.status == "running":
+        end_failed(session, job, error_dict(error))
+    else:
+        _let_go(session, job, f"The {KINDS[job.kind].word} would have failed: {error.message}")
     return job
 
 
@@ -114,8 +122,8 @@ def hand_back(
 ) -> Job:
     """Ends the attempt and queues the job again; another attempt resumes from the last checkpoint.
 
-    `message` is a sentence that says what happened. Crashes count: `max_failures` in a row without a new
-    checkpoint fail the job. Raises LeaseLost.
+    One that its owner has paused or cancelled stays so. `message` is a sentence that says what happened.
+    Crashes count: `max_failures` in a row without a new checkpoint fail the job. Raises LeaseLost.
     """
     job = write_as(session, claim)
     _release(session, job, reason, message, crashed, max_failures)
@@ -132,8 +140,8 @@ def sweep(session: Session, settings: Settings) -> int:
 
 
 def _release(session: Session, job: Job, reason: str, message: str, crashed: bool, max_failures: int) -> None:
-    if job.stop_request == "cancel":
-        end_cancelled(session, job)
+    if job.status != "running":
+        _let_go(session, job, message if crashed else None)
         return
     job.failures += crashed
     checkpoint = latest_checkpoint(session, job.id)
@@ -142,17 +150,33 @@ def _release(session: Session, job: Job, reason: str, message: str, crashed: boo
         end_failed(session, job, _gave_up(job, reason, message, start))
         return
     _end_attempt(session, job, reason)
-    job.status = "queued"
-    job.dispatches, job.dispatched_at = 0, None
+    enqueue(job)
     if crashed:
         job.not_before = db_now() + back_off(job.failures)
-    _clear_attempt(job)
     data = {"reason": reason, "attempt": job.attempt, "step": job.step}
     data["resumes_from_step"] = checkpoint.step if checkpoint else 0
     onward = (
         f"Step {job.step} was reached; the {KINDS[job.kind].word} is queued again and resumes from {start}."
     )
     add_notes(session, job.id, Note("warn" if crashed else "info", f"{message} {onward}", data))
+    settle(session, job)
+
+
+def _let_go(session: Session, job: Job, trouble: str | None = None) -> None:
+    """The attempt at a job that was paused or cancelled has stopped: its device is free.
+
+    Nothing is said of a cancelled job: its last event was its cancellation.
+    """
+    _end_attempt(session, job, job.status)
+    if job.status != "cancelled":
+        checkpoint = latest_checkpoint(session, job.id)
+        start = f"step {checkpoint.step}" if checkpoint else "the start"
+        word = KINDS[job.kind].word
+        now = f"The {word} is paused" if job.status == "paused" else f"The paused {word} is queued again"
+        sentence = f"{now} and holds no device; it resumes from {start}."
+        data = {"step": job.step, "resumes_from_step": checkpoint.step if checkpoint else 0}
+        note = Note("warn" if trouble else "info", f"{trouble} {sentence}" if trouble else sentence, data)
+        add_notes(session, job.id, note)
     settle(session, job)
 
 
@@ -168,10 +192,17 @@ def back_off(failures: int) -> float:
     return min(MAX_BACK_OFF_SECONDS, 2.0 ** (failures - 1))
 
 
+def enqueue(job: Job) -> None:
+    """Puts a job in the queue."""
+    job.status, job.waiting_since = "queued", db_now()
+    job.dispatches, job.dispatched_at = 0, None
+    job.not_before = job.pause_reason = None
+
+
 def end_cancelled(session: Session, job: Job) -> None:
+    """Ends the job at once. An attempt that holds it keeps it until its trainer has stopped."""
     job.status, job.finished_at = "cancelled", db_now()
-    _end_attempt(session, job, "cancelled")
-    _clear_attempt(job)
+    job.estimated_finish = job.waiting_since = job.pause_reason = None
     add_notes(session, job.id, Note("info", f"The {KINDS[job.kind].word} has been cancelled"))
     settle(session, job)
 
@@ -180,14 +211,8 @@ def end_failed(session: Session, job: Job, error: dict[str, Any]) -> None:
     job.status, job.finished_at = "failed", db_now()
     job.error = error
     _end_attempt(session, job, str(error["code"]))
-    _clear_attempt(job)
     add_notes(session, job.id, Note("error", f"The {KINDS[job.kind].word} failed: {error['message']}"))
     settle(session, job)
-
-
-def _clear_attempt(job: Job) -> None:
-    for name, value in _NO_ATTEMPT.items():
-        setattr(job, name, value)
 
 
 def error_dict(error: OloraError) -> dict[str, Any]:
@@ -200,3 +225,5 @@ def _end_attempt(session: Session, job: Job, reason: str) -> None:
         .where(Attempt.job_id == job.id, Attempt.attempt == job.attempt, Attempt.ended_at.is_(None))
         .values(ended_at=db_now(), end_reason=reason[:64])
     )
+    for name, value in _NO_ATTEMPT.items():
+        setattr(job, name, value)

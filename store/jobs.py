@@ -16,7 +16,7 @@ from olora_core.errors import OloraError
 from olora_core.formats import Report, check_for_training
 from olora_core.progress import Note
 
-from .endings import end_failed, error_dict
+from .endings import end_failed, enqueue, error_dict
 from .errors import FileUnusable, NotFound, StoreError
 from .events import add_notes
 from .files import lock_file
@@ -92,16 +92,24 @@ def admit(session: Session, settings: Settings) -> int:
     waiting = select(Job).where(Job.status == "validating_files").order_by(Job.seq).limit(100)
     jobs = session.scalars(waiting.with_for_update(skip_locked=True)).all()
     for job in jobs:
-        error = _file_error(session, job, settings)
-        if error is not None:
-            end_failed(session, job, error_dict(error))
-            continue
-        job.status = "queued"
-        add_notes(
-            session, job.id, Note("info", f"Files validated, moving {KINDS[job.kind].word} to queued state")
-        )
+        admit_one(session, job, settings)
     session.flush()
     return len(jobs)
+
+
+def admit_one(session: Session, job: Job, settings: Settings) -> None:
+    """Moves a job out of `validating_files`; one that is not to start by itself is paused."""
+    error = _file_error(session, job, settings)
+    if error is not None:
+        end_failed(session, job, error_dict(error))
+        return
+    word = KINDS[job.kind].word
+    if job.options.get("auto_start", True):
+        enqueue(job)
+        add_notes(session, job.id, Note("info", f"Files validated, moving {word} to queued state"))
+    else:
+        job.status, job.pause_reason = "paused", "auto_start"
+        add_notes(session, job.id, Note("info", f"Files validated; the {word} starts when it is resumed"))
 
 
 def _file_error(session: Session, job: Job, settings: Settings) -> OloraError | None:

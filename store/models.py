@@ -147,9 +147,16 @@ class Job(Row):
     """Attempts in a row that ended by a crash or a lost lease without a new checkpoint."""
     lease_owner: Mapped[str | None] = mapped_column(String(128))
     lease_until: Mapped[float | None]
-    stop_request: Mapped[str | None] = mapped_column("requested", String(16))
-    """What the owner has asked a running job to do: "cancel", or null."""
+    waiting_since: Mapped[float | None]
+    """When the job was queued; null once it runs, or its owner knows that no worker is there."""
+    pause_reason: Mapped[str | None] = mapped_column(String(32))
+    """Why a paused job was paused: "request", "auto_start" or the limit that it reached."""
+    limits_from_attempt: Mapped[int] = mapped_column(default=0, server_default="0")
+    limits_from_step: Mapped[int] = mapped_column(default=0, server_default="0")
+    """Where the job was last resumed: its limits count what came later."""
 
+    stage: Mapped[dict[str, Any] | None]
+    """What the attempt is doing: `name`, and how much is `done` of a `total`; null while none runs."""
     step: Mapped[int] = mapped_column(default=0)
     total_steps: Mapped[int | None]
     trained_tokens: Mapped[int | None] = mapped_column(BigInteger)
@@ -169,6 +176,7 @@ class Job(Row):
     __table_args__ = (
         Index(None, "project_id", "kind", "seq"),
         Index(None, "status", "priority", "seq"),
+        Index(None, "lease_until"),
         CheckConstraint(f"status IN {STATUSES}", name="status"),
         CheckConstraint(f"kind IN {tuple(KINDS)}", name="kind"),
     )
@@ -185,6 +193,25 @@ class Attempt(Row):
     started_at: Mapped[float] = mapped_column(default=db_now())
     ended_at: Mapped[float | None]
     end_reason: Mapped[str | None] = mapped_column(String(64))
+
+
+class Worker(Row):
+    """A worker process, as it describes itself; one that was not seen for a while is gone."""
+
+    __tablename__ = "workers"
+
+    id: Mapped[str] = mapped_column(String(128), primary_key=True)
+    """The same as `lease_owner` in the rows of its jobs."""
+    host: Mapped[str] = mapped_column(String(255))
+    device: Mapped[str] = mapped_column(String(255))
+    memory_bytes: Mapped[int | None] = mapped_column(BigInteger)
+    """The device's memory; on a CPU the machine's."""
+    versions: Mapped[dict[str, Any]]
+    """By package."""
+    started_at: Mapped[float] = mapped_column(default=db_now())
+    seen_at: Mapped[float] = mapped_column(default=db_now(), index=True)
+    job_id: Mapped[str | None] = mapped_column(String(64))
+    """What it works on."""
 
 
 class Event(Row):

@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from sqlalchemy import Select, case, func, insert, select
+from sqlalchemy import Select, func, insert, select
 from sqlalchemy.orm import Session
 
 from olora_core.progress import Note
@@ -62,16 +62,22 @@ def record(
     resolved: TrainSpec | None = None,
     total_steps: int | None = None,
     samples: Mapping[str, Any] | None = None,
+    stage: Mapping[str, Any] | None = None,
     estimated_finish: float | None = None,
 ) -> None:
-    """Records progress. A step is recorded once, whichever attempt recorded it.
+    """Records progress. A step is recorded once, whichever attempt recorded it; a cancelled job's never.
 
     `steps` have the fields of the trainer's `Step` (step, loss, accuracy, valid_loss, seconds, …),
     `evaluations` those of `Evaluated` (step, loss and accuracy over the whole validation file), `samples`
-    those of `Samples` (file, rows). The spec that the first attempt resolved is kept. Raises LeaseLost.
+    those of `Samples` (file, rows), `stage` those of `Phase` (name, done, total). The spec that the first
+    attempt resolved is kept. Raises LeaseLost.
     """
-    reached = max((int(step["step"]) for step in steps), default=0)
-    job = write_as(session, claim, step=greatest(Job.step, reached))
+    job = write_as(session, claim)
+    if job.status == "cancelled":
+        return
+    job.step = max([job.step, *(int(step["step"]) for step in steps)])
+    if stage is not None:
+        job.stage = dict(stage)
     if total_steps is not None:
         job.total_steps = total_steps
     if resolved is not None and job.resolved is None:
@@ -83,18 +89,13 @@ def record(
     _add_metric_events(session, job, new)
     if estimated_finish is not None:
         job.estimated_finish = estimated_finish
-    elif steps:
+    elif steps and job.status == "running":
         _estimate(session, job)
     session.flush()
 
 
 def _storable(row: Mapping[str, Any]) -> dict[str, Any]:
     return {name: storable(value) if isinstance(value, str) else value for name, value in row.items()}
-
-
-def greatest(column: Any, value: int) -> Any:
-    """SQL for the larger of the two, in a form that both databases understand."""
-    return case((column < value, value), else_=column)
 
 
 def _new_metrics(
@@ -204,9 +205,13 @@ def add_checkpoint(
 ) -> list[str]:
     """Records a stored checkpoint. Returns the storage keys of pruned ones: two are kept, and `best_step`'s.
 
-    A checkpoint beyond all earlier ones resets the count of failures. Raises LeaseLost.
+    A cancelled job gets no new one. One beyond all earlier ones resets the count of failures.
+    Raises LeaseLost.
     """
-    job = write_as(session, claim, step=greatest(Job.step, step))
+    job = write_as(session, claim)
+    if job.status == "cancelled":
+        return [storage_key]
+    job.step = max(job.step, step)
     furthest = session.scalar(select(func.max(Checkpoint.step)).where(Checkpoint.job_id == job.id))
     if furthest is None or step > furthest:
         job.failures = 0

@@ -34,7 +34,7 @@ def _on_init(**_: Any) -> None:
 
 @signals.celeryd_after_setup.connect  # type: ignore[untyped-decorator]
 def _on_setup(**_: Any) -> None:
-    supervisor.tidy()
+    supervisor.begin()
     logger.info("Worker %s trains on %s.", supervisor.owner, ", ".join(visible_gpus()) or "the CPU")
 
 

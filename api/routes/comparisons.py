@@ -1,4 +1,4 @@
-"""Comparisons of methods: create, list, retrieve, cancel; their reports."""
+"""Comparisons of methods: create, list, retrieve, cancel, pause, resume; their reports."""
 
 import json
 from typing import Annotated, Literal
@@ -15,11 +15,11 @@ from store.errors import NotFound as NotStored
 from store.kinds import COMPARISON
 from store.models import File, Job
 
-from ..deps import After, BodyDep, Call, CallDep, Limit
+from ..deps import After, BodyDep, Call, CallDep, Limit, OptionalBodyDep
 from ..downloads import is_current, send_file
 from ..errors import NotFound
 from ..idempotency import once
-from ..schemas.bodies import JobOptions
+from ..schemas.bodies import RESUME_SCHEMA, JobOptions, new_limits
 from ..schemas.comparisons import RESULTS, ComparisonObject, CreateComparison, read_create
 from ..schemas.pages import Page
 from ..submission import check_base, metadata_filter, usable
@@ -91,10 +91,29 @@ def retrieve_comparison(comparison_id: str, call: CallDep) -> ComparisonObject:
 
 @router.post("/{comparison_id}/cancel")
 def cancel_comparison(comparison_id: str, call: CallDep) -> ComparisonObject:
-    """A waiting one ends at once, a running one at its next step. Cancelling twice is not an error."""
+    """Ends the comparison at once; `olora.stopping` is true until its trainer has stopped."""
     with call.writing() as session:
         job = jobs.get_job(session, call.project_id, comparison_id, COMPARISON)
         return ComparisonObject.of(control.cancel(session, job))
+
+
+@router.post("/{comparison_id}/pause")
+def pause_comparison(comparison_id: str, call: CallDep) -> ComparisonObject:
+    """Pauses the comparison at once; `olora.stopping` is true until its trainer has stopped."""
+    with call.writing() as session:
+        job = jobs.get_job(session, call.project_id, comparison_id, COMPARISON)
+        return ComparisonObject.of(control.pause(session, job, call.settings))
+
+
+@router.post("/{comparison_id}/resume", openapi_extra=RESUME_SCHEMA)
+def resume_comparison(comparison_id: str, body: OptionalBodyDep, call: CallDep) -> ComparisonObject:
+    """Queues a paused comparison, which goes on from its newest checkpoint."""
+    limits = new_limits(body.values)
+    with call.writing() as session:
+        job = jobs.get_job(session, call.project_id, comparison_id, COMPARISON)
+        resumed = ComparisonObject.of(control.resume(session, job, limits))
+    call.nudge()
+    return resumed
 
 
 @router.get("/{comparison_id}/report", response_class=Response)

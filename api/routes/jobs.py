@@ -1,4 +1,4 @@
-"""Fine-tuning jobs: create, list, retrieve, cancel; their checkpoints and their adapters."""
+"""Fine-tuning jobs: create, list, retrieve, cancel, pause, resume; their checkpoints and their adapters."""
 
 from fastapi import APIRouter, Request
 from sqlalchemy.orm import Session
@@ -11,11 +11,11 @@ from store.errors import NotFound as NotStored
 from store.integrations import Integration, read_integrations, require_offered
 from store.models import File, Job
 
-from ..deps import After, BodyDep, Call, CallDep, Limit
+from ..deps import After, BodyDep, Call, CallDep, Limit, OptionalBodyDep
 from ..downloads import is_current, send_file
 from ..errors import NotFound
 from ..idempotency import once
-from ..schemas.bodies import JobOptions
+from ..schemas.bodies import RESUME_SCHEMA, JobOptions, new_limits
 from ..schemas.jobs import CheckpointObject, CreateJob, JobObject, read_create
 from ..schemas.pages import Page
 from ..submission import check_base, metadata_filter, usable
@@ -89,9 +89,37 @@ def retrieve_job(job_id: str, call: CallDep) -> JobObject:
 
 @router.post("/{job_id}/cancel")
 def cancel_job(job_id: str, call: CallDep) -> JobObject:
-    """A waiting job ends at once, a running one at its next step. Cancelling twice is not an error."""
+    """Ends the job at once; `olora.stopping` is true until its trainer has stopped.
+
+    Cancelling twice is not an error.
+    """
     with call.writing() as session:
         return _object(control.cancel(session, jobs.get_job(session, call.project_id, job_id)), call)
+
+
+@router.post("/{job_id}/pause")
+def pause_job(job_id: str, call: CallDep) -> JobObject:
+    """Pauses the job at once; `olora.stopping` is true until its trainer has saved a checkpoint and stopped.
+
+    Pausing twice is not an error.
+    """
+    with call.writing() as session:
+        job = jobs.get_job(session, call.project_id, job_id)
+        return _object(control.pause(session, job, call.settings), call)
+
+
+@router.post("/{job_id}/resume", openapi_extra=RESUME_SCHEMA)
+def resume_job(job_id: str, body: OptionalBodyDep, call: CallDep) -> JobObject:
+    """Queues a paused job, which goes on from its newest checkpoint, bit for bit. Its limits begin anew.
+
+    Resuming a job that is not paused is not an error.
+    """
+    limits = new_limits(body.values)
+    with call.writing() as session:
+        job = jobs.get_job(session, call.project_id, job_id)
+        resumed = _object(control.resume(session, job, limits), call)
+    call.nudge()
+    return resumed
 
 
 @router.get("/{job_id}/checkpoints")

@@ -18,14 +18,6 @@ NOT_YET = (
         ),
     ),
     (
-        "Pausing a job",
-        "cancel it, or let it run",
-        (
-            ("POST", "/fine_tuning/jobs/{job_id}/pause"),
-            ("POST", "/fine_tuning/jobs/{job_id}/resume"),
-        ),
-    ),
-    (
         "Downloading a checkpoint's adapter",
         "use the finished job's adapter",
         (

@@ -1,18 +1,24 @@
 """What the bodies that create jobs and comparisons have in common, and their error messages."""
 
 import difflib
+import time
+from datetime import datetime
 from typing import Any, TypeVar, get_args
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 
 from olora_core.formats import check_columns
 from olora_core.specs import Columns, GroupBy, ValidationShare
 from olora_core.specs.validation import refusal
+from store.models import Job
 
 from ..errors import BadRequest
 
 MAX_SECONDS = 2**31 - 1
 """68 years. A worker adds this to its clock, which far larger numbers would overflow."""
+MAX_TOKENS = 2**53
+MAX_TIME = 253402300799
+"""The end of the year 9999."""
 
 
 class RequestBody(BaseModel):
@@ -39,22 +45,80 @@ class MethodRequest(RequestBody):
     reinforcement: dict[str, Any] | None = Field(default=None, description="Not available yet.")
 
 
-class JobOptions(RequestBody):
+class LimitOptions(RequestBody):
+    """The limits at which a job is paused, with a checkpoint to resume from."""
+
+    max_seconds: int | None = Field(
+        default=None,
+        ge=1,
+        le=MAX_SECONDS,
+        description="The job is paused when its attempts together have taken this long.",
+    )
+    finish_by: int | str | None = Field(
+        default=None,
+        description="The job is paused if it has not ended by this time: unix seconds, or ISO 8601 with a "
+        "time zone.",
+    )
+    max_train_tokens: int | None = Field(
+        default=None,
+        ge=1,
+        le=MAX_TOKENS,
+        description="The job is paused when it has trained on this many tokens.",
+    )
+
+    @field_validator("finish_by")
+    @classmethod
+    def _as_seconds(cls, value: int | str | None) -> int | None:
+        if isinstance(value, str):
+            value = _seconds_of(value)
+        if value is not None and not time.time() < value <= MAX_TIME:
+            raise ValueError("must be a time in the future, before the year 10000")
+        return value
+
+
+def _seconds_of(text: str) -> int:
+    try:
+        moment = datetime.fromisoformat(text)
+    except ValueError:
+        moment = None
+    if moment is None or moment.tzinfo is None:
+        raise ValueError("must be unix seconds or a time such as 2027-01-06T18:00:00+00:00")
+    return int(moment.timestamp())
+
+
+class JobOptions(LimitOptions):
     """The request's `olora` object: how the job is run, and what OpenAI's API has no fields for."""
 
     priority: int = Field(default=0, ge=0, le=9, description="Jobs of a higher priority are started first.")
     devices: int = Field(
         default=1, ge=1, le=64, description="GPUs that the job runs on; a worker must own as many."
     )
-    max_seconds: int | None = Field(
-        default=None,
-        ge=1,
-        le=MAX_SECONDS,
-        description="The job fails when its attempts together have taken this long.",
+    auto_start: bool = Field(
+        default=True, description="false: the job is paused until it is resumed for the first time."
     )
     validation_share: ValidationShare = None
     group_by: GroupBy = None
     columns: Columns = None
+
+
+class ResumeRequest(RequestBody):
+    """The body of a request to resume, which OpenAI's clients leave empty."""
+
+    olora: LimitOptions | None = None
+
+
+RESUME_SCHEMA = {
+    "requestBody": {
+        "required": False,
+        "content": {"application/json": {"schema": ResumeRequest.model_json_schema()}},
+    }
+}
+
+
+def new_limits(values: dict[str, Any]) -> dict[str, Any]:
+    """The limits that a request to resume sets. Raises BadRequest."""
+    options = read_request(ResumeRequest, values).olora
+    return options.model_dump(exclude_unset=True) if options else {}
 
 
 def columns_of(options: JobOptions | None) -> dict[str, str] | None:
@@ -115,6 +179,24 @@ def check_metadata(metadata: dict[str, str] | None) -> None:
                 f"metadata.{key} must have at most 512 characters (got {len(value)}).",
                 param=f"metadata.{key}",
             )
+
+
+def running_of(row: Job) -> dict[str, Any]:
+    """How a job or comparison is run, and what it is doing: the first part of the answer's `olora` object."""
+    return {
+        **JobOptions().model_dump(),
+        **row.options,
+        "attempt": row.attempt,
+        "failures": row.failures,
+        "stage": row.stage,
+        "stopping": row.status != "running" and row.lease_owner is not None,
+        "pause_reason": row.pause_reason,
+        "started_at": whole_seconds(row.started_at),
+    }
+
+
+def whole_seconds(moment: float | None) -> int | None:
+    return None if moment is None else int(moment)
 
 
 def _bad_field(model: type[RequestBody], error: ValidationError) -> BadRequest:

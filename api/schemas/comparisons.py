@@ -16,8 +16,10 @@ from .bodies import (
     columns_of,
     hyperparameters_of,
     read_request,
+    running_of,
+    whole_seconds,
 )
-from .jobs import JobError, whole_seconds
+from .jobs import JobError
 
 RESULTS = ("page", "report")
 """The names of the result files, in order."""
@@ -78,6 +80,11 @@ def read_create(values: dict[str, Any]) -> tuple[CreateComparison, ComparisonSpe
         raise BadRequest(
             f"olora.devices = {request.olora.devices}, but a comparison runs on one device; leave it out.",
             param="olora.devices",
+        )
+    if request.olora is not None and request.olora.max_train_tokens is not None:
+        raise BadRequest(
+            "olora.max_train_tokens is a limit for jobs; limit a comparison with olora.max_seconds.",
+            param="olora.max_train_tokens",
         )
     return request, _spec_of(request)
 
@@ -177,12 +184,7 @@ class ComparisonObject(BaseModel):
             verdict=findings.get("verdict"),
             winner=findings.get("winner"),
             figures=findings.get("methods"),
-            olora={
-                **row.options,
-                "attempt": row.attempt,
-                "failures": row.failures,
-                "requested": row.stop_request,
-            },
+            olora=running_of(row),
         )
 
 

@@ -19,6 +19,8 @@ from .bodies import (
     columns_of,
     hyperparameters_of,
     read_request,
+    running_of,
+    whole_seconds,
 )
 
 
@@ -137,11 +139,7 @@ class JobObject(BaseModel):
 def _olora(row: Job) -> dict[str, Any]:
     """The answer's `olora` object."""
     return {
-        **row.options,
-        "attempt": row.attempt,
-        "failures": row.failures,
-        "requested": row.stop_request,
-        "started_at": whole_seconds(row.started_at),
+        **running_of(row),
         "step": row.step,
         "total_steps": row.total_steps,
         "plan": row.resolved,
@@ -154,10 +152,6 @@ def _olora(row: Job) -> dict[str, Any]:
 def _result_names(row: Job) -> tuple[str, ...]:
     """The names of the result files, in order; existing clients expect the metrics first."""
     return "metrics", "model" if leaves_model(row) else "adapter", "tensorboard"
-
-
-def whole_seconds(moment: float | None) -> int | None:
-    return None if moment is None else int(moment)
 
 
 EventName = Literal["fine_tuning.job.event", "comparison.event"]

@@ -65,13 +65,19 @@ def test_a_new_comparison_carries_every_field(client: TestClient) -> None:
     assert made["olora"] == {
         "priority": 3,
         "max_seconds": 3600,
+        "finish_by": None,
+        "max_train_tokens": None,
+        "auto_start": True,
         "devices": 1,
         "validation_share": None,
         "group_by": None,
         "columns": None,
         "attempt": 0,
         "failures": 0,
-        "requested": None,
+        "stage": None,
+        "stopping": False,
+        "pause_reason": None,
+        "started_at": None,
     }
     for name in ("error", "started_at", "finished_at", "estimated_finish", "verdict", "winner", "figures"):
         assert made[name] is None
@@ -241,17 +247,21 @@ def test_a_report_that_was_deleted_is_told_so(client: TestClient, settings: Sett
 
 
 @BOTH_DATABASES
-def test_a_waiting_comparison_is_cancelled_at_once_and_a_running_one_is_asked_to_end(
-    client: TestClient, settings: Settings
-) -> None:
-    waiting = compared(client)["id"]
-    first = client.post(f"/v1/comparisons/{waiting}/cancel").json()
-    assert (first["status"], first["id"]) == ("cancelled", waiting)
-    assert client.post(f"/v1/comparisons/{waiting}/cancel").json() == first
+def test_a_comparison_is_paused_resumed_and_cancelled_at_once(client: TestClient, settings: Settings) -> None:
+    def ask(comparison_id: str, action: str) -> tuple[str, bool]:
+        answer = client.post(f"/v1/comparisons/{comparison_id}/{action}").json()
+        assert answer["id"] == comparison_id
+        return answer["status"], answer["olora"]["stopping"]
+
+    waiting = compared_and_queued(client)
+    assert ask(waiting, "pause") == ask(waiting, "pause") == ("paused", False)
+    assert ask(waiting, "resume") == ask(waiting, "resume") == ("queued", False)
+    assert ask(waiting, "cancel") == ask(waiting, "cancel") == ("cancelled", False)
     running = compared_and_queued(client)
     Attempt(settings).close()
-    asked = client.post(f"/v1/comparisons/{running}/cancel").json()
-    assert (asked["status"], asked["olora"]["requested"]) == ("running", "cancel")
+    assert ask(running, "pause") == ("paused", True)
+    assert ask(running, "resume") == ("queued", True)
+    assert ask(running, "cancel") == ("cancelled", True)
 
 
 @BOTH_DATABASES

@@ -9,6 +9,7 @@ from urllib.parse import quote
 import pytest
 from starlette.testclient import TestClient
 
+from store import endings
 from store.bases import SHIPPED_FOLDER
 from store.settings import Settings
 from tests.rows import chat_file, completion_file, jsonl
@@ -458,7 +459,14 @@ def test_base_models_are_listed_and_stay(client: TestClient) -> None:
         assert (missing.status_code, missing.json()["error"]["code"]) == (404, "model_not_found")
 
 
-# --- cancel ----------------------------------------------------------------------------------------------
+# --- cancel, pause, resume -------------------------------------------------------------------------------
+
+
+def ask(client: TestClient, job_id: str, action: str, **body: Any) -> dict[str, Any]:
+    address = f"/v1/fine_tuning/jobs/{job_id}/{action}"
+    answer = client.post(address, json=body) if body else client.post(address)
+    assert answer.status_code == 200, answer.text
+    return dict(answer.json())
 
 
 @BOTH_DATABASES
@@ -471,12 +479,53 @@ def test_a_waiting_job_is_cancelled_at_once_and_twice_is_fine(client: TestClient
     assert client.post(url).json() == first.json()
 
 
-def test_a_running_job_is_asked_to_end(client: TestClient, settings: Settings) -> None:
+@BOTH_DATABASES
+def test_a_running_job_is_cancelled_at_once_and_its_file_can_be_deleted(
+    client: TestClient, settings: Settings
+) -> None:
     made = settled(client, created(client)["id"])
     attempt = Attempt(settings)
+    assert job(client, made["id"])["olora"]["stopping"] is False
+    file = f"/v1/files/{made['training_file']}"
+    assert client.delete(file).json()["error"]["code"] == "file_in_use"
+    ended = ask(client, made["id"], "cancel")
+    assert (ended["status"], ended["olora"]["stopping"]) == ("cancelled", True)
+    assert client.delete(file).json()["deleted"] is True
+    with attempt.sessions.begin() as session:
+        endings.hand_back(session, attempt.claim, reason="released", message="Stopped.")
     attempt.close()
-    asked = client.post(f"/v1/fine_tuning/jobs/{made['id']}/cancel").json()
-    assert (asked["status"], asked["olora"]["requested"]) == ("running", "cancel")
+    ended = job(client, made["id"])
+    assert (ended["status"], ended["olora"]["stopping"]) == ("cancelled", False)
+
+
+@BOTH_DATABASES
+def test_a_job_is_paused_and_resumed_at_once(client: TestClient, settings: Settings) -> None:
+    made = settled(client, created(client)["id"])
+    paused = ask(client, made["id"], "pause")
+    assert (paused["status"], paused["olora"]["pause_reason"]) == ("paused", "request")
+    assert (paused["finished_at"], paused["error"]) == (None, None)
+    assert ask(client, made["id"], "pause") == paused
+    assert ask(client, made["id"], "resume")["status"] == "queued"
+    attempt = Attempt(settings)
+    assert ask(client, made["id"], "resume")["status"] == "running"
+    paused = ask(client, made["id"], "pause")
+    assert (paused["status"], paused["olora"]["stopping"]) == ("paused", True)
+    attempt.close()
+
+
+def test_resuming_may_set_other_limits(client: TestClient) -> None:
+    made = settled(client, created(client, olora={"max_seconds": 60, "auto_start": False})["id"])
+    assert (made["status"], made["olora"]["pause_reason"]) == ("paused", "auto_start")
+    resumed = ask(client, made["id"], "resume", olora={"max_train_tokens": 5})
+    limits = {name: resumed["olora"][name] for name in ("max_seconds", "finish_by", "max_train_tokens")}
+    assert limits == {"max_seconds": 60, "finish_by": None, "max_train_tokens": 5}
+    wrong = client.post(f"/v1/fine_tuning/jobs/{made['id']}/resume", json={"olora": {"max_second": 1}})
+    assert (wrong.status_code, wrong.json()["error"]["param"]) == (400, "olora.max_second")
+
+
+@pytest.mark.parametrize("written", ["2099-01-02T03:04:05+00:00", "2099-01-02T04:04:05+01:00", 4071006245])
+def test_a_point_in_time_may_be_written_in_seconds_or_in_iso_8601(client: TestClient, written: Any) -> None:
+    assert created(client, olora={"finish_by": written})["olora"]["finish_by"] == 4071006245
 
 
 # --- lists -----------------------------------------------------------------------------------------------

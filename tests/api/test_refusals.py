@@ -283,6 +283,18 @@ BAD_BODIES = (
     bad("priority-10", {"olora": {"priority": 10}}, "olora.priority", "must be at most 9"),
     bad("devices-0", {"olora": {"devices": 0}}, "olora.devices", "must be at least 1"),
     bad("devices-two", {"olora": {"devices": "2"}}, "olora.devices", "must be a whole number"),
+    bad("finish-past", {"olora": {"finish_by": 1000}}, "olora.finish_by", "must be a time in the future"),
+    bad(
+        "finish-words", {"olora": {"finish_by": "soon"}}, "olora.finish_by", "must be unix seconds or a time"
+    ),
+    bad(
+        "finish-no-zone",
+        {"olora": {"finish_by": "2099-01-02T03:04:05"}},
+        "olora.finish_by",
+        "must be unix seconds or a time",
+    ),
+    bad("tokens-0", {"olora": {"max_train_tokens": 0}}, "olora.max_train_tokens", "must be at least 1"),
+    bad("auto-start-no", {"olora": {"auto_start": "no"}}, "olora.auto_start", "auto_start"),
     bad("seconds-huge", {"olora": {"max_seconds": 10**400}}, "olora.max_seconds", "must be at most"),
     misfit("columns-key", "olora.columns", {"promt": "q"}, "did you mean 'prompt'?"),
     misfit(

@@ -215,21 +215,23 @@ def test_a_checkpoint_of_a_comparison_sets_its_failures_back(sessions: Sessions)
     assert making.reread(sessions, made.id).failures == 0
 
 
-def test_its_troubles_are_told_in_its_own_name(sessions: Sessions) -> None:
+def test_its_troubles_are_told_in_its_own_name(sessions: Sessions, settings: Settings) -> None:
     made = making.comparison(sessions)
     claim = making.claimed(sessions)
     record(sessions, claim, 25)
     with sessions.begin() as session:
         endings.hand_back(session, claim, reason="released", message="The worker was stopped.")
-    claim = making.claimed(sessions)
     with sessions.begin() as session:
-        control.cancel(session, session.get_one(Job, made.seq))
+        control.pause(session, session.get_one(Job, made.seq), settings)
+        control.resume(session, session.get_one(Job, made.seq))
+    claim = making.claimed(sessions)
     with sessions.begin() as session:
         endings.fail(session, claim, TrainingError("Nothing fits."))
     onward = "Step 25 was reached; the comparison is queued again and resumes from the start."
-    assert making.messages(sessions, made.id)[-3:] == [
+    assert making.messages(sessions, made.id)[-4:] == [
         f"The worker was stopped. {onward}",
-        "Cancellation requested; the comparison stops at its next step",
+        "The comparison was paused.",
+        "The comparison was resumed and is queued",
         "The comparison failed: Nothing fits.",
     ]
     with sessions.begin() as session, pytest.raises(JobStateError, match=f"Comparison {made.id} cannot be"):

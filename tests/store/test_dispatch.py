@@ -10,13 +10,14 @@ import pytest
 from kombu.entity import Queue
 from sqlalchemy import Engine, select, text, update
 
-from store import dispatch, files, jobs
+from store import dispatch, files, jobs, workers
 from store.dispatch import Dispatcher, take_wake_ups
-from store.models import File, Job
+from store.models import File, Job, Worker
 from store.queue import QUEUE, celery_app
 from store.session import Sessions, db_now, make_engine
 from store.settings import Settings, read_settings
 from store.storage import INCOMING, storage
+from store.workers import WorkerFacts
 from tests import services
 from tests.store import making
 
@@ -65,6 +66,37 @@ def test_a_new_job_is_admitted_and_a_worker_woken(
     dispatcher.tick()
     assert statuses(sessions) == ["queued"]
     assert waiting(settings) == 1
+
+
+def test_a_job_that_waits_with_no_worker_there_says_so_once(
+    dispatcher: Dispatcher, sessions: Sessions
+) -> None:
+    job = making.job(sessions, status="validating_files")
+    dispatcher.tick()
+
+    def told() -> list[str]:
+        return [text for text in making.messages(sessions, job.id) if "no worker" in text]
+
+    def wait(seconds: float) -> None:
+        with sessions.begin() as session:
+            session.execute(update(Job).values(waiting_since=Job.waiting_since - seconds))
+            session.execute(update(Worker).values(seen_at=Worker.seen_at - seconds))
+        dispatcher.tick()
+
+    with sessions.begin() as session:
+        workers.report(session, WorkerFacts("w", "host", "CPU", None, {}), None)
+    wait(30)
+    assert told() == []
+    with sessions.begin() as session:
+        workers.report(session, WorkerFacts("w", "host", "CPU", None, {}), None)
+    wait(40)
+    assert told() == [], "a worker was there 40 s ago"
+    wait(30)
+    assert told() == [
+        "The job waits, and no worker has been seen for 60 s. Start one with `olora serve` or `olora worker`."
+    ]
+    wait(300)
+    assert len(told()) == 1
 
 
 def test_a_lost_workers_job_waits_again_and_a_worker_is_woken(

@@ -14,7 +14,7 @@ from olora_core.errors import DataError
 from olora_core.progress import Note
 from olora_core.specs import RunFacts, resolve
 from store import claims, control, endings, files, fine_tuned, jobs, progress
-from store.errors import FileUnusable, JobStateError, LeaseLost, NotFound, UnknownCursor
+from store.errors import FileUnusable, LeaseLost, NotFound, UnknownCursor
 from store.events import events_since, list_events
 from store.models import Attempt, Event, File, Job, Metric, new_id
 from store.session import Sessions, db_now, make_engine
@@ -427,7 +427,6 @@ def test_a_loser_changes_nothing(sessions: Sessions, settings: Settings) -> None
             lambda: progress.record(session, loser, steps=[making.step(1)], events=[Note("info", "!")]),
             lambda: progress.add_checkpoint(session, loser, 1, {}, "jobs/j/ckpt-1"),
             lambda: endings.fail(session, loser, DataError("no")),
-            lambda: endings.cancelled(session, loser),
             lambda: endings.hand_back(session, loser, reason="r", message="m", crashed=True),
             lambda: endings.succeed(
                 session, loser, files=RESULTS, model=MODEL, certificate={}, trained_tokens=1
@@ -647,84 +646,6 @@ def test_a_pruned_checkpoint_is_not_found(sessions: Sessions) -> None:
         add_checkpoint(sessions, claim, step)
     with sessions() as session, pytest.raises(NotFound):
         progress.get_checkpoint(session, claim.job_id, first.id)
-
-
-# --- cancelling ----------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("status", ["validating_files", "queued"])
-def test_a_waiting_job_is_cancelled_at_once(sessions: Sessions, settings: Settings, status: str) -> None:
-    job = making.job(sessions, status=status)
-    with sessions.begin() as session:
-        assert control.cancel(session, job).status == "cancelled"
-    with sessions.begin() as session:
-        jobs.admit(session, settings)
-        assert claims.claim(session, owner="w", lease_seconds=60) is None
-    assert making.reread(sessions, job.id).finished_at is not None
-
-
-def test_a_running_job_is_asked_to_end(sessions: Sessions) -> None:
-    job = making.job(sessions)
-    claim = making.claimed(sessions)
-    for _ in range(2):
-        with sessions.begin() as session:
-            assert control.cancel(session, job).status == "running"
-    assert making.reread(sessions, job.id).stop_request == "cancel"
-    with sessions.begin() as session:
-        endings.cancelled(session, claim)
-    ended = making.reread(sessions, job.id)
-    assert (ended.status, ended.stop_request) == ("cancelled", None)
-    texts = making.messages(sessions, job.id)
-    assert texts[-2:] == [
-        "Cancellation requested; the job stops at its next step",
-        "The job has been cancelled",
-    ]
-
-
-def test_cancelling_a_cancelled_job_gives_the_job(sessions: Sessions) -> None:
-    job = making.job(sessions)
-    with sessions.begin() as session:
-        control.cancel(session, job)
-    before = making.everything(sessions)
-    with sessions.begin() as session:
-        assert control.cancel(session, job).status == "cancelled"
-    assert making.everything(sessions) == before
-
-
-def test_a_job_that_has_ended_cannot_be_cancelled(sessions: Sessions) -> None:
-    job = making.job(sessions)
-    succeed(sessions, making.claimed(sessions))
-    with pytest.raises(JobStateError, match="succeeded"), sessions.begin() as session:
-        control.cancel(session, job)
-    failing = making.job(sessions)
-    with sessions.begin() as session:
-        claim = claims.claim(session, owner="w", lease_seconds=60)
-        assert claim is not None
-        endings.fail(session, claim, DataError("Line 3 holds nothing.", param="training_file"))
-    assert making.reread(sessions, failing.id).error == {
-        "code": "invalid_training_file",
-        "message": "Line 3 holds nothing.",
-        "param": "training_file",
-    }
-    with pytest.raises(JobStateError, match="failed"), sessions.begin() as session:
-        control.cancel(session, failing)
-
-
-@pytest.mark.parametrize("way", ["handed back", "crashed", "swept"])
-def test_a_job_asked_to_end_does_not_go_back_to_the_queue(
-    sessions: Sessions, settings: Settings, way: str
-) -> None:
-    job = making.job(sessions)
-    claim = making.claimed(sessions)
-    with sessions.begin() as session:
-        control.cancel(session, job)
-    if way == "swept":
-        expire(sessions, job.id)
-        with sessions.begin() as session:
-            endings.sweep(session, settings)
-    else:
-        hand_back(sessions, claim, crashed=way == "crashed")
-    assert making.reread(sessions, job.id).status == "cancelled"
 
 
 # --- reading -------------------------------------------------------------------------------------------

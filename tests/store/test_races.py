@@ -7,6 +7,7 @@ from collections import Counter
 from multiprocessing.synchronize import Barrier
 from typing import Any
 
+import pytest
 from sqlalchemy import func, select, update
 
 from store import claims, control, endings, jobs, progress
@@ -168,7 +169,7 @@ def test_without_the_fence_the_same_run_goes_wrong(
     sessions: Sessions, settings: Settings, monkeypatch: Any
 ) -> None:
     """The control: the checks above detect a missing fence, if not in every run."""
-    monkeypatch.setattr(claims, "_mine", lambda claim: Job.id == claim.job_id)
+    monkeypatch.setattr(claims, "held_by", lambda claim: Job.id == claim.job_id)
     late = select(Checkpoint).join(Job, Job.id == Checkpoint.job_id)
     outdated = late.where(Checkpoint.attempt < Job.attempt, Checkpoint.created_at > Job.started_at)
     for _ in range(5):
@@ -180,7 +181,10 @@ def test_without_the_fence_the_same_run_goes_wrong(
     raise AssertionError("five runs without the fence went well")
 
 
-def test_cancelling_against_succeeding_leaves_one_end(sessions: Sessions) -> None:
+@pytest.mark.parametrize("wanted", ["cancelled", "paused"])
+def test_a_request_against_success_leaves_one_of_both(
+    sessions: Sessions, settings: Settings, wanted: str
+) -> None:
     for _ in range(20):
         job = making.job(sessions)
         claim = making.claimed(sessions)
@@ -193,21 +197,30 @@ def test_cancelling_against_succeeding_leaves_one_end(sessions: Sessions) -> Non
                 name = f"ft:{claim.job_id}"
                 endings.succeed(session, claim, files=[], model=name, certificate={}, trained_tokens=1)
 
-        def give_up(job: Job = job, barrier: threading.Barrier = barrier, ends: list[str] = ends) -> None:
+        def ask(job: Job = job, barrier: threading.Barrier = barrier, ends: list[str] = ends) -> None:
             barrier.wait(30)
             try:
                 with sessions.begin() as session:
-                    control.cancel(session, job)
+                    if wanted == "paused":
+                        control.pause(session, job, settings)
+                    else:
+                        control.cancel(session, job)
             except JobStateError:
                 ends.append("refused")
 
-        pair = [threading.Thread(target=finish), threading.Thread(target=give_up)]
+        pair = [threading.Thread(target=finish), threading.Thread(target=ask)]
         for thread in pair:
             thread.start()
         for thread in pair:
             thread.join(30)
         ended = making.reread(sessions, job.id)
-        assert (ended.status, ended.stop_request) == ("succeeded", None)
+        assert ended.status == ("succeeded" if ends else wanted)
+        assert (ended.lease_owner, ended.lease_until) == (None, None)
+        with sessions() as session:
+            models = session.scalar(select(func.count()).where(Model.job_id == job.id))
+        assert models == len(ends)
         texts = making.messages(sessions, job.id)
-        assert texts.count("The job has successfully completed") == 1
-        assert ("refused" in ends) != ("Cancellation requested; the job stops at its next step" in texts)
+        assert texts.count("The job has successfully completed") == len(ends)
+        if wanted == "paused" and not ends:
+            with sessions.begin() as session:
+                control.cancel(session, job)  # else the next round would claim it

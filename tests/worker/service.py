@@ -163,6 +163,14 @@ class Service:
         with self.write.begin() as session:
             control.cancel(session, _row(session, Job, job_id))
 
+    def pause(self, job_id: str) -> Job:
+        with self.write.begin() as session:
+            return control.pause(session, _row(session, Job, job_id), self.settings)
+
+    def resume(self, job_id: str, **limits: Any) -> Job:
+        with self.write.begin() as session:
+            return control.resume(session, _row(session, Job, job_id), limits)
+
     def job(self, job_id: str) -> Job:
         with self.write() as session:
             return _row(session, Job, job_id)

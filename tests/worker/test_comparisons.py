@@ -113,13 +113,19 @@ def test_a_stopping_worker_hands_its_comparison_back_and_another_resumes_it(
     assert numbers == sorted(set(numbers)), "each once, in order"
 
 
-def test_a_comparison_ends_when_its_time_is_used_up(service: Service, supervisor: Supervisor) -> None:
-    comparison_id = service.queue_comparison(**LONG, options={"max_seconds": 1})
+def test_a_comparison_is_paused_when_its_time_is_used_up_and_goes_on_to_the_same_report(
+    service: Service, supervisor: Supervisor, compared: str
+) -> None:
+    comparison_id = service.queue_comparison(options={"max_seconds": 1})
     supervisor.run_until_idle()
     row = service.job(comparison_id)
-    assert row.error is not None
-    assert (row.status, row.error["code"]) == ("failed", "time_limit")
-    assert "a larger limit lets a new comparison go further" in row.error["message"]
+    assert (row.status, row.pause_reason, row.error) == ("paused", "max_seconds", None)
+    assert "The comparison has used its max_seconds = 1." in service.events(comparison_id)[-2].message
+    service.resume(comparison_id, max_seconds=None)
+    supervisor.run_until_idle()
+    assert service.job(comparison_id).status == "succeeded"
+    assert service.warnings(comparison_id) == []
+    assert service.report(comparison_id) == service.report(compared)
 
 
 def test_a_base_model_that_is_gone_fails_the_comparison_with_a_sentence(

@@ -5,17 +5,21 @@ import io
 import json
 import math
 import os
+import platform
 import signal
 import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from importlib.metadata import version
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 import pytest
 from pyarrow import parquet
+from sqlalchemy import select
 
 from olora_core.bases.loading import load_base
 from olora_core.errors import TrainingError
@@ -24,6 +28,8 @@ from olora_core.specs import TrainSpec
 from olora_core.training.train import train
 from store import endings, files, progress
 from store.errors import LeaseLost, StorageFull, StoreError
+from store.models import Metric, Worker
+from store.statuses import ENDED
 from store.storage import Storage
 from tests.rows import chat_file
 from tests.services import wait_until
@@ -66,6 +72,11 @@ def trainer_pid(supervisor: Supervisor) -> int:
     trainer = supervisor.trainer
     assert trainer is not None
     return trainer.pid
+
+
+def freed(service: Service, job_id: str) -> Any:
+    """The job once nobody holds it."""
+    return service.wait(job_id, lambda job: job.lease_owner is None, "the release of the device")
 
 
 def test_a_job_becomes_a_certified_adapter(service: Service, supervisor: Supervisor) -> None:
@@ -423,18 +434,21 @@ def test_an_idle_worker_gives_its_trainers_memory_back(service: Service) -> None
     supervisor.close()
 
 
-def test_a_cancelled_job_stops_at_its_next_step(service: Service, supervisor: Supervisor) -> None:
+def test_a_cancelled_job_has_ended_at_once_and_its_trainer_stops_at_the_next_step(
+    service: Service, supervisor: Supervisor
+) -> None:
     job_id = service.queue(**LONG)
     with at_work(supervisor):
         service.wait_for_step(job_id, 3)
         service.cancel(job_id)
         asked = time.monotonic()
-        job = service.wait_for_end(job_id)
-        seconds = time.monotonic() - asked
-    assert job.status == "cancelled"
-    assert job.error is None
-    assert seconds < 5
+        job = service.job(job_id)
+        assert (job.status, job.error) == ("cancelled", None)
+        told = len(service.events(job_id))
+        freed(service, job_id)
+        assert time.monotonic() - asked < 5
     assert len(service.losses(job_id)) < 640
+    assert len(service.events(job_id)) == told
     assert supervisor.trainer is not None
     assert supervisor.trainer.alive
 
@@ -595,10 +609,135 @@ def test_three_crashes_without_progress_end_the_job_with_a_sentence(
     assert len(service.warnings(job_id)) == 2
 
 
-def test_a_job_ends_when_its_time_is_used_up(service: Service, supervisor: Supervisor) -> None:
-    job_id = service.queue(**LONG, options={"max_seconds": 1})
+# --- pausing -------------------------------------------------------------------------------------------
+
+
+def test_a_paused_job_holds_no_device_and_goes_on_bit_for_bit(
+    service: Service, supervisor: Supervisor
+) -> None:
+    uninterrupted = service.queue(rows=32, n_epochs=8)
     supervisor.run_until_idle()
+    job_id = service.queue(rows=32, n_epochs=8)
+    with at_work(supervisor):
+        service.wait_for_step(job_id, 5)
+        assert service.pause(job_id).status == "paused"
+        job = freed(service, job_id)
+    assert (job.status, job.attempt, job.stage) == ("paused", 1, None)
+    assert supervisor.run_until_idle() == 0
+    assert supervisor.trainer is not None
+    assert supervisor.trainer.alive, "another job may have it, warm"
+    assert service.checkpoints(job_id)[0].step == job.step < 64
+    assert service.events(job_id)[-1].message == (
+        f"The job is paused and holds no device; it resumes from step {job.step}."
+    )
+    service.resume(job_id)
+    assert supervisor.run_until_idle() == 1
     job = service.job(job_id)
-    assert job.status == "failed"
-    assert job.error is not None
-    assert (job.error["code"], job.error["param"]) == ("time_limit", "olora.max_seconds")
+    assert (job.status, job.attempt, job.failures) == ("succeeded", 2, 0)
+    assert service.warnings(job_id) == []
+    assert service.losses(job_id) == service.losses(uninterrupted)
+    assert service.tensors(job_id) == service.tensors(uninterrupted)
+
+
+def test_a_job_paused_before_its_first_step_begins_again(service: Service, supervisor: Supervisor) -> None:
+    job_id = service.queue(**LONG)
+    with at_work(supervisor):
+        service.wait(job_id, lambda job: job.status == "running", "the claim")
+        service.pause(job_id)
+        job = freed(service, job_id)
+    assert job.status == "paused"
+    service.cancel(job_id)
+    assert service.job(job_id).status == "cancelled"
+
+
+def test_a_job_resumed_at_once_is_not_trained_twice_at_a_time(
+    service: Service, supervisor: Supervisor
+) -> None:
+    job_id = service.queue(rows=32, n_epochs=8)
+    other = Supervisor(service.settings)
+    done = lambda: service.job(job_id).status in ENDED  # noqa: E731
+    with at_work(supervisor, until=done), at_work(other, until=done):
+        for _ in range(3):
+            step = service.job(job_id).step
+            service.wait(job_id, lambda job, step=step: job.step > step or job.status in ENDED, "a step")
+            if done():
+                break
+            service.pause(job_id)
+            service.resume(job_id)
+        service.wait_for_end(job_id)
+    other.close()
+    assert service.job(job_id).status == "succeeded"
+    assert len(service.losses(job_id)) == 64
+    spans = [(attempt.started_at, attempt.ended_at) for attempt in service.attempts(job_id)]
+    assert len(spans) > 1
+    assert all(ended <= begun for (_, ended), (begun, _) in pairwise(spans))
+
+
+@pytest.mark.parametrize("limit", ["max_seconds", "finish_by", "max_train_tokens"])
+def test_a_job_is_paused_at_its_limit_and_goes_on_when_resumed(
+    service: Service, supervisor: Supervisor, limit: str
+) -> None:
+    service.queue(rows=32, max_steps=1)  # starts the trainer, unless it is there
+    supervisor.run_until_idle()
+    values = {"max_seconds": 6, "finish_by": int(time.time()) + 8, "max_train_tokens": 3000}
+    job_id = service.queue(**LONG, options={limit: values[limit]})
+    assert supervisor.run_until_idle() == 1
+    job = service.job(job_id)
+    assert (job.status, job.pause_reason, job.error) == ("paused", limit, None)
+    assert 0 < job.step < 640
+    assert service.checkpoints(job_id)[0].step == job.step
+    [told] = [event for event in service.events(job_id) if event.data == {"reason": limit}]
+    assert limit in told.message
+    if limit == "max_train_tokens":
+        with service.write() as session:
+            rows = session.scalars(select(Metric).where(Metric.job_id == job_id).order_by(Metric.step)).all()
+        tokens = [row.values["trained_tokens"] for row in rows]
+        assert 3000 <= sum(tokens) < 6000
+    before = job.step
+    service.resume(job_id)
+    with at_work(supervisor):
+        service.wait_for_step(job_id, before + 1)
+        service.cancel(job_id)
+
+
+def test_its_stages_are_in_its_row_and_its_events(service: Service, supervisor: Supervisor) -> None:
+    job_id = service.queue(data=chat_file(64, first=900), samples=1, validation=chat_file(10, first=800))
+    seen: list[str] = []
+    with at_work(supervisor):
+
+        def look(job: Any) -> bool:
+            if job.stage is not None and job.stage["name"] not in seen:
+                seen.append(job.stage["name"])
+                assert 0 <= job.stage["done"] <= job.stage["total"]
+            return job.status in ENDED
+
+        service.wait(job_id, look, "the end")
+    assert service.job(job_id).stage is None
+    told = [event.data["stage"] for event in service.events(job_id) if event.data and "stage" in event.data]
+    assert len(told) == len(set(told))
+    expected = ["fetching", "tokenising", "training", "evaluating", "exporting", "certifying", "publishing"]
+    assert [name for name in expected if name not in told] == []
+    assert told.index("tokenising") < told.index("training") < told.index("exporting")
+    assert told.index("exporting") < told.index("certifying") < told.index("publishing")
+    assert "training" in seen
+
+
+def test_a_worker_tells_that_it_is_there_and_what_it_does(service: Service) -> None:
+    worker = Supervisor(service.settings)
+    worker.begin()
+
+    def row() -> Any:
+        with service.write() as session:
+            return session.get(Worker, worker.owner)
+
+    wait_until(row, "its row")
+    assert row().host == platform.node()
+    assert row().memory_bytes > 2**30
+    assert row().versions["torch"] == version("torch")
+    job_id = service.queue(**LONG)
+    with at_work(worker):
+        wait_until(lambda: row().job_id == job_id, "its job")
+        service.cancel(job_id)
+    wait_until(lambda: row().job_id is None, "the end of its job")
+    worker.close()
+    assert row() is None

@@ -13,16 +13,12 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
-from sqlalchemy import func, select
-from sqlalchemy.orm import Session
-
 from olora_core.errors import CheckpointError, OloraError
-from store import endings, jobs, progress
+from store import claims, control, endings, jobs, progress
 from store.claims import Claim
-from store.errors import LeaseLost, StorageError, StoreError
+from store.errors import LeaseLost, StorageError
 from store.kinds import COMPARISON, FINE_TUNING
-from store.models import Attempt as AttemptRow
-from store.models import Checkpoint, Job
+from store.models import Checkpoint
 from store.session import DATABASE_AWAY, Sessions
 from store.settings import Settings
 from store.storage import Storage
@@ -31,6 +27,7 @@ from ..protocol import Ended, Order, StopRequest
 from .fenced import FencedSessions, renew, requested_stop
 from .inputs import Inputs
 from .lease import Lease
+from .limits import Limits, read_limits
 from .publisher import ComparisonPublisher, FineTuningPublisher, Publisher
 from .recorder import ComparisonRecorder, FineTuningRecorder, Recorder
 from .strays import remove_strays
@@ -41,7 +38,8 @@ LISTEN_SECONDS = 0.1
 CANCEL_SECONDS = 15.0
 """A cancelled trainer that has not reached its next step by then is killed."""
 RELEASE_SECONDS = 90.0
-"""A released trainer that has not saved its checkpoint by then is killed."""
+"""A trainer that is released, because of a pause or the worker's end, and
+has not saved its checkpoint by then is killed."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,11 +64,7 @@ class Shutdown(Protocol):
 
 
 class Stopped(Exception):
-    """The trainer was stopped on request."""
-
-    def __init__(self, request: StopRequest) -> None:
-        super().__init__(request)
-        self.request = request
+    """The trainer was stopped on request: its owner's, or the worker's own."""
 
 
 class Crashed(Exception):
@@ -112,7 +106,7 @@ class Attempt:
             renew=partial(renew, write, claim, settings.lease_seconds),
             poll=partial(requested_stop, read, claim),
             on_renewal=self._send_deadline,
-            on_stop_request=self._request_stop,
+            on_stop_request=self._on_owners_request,
             on_lost=trainer.kill,
         )
         self.fenced = FencedSessions(claim, self.lease, write=write, read=read)
@@ -124,7 +118,7 @@ class Attempt:
         )
         self._stop_request: StopRequest | None = None
         self._requested_at = 0.0
-        self._deadline: float | None = None
+        self.limits = Limits()
 
     def run(self) -> None:
         """Runs the job, and records in its row how the attempt ended. Raises LeaseLost."""
@@ -146,9 +140,11 @@ class Attempt:
             self._remove_strays()
             job = self.fenced.read(jobs.get_job, claim.project_id, claim.job_id, claim.kind)
             self.inputs.check_devices(job)
-            self._deadline = self._time_limit(job)
+            self.limits = self.fenced.read(read_limits, job)
+            self.recorder.stage("fetching")
             order = self.inputs.order(job, run=self.run_name, deadline=self.lease.trainer_deadline)
             finished = self._train(order)
+            self.recorder.stage("publishing")
             self.publisher.publish(job, finished)
             self._remove_strays()
         finally:
@@ -165,11 +161,9 @@ class Attempt:
                 raise error
             case StorageError():
                 self._crash(error.code, error.message)
-            case Stopped(request="cancel"):
-                self.fenced.end(endings.cancelled)
-                self._remove_strays()
             case Stopped():
                 self._hand_back("released", "The worker was stopped.", crashed=False)
+                self._remove_strays()
             case Crashed():
                 self._crash(error.reason, error.message)
             case OloraError():
@@ -198,13 +192,6 @@ class Attempt:
         except (StorageError, *DATABASE_AWAY):
             logger.warning("Attempt %s could not tidy up the storage.", self.run_name, exc_info=True)
 
-    def _time_limit(self, job: Job) -> float | None:
-        """When the job's `max_seconds` run out, counting earlier attempts, on the monotonic clock."""
-        limit = job.options.get("max_seconds")
-        if limit is None:
-            return None
-        return time.monotonic() + float(limit) - self.fenced.read(_seconds_used, self.claim)
-
     # --- the training ----------------------------------------------------------------------------------
 
     def _train(self, order: Order) -> dict[str, Any]:
@@ -230,7 +217,7 @@ class Attempt:
     def _drive(self, order: Order) -> dict[str, Any]:
         """Has the trainer carry out the order. Returns the fields of its `Finished` or `Compared`."""
         if self._stop_request is not None:
-            raise Stopped(self._stop_request)
+            raise Stopped
         Path(order.folder).mkdir(exist_ok=True)
         self.trainer.send(dataclasses.replace(order, deadline=self.lease.trainer_deadline).as_message())
         if self._stop_request is not None:  # it may have come before the trainer knew of this attempt
@@ -263,18 +250,16 @@ class Attempt:
         patience = CANCEL_SECONDS if self._stop_request == "cancel" else RELEASE_SECONDS
         nothing_to_save = self._stop_request == "release" and not self.recorder.stepped
         if self._stop_request is not None and (nothing_to_save or now > self._requested_at + patience):
-            self._stop_now(self._stop_request)
+            self._stop_now()
         if self.shutdown.force_stop:
-            self._stop_now("release")
-        if self._deadline is not None and now > self._deadline:
-            self.trainer.kill()
-            word = self.claim.kind.word
-            message = f"The {word} has used up its max_seconds; a larger limit lets a new {word} go further."
-            raise StoreError(message, param="olora.max_seconds", code="time_limit")
+            self._stop_now()
+        if self._stop_request is None and (limit := self.limits.reached()) is not None:
+            self.fenced.write(control.pause_at_limit, limit.reason, limit.sentence)
+            self._request_stop("release")
 
-    def _stop_now(self, request: StopRequest) -> None:
+    def _stop_now(self) -> None:
         self.trainer.kill()
-        raise Stopped(request)
+        raise Stopped
 
     def _on_message(self, message: dict[str, Any] | Ended) -> dict[str, Any] | None:
         """Returns the fields of `Finished` or `Compared`, which end the job; None for everything else."""
@@ -283,8 +268,8 @@ class Attempt:
                 raise Crashed("trainer_lost", message.sentence)
             case {"progress": progress}:
                 return self._on_progress(**progress)
-            case {"stopped": {"request": request}}:
-                raise Stopped(request)
+            case {"stopped": _}:
+                raise Stopped
             case {"crashed": {"message": sentence}}:
                 raise Crashed("trainer_crashed", sentence)
             case {"failed": {"code": CheckpointError.code, "message": sentence}}:
@@ -305,6 +290,7 @@ class Attempt:
                     values["step"], folder, values["metrics"], values["best_step"]
                 )
             case _:
+                self.limits.count(kind, values)
                 self.recorder.record(kind, values)
         return None
 
@@ -313,15 +299,10 @@ class Attempt:
     def _send_deadline(self, deadline: float) -> None:
         self.trainer.send({"lease": {"run": self.run_name, "deadline": deadline}})
 
+    def _on_owners_request(self, request: claims.StopRequest) -> None:
+        self._request_stop("release" if request == "pause" else "cancel")
+
     def _request_stop(self, request: StopRequest) -> None:
         if self._stop_request != request:
             self._stop_request, self._requested_at = request, time.monotonic()
         self.trainer.send({"stop": {"run": self.run_name, "request": request}})
-
-
-def _seconds_used(session: Session, claim: Claim) -> float:
-    """The time that the job's earlier attempts took."""
-    spent = select(func.sum(AttemptRow.ended_at - AttemptRow.started_at)).where(
-        AttemptRow.job_id == claim.job_id, AttemptRow.attempt < claim.attempt
-    )
-    return session.scalar(spent) or 0.0

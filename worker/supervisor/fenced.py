@@ -9,12 +9,11 @@ from sqlalchemy import select
 from sqlalchemy.orm import Session
 
 from store import claims
-from store.claims import Claim
+from store.claims import Claim, StopRequest
 from store.errors import LeaseLost
 from store.models import Job
 from store.session import DATABASE_AWAY, Sessions
 
-from ..protocol import StopRequest
 from .lease import Lease
 
 logger = logging.getLogger(__name__)
@@ -89,11 +88,8 @@ def renew(write: Sessions, claim: Claim, lease_seconds: float) -> StopRequest | 
 
 def requested_stop(read: Sessions, claim: Claim) -> StopRequest | None:
     """The owner's stop request, read without a lock. Raises LeaseLost."""
-    ours = select(Job.stop_request).where(
-        Job.id == claim.job_id, Job.attempt == claim.attempt, Job.status == "running"
-    )
     with read.begin() as session:
-        row = session.execute(ours).one_or_none()
-    if row is None:
+        status = session.scalar(select(Job.status).where(claims.held_by(claim)))
+    if status is None:
         raise LeaseLost(claim.job_id, claim.attempt)
-    return "cancel" if row.stop_request == "cancel" else None
+    return claims.stop_request(status)

@@ -5,10 +5,9 @@ import threading
 import time
 from collections.abc import Callable
 
+from store.claims import StopRequest
 from store.errors import LeaseLost
 from store.session import DATABASE_AWAY
-
-from ..protocol import StopRequest
 
 logger = logging.getLogger(__name__)
 TRAINER_SHARE = 0.8

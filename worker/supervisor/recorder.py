@@ -4,9 +4,9 @@ import math
 import time
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
-from olora_core.progress import Level, Note
+from olora_core.progress import Level, Note, PhaseName
 from olora_core.specs import TrainSpec
 from store import comparisons, progress
 from store.comparisons import EndedRun
@@ -16,6 +16,25 @@ from .fenced import FencedSessions
 RECORD_SECONDS = 1.0
 EVALUATION_SECONDS = 0.5
 """How long a step is held back for an evaluation that has not begun."""
+
+StageName = PhaseName | Literal["fetching", "publishing"]
+"""The trainer's phases, and what the supervisor does before and after them."""
+STAGES: dict[StageName, str] = {
+    "fetching": "Fetching the base model and the files",
+    "loading": "Loading the base model",
+    "checking": "Checking the rows",
+    "tokenising": "Tokenising the rows",
+    "splitting": "Holding out rows",
+    "starting": "Building the adapters",
+    "measuring": "Measuring the learning rate",
+    "training": "Training",
+    "evaluating": "Evaluating the validation rows",
+    "sampling": "Generating sample answers",
+    "exporting": "Exporting the adapter",
+    "certifying": "Verifying the exported adapter",
+    "publishing": "Storing the results",
+}
+"""What the job's owner reads when an attempt reaches a stage for the first time."""
 
 
 class Recorder(ABC):
@@ -27,12 +46,25 @@ class Recorder(ABC):
         """Whether this attempt has trained at all."""
         self._stepped_at = 0.0
         self._events: list[Note] = []
+        self._stage: dict[str, Any] | None = None
+        self._told_stages: set[str] = set()
         self._flushed_at = time.monotonic()
 
     def record(self, kind: str, values: dict[str, Any]) -> None:
         """Takes one progress item: its class name in `olora_core.progress`, and its fields."""
-        if kind == "Note":
-            self.note(**values)
+        match kind:
+            case "Note":
+                self.note(**values)
+            case "Phase":
+                self.stage(**values)
+
+    def stage(self, name: StageName, done: int = 0, total: int = 1) -> None:
+        """What the attempt is doing, shown in the row. The first time, it is also an event."""
+        self._stage = {"name": name, "done": done, "total": total}
+        if name not in self._told_stages:
+            self._told_stages.add(name)
+            self.note("info", STAGES[name], {"stage": name})
+            self._flushed_at = -math.inf
 
     def note(self, level: Level, message: str, data: dict[str, Any] | None = None) -> None:
         """An event of the job: `level` is "info", "warn" or "error"."""
@@ -49,13 +81,15 @@ class Recorder(ABC):
     def _flush(self, *, hold_newest: bool) -> None:
         self._flushed_at = time.monotonic()
         events, self._events = self._events, []
-        self._write(events, hold_newest=hold_newest)
+        stage, self._stage = self._stage, None
+        self._write(events, stage, hold_newest=hold_newest)
 
     @abstractmethod
-    def _write(self, events: list[Note], *, hold_newest: bool) -> None:
+    def _write(self, events: list[Note], stage: dict[str, Any] | None, *, hold_newest: bool) -> None:
         """Empties the buffer into the rows; with `hold_newest`, a step that may still change stays."""
 
-    def _note_step(self) -> None:
+    def _note_step(self, step: int, total_steps: int) -> None:
+        self.stage("training", step, total_steps)
         if not self.stepped:
             self._flushed_at = -math.inf  # the first step is shown at once: the job visibly trains
         self.stepped, self._stepped_at = True, time.monotonic()
@@ -85,7 +119,7 @@ class FineTuningRecorder(Recorder):
         self._evaluating = kind == "Phase" and values["name"] == "evaluating"
         match kind:
             case "Step":
-                self._note_step()
+                self._note_step(values["step"], values["total_steps"])
                 self._buffer.steps.append(values)
             case "Evaluated" if values["step"] == 0:
                 message = f"Before training: validation loss={values['loss']:.2f}"
@@ -104,11 +138,11 @@ class FineTuningRecorder(Recorder):
             for reason in values["why"]:
                 self.note("info", reason)
 
-    def _write(self, events: list[Note], *, hold_newest: bool) -> None:
+    def _write(self, events: list[Note], stage: dict[str, Any] | None, *, hold_newest: bool) -> None:
         buffer, self._buffer = self._buffer, _Buffer()
         if hold_newest and self._newest_may_change(buffer):
             self._buffer.steps.append(buffer.steps.pop())
-        if not events and buffer == _Buffer():
+        if not events and stage is None and buffer == _Buffer():
             return
         self.fenced.write(
             progress.record,
@@ -118,6 +152,7 @@ class FineTuningRecorder(Recorder):
             resolved=buffer.resolved,
             total_steps=buffer.total_steps,
             samples=buffer.samples,
+            stage=stage,
         )
 
     def _newest_may_change(self, buffer: _Buffer) -> bool:
@@ -146,17 +181,17 @@ class ComparisonRecorder(Recorder):
         super().record(kind, values)
         match kind:
             case "ComparedStep":
-                self._note_step()
+                self._note_step(values["step"], values["total_steps"])
                 self._first = self._first or (values["step"], self._stepped_at)
                 self._newest = values
             case "RunFinished":
                 self._events.append(EndedRun(values))
 
-    def _write(self, events: list[Note], *, hold_newest: bool) -> None:
+    def _write(self, events: list[Note], stage: dict[str, Any] | None, *, hold_newest: bool) -> None:
         newest, self._newest = self._newest, None
-        if events or newest is not None:
+        if events or stage is not None or newest is not None:
             left = self._seconds_left(newest)
-            self.fenced.write(comparisons.record, at=newest, events=events, seconds_left=left)
+            self.fenced.write(comparisons.record, at=newest, events=events, stage=stage, seconds_left=left)
 
     def _seconds_left(self, newest: dict[str, Any] | None) -> float | None:
         """By this attempt's mean step; the time between runs counts as part of the steps."""

@@ -19,6 +19,7 @@ from store.storage import storage
 from ..scratch import remove_orphans, scratch_folder
 from ..tracking.follower import follow
 from .attempt import Attempt
+from .presence import Presence, describe
 from .token_folders import trim_tokens
 from .trainer_process import TrainerProcess
 
@@ -37,14 +38,19 @@ class Supervisor:
         self.stopping = False
         self.force_stop = False
         self.trainer: TrainerProcess | None = None
+        self.presence = Presence(describe(self.owner), self.write)
         self._lock = threading.Lock()
         self._idle_timer: threading.Timer | None = None
 
-    def tidy(self) -> None:
-        """Removes what dead workers of this machine left behind. Call it once, at the start."""
+    def begin(self) -> None:
+        """Removes what dead workers of this machine left behind, and begins to report this one.
+
+        Call it once, at the start.
+        """
         for name in remove_orphans(self.settings.scratch_folder):
             logger.info("Removed the scratch folder of attempt %s, whose worker died.", name)
         trim_tokens(self.settings)
+        self.presence.start()
 
     def run_until_idle(self) -> int:
         """Claims and runs jobs until none is left or the worker ends. Returns the number of attempts.
@@ -68,10 +74,11 @@ class Supervisor:
         self.stopping = True
 
     def close(self) -> None:
-        """Ends the trainer."""
+        """Ends the trainer, and tells the service that this worker is gone."""
         with self._lock:
             self._stop_idle_timer()
             self._close_trainer()
+        self.presence.stop()
 
     def _run_next(self) -> bool:
         taken_at = time.monotonic()
@@ -82,6 +89,7 @@ class Supervisor:
             return False
         name = f"{claim.job_id}-{claim.attempt}"
         logger.info("Attempt %s begins.", name)
+        self.presence.works_on(claim.job_id)
         with scratch_folder(self.settings.scratch_folder, name) as folder:
             attempt = Attempt(
                 claim,
@@ -104,6 +112,7 @@ class Supervisor:
                 logger.exception("Attempt %s ended without an entry in its row.", name)
                 attempt.trainer.kill()
             finally:
+                self.presence.works_on(None)
                 for follower in followers:
                     follower.stop()
         trim_tokens(self.settings)
@@ -128,9 +137,13 @@ class Supervisor:
     def _start_idle_timer(self) -> None:
         """Frees the base model's memory if no job comes for a while."""
         if self.trainer is not None:
-            self._idle_timer = threading.Timer(self.settings.idle_seconds, self.close)
+            self._idle_timer = threading.Timer(self.settings.idle_seconds, self._rest)
             self._idle_timer.daemon = True
             self._idle_timer.start()
+
+    def _rest(self) -> None:
+        with self._lock:
+            self._close_trainer()
 
     def _stop_idle_timer(self) -> None:
         if self._idle_timer is not None:
