@@ -20,6 +20,7 @@ from starlette.responses import JSONResponse
 from starlette.routing import Match, Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from store.aliases import check_aliases
 from store.dispatch import Dispatcher
 from store.errors import StoreError
 from store.keys import first_key
@@ -82,6 +83,7 @@ async def _lifespan(app: FastAPI) -> AsyncIterator[None]:
 def _prepare(settings: Settings, engine: Engine) -> Services:
     """Raises StoreError or OperationalError if the service cannot start."""
     require_current_schema(engine)
+    check_aliases(settings)
     writes = sessions(engine)
     with writes.begin() as session:
         made = first_key(session, settings)

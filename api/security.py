@@ -17,6 +17,7 @@ from store.keys import find_key
 from store.session import Sessions
 from store.settings import Settings
 
+from .encodings import unpacked
 from .errors import KEY_REMEDY, ApiError, BadKey, BadRequest, ServerError, TooLarge, as_api_error
 
 logger = logging.getLogger("olora.api")
@@ -64,7 +65,7 @@ class Gate:
 
         try:
             await _admit(scope)
-            await self.app(scope, _counted(scope, receive), send_marked)
+            await self.app(scope, _counted(scope, unpacked(scope, receive)), send_marked)
         except ClientDisconnect:
             logger.info("%s %s %s: the client went away", request_id, scope["method"], scope["path"])
         except Exception as error:
@@ -115,7 +116,7 @@ def _body_limit(scope: Scope) -> int:
 
 
 def _counted(scope: Scope, receive: Receive) -> Receive:
-    """The same stream; raises TooLarge where it exceeds the limit."""
+    """The same stream; raises TooLarge where it exceeds the limit, unpacked."""
     limit, total = _body_limit(scope), 0
 
     async def receive_counted() -> Message:

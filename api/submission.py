@@ -5,7 +5,7 @@ from typing import Literal
 from fastapi import Request
 from sqlalchemy.orm import Session
 
-from store import bases, files
+from store import aliases, files
 from store.errors import FileUnusable
 from store.errors import NotFound as NotStored
 from store.models import File
@@ -14,15 +14,15 @@ from .deps import Call
 from .errors import BadRequest
 
 
-def check_base(call: Call, model: str) -> None:
-    """Raises BadRequest or ModelError unless the model is an available base model."""
+def base_of(call: Call, model: str) -> str:
+    """The id of the base model that a request names. Raises BadRequest or ModelError."""
     if model.startswith("ft:"):
         raise BadRequest(
             f"Continuing from the fine-tuned model '{model}' is not available yet; use a base model.",
             param="model",
             code="model_not_available",
         )
-    bases.find_base(call.settings, model)
+    return aliases.base_id(call.settings, model)
 
 
 def usable(
@@ -56,7 +56,7 @@ def metadata_filter(request: Request) -> dict[str, str] | Literal["null"] | None
     literal = request.query_params.get("metadata")
     if literal is None:
         return pairs or None
-    if literal != "null" or pairs:
+    if literal not in ("null", "") or pairs:  # the client for node writes null as nothing
         raise BadRequest(
             "Filter with metadata[key]=value for pairs, or with metadata=null alone for jobs without any.",
             param="metadata",

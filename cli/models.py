@@ -61,6 +61,7 @@ def add(
 @app.command("list")
 def list_models() -> None:
     """List the base models: id, parameters, architecture, size, source. Piped output is tab-separated."""
+    from store.aliases import listed_aliases
     from store.bases import base_models
     from store.settings import get_settings
 
@@ -73,6 +74,7 @@ def list_models() -> None:
         for pattern in settings.allowed_hub_models
         if pattern not in known
     ]
+    rows += [[name, "-", "-", "-", f"another name for {base}"] for name, base in listed_aliases(settings)]
     print_rows(Console(), ["id", "parameters", "architecture", "size", "source"], rows)
 
 

@@ -47,7 +47,8 @@ def succeed(
     Raises LeaseLost; then nothing is written.
     """
     made = {"fine_tuned_model": model, "certificate": certificate, "trained_tokens": trained_tokens}
-    job = complete(session, claim, files, Note("info", f"New fine-tuned model created: {model}"), **made)
+    outcome = Note("info", f"New fine-tuned model created: {model}", {"fine_tuned_model": model})
+    job = complete(session, claim, files, outcome, **made)
     if job.status == "succeeded":
         session.add(Model(id=model, project_id=job.project_id, job_id=job.id))
         session.flush()

@@ -33,6 +33,7 @@ def create(
     spec: Work,
     training_file: File,
     validation_file: File | None = None,
+    model: str | None = None,
     suffix: str | None = None,
     metadata: dict[str, Any] | None = None,
     options: dict[str, Any] | None = None,
@@ -40,7 +41,8 @@ def create(
     seed: int | None = None,
     notes: Sequence[Note] = (),
 ) -> Job:
-    """Creates a job or comparison in `validating_files`. `seed` defaults to the spec's; `notes` are events.
+    """Creates a job or comparison in `validating_files`. `model` is the name that was asked for, by
+    default the base's; `seed` defaults to the spec's; `notes` are events.
 
     Raises NotFound if a file has been deleted meanwhile, FileUnusable if it is not a training file.
     """
@@ -55,7 +57,7 @@ def create(
         project_id=project_id,
         kind=kind.name,
         status="validating_files",
-        model=spec.model,
+        model=model or spec.model,
         training_file=training_file.id,
         validation_file=validation_file.id if validation_file else None,
         suffix=suffix,

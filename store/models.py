@@ -117,6 +117,7 @@ class Job(Row):
     """See `store/kinds.py`."""
     status: Mapped[str] = mapped_column(String(24))
     model: Mapped[str] = mapped_column(String(256))
+    """As requested: a base model, or an alias for the one in `spec`."""
     training_file: Mapped[str] = mapped_column(String(64))
     validation_file: Mapped[str | None] = mapped_column(String(64))
     suffix: Mapped[str | None] = mapped_column(String(64))

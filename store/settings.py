@@ -89,6 +89,10 @@ class Settings(BaseSettings):
         default=(),
         description="Hugging Face ids that may be trained, as comma-separated patterns: `Qwen/*,gpt2`.",
     )
+    model_aliases: Annotated[tuple[tuple[str, str], ...], NoDecode] = Field(
+        default=(),
+        description="Other names for base models, comma-separated: `gpt-4o-mini*=olora-tiny`.",
+    )
     organization: str = Field(
         default="olora",
         description="Part of the names of fine-tuned models: `ft:<base>:<organization>:<suffix>:…`.",
@@ -218,6 +222,20 @@ class Settings(BaseSettings):
         if isinstance(value, str):
             return tuple(part.strip() for part in value.split(",") if part.strip())
         return value
+
+    @field_validator("model_aliases", mode="before")
+    @classmethod
+    def _pairs(cls, value: Any) -> Any:
+        if not isinstance(value, str):
+            return value
+        pairs = [part.partition("=") for part in value.split(",") if part.strip()]
+        aliases = tuple((name.strip(), base.strip()) for name, _, base in pairs)
+        for name, base in aliases:
+            if not name or not base or len(name) > 256 or name.startswith("ft:") or set("[]*?") & set(base):
+                raise ValueError("must be comma-separated pairs such as gpt-4o-mini*=olora-tiny")
+            if "[" in name:
+                raise ValueError("may use * and ? in names, and no [")
+        return aliases
 
     @field_validator("organization")
     @classmethod

@@ -22,7 +22,7 @@ from ..idempotency import once
 from ..schemas.bodies import RESUME_SCHEMA, JobOptions, new_limits
 from ..schemas.comparisons import RESULTS, ComparisonObject, CreateComparison, read_create
 from ..schemas.pages import Page
-from ..submission import check_base, metadata_filter, usable
+from ..submission import base_of, metadata_filter, usable
 
 router = APIRouter(prefix="/v1/comparisons", tags=["comparisons"])
 
@@ -43,7 +43,7 @@ PAGE_POLICY = (
 def create_comparison(body: BodyDep, call: CallDep) -> ComparisonObject:
     """The comparison is committed before the answer; the dispatcher then checks its files and queues it."""
     request, spec = read_create(body.values)
-    check_base(call, request.model)
+    spec = spec.model_copy(update={"model": base_of(call, request.model)})
     made_id, _ = once(
         call, "POST /v1/comparisons", body.digest, lambda session: _make(session, call, request, spec)
     )
@@ -57,6 +57,7 @@ def _make(session: Session, call: Call, request: CreateComparison, spec: Compari
         session,
         project_id=call.project_id,
         spec=spec,
+        model=request.model,
         training_file=usable(session, call, request.training_file, "training_file"),
         validation_file=(
             usable(session, call, request.validation_file, "validation_file")

@@ -18,7 +18,7 @@ from ..idempotency import once
 from ..schemas.bodies import RESUME_SCHEMA, JobOptions, new_limits
 from ..schemas.jobs import CheckpointObject, CreateJob, JobObject, read_create
 from ..schemas.pages import Page
-from ..submission import check_base, metadata_filter, usable
+from ..submission import base_of, metadata_filter, usable
 
 router = APIRouter(prefix="/v1/fine_tuning/jobs", tags=["fine-tuning"])
 
@@ -36,7 +36,7 @@ def create_job(body: BodyDep, call: CallDep) -> JobObject:
     request, spec = read_create(body.values)
     trackers = read_integrations(request.integrations or [])
     require_offered(trackers, call.settings)
-    check_base(call, request.model)
+    spec = spec.model_copy(update={"model": base_of(call, request.model)})
     made_id, _ = once(
         call,
         "POST /v1/fine_tuning/jobs",
@@ -55,6 +55,7 @@ def _make(
         session,
         project_id=call.project_id,
         spec=spec,
+        model=request.model,
         training_file=usable(session, call, request.training_file, "training_file"),
         validation_file=(
             usable(session, call, request.validation_file, "validation_file")

@@ -3,11 +3,11 @@
 from fastapi import APIRouter
 
 from olora_core.errors import ModelError
-from store import bases, fine_tuned
+from store import aliases, bases, fine_tuned
 from store.models import Model
 
-from ..deps import CallDep
-from ..errors import Forbidden
+from ..deps import Call, CallDep
+from ..errors import Forbidden, NotFound
 from ..schemas.models import ModelList, ModelObject
 from ..schemas.pages import Deleted
 
@@ -19,13 +19,18 @@ def list_models(call: CallDep) -> ModelList:
     with call.reading() as session:
         own = fine_tuned.list_models(session, call.project_id)
     listed = [_base(ref) for ref in bases.base_models(call.settings)]
+    listed += [_alias(name, call) for name, _ in aliases.listed_aliases(call.settings)]
     return ModelList(data=listed + [_fine_tuned(row, call.settings.organization) for row in own])
 
 
 @router.get("/{model:path}")
 def retrieve_model(model: str, call: CallDep) -> ModelObject:
+    if not model:
+        raise NotFound(
+            "Name a model, as in GET /v1/models/olora-tiny; GET /v1/models lists them.", param="model"
+        )
     try:
-        return _base(bases.find_base(call.settings, model))
+        return _alias(model, call)
     except ModelError:
         with call.reading() as session:
             own = fine_tuned.get_model(session, call.project_id, model)
@@ -35,6 +40,11 @@ def retrieve_model(model: str, call: CallDep) -> ModelObject:
 @router.delete("/{model:path}")
 def delete_model(model: str, call: CallDep) -> Deleted:
     """Deletes the model and its adapter; the job that trained it stays."""
+    if any(model == name for name, _ in aliases.listed_aliases(call.settings)):
+        raise Forbidden(
+            f"'{model}' is another name for a base model; the operator removes it from OLORA_MODEL_ALIASES.",
+            param="model",
+        )
     if any(ref.id == model for ref in bases.base_models(call.settings)):
         raise Forbidden(
             f"'{model}' is a base model; the operator removes it from OLORA_MODELS_DIR, from `models` in "
@@ -49,6 +59,12 @@ def delete_model(model: str, call: CallDep) -> Deleted:
 
 def _base(ref: bases.BaseModelRef) -> ModelObject:
     return ModelObject(id=ref.id, created=ref.created, owned_by="system")
+
+
+def _alias(name: str, call: Call) -> ModelObject:
+    """The base model with this id, or that an alias stands for, under the name that was asked for."""
+    ref = bases.find_base(call.settings, aliases.base_id(call.settings, name))
+    return _base(ref).model_copy(update={} if ref.id == name else {"id": name, "olora": {"base": ref.id}})
 
 
 def _fine_tuned(row: Model, organization: str) -> ModelObject:

@@ -152,8 +152,8 @@ def hyperparameters_of(
             )
     own = method.dpo if method.type == "dpo" else method.supervised
     place = f"method.{method.type}.hyperparameters"
-    new = (own and own.hyperparameters) or {}
-    old = hyperparameters or {}
+    new = _given((own and own.hyperparameters) or {})
+    old = _given(hyperparameters or {})
     for name in new.keys() & old.keys():
         if new[name] != old[name]:
             raise BadRequest(
@@ -162,6 +162,11 @@ def hyperparameters_of(
                 param=f"hyperparameters.{name}",
             )
     return method.type, {**old, **new}, place if new and not old else "hyperparameters"
+
+
+def _given(hyperparameters: dict[str, Any]) -> dict[str, Any]:
+    """Without those that are null, which some clients send for what was not set."""
+    return {name: value for name, value in hyperparameters.items() if value is not None}
 
 
 def check_metadata(metadata: dict[str, str] | None) -> None:
@@ -186,6 +191,7 @@ def running_of(row: Job) -> dict[str, Any]:
     return {
         **JobOptions().model_dump(),
         **row.options,
+        "base": row.spec["model"],
         "attempt": row.attempt,
         "failures": row.failures,
         "stage": row.stage,

@@ -6,13 +6,17 @@ from pydantic import BaseModel
 
 
 class ModelObject(BaseModel):
-    """A base model, owned by the service, or a fine-tuned one, owned by its project."""
+    """A base model, owned by the service, or a fine-tuned one, owned by its project.
+
+    Of an alias, `olora.base` is the base model that it stands for.
+    """
 
     id: str
     object: Literal["model"] = "model"
     created: int
     owned_by: str
     shutdown_date: str | None = None
+    olora: dict[str, str] | None = None
 
 
 class ModelList(BaseModel):

@@ -9,6 +9,7 @@ from urllib.parse import quote
 import pytest
 from starlette.testclient import TestClient
 
+from api.main import create_app
 from store import endings
 from store.bases import SHIPPED_FOLDER
 from store.settings import Settings
@@ -17,6 +18,7 @@ from tests.rows import chat_file, completion_file, jsonl
 from .calls import (
     SAMPLE,
     Attempt,
+    compared,
     create,
     created,
     events,
@@ -26,6 +28,7 @@ from .calls import (
     settled,
     uploaded,
 )
+from .serving import KEY
 
 BOTH_DATABASES = pytest.mark.parametrize("settings", ["sqlite_url", "postgres_url"], indirect=True)
 OPENAI_FIELDS = {
@@ -526,6 +529,55 @@ def test_resuming_may_set_other_limits(client: TestClient) -> None:
 @pytest.mark.parametrize("written", ["2099-01-02T03:04:05+00:00", "2099-01-02T04:04:05+01:00", 4071006245])
 def test_a_point_in_time_may_be_written_in_seconds_or_in_iso_8601(client: TestClient, written: Any) -> None:
     assert created(client, olora={"finish_by": written})["olora"]["finish_by"] == 4071006245
+
+
+# --- what real clients send ------------------------------------------------------------------------------
+
+
+def test_a_hyperparameter_that_is_null_is_absent(client: TestClient) -> None:
+    asked = {"n_epochs": None, "batch_size": 4, "learning_rate_multiplier": None}
+    made = created(client, hyperparameters=asked)["hyperparameters"]
+    assert (made["n_epochs"], made["batch_size"], made["learning_rate_multiplier"]) == ("auto", 4, "auto")
+    nested = {"type": "supervised", "supervised": {"hyperparameters": {"n_epochs": None}}}
+    assert created(client, method=nested, hyperparameters={"n_epochs": 2})["hyperparameters"]["n_epochs"] == 2
+
+
+def test_an_empty_metadata_filter_is_null_as_node_sends_it(client: TestClient) -> None:
+    without, _ = created(client)["id"], created(client, metadata={"a": "1"})
+    for query in ("metadata=", "metadata=null"):
+        found = client.get(f"/v1/fine_tuning/jobs?{query}").json()["data"]
+        assert [made["id"] for made in found] == [without]
+
+
+def test_models_with_a_slash_behind_says_what_to_ask_for(client: TestClient) -> None:
+    answer = client.get("/v1/models/")
+    assert answer.status_code == 404
+    assert "GET /v1/models lists them" in answer.json()["error"]["message"]
+
+
+# --- other names for base models -------------------------------------------------------------------------
+
+
+def test_a_job_may_name_an_alias_and_keeps_it(settings: Settings) -> None:
+    named = settings.model_copy(update={"model_aliases": (("gpt-4o-mini*", "olora-tiny"),)})
+    with TestClient(create_app(named), headers={"authorization": f"Bearer {KEY}"}) as client:
+        made = settled(client, created(client, model="gpt-4o-mini-2024-07-18")["id"])
+        assert (made["model"], made["olora"]["base"]) == ("gpt-4o-mini-2024-07-18", "olora-tiny")
+        attempt = Attempt(named)
+        assert attempt.claim.spec.model == "olora-tiny"
+        attempt.close()
+        unknown = create(client, model="gpt-4.1").json()["error"]
+        assert (unknown["code"], unknown["param"]) == ("model_not_available", "model")
+        assert "OLORA_MODEL_ALIASES" in unknown["message"]
+        compared_one = compared(client, model="gpt-4o-mini")
+        assert (compared_one["model"], compared_one["olora"]["base"]) == ("gpt-4o-mini", "olora-tiny")
+        listed = {model["id"]: model["olora"] for model in client.get("/v1/models").json()["data"]}
+        assert listed["gpt-4o-mini-2024-07-18"] == {"base": "olora-tiny"}
+        assert listed["olora-tiny"] is None
+        one = client.get("/v1/models/gpt-4o-mini-next").json()
+        assert (one["id"], one["olora"]) == ("gpt-4o-mini-next", {"base": "olora-tiny"})
+        kept = client.delete("/v1/models/gpt-4o-mini")
+        assert (kept.status_code, kept.json()["error"]["code"]) == (403, "permission_denied")
 
 
 # --- lists -----------------------------------------------------------------------------------------------

@@ -108,6 +108,14 @@ def test_the_csv_comes_first_among_the_result_files(sessions: Sessions) -> None:
         assert fine_tuned.get_model(session, "p", MODEL).job_id == job.id
 
 
+def test_the_event_of_the_model_names_it_in_its_data(sessions: Sessions) -> None:
+    making.job(sessions)
+    job = succeed(sessions, making.claimed(sessions))
+    with sessions() as session:
+        named = [event for event in events_since(session, job.id) if MODEL in event.message]
+    assert [event.data for event in named] == [{"fine_tuned_model": MODEL}]
+
+
 def test_times_are_filled_in_when_the_session_is_gone(sessions: Sessions) -> None:
     making.job(sessions)
     job = succeed(sessions, making.claimed(sessions))

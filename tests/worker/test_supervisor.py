@@ -28,7 +28,7 @@ from olora_core.specs import TrainSpec
 from olora_core.training.train import train
 from store import endings, files, progress
 from store.errors import LeaseLost, StorageFull, StoreError
-from store.models import Metric, Worker
+from store.models import Job, Metric, Worker
 from store.statuses import ENDED
 from store.storage import Storage
 from tests.rows import chat_file
@@ -101,6 +101,19 @@ def test_a_job_becomes_a_certified_adapter(service: Service, supervisor: Supervi
     files = service.adapter(job_id)
     assert {"adapter_config.json", "adapter_model.safetensors", "manifest.json", "README.md"} <= files.keys()
     assert json.loads(files["manifest.json"])["certificate"]["passed"] is True
+
+
+def test_a_job_on_an_alias_is_trained_on_its_base_and_named_after_the_alias(
+    service: Service, supervisor: Supervisor
+) -> None:
+    job_id = service.queue(rows=32, max_steps=2)
+    with service.write.begin() as session:
+        session.scalars(select(Job).where(Job.id == job_id)).one().model = "gpt-4o-mini-2024-07-18"
+    supervisor.run_until_idle()
+    job = service.job(job_id)
+    assert job.fine_tuned_model == f"ft:gpt-4o-mini-2024-07-18:olora::{job_id[-8:]}"
+    config = json.loads(service.adapter(job_id)["adapter_config.json"])
+    assert config["base_model_name_or_path"] == "tiny"
 
 
 def test_merged_weights_are_the_jobs_model(service: Service, supervisor: Supervisor, tmp_path: Path) -> None:

@@ -102,7 +102,7 @@ class FineTuningPublisher(Publisher):
         self.fenced.end(
             endings.succeed,
             files=self._store(results, METRICS_FILE, weights_file, events_file),
-            model=fine_tuned.model_name(spec.model, self.settings.organization, job.suffix, job.id),
+            model=fine_tuned.model_name(job.model, self.settings.organization, job.suffix, job.id),
             certificate=finished["certificate"],
             trained_tokens=finished["trained_tokens"],
         )
