@@ -22,7 +22,9 @@ from .run import Run, not_finite
 ROWS_AT_ONCE = 256
 """Number of examples that are cut into forward passes together."""
 QUICK_EVALUATIONS = 20
-"""Number of quick evaluations in a run, about."""
+"""Number of quick evaluations in a run, at most about."""
+QUICK_SHARE = 0.2
+"""What quick evaluations may add to the time of a run's steps; a forward pass is a third of a step's work."""
 
 
 def evaluate(
@@ -75,10 +77,15 @@ def evaluate(
     return total / weight, correct / count
 
 
+def quick_interval(run: Run, rows: int) -> int:
+    """Steps from one quick evaluation of so many rows to the next."""
+    affordable = math.ceil(rows / (3 * QUICK_SHARE * run.hyperparameters.batch_size))
+    return max(affordable, run.total_steps // QUICK_EVALUATIONS)
+
+
 def quick_evaluation(run: Run) -> tuple[float, float] | None:
     """Loss and accuracy over the first validation rows; None at most steps, or without a validation file."""
-    every = max(1, run.total_steps // QUICK_EVALUATIONS)
-    if run.quick_examples is None or run.step % every:
+    if run.quick_examples is None or run.step % quick_interval(run, len(run.quick_examples)):
         return None
     loss, accuracy = result_of(evaluation(run, run.quick_examples))
     if not math.isfinite(loss):
