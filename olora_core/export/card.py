@@ -86,7 +86,7 @@ def how_it_was_trained(base: Base, record: RunRecord, adapted: Sequence[str]) ->
 | batch size | {training.batch_size} |
 | learning rate | {_number(training.learning_rate)}, {training.schedule} schedule |
 | seed | {record.resolved.seed} |
-{_held_out_row(record.held_out)}{_unadapted_row(base)}{_metric_rows(record.metrics)}
+{_former_row(record)}{_held_out_row(record.held_out)}{_unadapted_row(base)}{_metric_rows(record.metrics)}
 {_loss_curve(record.losses)}
 `manifest.json` holds every setting, the hashes of data and base, and the certificate. `native/` holds the
 method's own tensors.
@@ -106,6 +106,15 @@ def _samples_section(samples: Samples | None) -> str:
             lines = "\n".join(f"    {line}" for line in text.splitlines())
             parts.append(f"\n{name}:\n\n{lines or '    (nothing)'}\n")
     return "".join(parts)
+
+
+def _former_row(record: RunRecord) -> str:
+    """The model that was trained on, whose adapters are part of this one."""
+    if record.former is None:
+        return ""
+    earlier = [f"{link.spec.method}, rank {link.spec.rank}" for link in record.links[:-1]]
+    beside = f"; beside it, frozen: {'; '.join(earlier)}" if earlier else ""
+    return f"| trained on from | an adapter, SHA-256 `{record.former}`{beside} |\n"
 
 
 def _held_out_row(held_out: Mapping[str, Any] | None) -> str:

@@ -17,7 +17,7 @@ from torch import Tensor
 from ..bases.loading import Base
 from ..layers.adapter import Adapter, adapter_tensors
 from ..progress import Samples
-from ..specs import TrainSpec
+from ..specs import AdapterSpec, TrainSpec
 
 MANIFEST = "manifest.json"
 CARD = "README.md"
@@ -28,6 +28,22 @@ TOKENIZER_PARTS = (
 )
 """Copied from the base unchanged: saved again by a newer library, an older server might not read them."""
 PACKAGES = ("olora", "torch", "transformers", "safetensors")
+
+
+@dataclass(frozen=True)
+class Link:
+    """One of the adapters that an exported one is the sum of: what its tensors in `native/` belong to."""
+
+    spec: AdapterSpec
+    seed: int
+    total_steps: int
+
+    def as_json(self) -> dict[str, Any]:
+        return {
+            "adapter": self.spec.model_dump(mode="json"),
+            "seed": self.seed,
+            "total_steps": self.total_steps,
+        }
 
 
 @dataclass(frozen=True)
@@ -46,6 +62,10 @@ class RunRecord:
     """Today's date as the chat template wrote it; None if it writes none."""
     held_out: Mapping[str, Any] | None = None
     """JSON-able: the share of the training file that was the validation data, if there was one."""
+    links: Sequence[Link] = ()
+    """The adapters that the exported one is the sum of; those before the last are of earlier runs."""
+    former: str | None = None
+    """SHA-256 of the model that was trained on, if it was not a base."""
 
 
 @dataclass(frozen=True)
@@ -91,6 +111,8 @@ def manifest(base: Base, record: RunRecord, export: Mapping[str, Any]) -> dict[s
             "asked": record.asked.model_dump(mode="json"),
             "resolved": record.resolved.model_dump(mode="json"),
         },
+        "links": [link.as_json() for link in record.links],
+        "trained_on_from": record.former,
         "data": _data(record),
         "chat_template_day": record.day and record.day.isoformat(),
         "export": dict(export),

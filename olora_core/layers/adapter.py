@@ -102,12 +102,18 @@ def low_rank_product(x: Tensor, pair: LowRank) -> Tensor:
 
 
 class AdaptedLinear(nn.Module):
-    """A frozen linear layer with its adapter: `base(x) + delta(x)`."""
+    """A frozen linear layer with its adapter: `base(x) + delta(x)`.
+
+    A layer of a model that is trained on has frozen adapters too: `under`, to which the trained one is added,
+    and `reference`, the whole update that it had before, which stays when the adapter is disabled.
+    """
 
     def __init__(self, base: nn.Module, adapter: Adapter) -> None:
         super().__init__()
         self.base = base
         self.adapter = adapter
+        self.under: Adapter | None = None
+        self.reference: Adapter | None = None
         self.enabled = True
 
     @property
@@ -120,8 +126,20 @@ class AdaptedLinear(nn.Module):
         return self.base.bias
 
     def forward(self, x: Tensor) -> Tensor:
-        """(…, in) → (…, out); the base's own output if the adapter is disabled."""
-        return self.adapter(self.base, x) if self.enabled else self.base(x)
+        """(…, in) → (…, out); if the adapter is disabled, the output before training."""
+        if not self.enabled:
+            return self.base(x) if self.reference is None else self.reference(self.base, x)
+        if self.under is not None:
+            return self.under(self.base, x) + self.adapter.delta(x)
+        return self.adapter(self.base, x)
+
+    def train(self, mode: bool = True) -> "AdaptedLinear":
+        """As for any module, but frozen adapters stay as they are when they are used."""
+        super().train(mode)
+        for frozen in (self.under, self.reference):
+            if frozen is not None:
+                frozen.eval()
+        return self
 
 
 def is_linear(module: nn.Module) -> bool:

@@ -57,6 +57,8 @@ class AdaLoRAAdapter(GatedAdapter):
 class AdaLoRA(Method[AdaLoRASpec, AdaLoRAAdapter]):
     """All components are trained up to `initial_steps`; then the budget falls, until step `frozen_at`."""
 
+    can_go_on = False
+
     def __init__(self, spec: AdaLoRASpec, **run: Any) -> None:
         super().__init__(spec, **run)
         steps, initial, final = self.total_steps, spec.initial_steps, spec.final_steps

@@ -6,7 +6,7 @@ Two class methods answer before any run: how many parameters the method trains, 
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, Generic, TypeVar
+from typing import Any, ClassVar, Generic, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -45,6 +45,9 @@ class Outputs:
 class Method(Generic[SpecT, AdapterT]):
     """One object per run. Steps are optimizer steps, counted from 1."""
 
+    can_go_on: ClassVar[bool] = True
+    """Whether another run can train a finished adapter's tensors further. Not if the method has a plan for
+    its whole run: rounds, a falling budget, masks."""
     needs_logits: bool = False
     """Whether `penalty` reads the logits, which the loss otherwise need not build."""
     penalty_copies: int = 0

@@ -20,6 +20,8 @@ from .rounds import RoundsAdapter, forget, set_lr_factor
 class COLA(Method[COLASpec, RoundsAdapter]):
     """Starts a new link at each knot, and restarts the job's schedule for it."""
 
+    can_go_on = False
+
     def __init__(self, spec: COLASpec, **run: Any) -> None:
         super().__init__(spec, **run)
         self.ranks = links_ranks(spec, self.total_steps)

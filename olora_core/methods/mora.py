@@ -181,6 +181,8 @@ class RotationAdapter(Adapter):
 class MoRA(Method[MoRASpec, MoRAAdapter | RotationAdapter]):
     """No hooks but `adapter`, and `after_step` for ReMoRA's restarts."""
 
+    can_go_on = False
+
     def __init__(self, spec: MoRASpec, **run: Any) -> None:
         super().__init__(spec, **run)
         self.restarts = self._restarts()

@@ -97,6 +97,8 @@ def rank_of(spec: PRILoRASpec, site: Site) -> int:
 class PRILoRA(FactorsMethod[PRILoRASpec, PRILoRAAdapter]):
     """Measures every layer's inputs during the passes, and prunes after steps."""
 
+    can_go_on = False
+
     def __init__(self, spec: PRILoRASpec, **run: Any) -> None:
         super().__init__(spec, **run)
         self.current = Pass()

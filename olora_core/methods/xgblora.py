@@ -24,6 +24,8 @@ FEW_STEPS = 1000
 class XGBLoRA(Method[XGBLoRASpec, RoundsAdapter]):
     """At the end of each round, keeps the boosters and draws the next round's blocks."""
 
+    can_go_on = False
+
     def __init__(self, spec: XGBLoRASpec, **run: Any) -> None:
         super().__init__(spec, **run)
         self.round_steps = steps_of_a_round(spec, self.total_steps)

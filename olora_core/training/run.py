@@ -18,6 +18,7 @@ from ..data.batches import epoch_order, steps_per_epoch
 from ..data.examples import Examples
 from ..devices import Devices
 from ..errors import SpecError, TrainingError
+from ..export.manifest import Link
 from ..layers.adapter import Adapter, Site, adapter_tensors, detach
 from ..methods import METHODS, Method
 from ..methods.base import Schedule, build_adapters_with_progress
@@ -26,6 +27,7 @@ from ..specs import Hyperparameters, RunFacts, TrainSpec
 from ..specs.identity import identity_text
 from .data import Data, context_length
 from .early_stopping import best_of
+from .former import Chain, Former, build_former, goes_on, put_under
 from .losses import Loss, loss_of
 from .memory import Plan, plan_passes, set_checkpointing
 from .neftune import with_noise
@@ -91,6 +93,10 @@ class Run:
     data: Data
     method: Method[Any, Any]
     adapters: dict[str, Adapter]
+    """The trained ones, by site."""
+    former: Former | None
+    """The model that is trained on, if it is not the base."""
+    chain: Chain
     optimizer: torch.optim.Optimizer
     schedule: Schedule
     total_steps: int
@@ -141,6 +147,16 @@ class Run:
     def parameters(self) -> list[nn.Parameter]:
         return [p for group in self.optimizer.param_groups for p in group["params"]]
 
+    @property
+    def exported(self) -> dict[str, Adapter]:
+        """The whole update by site: the trained adapters with the frozen ones of earlier runs."""
+        return self.chain.exported(self.adapters)
+
+    @property
+    def links(self) -> list[Link]:
+        """The adapters that the exported one is the sum of."""
+        return [*self.chain.links, Link(self.spec.adapter, self.spec.seed, self.total_steps)]
+
     @cached_property
     def steps_per_epoch(self) -> int:
         return steps_per_epoch(len(self.data.training), self.hyperparameters.batch_size)
@@ -160,6 +176,7 @@ class Run:
             "validation data": None if held_out is None else held_out.digest,
             "base model": self.base.fingerprint,
             "dtype": str(self.base.dtype),
+            **({"model to train on from": self.former.digest} if self.former else {}),
         }
 
     def rows(self, step: int) -> np.ndarray:
@@ -178,10 +195,18 @@ def steps_of(hyperparameters: Hyperparameters, examples: int) -> int:
 
 
 def start(
-    asked: TrainSpec, spec: TrainSpec, base: Base, data: Data, sites: list[Site], devices: Devices
+    asked: TrainSpec,
+    spec: TrainSpec,
+    base: Base,
+    data: Data,
+    sites: list[Site],
+    devices: Devices,
+    former: Former | None = None,
 ) -> Generator[Phase, None, tuple[Run, Plan]]:
     """Attaches the adapters, plans the passes and makes the optimizer."""
     devices.barrier()
+    built = (yield from build_former(former, base, devices)) if former else {}
+    going_on = former is not None and goes_on(former, spec, sites, base.model)
     hyperparameters = spec.hyperparameters
     total_steps = steps_of(hyperparameters, len(data.training))
     schedule = schedule_of(hyperparameters)
@@ -195,6 +220,7 @@ def start(
     )
     packing = base.passes.packing  # before the adapters are attached, since it looks at the bare model
     adapters = yield from build_adapters_with_progress(method, base.model, sites, devices)
+    chain = put_under(base.model, former, built, adapters, going_on=going_on) if former else Chain()
     # Devices of different kinds may round an adapter's start differently; now all have the same bits.
     devices.broadcast(adapter_tensors(adapters).values())
     if packing == "segments":
@@ -226,6 +252,8 @@ def start(
         data=data,
         method=method,
         adapters=adapters,
+        former=former,
+        chain=chain,
         optimizer=optimizer,
         schedule=schedule,
         total_steps=total_steps,

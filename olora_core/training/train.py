@@ -25,6 +25,7 @@ from .checkpoint import day_of
 from .data import Data, read_data
 from .early_stopping import is_over
 from .evaluate import evaluate_fully
+from .former import read_former
 from .measured_rate import settle_rate
 from .memory import Plan
 from .resume import Checkpoints, resume_run, save
@@ -51,6 +52,7 @@ def train(
     cache: Path | None = None,
     devices: Devices = SINGLE,
     day: date | None = None,
+    former: Path | None = None,
 ) -> Training:
     """Trains an adapter for `base` and exports it, certified, to `folder / "adapter"`.
 
@@ -62,7 +64,8 @@ def train(
     `folder`. Sending "save" at a Step makes the next update a Saved. With `resume`, the folder of a
     checkpoint, the run continues from there and gives the same bytes as one that was never interrupted.
     A chat template that writes today's date writes `day`: the checkpoint's, if there is one, and today if it
-    is not given.
+    is not given. With `former`, the folder of an adapter that was exported here, the run begins at the model
+    that this adapter makes of the base; see `former.py`.
 
     With several `devices`, each process calls this with the same arguments and iterates to the end. Only the
     main process's updates and stop requests count, and only it writes; when it leaves, the others end.
@@ -77,12 +80,13 @@ def train(
         check_validation(spec, given=validation is not None)
         sites = target_sites(base.model, spec.adapter.target_modules)
         check_mergeable(spec, base, sites)
+        trained_on = read_former(former) if former else None
         own_cache = folder / "tokens" if devices.is_main else None
         day = devices.broadcast_object(day_of(resume) or day or date.today())
         data = yield from read_data(spec, base, training, validation, cache or own_cache, day)
         spec, why = resolve(spec, run_facts(base, data, devices))
         with restored_afterwards(base):
-            run, plan = yield from start(asked, spec, base, data, sites, devices)
+            run, plan = yield from start(asked, spec, base, data, sites, devices, trained_on)
             why |= yield from settle_rate(run, resume)
             trained = sum(parameter.numel() for parameter in run.parameters)
             targets = [site.name for site in sites]
@@ -102,6 +106,8 @@ def notes(run: Run, plan: Plan) -> Iterator[Note]:
     """Notes for the owner before the first step."""
     yield from run.data.notes
     yield from plan.notes
+    if run.former is not None:
+        yield former_note(run)
     yield fill_note(run)
     for sentence in (*run.base.notes, *run.method.notes):
         yield Note("warn", sentence)
@@ -112,6 +118,21 @@ def notes(run: Run, plan: Plan) -> Iterator[Note]:
             f"learning_rate_multiplier = {multiplier:g} multiplies the automatic rate, to "
             f"{run.hyperparameters.learning_rate:g}; for an absolute rate use learning_rate.",
         )
+
+
+def former_note(run: Run) -> Note:
+    """How the run trains on from a former model, and the rank that its export will have."""
+    pairs = [adapter.pair() for adapter in run.exported.values()]
+    rank = max((pair.rank for pair in pairs if pair is not None), default=0)
+    own = run.spec.adapter.method
+    if run.chain.goes_on:
+        how = f"{own} goes on in the former adapter's own tensors"
+    else:
+        how = f"the former adapter stays frozen beside {own}'s new one"
+    sentence = f"Training starts at the former model: {how}. The exported adapter will have rank {rank}"
+    if run.spec.adapter.export == "adapter" and run.spec.adapter.export_rank is None and run.chain.links:
+        sentence += f"; adapter.export_rank = {run.spec.adapter.rank} would truncate it"
+    return Note("info", f"{sentence}.", {"exported_rank": rank, "goes_on": run.chain.goes_on})
 
 
 # --- the loop ------------------------------------------------------------------------------------------
@@ -180,15 +201,18 @@ def finish(run: Run, folder: Path) -> Iterator[Note | Phase | Samples | Finished
         samples=samples,
         day=run.data.day,
         held_out=held_out,
+        links=run.links,
+        former=run.former and run.former.digest,
     )
+    whole = run.exported
     if merges:
-        yield rounding_note(export_merged(run.base, run.adapters, exported, record))
+        yield rounding_note(export_merged(run.base, whole, exported, record))
     else:
-        export_adapter(run.base, run.adapters, exported, record)
+        export_adapter(run.base, whole, exported, record)
     yield Phase("exporting", 1, 1)
     yield Phase("certifying", 0, 1)
     certified = certify_merged if merges else certify
-    certificate = certified(run.base, run.adapters, exported, certificate_rows(run.data))
+    certificate = certified(run.base, whole, exported, certificate_rows(run.data))
     kept = ("valid_loss_before", "valid_loss_after", "exported_step")
     certificate |= {name: metrics[name] for name in kept}
     record_certificate(exported, certificate)
