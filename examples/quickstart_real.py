@@ -26,7 +26,7 @@ EXAMPLES = Path(__file__).parent
 TRAINING, VALIDATION = EXAMPLES / "orders" / "train.jsonl", EXAMPLES / "orders" / "valid.jsonl"
 STEPS = 28
 """Of 8 orders; more of them change the results little, and a laptop needs seconds for each."""
-ASKED, SHOWN = 40, 5
+ASKED, SHOWN = 20, 5
 """Validation rows that both models answer, and how many of them are printed. The loss is of all rows."""
 LONGEST = 48
 """Tokens of an answer; an expected one has about 30."""
