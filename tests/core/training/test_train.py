@@ -36,6 +36,12 @@ def validation(tmp_path: Path) -> Path:
     return write_rows(tmp_path / "validation.jsonl", chat_rows(20)[11:])
 
 
+@pytest.fixture
+def few_validation_rows(tmp_path: Path) -> Path:
+    """So few that every step affords a quick evaluation."""
+    return write_rows(tmp_path / "few.jsonl", chat_rows(13)[11:])
+
+
 # --- updates -------------------------------------------------------------------------------------------
 
 
@@ -306,8 +312,8 @@ def test_checkpoints_at_every_epochs_end_and_after_the_given_seconds(run, tmp_pa
     assert kept == ["step-00000002", "step-00000003"]
 
 
-def test_a_checkpoint_carries_openais_metrics(run, validation) -> None:
-    saved = [p for p in run(spec_for(n_epochs=1), validation=validation) if isinstance(p, Saved)][-1]
+def test_a_checkpoint_carries_openais_metrics(run, few_validation_rows) -> None:
+    saved = [p for p in run(spec_for(n_epochs=1), validation=few_validation_rows) if isinstance(p, Saved)][-1]
     assert saved.metrics.keys() == {
         "step",
         "train_loss",
@@ -479,10 +485,12 @@ def test_an_adapter_that_is_not_finite_is_never_saved(llama, training, tmp_path,
 
 
 def test_a_validation_loss_that_is_not_finite_ends_the_run_with_a_sentence(
-    llama, training, validation, tmp_path, monkeypatch
+    llama, training, few_validation_rows, tmp_path, monkeypatch
 ) -> None:
     monkeypatch.setitem(methods.METHODS, "lora", Spoils)
-    progress = train(spec_for("lora"), llama, training, validation, tmp_path / "run", checkpoint_seconds=0.0)
+    progress = train(
+        spec_for("lora"), llama, training, few_validation_rows, tmp_path / "run", checkpoint_seconds=0.0
+    )
     with pytest.raises(TrainingError, match=r"The validation loss after step 2 is nan\..*of step 1 is kept"):
         list(progress)
 
