@@ -105,6 +105,8 @@ class Saved:
     metrics: dict[str, float]
     best_step: int | None = None
     """With early stopping: the step with the lowest validation loss, whose checkpoint must be kept."""
+    epoch: int | None = None
+    """The epoch that ends with this step, counted from 1."""
 
 
 class Sample(TypedDict):

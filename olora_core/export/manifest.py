@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from pydantic import TypeAdapter
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -18,6 +19,7 @@ from ..bases.loading import Base
 from ..layers.adapter import Adapter, adapter_tensors
 from ..progress import Samples
 from ..specs import AdapterSpec, TrainSpec
+from ..specs.adapters import AnyAdapterSpec
 
 MANIFEST = "manifest.json"
 CARD = "README.md"
@@ -45,6 +47,11 @@ class Link:
             "total_steps": self.total_steps,
         }
 
+    @classmethod
+    def from_json(cls, values: Mapping[str, Any]) -> "Link":
+        spec: AdapterSpec = TypeAdapter(AnyAdapterSpec).validate_python(values["adapter"])
+        return cls(spec, int(values["seed"]), int(values["total_steps"]))
+
 
 @dataclass(frozen=True)
 class RunRecord:
@@ -66,6 +73,32 @@ class RunRecord:
     """The adapters that the exported one is the sum of; those before the last are of earlier runs."""
     former: str | None = None
     """SHA-256 of the model that was trained on, if it was not a base."""
+
+    def as_json(self) -> dict[str, Any]:
+        """For a checkpoint, from which an adapter can be exported later."""
+        return {
+            "asked": self.asked.model_dump(mode="json"),
+            "resolved": self.resolved.model_dump(mode="json"),
+            "data": dict(self.data),
+            "day": self.day and self.day.isoformat(),
+            "held_out": self.held_out and dict(self.held_out),
+            "links": [link.as_json() for link in self.links],
+            "former": self.former,
+        }
+
+    @classmethod
+    def from_json(cls, values: Mapping[str, Any], **measured: Any) -> "RunRecord":
+        """The inverse; `measured` are the fields that `as_json` leaves out."""
+        return cls(
+            asked=TrainSpec.model_validate(values["asked"]),
+            resolved=TrainSpec.model_validate(values["resolved"]),
+            data=values["data"],
+            day=date.fromisoformat(values["day"]) if values["day"] else None,
+            held_out=values["held_out"],
+            links=[Link.from_json(link) for link in values["links"]],
+            former=values["former"],
+            **measured,
+        )
 
 
 @dataclass(frozen=True)

@@ -31,6 +31,7 @@ UNKNOWN_CONTEXT = 2048
 VERSION = 2
 """Version of how records become examples; raising it invalidates every cached file."""
 Role = Literal["training", "validation"]
+CERTIFICATE_ROWS, CERTIFICATE_TOKENS = 16, 4096
 
 
 @dataclass(frozen=True)
@@ -263,3 +264,15 @@ def context_length(base: Base) -> int:
         return min(limit, MAX_CONTEXT)
     named = base.tokenizer.model_max_length  # a huge number when the tokenizer has none
     return named if named <= 2**20 else UNKNOWN_CONTEXT
+
+
+def certificate_rows(data: Data) -> list[list[int]]:
+    """Tokens of the first validation rows, or else of training rows."""
+    examples, rows, tokens = data.validation or data.training, [], 0
+    for i in range(min(CERTIFICATE_ROWS, len(examples))):
+        row = examples.row(i)[0].tolist()
+        if rows and tokens + len(row) > CERTIFICATE_TOKENS:
+            break
+        rows.append(row)
+        tokens += len(row)
+    return rows

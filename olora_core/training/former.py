@@ -13,7 +13,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from pydantic import TypeAdapter
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
@@ -28,11 +27,12 @@ from ..layers.stack import Stack
 from ..methods import METHODS
 from ..methods.base import build_adapters_with_progress
 from ..progress import Phase
-from ..specs import AdapterSpec, TrainSpec
-from ..specs.adapters import AnyAdapterSpec
+from ..specs import TrainSpec
 
 FREE = {"dropout", "lora_plus_ratio", "export", "export_rank", "target_modules"}
 """Options that may change while a method goes on: they leave the tensors' names, shapes and meaning."""
+STATE, SAVED = "state.json", ("adapter.safetensors", "frozen.safetensors")
+"""Of a checkpoint: its state, the tensors of its run's own adapter, and those of adapters under it."""
 _OF_A_LINK = re.compile(r"(.+)\.links\.(\d+)\.(.+)")
 
 
@@ -59,6 +59,10 @@ class Chain:
     goes_on: bool = False
     """Whether the run trains the former model's last link, and not one of its own."""
 
+    def under(self) -> dict[str, Adapter]:
+        """The frozen adapters alone, by site."""
+        return {name: Stack(links) for name, links in self.frozen.items()}
+
     def exported(self, own: Mapping[str, Adapter]) -> dict[str, Adapter]:
         """The whole update of every layer, given the run's own adapters."""
         if not self.links:
@@ -70,22 +74,35 @@ class Chain:
 
 
 def read_former(folder: Path) -> Former:
-    """The adapter in a folder as it was exported, with its `native/` tensors. Raises ModelError."""
+    """The adapter in a folder that was exported here, or in a checkpoint. Raises ModelError."""
     try:
-        manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
-        flat = load_file(folder / NATIVE)
-        links = [_link(values) for values in _links_of(manifest)]
+        if (folder / STATE).exists():
+            state = json.loads((folder / STATE).read_text(encoding="utf-8"))
+            links, fingerprint = state["record"]["links"], state["base_model"]
+            files = [path for name in SAVED if (path := folder / name).exists()]
+        else:
+            manifest = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+            links, fingerprint = _links_of(manifest), manifest["base_model"].get("fingerprint")
+            files = [folder / NATIVE]
+        read = [Link.from_json(link) for link in links]
+        flat = [entry for file in files for entry in load_file(file).items()]
     except (OSError, ValueError, KeyError, SafetensorError) as error:
         raise ModelError(f"The adapter to train on from cannot be read: {error}.", param="model") from None
-    tensors: dict[int, dict[str, Tensor]] = {number: {} for number in range(len(links))}
-    for name, tensor in flat.items():
+    tensors: dict[int, dict[str, Tensor]] = {number: {} for number in range(len(read))}
+    for name, tensor in flat:
         match = _OF_A_LINK.fullmatch(name)
-        number, name = (int(match[2]), f"{match[1]}.{match[3]}") if match else (0, name)
+        last = len(read) - 1 if len(files) > 1 else 0  # a checkpoint names the tensors of its own run plainly
+        number, name = (int(match[2]), f"{match[1]}.{match[3]}") if match else (last, name)
         tensors[number][name] = tensor
-    said = json.dumps([link.as_json() for link in links], sort_keys=True)
-    with (folder / NATIVE).open("rb") as file:
-        digest = hashlib.sha256(said.encode() + hashlib.file_digest(file, "sha256").digest()).hexdigest()
-    return Former(links, tensors, manifest["base_model"].get("fingerprint"), digest)
+    return Former(read, tensors, fingerprint, _digest(read, files))
+
+
+def _digest(links: Sequence[Link], files: Sequence[Path]) -> str:
+    digest = hashlib.sha256(json.dumps([link.as_json() for link in links], sort_keys=True).encode())
+    for path in files:
+        with path.open("rb") as file:
+            digest.update(hashlib.file_digest(file, "sha256").digest())
+    return digest.hexdigest()
 
 
 def _links_of(manifest: Mapping[str, Any]) -> list[dict[str, Any]]:
@@ -97,11 +114,6 @@ def _links_of(manifest: Mapping[str, Any]) -> list[dict[str, Any]]:
         "total_steps": manifest["metrics"].get("steps", 1),
     }
     return list(manifest.get("links") or [alone])
-
-
-def _link(values: Mapping[str, Any]) -> Link:
-    spec: AdapterSpec = TypeAdapter(AnyAdapterSpec).validate_python(values["adapter"])
-    return Link(spec, int(values["seed"]), int(values["total_steps"]))
 
 
 def build_former(
@@ -163,6 +175,13 @@ def sites_in(tensors: Mapping[str, Tensor], model: nn.Module) -> list[str]:
             raise ModelError(f"The model to train on from has '{tensor}', and the base no such layer.")
         names[name] = None
     return list(names)
+
+
+def whole(built: Mapping[str, Mapping[int, Adapter]], links: Sequence[Link]) -> dict[str, Adapter]:
+    """The update of every layer that `build_former` has built, by site."""
+    if len(links) == 1:
+        return {name: of_site[0] for name, of_site in built.items()}
+    return {name: Stack(of_site) for name, of_site in built.items()}
 
 
 def goes_on(former: Former, spec: TrainSpec, sites: Sequence[Site], model: nn.Module) -> bool:

@@ -13,6 +13,7 @@ from ..layers.adapter import adapter_tensors, load_adapter_tensors
 from ..progress import Evaluated, Saved
 from . import checkpoint
 from .checkpoint import Snapshot
+from .data import certificate_rows
 from .memory import set_checkpointing
 from .run import Run, not_finite
 
@@ -44,7 +45,14 @@ def save(run: Run, folder: Path) -> Saved:
     best_step = run.best.step if run.best else None
     saved = write_checkpoint(folder, run.step, snapshot(run), keep=best_step)
     run.saved_at = run.step
-    return Saved(run.step, saved, checkpoint_metrics(run), best_step)
+    return Saved(run.step, saved, checkpoint_metrics(run), best_step, ended_epoch(run))
+
+
+def ended_epoch(run: Run) -> int | None:
+    """The epoch that ends with the run's newest step, counted from 1; None in the middle of one."""
+    if run.step % run.steps_per_epoch == 0 or run.step == run.total_steps:
+        return -(-run.step // run.steps_per_epoch)
+    return None
 
 
 def write_checkpoint(folder: Path, step: int, taken: Snapshot, keep: int | None = None) -> Path:
@@ -84,8 +92,13 @@ def snapshot(run: Run) -> Snapshot:
         "evaluated_at": run.evaluated_at,
         "learning_rate": run.hyperparameters.learning_rate,
         "day": run.data.day and run.data.day.isoformat(),
+        "base_model": run.base.fingerprint,
+        "record": run.record().as_json(),
+        "certificate_rows": certificate_rows(run.data),
     }
     tensors = {"adapter": adapter_tensors(run.adapters), "optimizer": moments}
+    if run.chain.frozen:
+        tensors["frozen"] = adapter_tensors(run.chain.under())
     if run.best_tensors is not None:
         tensors["best"] = run.best_tensors
     return Snapshot(run.identity, state, tensors)

@@ -3,7 +3,7 @@
 import hashlib
 from collections.abc import Generator, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from typing import Any
 
@@ -18,7 +18,7 @@ from ..data.batches import epoch_order, steps_per_epoch
 from ..data.examples import Examples
 from ..devices import Devices
 from ..errors import SpecError, TrainingError
-from ..export.manifest import Link
+from ..export.manifest import Link, RunRecord
 from ..layers.adapter import Adapter, Site, adapter_tensors, detach
 from ..methods import METHODS, Method
 from ..methods.base import Schedule, build_adapters_with_progress
@@ -156,6 +156,20 @@ class Run:
     def links(self) -> list[Link]:
         """The adapters that the exported one is the sum of."""
         return [*self.chain.links, Link(self.spec.adapter, self.spec.seed, self.total_steps)]
+
+    def record(self, **measured: Any) -> RunRecord:
+        """What an export says of the run; `measured` are further fields."""
+        held_out = self.data.held_out
+        return RunRecord(
+            asked=self.asked,
+            resolved=self.spec,
+            data=self.data.hashes,
+            day=self.data.day,
+            held_out=None if held_out is None else asdict(held_out),
+            links=self.links,
+            former=self.former and self.former.digest,
+            **measured,
+        )
 
     @cached_property
     def steps_per_epoch(self) -> int:

@@ -5,7 +5,6 @@ The functions stand in the order of events: `train`, then what it calls.
 
 import shutil
 from collections.abc import Callable, Generator, Iterator
-from dataclasses import asdict
 from datetime import date
 from functools import partial
 from pathlib import Path
@@ -16,13 +15,12 @@ from ..bases.sites import target_sites
 from ..devices import SINGLE, Devices
 from ..export.adapter import export_adapter, record_certificate
 from ..export.certificate import certify, certify_merged
-from ..export.manifest import RunRecord
 from ..export.merged import Merged, check_mergeable, export_merged
 from ..layers.adapter import adapter_tensors, load_adapter_tensors
 from ..progress import Evaluated, Finished, Note, Phase, Progress, Resolved, Samples, Saved, Step
 from ..specs import TrainSpec, check_validation, resolve
 from .checkpoint import day_of
-from .data import Data, read_data
+from .data import certificate_rows, read_data
 from .early_stopping import is_over
 from .evaluate import evaluate_fully
 from .former import read_former
@@ -33,7 +31,6 @@ from .run import Run, check_dtype, check_sharding, restored_afterwards, run_fact
 from .samples import sample
 from .step import fill_note, peak_memory, take_step
 
-CERTIFICATE_ROWS, CERTIFICATE_TOKENS = 16, 4096
 TINY_MULTIPLIER = 0.01
 ROUNDING_WORTH_A_WARNING = 0.01
 
@@ -191,19 +188,7 @@ def finish(run: Run, folder: Path) -> Iterator[Note | Phase | Samples | Finished
     yield Phase("exporting", 0, 1)
     shutil.rmtree(exported, ignore_errors=True)
     losses = [(step, loss) for step, loss, _, _ in run.history]
-    held_out = None if run.data.held_out is None else asdict(run.data.held_out)
-    record = RunRecord(
-        asked=run.asked,
-        resolved=run.spec,
-        data=run.data.hashes,
-        metrics=metrics,
-        losses=losses,
-        samples=samples,
-        day=run.data.day,
-        held_out=held_out,
-        links=run.links,
-        former=run.former and run.former.digest,
-    )
+    record = run.record(metrics=metrics, losses=losses, samples=samples)
     whole = run.exported
     if merges:
         yield rounding_note(export_merged(run.base, whole, exported, record))
@@ -249,18 +234,6 @@ def take_the_best(run: Run) -> Iterator[Note]:
             f"The base's own validation loss, {before.loss:.4f}, is not higher: on these rows training has "
             "not helped. Lower the learning rate, or check the data.",
         )
-
-
-def certificate_rows(data: Data) -> list[list[int]]:
-    """Tokens of the first validation rows, or else of training rows."""
-    examples, rows, tokens = data.validation or data.training, [], 0
-    for i in range(min(CERTIFICATE_ROWS, len(examples))):
-        row = examples.row(i)[0].tolist()
-        if rows and tokens + len(row) > CERTIFICATE_TOKENS:
-            break
-        rows.append(row)
-        tokens += len(row)
-    return rows
 
 
 def final_metrics(run: Run) -> dict[str, Any]:

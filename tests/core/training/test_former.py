@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +20,7 @@ from olora_core.layers.adapter import adapters_off
 from olora_core.methods import METHODS
 from olora_core.progress import Finished, Note, Progress, Resolved, Saved, Step
 from olora_core.specs import TrainSpec
+from olora_core.training.export_checkpoint import export_checkpoint
 from olora_core.training.train import train
 from tests.core.loaded_bases import fresh_base
 from tests.core.runs import chat_rows, one, preference_rows, spec_for
@@ -262,3 +264,81 @@ def test_the_card_says_what_it_was_trained_on_from(trained: Run) -> None:
     card = (second.folder / "README.md").read_text()
     assert f"| trained on from | an adapter, SHA-256 `{digest}`; beside it, frozen: olora, rank 4 |" in card
     assert "trained on from" not in (first.folder / "README.md").read_text()
+
+
+# --- checkpoints ---------------------------------------------------------------------------------------
+
+
+@dataclass
+class AtEpochEnd:
+    checkpoint: Path
+    logits: Tensor
+
+
+@pytest.fixture
+def first_epoch(tmp_path: Path, training: Path, llama: Base) -> Callable[..., AtEpochEnd]:
+    """Trains two epochs; the checkpoint of the first one's end, and the logits there."""
+
+    def run(method: str, **options: Any) -> AtEpochEnd:
+        found = []
+        asked = spec_for(method, adapter=options.pop("adapter", None), n_epochs=2)
+        folder = tmp_path / f"two-epochs-{method}"
+        for update in train(asked, llama, training, None, folder, **options):
+            if isinstance(update, Saved) and update.epoch == 1:
+                shutil.copytree(update.folder, tmp_path / f"kept-{method}")
+                found.append(AtEpochEnd(tmp_path / f"kept-{method}", logits(llama)))
+        (kept,) = found
+        return kept
+
+    return run
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_checkpoint_is_exported_without_data_and_optimizer(
+    trained: Run, first_epoch: Callable[..., AtEpochEnd], tmp_path: Path, llama: Base, method: str
+) -> None:
+    kept = first_epoch(method)
+    pristine = logits(llama)
+    (kept.checkpoint / "optimizer.safetensors").unlink()
+    finished = one(Finished, export_checkpoint(llama, kept.checkpoint, tmp_path / "exported"))
+    assert finished.certificate["passed"]
+    assert finished.certificate["exported_step"] == finished.steps == 3
+    assert torch.equal(logits(llama), pristine)
+    assert torch.equal(trained(spec("lora"), former=finished.folder).before, kept.logits)
+    assert torch.equal(trained(spec("lora"), former=kept.checkpoint).before, kept.logits)
+    card = (finished.folder / "README.md").read_text()
+    assert "| exported_step | 3 |" in card
+
+
+def test_a_checkpoint_of_a_run_that_trained_on_holds_all_links(
+    trained: Run, first_epoch: Callable[..., AtEpochEnd], tmp_path: Path, llama: Base
+) -> None:
+    former = trained(spec("olora")).folder
+    kept = first_epoch("lora", former=former)
+    finished = one(Finished, export_checkpoint(llama, kept.checkpoint, tmp_path / "exported"))
+    assert finished.certificate["passed"]
+    assert torch.equal(trained(spec("lora"), former=finished.folder).before, kept.logits)
+    assert torch.equal(trained(spec("lora"), former=kept.checkpoint).before, kept.logits)
+
+
+def test_a_checkpoint_of_a_merged_run_becomes_a_model(
+    first_epoch: Callable[..., AtEpochEnd], tmp_path: Path, llama: Base
+) -> None:
+    kept = first_epoch("olora", adapter={"export": "merged"})
+    finished = one(Finished, export_checkpoint(llama, kept.checkpoint, tmp_path / "exported"))
+    assert finished.folder.name == "model"
+    assert finished.certificate["passed"]
+    merged = AutoModelForCausalLM.from_pretrained(finished.folder, dtype=torch.float32)
+    with torch.no_grad():
+        torch.testing.assert_close(merged(TOKENS).logits, kept.logits, atol=1e-4, rtol=1e-4)
+
+
+def test_a_checkpoint_of_an_earlier_version_says_that_it_cannot_be_exported(
+    first_epoch: Callable[..., AtEpochEnd], tmp_path: Path, llama: Base
+) -> None:
+    kept = first_epoch("olora")
+    state = json.loads((kept.checkpoint / "state.json").read_text())
+    del state["record"]
+    (kept.checkpoint / "state.json").write_text(json.dumps(state))
+    with pytest.raises(CheckpointError, match="earlier version"):
+        list(export_checkpoint(llama, kept.checkpoint, tmp_path / "exported"))
