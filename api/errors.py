@@ -10,6 +10,7 @@ ApiError               a request that cannot be served, in words its sender can 
 ├── TooLarge           413  the body is larger than the limit
 ├── ServerError        500  an error that the sender cannot fix
 ├── Unavailable        503  the database cannot be reached; try again
+│   └── Exporting      503  a worker is making the file; try again
 └── NoSpace            507  the storage is full
 
 `as_api_error` maps the expected errors of the core and the store to these.
@@ -141,6 +142,13 @@ class Unavailable(ApiError):
     type = "server_error"
     code = "unavailable"
     headers = {"retry-after": "2"}  # noqa: RUF012
+
+
+class Exporting(Unavailable):
+    """A worker is making the file; ask again."""
+
+    code = "exporting"
+    headers = {"retry-after": "3"}  # noqa: RUF012
 
 
 class NoSpace(ApiError):

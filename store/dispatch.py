@@ -13,10 +13,10 @@ from celery import Celery
 from sqlalchemy import ColumnElement, Engine, and_, case, or_, select, update
 from sqlalchemy.orm import Session
 
-from . import claims, endings, jobs, workers
+from . import checkpoints, claims, endings, jobs, workers
 from .files import purge_files, to_purge
 from .idempotency import forget_old_requests
-from .models import File, Job
+from .models import Checkpoint, File, Job
 from .queue import celery_app, remove_leftovers, wake
 from .session import Sessions, db_now, read_sessions, sessions
 from .settings import Settings
@@ -87,6 +87,7 @@ class Dispatcher(threading.Thread):
         self._try("tell who waits in vain", self._tell_waiting)
         if tidy or time.monotonic() >= self._next_tidying:
             self._try("remove deleted files", self._purge)
+        self._try("reduce checkpoints", self._finish_checkpoints)
         if time.monotonic() >= self._next_tidying:
             self._next_tidying = time.monotonic() + TIDY_SECONDS
             self._try("tidy up", self._tidy)
@@ -140,6 +141,13 @@ class Dispatcher(threading.Thread):
             due = session.scalar(select(File.seq).where(to_purge()).limit(1))
         if due is not None:
             purge_files(self._sessions, self._store)
+
+    def _finish_checkpoints(self) -> None:
+        """One a round: each is copied."""
+        with self._readers() as session:
+            due = session.scalar(select(Checkpoint.seq).where(checkpoints.to_finish()).limit(1))
+        if due is not None:
+            checkpoints.finish_checkpoint(self._sessions, self._store, self.settings.home)
 
     def _any(self, condition: ColumnElement[bool]) -> bool:
         """Checks without taking a lock."""

@@ -6,7 +6,7 @@ from sqlalchemy import ColumnElement, Text, and_, cast, or_, select
 from sqlalchemy.orm import Session
 
 from .errors import FileInUse, NotFound
-from .models import File, Job, Model, new_id
+from .models import Checkpoint, File, Job, Model, new_id
 from .pages import RowPage, read_page
 from .session import Sessions, db_now, settle
 from .statuses import UNFINISHED
@@ -118,6 +118,11 @@ def delete_file(session: Session, project_id: str, file_id: str) -> File:
 def _model_of(session: Session, file: File) -> str | None:
     """The model whose weights this file holds: the second of its job's result files."""
     named = cast(Job.result_files, Text).contains(file.id, autoescape=True)
+    of_checkpoint = select(Checkpoint.model).where(
+        Checkpoint.adapter_file == file.id, Checkpoint.deleted_at.is_(None)
+    )
+    if (name := session.scalar(of_checkpoint)) is not None:
+        return name
     rows = select(Model.id, Job.result_files).join(Job, Job.id == Model.job_id)
     rows = rows.where(Model.project_id == file.project_id, Model.deleted_at.is_(None), named)
     return next((model_id for model_id, results in session.execute(rows) if file.id in results[1:2]), None)
@@ -129,7 +134,8 @@ def _mark_deleted(session: Session, file: File) -> None:
 
 
 def _uses(file_id: Any) -> Any:
-    return Job.status.in_(UNFINISHED) & or_(Job.training_file == file_id, Job.validation_file == file_id)
+    named = (Job.training_file, Job.validation_file, Job.former_file)
+    return Job.status.in_(UNFINISHED) & or_(*(column == file_id for column in named))
 
 
 def lock_file(session: Session, file: File) -> None:

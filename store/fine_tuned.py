@@ -6,9 +6,19 @@ from collections.abc import Sequence
 from sqlalchemy import select, update
 from sqlalchemy.orm import Session
 
-from .errors import NotFound
-from .models import File, Job, Model
+from .checkpoints import delete_checkpoints
+from .errors import FileInUse, NotFound
+from .models import Checkpoint, File, Job, Model
 from .session import db_now, settle
+from .statuses import UNFINISHED
+
+
+def name_of(job: Job, organization: str) -> str:
+    """The name of the model that a job makes: of what it trains on from, the base's part stays."""
+    base = job.model
+    if job.former_model is not None:
+        base = job.former_model.split(":")[1] if job.former_model.startswith("ft:") else job.spec["model"]
+    return model_name(base, organization, job.suffix, job.id)
 
 
 def model_name(base: str, organization: str, suffix: str | None, job_id: str) -> str:
@@ -42,13 +52,33 @@ def get_model(session: Session, project_id: str, model_id: str) -> Model:
 
 
 def delete_model(session: Session, project_id: str, model_id: str) -> Model:
-    """Deletes the model and the file with its weights; the job stays. Raises NotFound."""
+    """Deletes the model, the file with its weights and the checkpoints of its job; the job stays.
+
+    Raises NotFound, and FileInUse while a job trains on from it or from one of these checkpoints.
+    """
     model = get_model(session, project_id, model_id)
+    require_unused(session, project_id, model_id)
+    for checkpoint in session.scalars(select(Checkpoint.model).where(Checkpoint.job_id == model.job_id)):
+        require_unused(session, project_id, checkpoint)
     model.deleted_at = db_now()
     job = session.scalar(select(Job).where(Job.id == model.job_id))
     weights = job.result_files[1:2] if job else []
     session.execute(
         update(File).where(File.id.in_(weights), File.deleted_at.is_(None)).values(deleted_at=db_now())
     )
+    delete_checkpoints(session, Checkpoint.job_id == model.job_id)
     settle(session, model)
     return model
+
+
+def require_unused(session: Session, project_id: str, name: str | None) -> None:
+    """Raises FileInUse while an unfinished job trains on from the model."""
+    using = select(Job.id).where(
+        Job.project_id == project_id, Job.former_model == name, Job.status.in_(UNFINISHED)
+    )
+    job_id = None if name is None else session.scalar(using.limit(1))
+    if job_id is not None:
+        raise FileInUse(
+            f"Job {job_id} trains on from the model '{name}'; wait until it ends or cancel it first.",
+            param="model",
+        )

@@ -23,7 +23,9 @@ class Kind:
 
 FINE_TUNING = Kind("fine_tuning", "ftjob-", "fine_tuning_job_id", "fine-tuning job", "job", TrainSpec)
 COMPARISON = Kind("comparison", "cmp-", "comparison_id", "comparison", "comparison", ComparisonSpec)
-KINDS = {kind.name: kind for kind in (FINE_TUNING, COMPARISON)}
+EXPORT = Kind("export", "ckptexport-", "export_id", "export of a checkpoint", "export", TrainSpec)
+"""Makes the adapter of a checkpoint; `store/checkpoints.py`. Its `options` name the checkpoint."""
+KINDS = {kind.name: kind for kind in (FINE_TUNING, COMPARISON, EXPORT)}
 
 
 def kind_for(spec: Work) -> Kind:

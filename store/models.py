@@ -19,6 +19,7 @@ from sqlalchemy import (
     MetaData,
     String,
     Text,
+    true,
 )
 from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
 
@@ -118,6 +119,11 @@ class Job(Row):
     status: Mapped[str] = mapped_column(String(24))
     model: Mapped[str] = mapped_column(String(256))
     """As requested: a base model, or an alias for the one in `spec`."""
+    former_model: Mapped[str | None] = mapped_column(String(600))
+    """The fine-tuned model, or the file with an adapter, that the job trains on from; null: the base."""
+    former_file: Mapped[str | None] = mapped_column(String(64))
+    former_checkpoint: Mapped[str | None] = mapped_column(String(64))
+    """Where its adapter is: one of these two."""
     training_file: Mapped[str] = mapped_column(String(64))
     validation_file: Mapped[str | None] = mapped_column(String(64))
     suffix: Mapped[str | None] = mapped_column(String(64))
@@ -255,8 +261,19 @@ class Checkpoint(Row):
     metrics: Mapped[dict[str, Any]]
     storage_key: Mapped[str | None] = mapped_column(String(512))
     created_at: Mapped[float] = mapped_column(default=db_now())
+    epoch: Mapped[int | None]
+    """The epoch that ended with it, counted from 1."""
+    model: Mapped[str | None] = mapped_column(String(600))
+    """Its name as a model; null if it is only there to resume from."""
+    export_job: Mapped[str | None] = mapped_column(String(64))
+    """The newest job that exports its adapter."""
+    adapter_file: Mapped[str | None] = mapped_column(String(64))
+    certificate: Mapped[dict[str, Any] | None]
+    deleted_at: Mapped[float | None]
+    is_final: Mapped[bool] = mapped_column(default=False, server_default=true())
+    """Whether it has been reduced to what a model needs, after its job has ended."""
 
-    __table_args__ = (Index(None, "job_id", "seq"),)
+    __table_args__ = (Index(None, "job_id", "seq"), Index(None, "model", unique=True))
 
 
 class Model(Row):

@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from sqlalchemy import Select, func, insert, select
+from sqlalchemy import Select, func, insert, select, update
 from sqlalchemy.orm import Session
 
 from olora_core.progress import Note
@@ -202,11 +202,16 @@ def add_checkpoint(
     metrics: Mapping[str, Any],
     storage_key: str,
     best_step: int | None = None,
+    *,
+    epoch: int | None = None,
+    model: str | None = None,
+    kept_epochs: int = 0,
 ) -> list[str]:
-    """Records a stored checkpoint. Returns the storage keys of pruned ones: two are kept, and `best_step`'s.
+    """Records a stored checkpoint. Returns the storage keys of pruned ones.
 
-    A cancelled job gets no new one. One beyond all earlier ones resets the count of failures.
-    Raises LeaseLost.
+    Two are kept, `best_step`'s, and those at the end of the last `kept_epochs` epochs: with `epoch`, the one
+    that has just ended, the checkpoint is a model by the name `model`. A cancelled job gets no new one.
+    One beyond all earlier ones resets the count of failures. Raises LeaseLost.
     """
     job = write_as(session, claim)
     if job.status == "cancelled":
@@ -216,6 +221,9 @@ def add_checkpoint(
     if furthest is None or step > furthest:
         job.failures = 0
     clean, _ = finite(named({"step": step, **metrics}))
+    is_model = epoch is not None and kept_epochs > 0
+    if is_model:
+        session.execute(update(Checkpoint).where(Checkpoint.model == model).values(model=None))
     checkpoint = Checkpoint(
         id=new_id("ftckpt_"),
         job_id=job.id,
@@ -223,21 +231,29 @@ def add_checkpoint(
         step=step,
         metrics=clean,
         storage_key=storage_key,
+        epoch=epoch,
+        model=model if is_model else None,
     )
     session.add(checkpoint)
     session.flush()
-    return _prune(session, job.id, best_step)
+    return _prune(session, job.id, best_step, kept_epochs)
 
 
-def _prune(session: Session, job_id: str, best_step: int | None) -> list[str]:
+def _prune(session: Session, job_id: str, best_step: int | None, kept_epochs: int) -> list[str]:
     pruned = []
     steps: set[int] = set()
+    epochs: set[int] = set()
     for checkpoint in stored_checkpoints(session, job_id):
-        is_surplus = len(steps) >= KEPT_CHECKPOINTS and checkpoint.step != best_step
+        is_kept_epoch = checkpoint.epoch is not None and len(epochs | {checkpoint.epoch}) <= kept_epochs
+        is_surplus = len(steps) >= KEPT_CHECKPOINTS and checkpoint.step != best_step and not is_kept_epoch
         if checkpoint.step in steps or is_surplus:
             assert checkpoint.storage_key is not None
             pruned.append(checkpoint.storage_key)
-            checkpoint.storage_key = None
+            checkpoint.storage_key = checkpoint.model = None
+        elif not is_kept_epoch:
+            checkpoint.model = None
+        else:
+            epochs.add(checkpoint.epoch or 0)
         steps.add(checkpoint.step)
     session.flush()
     return pruned

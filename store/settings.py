@@ -107,6 +107,16 @@ class Settings(BaseSettings):
     checkpoint_seconds: float = Field(
         default=60.0, ge=0, le=86400, description="A checkpoint is saved after this many seconds of training."
     )
+    kept_epochs: int = Field(
+        default=3,
+        ge=0,
+        le=1000,
+        description="A job's checkpoints at the end of so many of its last epochs are kept, as models.",
+    )
+    export_checkpoints: Literal["on_request", "at_epoch_end"] = Field(
+        default="on_request",
+        description="When the adapters of these checkpoints are made: `on_request` or `at_epoch_end`.",
+    )
     max_failures: int = Field(
         default=3,
         ge=1,

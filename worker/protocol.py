@@ -50,7 +50,9 @@ class Order:
     day: str | None = None
     """The day on which the job was created, in ISO format; chat templates write it as today's date."""
     kind: str = "fine_tuning"
-    """Or "comparison": decides which of the core's generators runs the spec."""
+    """Or "comparison", or "export", of the checkpoint in `resume`: the core's generator to run."""
+    former: str | None = None
+    """Folder with the adapter to train on from."""
 
     @property
     def created_on(self) -> date | None:

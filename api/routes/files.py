@@ -17,12 +17,13 @@ from store.errors import TooLarge as StoredTooLarge
 from store.idempotency import content_digest
 from store.storage import Writer
 
+from ..adapter_zips import base_of_adapter
 from ..deps import After, Call, CallDep
 from ..downloads import send_file
 from ..errors import BadRequest
 from ..form import PartBegins, PartData, PartEnds, read_form
 from ..idempotency import once
-from ..schemas.files import UPLOAD_PURPOSES, FileObject
+from ..schemas.files import ADAPTER_PURPOSE, UPLOAD_PURPOSES, FileObject
 from ..schemas.pages import Deleted, Page
 from ..security import large_file
 
@@ -180,7 +181,10 @@ def _check_form(form: Form, writer: Writer) -> None:
 
 
 def _validate(form: Form, writer: Writer) -> Report | None:
-    """The report on a training file. Raises BadRequest if it cannot be read as rows."""
+    """The report on a training file. Raises BadRequest if it cannot be read as rows, or is no adapter."""
+    if form.values["purpose"] == ADAPTER_PURPOSE:
+        with writer.reread() as stream:
+            base_of_adapter(stream)
     if form.values["purpose"] != "fine-tune":
         return None
     with writer.reread() as stream:

@@ -5,20 +5,21 @@ from sqlalchemy.orm import Session
 from starlette.responses import Response
 
 from olora_core.specs import TrainSpec
-from store import control, files, jobs, progress
+from store import checkpoints, control, files, jobs, progress
 from store.errors import JobStateError
 from store.errors import NotFound as NotStored
+from store.fine_tuned import name_of
 from store.integrations import Integration, read_integrations, require_offered
 from store.models import File, Job
 
 from ..deps import After, BodyDep, Call, CallDep, Limit, OptionalBodyDep
 from ..downloads import is_current, send_file
-from ..errors import NotFound
+from ..errors import Exporting, NotFound
 from ..idempotency import once
 from ..schemas.bodies import RESUME_SCHEMA, JobOptions, new_limits
-from ..schemas.jobs import CheckpointObject, CreateJob, JobObject, read_create
+from ..schemas.jobs import CheckpointObject, CreateJob, JobObject, read_create, spec_of
 from ..schemas.pages import Page
-from ..submission import base_of, metadata_filter, usable
+from ..submission import Source, adapter_of, metadata_filter, source_of, usable
 
 router = APIRouter(prefix="/v1/fine_tuning/jobs", tags=["fine-tuning"])
 
@@ -33,22 +34,32 @@ BODY_SCHEMA = {
 @router.post("", openapi_extra=BODY_SCHEMA)
 def create_job(body: BodyDep, call: CallDep) -> JobObject:
     """The job is committed before the answer; the dispatcher then checks its files and queues it."""
-    request, spec = read_create(body.values)
+    request = read_create(body.values)
+    options = request.olora or JobOptions()
+    if not request.model.startswith("ft:"):
+        # Before anything is looked up: a mistyped option is named whatever the model is.
+        spec_of(request, base=request.model, adapter=request.adapter)
     trackers = read_integrations(request.integrations or [])
     require_offered(trackers, call.settings)
-    spec = spec.model_copy(update={"model": base_of(call, request.model)})
+    source = source_of(call, request.model, options.base)
+    spec = spec_of(request, base=source.base, adapter=adapter_of(request.adapter, source))
     made_id, _ = once(
         call,
         "POST /v1/fine_tuning/jobs",
         body.digest,
-        lambda session: _make(session, call, request, spec, trackers),
+        lambda session: _make(session, call, request, spec, source, trackers),
     )
     call.nudge()
     return retrieve_job(made_id, call)
 
 
 def _make(
-    session: Session, call: Call, request: CreateJob, spec: TrainSpec, trackers: list[Integration]
+    session: Session,
+    call: Call,
+    request: CreateJob,
+    spec: TrainSpec,
+    source: Source,
+    trackers: list[Integration],
 ) -> str:
     options = request.olora or JobOptions()
     job = jobs.create(
@@ -68,6 +79,8 @@ def _make(
         integrations=[tracker.model_dump() for tracker in trackers] or None,
     )
     job.priority = options.priority
+    for column, value in source.former.items():
+        setattr(job, column, value)
     return job.id
 
 
@@ -127,12 +140,45 @@ def resume_job(job_id: str, body: OptionalBodyDep, call: CallDep) -> JobObject:
 def list_checkpoints(
     job_id: str, call: CallDep, after: After = None, limit: Limit = 10
 ) -> Page[CheckpointObject]:
+    """Those that are kept, newest first: at the ends of epochs, and others while the job can go on."""
     with call.reading() as session:
         job = jobs.get_job(session, call.project_id, job_id)
         page = progress.list_checkpoints(session, job.id, after=after, limit=limit)
+        name = name_of(job, call.settings.organization)
         return Page[CheckpointObject].of(
-            [CheckpointObject.of(row, job, call.settings.organization) for row in page.data], page.has_more
+            [CheckpointObject.of(row, name, checkpoints.status_of(session, row)) for row in page.data],
+            page.has_more,
         )
+
+
+@router.get("/{job_id}/checkpoints/{checkpoint_id}/adapter", response_class=Response)
+def download_checkpoint(job_id: str, checkpoint_id: str, request: Request, call: CallDep) -> Response:
+    """The checkpoint's certified adapter as a zip, exported when it is first asked for.
+
+    Until a worker has done so, the answer is 503 with Retry-After, which the official clients follow.
+    """
+    with call.writing() as session:
+        job = jobs.get_job(session, call.project_id, job_id)
+        checkpoint = checkpoints.get_checkpoint(session, call.project_id, checkpoint_id)
+        if checkpoint.job_id != job.id:
+            raise NotFound(f"Job {job_id} has no checkpoint {checkpoint_id}.", param="checkpoint_id")
+        status, problem = checkpoints.status_of(session, checkpoint)
+        if status == "failed" and "retry" not in request.query_params:
+            raise JobStateError(
+                f"The adapter of checkpoint {checkpoint_id} could not be exported: {problem} To try again, "
+                "add ?retry=true.",
+            )
+        asked = checkpoints.request_export(session, checkpoint)
+        file_id = checkpoint.adapter_file
+    if asked:
+        call.nudge()
+    if file_id is None:
+        raise Exporting(f"A worker is exporting the adapter of checkpoint {checkpoint_id}; ask again soon.")
+    with call.reading() as session:
+        row = files.get_file(session, call.project_id, file_id)
+    if is_current(row, request.headers.get("if-none-match")):
+        return Response(status_code=304, headers={"etag": f'"{row.sha256}"'})
+    return send_file(call.storage, row)
 
 
 @router.get("/{job_id}/adapter", response_class=Response)

@@ -18,14 +18,6 @@ NOT_YET = (
         ),
     ),
     (
-        "Downloading a checkpoint's adapter",
-        "use the finished job's adapter",
-        (
-            ("GET", "/fine_tuning/jobs/{job_id}/checkpoints/{checkpoint_id}/adapter"),
-            ("GET", "/checkpoints/{checkpoint_id}/adapter"),
-        ),
-    ),
-    (
         "Sharing checkpoints with other projects",
         "share the job's adapter file",
         (

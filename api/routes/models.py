@@ -1,15 +1,17 @@
 """Models: the base models that can be trained, and the project's own fine-tuned ones."""
 
 from fastapi import APIRouter
+from sqlalchemy.orm import Session
 
 from olora_core.errors import ModelError
-from store import aliases, bases, fine_tuned
-from store.models import Model
+from store import aliases, bases, checkpoints, fine_tuned
+from store.models import Checkpoint, Model
 
 from ..deps import Call, CallDep
 from ..errors import Forbidden, NotFound
 from ..schemas.models import ModelList, ModelObject
 from ..schemas.pages import Deleted
+from ..submission import CHECKPOINT_MARK
 
 router = APIRouter(prefix="/v1/models", tags=["models"])
 
@@ -17,10 +19,12 @@ router = APIRouter(prefix="/v1/models", tags=["models"])
 @router.get("")
 def list_models(call: CallDep) -> ModelList:
     with call.reading() as session:
-        own = fine_tuned.list_models(session, call.project_id)
+        own = [_fine_tuned(row, call) for row in fine_tuned.list_models(session, call.project_id)]
+        kept = checkpoints.list_checkpoint_models(session, call.project_id)
+        own += [_checkpoint(session, row, call) for row in kept]
     listed = [_base(ref) for ref in bases.base_models(call.settings)]
     listed += [_alias(name, call) for name, _ in aliases.listed_aliases(call.settings)]
-    return ModelList(data=listed + [_fine_tuned(row, call.settings.organization) for row in own])
+    return ModelList(data=listed + own)
 
 
 @router.get("/{model:path}")
@@ -33,13 +37,15 @@ def retrieve_model(model: str, call: CallDep) -> ModelObject:
         return _alias(model, call)
     except ModelError:
         with call.reading() as session:
-            own = fine_tuned.get_model(session, call.project_id, model)
-            return _fine_tuned(own, call.settings.organization)
+            if CHECKPOINT_MARK in model:
+                row = checkpoints.get_checkpoint_model(session, call.project_id, model)
+                return _checkpoint(session, row, call)
+            return _fine_tuned(fine_tuned.get_model(session, call.project_id, model), call)
 
 
 @router.delete("/{model:path}")
 def delete_model(model: str, call: CallDep) -> Deleted:
-    """Deletes the model and its adapter; the job that trained it stays."""
+    """Deletes the model, its adapter and its checkpoints, or one checkpoint; the job itself stays."""
     if any(model == name for name, _ in aliases.listed_aliases(call.settings)):
         raise Forbidden(
             f"'{model}' is another name for a base model; the operator removes it from OLORA_MODEL_ALIASES.",
@@ -52,7 +58,12 @@ def delete_model(model: str, call: CallDep) -> Deleted:
             param="model",
         )
     with call.writing() as session:
-        fine_tuned.delete_model(session, call.project_id, model)
+        if CHECKPOINT_MARK in model:
+            row = checkpoints.get_checkpoint_model(session, call.project_id, model)
+            fine_tuned.require_unused(session, call.project_id, model)
+            checkpoints.delete_checkpoints(session, Checkpoint.id == row.id)
+        else:
+            fine_tuned.delete_model(session, call.project_id, model)
     call.nudge()
     return Deleted(id=model, object="model")
 
@@ -67,5 +78,15 @@ def _alias(name: str, call: Call) -> ModelObject:
     return _base(ref).model_copy(update={} if ref.id == name else {"id": name, "olora": {"base": ref.id}})
 
 
-def _fine_tuned(row: Model, organization: str) -> ModelObject:
-    return ModelObject(id=row.id, created=int(row.created_at), owned_by=organization)
+def _fine_tuned(row: Model, call: Call) -> ModelObject:
+    return ModelObject(id=row.id, created=int(row.created_at), owned_by=call.settings.organization)
+
+
+def _checkpoint(session: Session, row: Checkpoint, call: Call) -> ModelObject:
+    status, _ = checkpoints.status_of(session, row)
+    return ModelObject(
+        id=str(row.model),
+        created=int(row.created_at),
+        owned_by=call.settings.organization,
+        olora={"job": row.job_id, "checkpoint": row.id, "status": status},
+    )

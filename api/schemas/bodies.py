@@ -93,6 +93,11 @@ class JobOptions(LimitOptions):
     devices: int = Field(
         default=1, ge=1, le=64, description="GPUs that the job runs on; a worker must own as many."
     )
+    base: str | None = Field(
+        default=None,
+        max_length=256,
+        description="The base model of an uploaded adapter that does not name it.",
+    )
     auto_start: bool = Field(
         default=True, description="false: the job is paused until it is resumed for the first time."
     )
@@ -192,6 +197,7 @@ def running_of(row: Job) -> dict[str, Any]:
         **JobOptions().model_dump(),
         **row.options,
         "base": row.spec["model"],
+        "former": row.former_model,
         "attempt": row.attempt,
         "failures": row.failures,
         "stage": row.stage,

@@ -6,7 +6,8 @@ from pydantic import BaseModel
 
 from store.models import File
 
-UPLOAD_PURPOSES = ("fine-tune", "assistants", "batch", "vision", "user_data", "evals")
+ADAPTER_PURPOSE = "fine-tune-adapter"
+UPLOAD_PURPOSES = ("fine-tune", ADAPTER_PURPOSE, "assistants", "batch", "vision", "user_data", "evals")
 
 
 class FileObject(BaseModel):

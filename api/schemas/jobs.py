@@ -6,7 +6,6 @@ from typing import Any, Literal
 from pydantic import BaseModel, Field
 
 from olora_core.specs import MAX_SEED, TrainSpec, check_validation, read_spec
-from store.fine_tuned import model_name
 from store.jobs import leaves_model
 from store.kinds import FINE_TUNING, Kind
 from store.models import Checkpoint, Event, Job
@@ -50,21 +49,22 @@ class CreateJob(RequestBody):
     olora: JobOptions | None = None
 
 
-def read_create(values: dict[str, Any]) -> tuple[CreateJob, TrainSpec]:
-    """The request, and the spec of what to train. Raises BadRequest or SpecError, naming the place."""
+def read_create(values: dict[str, Any]) -> CreateJob:
+    """Raises BadRequest, naming the place."""
     request = read_request(CreateJob, values)
     check_metadata(request.metadata)
-    return request, _spec_of(request)
+    return request
 
 
-def _spec_of(request: CreateJob) -> TrainSpec:
+def spec_of(request: CreateJob, *, base: str, adapter: dict[str, Any] | None) -> TrainSpec:
+    """What to train: `adapter` on a base model. Raises BadRequest or SpecError, naming the place."""
     type, hyperparameters, prefix = hyperparameters_of(request.method, request.hyperparameters)
     options = request.olora or JobOptions()
     spec = read_spec(
-        model=request.model,
+        model=base,
         type=type,
         hyperparameters=hyperparameters,
-        adapter=request.adapter,
+        adapter=adapter,
         seed=secrets.randbelow(MAX_SEED + 1) if request.seed is None else request.seed,
         validation_share=options.validation_share,
         group_by=options.group_by,
@@ -186,7 +186,7 @@ class EventObject(BaseModel):
 
 
 class CheckpointObject(BaseModel):
-    """A state from which the job resumes after an interruption."""
+    """A state of a job. Those at the ends of epochs are models; `olora.status` is their adapter's."""
 
     id: str
     object: Literal["fine_tuning.job.checkpoint"] = "fine_tuning.job.checkpoint"
@@ -195,15 +195,24 @@ class CheckpointObject(BaseModel):
     fine_tuning_job_id: str
     step_number: int
     metrics: dict[str, Any]
+    olora: dict[str, Any]
 
     @classmethod
-    def of(cls, row: Checkpoint, job: Job, organization: str) -> "CheckpointObject":
-        model = job.fine_tuned_model or model_name(job.model, organization, job.suffix, job.id)
+    def of(cls, row: Checkpoint, model: str, status: tuple[str, str | None]) -> "CheckpointObject":
+        """`model` is the name of the job's model, `status` that of `store.checkpoints.status_of`."""
         return cls(
             id=row.id,
             created_at=int(row.created_at),
-            fine_tuned_model_checkpoint=f"{model}:ckpt-step-{row.step}",
-            fine_tuning_job_id=job.id,
+            fine_tuned_model_checkpoint=row.model or f"{model}:ckpt-step-{row.step}",
+            fine_tuning_job_id=row.job_id,
             step_number=row.step,
             metrics={**row.metrics, "step": row.step},
+            olora={
+                "is_model": row.model is not None,
+                "epoch": row.epoch,
+                "status": status[0],
+                "problem": status[1],
+                "adapter": row.adapter_file,
+                "certificate": row.certificate,
+            },
         )

@@ -8,7 +8,8 @@ from pydantic import BaseModel
 class ModelObject(BaseModel):
     """A base model, owned by the service, or a fine-tuned one, owned by its project.
 
-    Of an alias, `olora.base` is the base model that it stands for.
+    Of an alias, `olora.base` is the base model that it stands for; of a checkpoint, `olora` has its `job`,
+    `checkpoint`, and the `status` of its adapter.
     """
 
     id: str

@@ -2,7 +2,7 @@
 
 import json
 import shutil
-from collections.abc import Iterator
+from collections.abc import Generator
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,9 @@ from ..progress import Finished, Phase
 from .former import STATE, build_former, read_former, whole
 
 
-def export_checkpoint(base: Base, checkpoint: Path, folder: Path) -> Iterator[Phase | Finished]:
+def export_checkpoint(
+    base: Base, checkpoint: Path, folder: Path
+) -> Generator[Phase | Finished, str | None, None]:
     """Exports the adapter (or the merged model) of a checkpoint's folder, and certifies it.
 
     `base` is loaded as for the run and has no adapters; afterwards it is as before. The optimizer's moments

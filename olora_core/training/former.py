@@ -21,6 +21,7 @@ from ..bases.loading import Base
 from ..bases.sites import target_sites
 from ..devices import SINGLE, Devices
 from ..errors import ModelError
+from ..export.adapter import CONFIG, TENSORS
 from ..export.manifest import MANIFEST, NATIVE, Link
 from ..layers.adapter import AdaptedLinear, Adapter, Site, attach, detach, load_adapter_tensors
 from ..layers.stack import Stack
@@ -28,6 +29,7 @@ from ..methods import METHODS
 from ..methods.base import build_adapters_with_progress
 from ..progress import Phase
 from ..specs import TrainSpec
+from .peft_files import read_peft
 
 FREE = {"dropout", "lora_plus_ratio", "export", "export_rank", "target_modules"}
 """Options that may change while a method goes on: they leave the tensors' names, shapes and meaning."""
@@ -74,7 +76,13 @@ class Chain:
 
 
 def read_former(folder: Path) -> Former:
-    """The adapter in a folder that was exported here, or in a checkpoint. Raises ModelError."""
+    """The adapter in a folder that was exported here, in a checkpoint, or in PEFT's format.
+
+    Raises ModelError.
+    """
+    if not (folder / STATE).exists() and not (folder / MANIFEST).exists() and (folder / CONFIG).exists():
+        link, tensors_of_link = read_peft(folder)
+        return Former([link], {0: tensors_of_link}, None, _digest([link], [folder / TENSORS]))
     try:
         if (folder / STATE).exists():
             state = json.loads((folder / STATE).read_text(encoding="utf-8"))

@@ -95,6 +95,7 @@ class Service:
         project: str = PROJECT,
         type: str = "supervised",
         adapter: dict[str, Any] | None = None,
+        former: dict[str, str] | None = None,
         **hyperparameters: Any,
     ) -> str:
         """A job in `validating_files`. Returns its id."""
@@ -103,7 +104,7 @@ class Service:
         asked = {"batch_size": 4, "n_epochs": 2, "samples": 0, **hyperparameters}
         spec = read_spec(model=model, type=type, hyperparameters=asked, adapter=adapter, seed=7)
         with self.write.begin() as session:
-            return jobs.create(
+            job = jobs.create(
                 session,
                 project_id=project,
                 spec=spec,
@@ -111,7 +112,10 @@ class Service:
                 validation_file=_row(session, File, held_out) if held_out else None,
                 options=options,
                 integrations=integrations,
-            ).id
+            )
+            for column, value in (former or {}).items():
+                setattr(job, column, value)
+            return job.id
 
     def submit_comparison(
         self,

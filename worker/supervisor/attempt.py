@@ -17,7 +17,7 @@ from olora_core.errors import CheckpointError, OloraError
 from store import claims, control, endings, jobs, progress
 from store.claims import Claim
 from store.errors import LeaseLost, StorageError
-from store.kinds import COMPARISON, FINE_TUNING
+from store.kinds import COMPARISON, EXPORT, FINE_TUNING
 from store.models import Checkpoint
 from store.session import DATABASE_AWAY, Sessions
 from store.settings import Settings
@@ -28,7 +28,7 @@ from .fenced import FencedSessions, renew, requested_stop
 from .inputs import Inputs
 from .lease import Lease
 from .limits import Limits, read_limits
-from .publisher import ComparisonPublisher, FineTuningPublisher, Publisher
+from .publisher import ComparisonPublisher, ExportPublisher, FineTuningPublisher, Publisher
 from .recorder import ComparisonRecorder, FineTuningRecorder, Recorder
 from .strays import remove_strays
 from .trainer_process import TrainerProcess
@@ -53,6 +53,7 @@ class Handlers:
 HANDLERS = {
     FINE_TUNING.name: Handlers(FineTuningRecorder, FineTuningPublisher),
     COMPARISON.name: Handlers(ComparisonRecorder, ComparisonPublisher),
+    EXPORT.name: Handlers(FineTuningRecorder, ExportPublisher),
 }
 
 
@@ -110,7 +111,7 @@ class Attempt:
             on_lost=trainer.kill,
         )
         self.fenced = FencedSessions(claim, self.lease, write=write, read=read)
-        self.inputs = Inputs(claim, settings=settings, storage=storage, folder=folder)
+        self.inputs = Inputs(self.fenced, settings=settings, storage=storage, folder=folder)
         handlers = HANDLERS[claim.kind.name]
         self.recorder = handlers.recorder(self.fenced)
         self.publisher = handlers.publisher(
@@ -286,9 +287,7 @@ class Attempt:
                 return values
             case "Saved":
                 folder = Path(values["folder"])
-                self.publisher.store_checkpoint(
-                    values["step"], folder, values["metrics"], values["best_step"]
-                )
+                self.publisher.store_checkpoint(folder, values)
             case _:
                 self.limits.count(kind, values)
                 self.recorder.record(kind, values)

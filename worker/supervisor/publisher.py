@@ -15,9 +15,10 @@ from sqlalchemy import select
 from sqlalchemy.orm import Session
 
 from olora_core.specs import TrainSpec
-from store import comparisons, endings, fine_tuned, progress
+from store import checkpoints, comparisons, endings, fine_tuned, jobs, progress
 from store.claims import Claim
 from store.errors import StorageError
+from store.kinds import FINE_TUNING
 from store.models import Checkpoint, Job
 from store.settings import Settings
 from store.storage import Storage
@@ -54,11 +55,13 @@ class Publisher(ABC):
         self.folder = folder
         self._saved: Counter[int] = Counter()
 
-    def store_checkpoint(
-        self, step: int, folder: Path, metrics: dict[str, Any], best_step: int | None
-    ) -> None:
-        """Stores and removes a checkpoint's `folder`. One that cannot be stored is a warning to the owner."""
+    def store_checkpoint(self, folder: Path, saved: dict[str, Any]) -> None:
+        """Stores and removes a checkpoint's `folder`; `saved` are the fields of the trainer's `Saved`.
+
+        One that cannot be stored is a warning to the owner.
+        """
         self.recorder.flush()  # whoever resumes from here does not repeat what came before
+        step = saved["step"]
         self._saved[step] += 1  # a row may name the earlier copy: it is not overwritten
         key = checkpoint_folder(self.claim.job_id, step, self.claim.attempt, self._saved[step])
         try:
@@ -67,7 +70,7 @@ class Publisher(ABC):
             # The training itself is fine, and the storage may be again at the next checkpoint.
             self.recorder.note("warn", f"The checkpoint at step {step} could not be stored. {error.message}")
             return
-        for pruned in self.fenced.write(_add_checkpoint, step, metrics, key, best_step):
+        for pruned in self.fenced.write(_add_checkpoint, saved, key, self.settings):
             self.storage.delete_folder(pruned)
         shutil.rmtree(folder.parent, ignore_errors=True)  # `folder` is alone in it
 
@@ -102,7 +105,7 @@ class FineTuningPublisher(Publisher):
         self.fenced.end(
             endings.succeed,
             files=self._store(results, METRICS_FILE, weights_file, events_file),
-            model=fine_tuned.model_name(job.model, self.settings.organization, job.suffix, job.id),
+            model=fine_tuned.name_of(job, self.settings.organization),
             certificate=finished["certificate"],
             trained_tokens=finished["trained_tokens"],
         )
@@ -133,13 +136,47 @@ class ComparisonPublisher(Publisher):
         )
 
 
+class ExportPublisher(Publisher):
+    """A checkpoint's adapter or model."""
+
+    def _publish(self, job: Job, finished: dict[str, Any], results: Path) -> None:
+        spec = self.claim.spec
+        assert isinstance(spec, TrainSpec)
+        weights_file = WEIGHTS_FILES[spec.adapter.export]
+        pack(Path(finished["folder"]), results / weights_file)
+        shutil.rmtree(finished["folder"])  # a whole model is large
+        self.fenced.end(
+            checkpoints.succeed,
+            files=self._store(results, weights_file),
+            certificate=finished["certificate"],
+        )
+
+
 def _add_checkpoint(
-    session: Session, claim: Claim, step: int, metrics: dict[str, Any], key: str, best_step: int | None
+    session: Session, claim: Claim, saved: dict[str, Any], key: str, settings: Settings
 ) -> list[str]:
     # A commit whose answer was lost is repeated; the second time must not add a second row.
     if session.scalar(select(Checkpoint.id).where(Checkpoint.storage_key == key)) is not None:
         return []
-    return progress.add_checkpoint(session, claim, step, metrics, key, best_step)
+    job = jobs.get_job(session, claim.project_id, claim.job_id, claim.kind)
+    named = f"{fine_tuned.name_of(job, settings.organization)}:ckpt-step-{saved['step']}"
+    is_job = claim.kind is FINE_TUNING
+    pruned = progress.add_checkpoint(
+        session,
+        claim,
+        saved["step"],
+        saved["metrics"],
+        key,
+        saved["best_step"],
+        epoch=saved["epoch"] if is_job else None,
+        model=named,
+        kept_epochs=settings.kept_epochs if is_job else 0,
+    )
+    if settings.export_checkpoints == "at_epoch_end" and saved["epoch"] is not None and is_job:
+        made = session.scalars(select(Checkpoint).where(Checkpoint.storage_key == key)).one_or_none()
+        if made is not None and made.model is not None:
+            checkpoints.request_export(session, made)
+    return pruned
 
 
 def _result_file(path: Path, prefix: str) -> endings.ResultFile:

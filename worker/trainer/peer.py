@@ -40,6 +40,7 @@ def follow(order: Order, rank: int, rendezvous_file: Path) -> None:
             cache=Path(order.tokens) if order.tokens else None,
             devices=devices,
             day=order.created_on,
+            former=Path(order.former) if order.former else None,
         )
         for _ in run:
             pass

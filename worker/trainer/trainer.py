@@ -71,7 +71,7 @@ class Trainer:
 
     def _attempt(self, order: Order) -> None:
         """Runs one order to its final message. Exits when the state of this process is in doubt."""
-        runners = {"fine_tuning": self._train, "comparison": self._compare}
+        runners = {"fine_tuning": self._train, "comparison": self._compare, "export": self._export}
         try:
             runners[order.kind](order)
         except ProcessLost as error:
@@ -155,8 +155,18 @@ class Trainer:
             cache=Path(order.tokens) if order.tokens else None,
             devices=devices,
             day=order.created_on,
+            former=Path(order.former) if order.former else None,
         )
         self._drive(run)
+
+    def _export(self, order: Order) -> None:
+        """A checkpoint's adapter."""
+        from olora_core.training.export_checkpoint import export_checkpoint
+
+        spec = TrainSpec.model_validate(order.spec)
+        base = self._warm_base(order, spec)
+        Path(order.folder).mkdir(exist_ok=True)
+        self._drive(export_checkpoint(base, Path(str(order.resume)), Path(order.folder)))
 
     def _compare(self, order: Order) -> None:
         """All runs of a comparison use one base."""
