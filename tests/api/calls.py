@@ -1,15 +1,17 @@
 """What the tests of the API send: training files, uploads, jobs; and jobs led to their end by the store."""
 
 import io
+import tempfile
 import time
 import zipfile
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, TypeVar
 
 from starlette.testclient import TestClient
 
 from olora_core.specs import RunFacts, TrainSpec, resolve
-from store import claims, comparisons, endings, fine_tuned, jobs, progress
+from store import checkpoints, claims, comparisons, endings, fine_tuned, jobs, progress
 from store.comparisons import EndedRun
 from store.session import make_engine, sessions
 from store.settings import Settings
@@ -140,8 +142,31 @@ class Attempt:
         ]
         with self.sessions.begin() as session:
             progress.record(session, self.claim, steps=measured, resolved=self.resolved(), total_steps=steps)
-            progress.add_checkpoint(session, self.claim, steps, {"loss": 2.0 / steps}, f"checkpoints/{steps}")
             progress.record(session, self.claim, samples={"file": "training", "rows": [SAMPLE]})
+        self.save(steps)
+
+    def save(self, step: int) -> None:
+        """Stores a checkpoint, at the end of an epoch."""
+        key = f"jobs/{self.claim.job_id}/checkpoints/{step}"
+        with tempfile.TemporaryDirectory() as folder:
+            for name in ("adapter.safetensors", "optimizer.safetensors", "state.json"):
+                (Path(folder) / name).write_bytes(name.encode())
+            storage(self.settings).put_folder(key, Path(folder))
+        with self.sessions.begin() as session:
+            found = jobs.get_job(session, self.claim.project_id, self.claim.job_id)
+            name = f"{fine_tuned.name_of(found, 'olora')}:ckpt-step-{step}"
+            progress.add_checkpoint(
+                session, self.claim, step, {"loss": 2.0 / step}, key, epoch=1, model=name, kept_epochs=3
+            )
+
+    def export(self, adapter: bytes) -> None:
+        """Ends the export of a checkpoint."""
+        key = f"jobs/{self.claim.job_id}/results/a1/adapter.zip"
+        with storage(self.settings).writer(key) as writer:
+            writer.write(adapter)
+        file = endings.ResultFile("adapter.zip", writer.bytes, writer.sha256, key)
+        with self.sessions.begin() as session:
+            checkpoints.succeed(session, self.claim, files=[file], certificate={"passed": True})
 
     def succeed(self, adapter: bytes | None = None) -> None:
         stored = storage(self.settings)
@@ -162,7 +187,7 @@ class Attempt:
                 session,
                 self.claim,
                 files=files,
-                model=fine_tuned.model_name(found.model, "olora", found.suffix, found.id),
+                model=fine_tuned.name_of(found, "olora"),
                 certificate={"max_abs_logit_diff": 1e-6, "passed": True},
                 trained_tokens=1234,
             )

@@ -284,6 +284,7 @@ def test_checkpoints_are_openais_objects(client: TestClient, settings: Settings)
     )
     assert checkpoint.pop("id").startswith("ftckpt_")
     assert isinstance(checkpoint.pop("created_at"), int)
+    assert checkpoint.pop("olora")["status"] == "available"
     assert checkpoint == {
         "object": "fine_tuning.job.checkpoint",
         "fine_tuned_model_checkpoint": f"{done['fine_tuned_model']}:ckpt-step-3",

@@ -439,6 +439,69 @@ def its_model_is_listed_and_can_be_deleted(world: World) -> None:
     assert world.client.fine_tuning.jobs.retrieve(job.id).fine_tuned_model == name
 
 
+def a_job_is_paused_and_resumed(world: World) -> None:
+    jobs = world.client.fine_tuning.jobs
+    job = jobs.create(
+        model="olora-tiny",
+        training_file=world.ids["training"],
+        hyperparameters={"n_epochs": 1},
+        extra_body={"olora": {"auto_start": False}},
+    )
+    for _ in range(2):
+        assert jobs.pause(job.id).status == "paused"
+    for _ in range(2):
+        assert jobs.resume(job.id).status in ("queued", "running")
+    assert jobs.pause(job.id).status == "paused"
+    assert jobs.cancel(job.id).status == "cancelled"
+    error = expect(openai.BadRequestError, lambda: jobs.resume(job.id))
+    assert "was cancelled" in error.message
+
+
+def preferences_are_trained_on_the_supervised_result(world: World) -> None:
+    """As OpenAI's guide recommends: supervised training first, then DPO on its model."""
+    rows = [json.loads(line)["messages"] for line in world.training.read_text().splitlines()]
+    pairs = [
+        {
+            "input": {"messages": messages[:-1]},
+            "preferred_output": messages[-1:],
+            "non_preferred_output": [{"role": "assistant", "content": f"No. {number}"}],
+        }
+        for number, messages in enumerate(rows)
+    ]
+    data = "\n".join(map(json.dumps, pairs)).encode()
+    file = world.client.files.create(file=("pairs.jsonl", data), purpose="fine-tune")
+    first = world.client.fine_tuning.jobs.retrieve(world.ids["job"])
+    job = world.client.fine_tuning.jobs.create(
+        model=first.fine_tuned_model,
+        training_file=file.id,
+        method={
+            "type": "dpo",
+            "dpo": {"hyperparameters": {"beta": 0.1, "n_epochs": 1, "batch_size": 8}},
+        },
+    )
+    assert job.model == first.fine_tuned_model
+    ended = wait_for(world, job.id)
+    assert ended.status == "succeeded", ended.error
+    assert ended.fine_tuned_model.startswith("ft:olora-tiny:")
+    events = list(world.client.fine_tuning.jobs.list_events(job.id, limit=100))
+    losses = {e.data["step"]: e.data["train_loss"] for e in events if e.type == "metrics"}
+    assert abs(losses[1] - 0.693147) < 1e-5, losses
+    assert any("Training starts at the former model" in event.message for event in events)
+    world.client.models.delete(ended.fine_tuned_model)
+
+
+def its_checkpoint_is_a_model_with_an_adapter(world: World) -> None:
+    job_id = world.ids["job"]
+    checkpoint = world.client.fine_tuning.jobs.checkpoints.list(job_id).data[0]
+    name = checkpoint.fine_tuned_model_checkpoint
+    assert world.client.models.retrieve(name).id == name
+    assert name in [model.id for model in world.client.models.list()]
+    path = f"/fine_tuning/jobs/{job_id}/checkpoints/{checkpoint.id}/adapter"
+    patient = world.client.with_options(max_retries=20)  # the answer is 503 until a worker has made it
+    packed = patient.get(path, cast_to=bytes_of_response())
+    assert "adapter_model.safetensors" in zipfile.ZipFile(io.BytesIO(packed.content)).namelist()
+
+
 def a_job_that_has_ended_cannot_be_cancelled(world: World) -> None:
     error = expect(openai.BadRequestError, lambda: world.client.fine_tuning.jobs.cancel(world.ids["job"]))
     assert "succeeded" in error.message
@@ -467,7 +530,10 @@ CHECKS: tuple[Callable[[World], None], ...] = (
     its_checkpoints_are_listed,
     its_first_result_is_the_csv_and_its_third_tensorboards,
     its_adapter_can_be_downloaded,
+    its_checkpoint_is_a_model_with_an_adapter,
+    preferences_are_trained_on_the_supervised_result,
     its_model_is_listed_and_can_be_deleted,
+    a_job_is_paused_and_resumed,
     a_job_that_has_ended_cannot_be_cancelled,
 )
 

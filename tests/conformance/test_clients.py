@@ -53,7 +53,7 @@ def outcome(
             env=environ,
             capture_output=True,
             text=True,
-            timeout=240,
+            timeout=400,
         )
     assert done.returncode == 0, done.stderr
     version, *checks = map(json.loads, done.stdout.splitlines())

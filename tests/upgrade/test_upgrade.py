@@ -305,7 +305,7 @@ def test_a_killed_worker_is_named_and_a_stopped_one_is_no_warning(upgraded: Upgr
 
 def test_a_job_that_was_to_be_cancelled_when_its_worker_died_is_cancelled(upgraded: Upgraded) -> None:
     now = upgraded.now("cancel_requested")
-    assert (now["status"], now["olora"]["attempt"], now["olora"]["requested"]) == ("cancelled", 1, None)
+    assert (now["status"], now["olora"]["attempt"], now["olora"]["stopping"]) == ("cancelled", 1, False)
     assert upgraded.losses("cancel_requested") == upgraded.before("cancel_requested")["losses"]
 
 

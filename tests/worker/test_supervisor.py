@@ -281,11 +281,13 @@ def _no_checkpoint_by_time(supervisor: Supervisor, monkeypatch: pytest.MonkeyPat
 
 
 @pytest.mark.usefixtures("_no_checkpoint_by_time")
-def test_two_checkpoints_are_kept_and_nothing_else(service: Service, supervisor: Supervisor) -> None:
+def test_the_checkpoints_of_three_epochs_are_kept_and_nothing_else(
+    service: Service, supervisor: Supervisor
+) -> None:
     job_id = service.queue(rows=32, n_epochs=4)
     supervisor.run_until_idle()
     kept = service.checkpoints(job_id)
-    assert [checkpoint.step for checkpoint in kept] == [32, 24]
+    assert [checkpoint.step for checkpoint in kept] == [32, 24, 16]
     stored = {key.rpartition("/")[0] for key in service.storage.list(f"jobs/{job_id}")}
     assert stored == {*(c.storage_key for c in kept), f"jobs/{job_id}/results/a1"}
     assert not list(service.settings.scratch_folder.glob("ftjob-*"))
@@ -321,7 +323,8 @@ def test_early_stopping_ends_a_job_and_keeps_its_best_checkpoint(
     assert job.certificate is not None
     assert job.certificate["exported_step"] == best
     kept = {checkpoint.step: checkpoint for checkpoint in service.checkpoints(job_id)}
-    assert list(kept) == [job.step, job.step - 4, best]
+    ends_of_epochs = list(range(8, job.step + 1, 8))[-3:]
+    assert set(kept) == {job.step, job.step - 4, best, *ends_of_epochs}
     full = {step: checkpoint.metrics["full_valid_loss"] for step, checkpoint in kept.items()}
     assert min(full, key=lambda step: full[step]) == best
     assert job.certificate["valid_loss_after"] == full[best]

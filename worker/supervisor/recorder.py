@@ -14,8 +14,6 @@ from store.comparisons import EndedRun
 from .fenced import FencedSessions
 
 RECORD_SECONDS = 1.0
-EVALUATION_SECONDS = 0.5
-"""How long a step is held back for an evaluation that has not begun."""
 
 StageName = PhaseName | Literal["fetching", "publishing"]
 """The trainer's phases, and what the supervisor does before and after them."""
@@ -112,11 +110,9 @@ class FineTuningRecorder(Recorder):
     def __init__(self, fenced: FencedSessions) -> None:
         super().__init__(fenced)
         self._buffer = _Buffer()
-        self._evaluating = False
 
     def record(self, kind: str, values: dict[str, Any]) -> None:
         super().record(kind, values)
-        self._evaluating = kind == "Phase" and values["name"] == "evaluating"
         match kind:
             case "Step":
                 self._note_step(values["step"], values["total_steps"])
@@ -156,16 +152,22 @@ class FineTuningRecorder(Recorder):
         )
 
     def _newest_may_change(self, buffer: _Buffer) -> bool:
-        """Whether the newest step's evaluation is still to come: both belong into one event.
-
-        Only the last step of an epoch, or of the run, is evaluated.
-        """
+        """Whether the newest step's evaluation is still to come: both belong into one event."""
         newest = buffer.steps[-1] if buffer.steps else None
-        if newest is None or not (newest["epoch"].is_integer() or newest["step"] == newest["total_steps"]):
+        if newest is None or not self._is_evaluated(newest):
             return False
-        if any(evaluation["step"] == newest["step"] for evaluation in buffer.evaluations):
+        return not any(evaluation["step"] == newest["step"] for evaluation in buffer.evaluations)
+
+    def _is_evaluated(self, step: dict[str, Any]) -> bool:
+        """Whether the whole validation data is evaluated after a step: the last of an epoch or of the run."""
+        claim = self.fenced.claim
+        assert isinstance(claim.spec, TrainSpec)
+        if claim.validation_key is None and claim.spec.validation_share is None:
             return False
-        return self._evaluating or time.monotonic() < self._stepped_at + EVALUATION_SECONDS
+        every = claim.spec.hyperparameters.eval_steps
+        by_steps = every is not None and step["step"] % every == 0
+        ends_epoch = bool(step["epoch"].is_integer()) or step["step"] == step["total_steps"]
+        return by_steps or ends_epoch
 
 
 class ComparisonRecorder(Recorder):
