@@ -81,6 +81,8 @@ def read_create(values: dict[str, Any]) -> tuple[CreateComparison, ComparisonSpe
             f"olora.devices = {request.olora.devices}, but a comparison runs on one device; leave it out.",
             param="olora.devices",
         )
+    if request.olora is not None and request.olora.base is not None:
+        raise BadRequest("olora.base is for jobs on an uploaded adapter; leave it out.", param="olora.base")
     if request.olora is not None and request.olora.max_train_tokens is not None:
         raise BadRequest(
             "olora.max_train_tokens is a limit for jobs; limit a comparison with olora.max_seconds.",

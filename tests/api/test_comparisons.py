@@ -67,6 +67,8 @@ def test_a_new_comparison_carries_every_field(client: TestClient) -> None:
         "max_seconds": 3600,
         "finish_by": None,
         "max_train_tokens": None,
+        "base": "olora-tiny",
+        "former": None,
         "auto_start": True,
         "devices": 1,
         "validation_share": None,

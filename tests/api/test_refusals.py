@@ -104,7 +104,9 @@ def bad_expiry(name: str, anchor: str, seconds: str, param: str, says: str) -> A
 
 BAD_FORMS = (
     bad_form("purpose", "purpose", "'fine_tune' is unknown (did you mean 'fine-tune'?)", purpose="fine_tune"),
-    bad_form("purposes", "purpose", "It must be one of: fine-tune, assistants, batch", purpose="x"),
+    bad_form(
+        "purposes", "purpose", "It must be one of: fine-tune, fine-tune-adapter, assistants", purpose="x"
+    ),
     bad_form("results", "purpose", "'fine-tune-results' is unknown", purpose="fine-tune-results"),
     bad_form("unknown", "purpos", "'purpos' is unknown (did you mean 'purpose'?)", purpos="x"),
     bad_expiry("anchor", "now", "3600", ANCHOR, "must be 'created_at'"),
@@ -177,7 +179,7 @@ BAD_BODIES = (
         code=NO_MODEL,
     ),
     bad("known-models", {"model": "gpt-4o"}, "model", "Available: olora-tiny", code=NO_MODEL),
-    bad("fine-tuned-model", {"model": "ft:a:b::c"}, "model", "use a base model", code=NO_MODEL),
+    bad("fine-tuned-model", {"model": "ft:a:b::c"}, "model", "no fine-tuned model", code=NO_MODEL),
     bad("no-model", {"model": None}, "model", "model must be a string (got None)."),
     bad("number-as-model", {"model": 7}, "model", "model must be a string (got 7)."),
     bad("no-file", {"training_file": None}, "training_file", "string"),
