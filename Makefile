@@ -19,8 +19,8 @@ PYTEST := env -u OLORA_HOME -u PYTHONDONTWRITEBYTECODE OMP_NUM_THREADS=1 \
 SOURCES := api worker cli store olora_core migrations examples bench tests
 
 .DEFAULT_GOAL := help
-.PHONY: help install quickstart quickstart-real serve test test-all test-fast test-families test-real check fix bench \
-  gpu clean
+.PHONY: help install quickstart quickstart-real serve test test-all test-fast test-families test-programs test-real check \
+  fix bench gpu clean
 
 help:  ## List the commands
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-15s %s\n", $$1, $$2}'
@@ -63,6 +63,9 @@ test-fast: $(VENV)/.dev  ## Run the tests without the slow ones
 
 test-families: $(VENV)/.dev  ## Train a tiny model of every causal family of transformers (ARGS='-k qwen' for a part)
 	@OLORA_TEST_FAMILIES=all $(PYTEST) --dist load tests/families $(ARGS)
+
+test-programs: $(VENV)/.dev  ## Run every program in tests/conformance/programs, in an environment of its own (ARGS='-k wandb' for one)
+	@OLORA_TEST_PROGRAMS=all $(PYTEST) tests/conformance/programs $(ARGS)
 
 test-real: $(VENV)/.dev  ## See what is promised hold on a real model, in fp32 and bf16 (93 MB to download)
 	@OLORA_TEST_REAL_MODEL="$$($(BIN)/python -m examples.smollm2)" && export OLORA_TEST_REAL_MODEL \

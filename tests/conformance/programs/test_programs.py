@@ -1,7 +1,7 @@
 """Programs that were written for OpenAI's fine-tuning API run here, with only `base_url` and key changed.
 
 Each is a script, run as its user would run it in an environment of its own: its packages, pinned, and none of
-the project's.
+the project's. `make test` has the first ones, `make test-programs` all.
 """
 
 import os
@@ -21,11 +21,20 @@ HERE = Path(__file__).parent
 CACHE = ROOT / ".venv" / "programs"
 ROWS = {"train.jsonl": 12, "valid.jsonl": 6}
 
-PROGRAMS = {
+FIRST = {
     "dspy_finetune.py": "dspy.txt",
     "cookbook_supervised.py": "openai.txt",
     "cookbook_preferences.py": "openai.txt",
 }
+OTHERS = {
+    "litellm_jobs.py": "litellm.txt",
+    "wandb_logger.py": "wandb.txt",
+    "llama_index_engine.py": "llama-index.txt",
+    "openai_command.py": "openai-1.109.1.txt",
+    "openai_module.py": "openai-0.28.1.txt",
+    "openai_node.cjs": "openai-node.json",
+}
+PROGRAMS = FIRST | OTHERS if os.environ.get("OLORA_TEST_PROGRAMS") == "all" else FIRST
 """Each script, and what pins the packages of its environment."""
 
 
@@ -39,12 +48,15 @@ def port(tmp_path_factory: pytest.TempPathFactory) -> Iterator[int]:
 
 @pytest.mark.parametrize("script", PROGRAMS)
 def test_a_program_runs_to_its_end(script: str, port: int, tmp_path: Path) -> None:
+    if script.endswith(".cjs") and not shutil.which("npm"):
+        pytest.skip("it needs node and npm")
     folder = installed(HERE / "requirements" / PROGRAMS[script])
+    interpreter = "node" if script.endswith(".cjs") else str(folder / "bin" / "python")
     write_training_files(tmp_path)
     done = subprocess.run(
-        [str(folder / "bin" / "python"), str(HERE / script)],
+        [interpreter, str(HERE / script)],
         cwd=tmp_path,
-        env=environment(port, tmp_path),
+        env={**environment(port, tmp_path), "NODE_PATH": str(folder / "node_modules")},
         capture_output=True,
         text=True,
         timeout=180,
@@ -53,14 +65,15 @@ def test_a_program_runs_to_its_end(script: str, port: int, tmp_path: Path) -> No
 
 
 def installed(pins: Path) -> Path:
-    """An environment with these packages, made once."""
+    """An environment with these packages, a virtual one or a folder of npm's, made once."""
     folder = CACHE / pins.stem
     CACHE.mkdir(parents=True, exist_ok=True)
     with FileLock(CACHE / f".{pins.stem}.lock"):
         complete = folder / "complete"
         if not complete.exists() or complete.read_text() != pins.read_text():
             shutil.rmtree(folder, ignore_errors=True)
-            install_for_python(pins, folder)
+            install = install_for_node if pins.suffix == ".json" else install_for_python
+            install(pins, folder)
             shutil.copyfile(pins, complete)
     return folder
 
@@ -70,6 +83,13 @@ def install_for_python(pins: Path, folder: Path) -> None:
     pip = [sys.executable, "-m", "pip", "--python", str(folder / "bin" / "python"), "install", "-q"]
     # Modules are compiled when they are imported, and most never are.
     subprocess.run([*pip, "--disable-pip-version-check", "--no-compile", "-r", str(pins)], check=True)
+
+
+def install_for_node(pins: Path, folder: Path) -> None:
+    folder.mkdir()
+    shutil.copyfile(pins, folder / "package.json")
+    npm = ["npm", "install", "--silent", "--no-audit", "--no-fund", "--no-package-lock"]
+    subprocess.run(npm, cwd=folder, check=True)
 
 
 def write_training_files(folder: Path) -> None:
