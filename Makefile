@@ -64,8 +64,8 @@ test-fast: $(VENV)/.dev  ## Run the tests without the slow ones
 test-families: $(VENV)/.dev  ## Train a tiny model of every causal family of transformers (ARGS='-k qwen' for a part)
 	@OLORA_TEST_FAMILIES=all $(PYTEST) --dist load tests/families $(ARGS)
 
-test-programs: $(VENV)/.dev  ## Run every program in tests/conformance/programs, in an environment of its own (ARGS='-k wandb' for one)
-	@OLORA_TEST_PROGRAMS=all $(PYTEST) tests/conformance/programs $(ARGS)
+test-programs: $(VENV)/.dev  ## Run all clients and programs of tests/conformance, each in an environment of its own (ARGS='-k wandb')
+	@OLORA_TEST_PROGRAMS=all $(PYTEST) tests/conformance $(ARGS)
 
 test-real: $(VENV)/.dev  ## See what is promised hold on a real model, in fp32 and bf16 (93 MB to download)
 	@OLORA_TEST_REAL_MODEL="$$($(BIN)/python -m examples.smollm2)" && export OLORA_TEST_REAL_MODEL \

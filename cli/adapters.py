@@ -1,6 +1,7 @@
 """`olora adapters`: download a trained adapter or merged model."""
 
 import tempfile
+import time
 import zipfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -27,21 +28,41 @@ def adapters() -> None:
 def download(
     job: Annotated[str, typer.Argument(help="Job id (ftjob-…).")],
     to: Annotated[Path | None, typer.Option(help="Folder to create (default: ./JOB).")] = None,
+    checkpoint: Annotated[
+        str | None, typer.Option(help="A checkpoint (ftckpt_…) of the job, instead of its end.")
+    ] = None,
     base_url: BaseUrl = None,
 ) -> None:
     """Download a job's adapter (or its merged model) into a folder; prints the folder."""
-    folder = to or Path(job)
+    folder = to or Path(checkpoint or job)
     with _writing(folder):
         taken = folder.exists() and (not folder.is_dir() or any(folder.iterdir()))
     if taken:
         raise ServiceError(f"{folder} already exists and is not empty; choose another folder with --to.")
     with connect(base_url) as client, tempfile.TemporaryFile() as archive:
-        model = send(client, "GET", f"fine_tuning/jobs/{job}")["olora"]["results"].get("model")
-        path = f"files/{model}/content" if model else f"fine_tuning/jobs/{job}/adapter"
+        if checkpoint:
+            path = f"fine_tuning/jobs/{job}/checkpoints/{checkpoint}/adapter"
+            _wait_for_export(client, path)
+        else:
+            model = send(client, "GET", f"fine_tuning/jobs/{job}")["olora"]["results"].get("model")
+            path = f"files/{model}/content" if model else f"fine_tuning/jobs/{job}/adapter"
         _fetch(client, path, archive, folder)
         with _writing(folder), zipfile.ZipFile(archive) as zipped:
             zipped.extractall(folder)
     typer.echo(str(folder))
+
+
+def _wait_for_export(client: httpx.Client, path: str) -> None:
+    """Returns once a worker has made the checkpoint's adapter. Raises ServiceError if that fails."""
+    with console.status("a worker is exporting the checkpoint's adapter"):
+        while True:
+            with client.stream("GET", path) as response:
+                if response.status_code != 503:
+                    return
+                response.read()
+                if response.json().get("error", {}).get("code") != "exporting":
+                    raise_for(response)
+            time.sleep(float(response.headers.get("retry-after", 1)))
 
 
 @contextmanager

@@ -103,6 +103,13 @@ def test_a_job_is_created_watched_and_downloaded(service: Serving, few_rows: Pat
     manifest = json.loads((tmp_path / "adapter" / "manifest.json").read_text())
     assert manifest["spec"]["asked"]["adapter"]["rank"] == 4
     assert manifest["certificate"]["passed"]
+    checkpoint = get(service, f"fine_tuning/jobs/{job}/checkpoints")["data"][0]["id"]
+    to = ("--checkpoint", checkpoint, "--to", tmp_path / "checkpoint")
+    fetched = service.run("adapters", "download", job, *to)
+    assert fetched.stdout.strip() == str(tmp_path / "checkpoint"), fetched.stderr
+    weights = "adapter_model.safetensors"
+    newest = (tmp_path / "checkpoint" / weights).read_bytes()
+    assert newest == (tmp_path / "adapter" / weights).read_bytes()
 
 
 def test_a_merged_model_is_downloaded_instead_of_an_adapter(
@@ -206,6 +213,16 @@ def test_a_comparison_is_cancelled(service: Serving, few_rows: Path) -> None:
     watched = service.run("comparisons", "watch", comparison)
     assert watched.returncode == 1
     assert "cancelled" in watched.stderr
+
+
+def test_a_job_is_paused_and_resumed(service: Serving) -> None:
+    job = service.run("jobs", "create", ROWS, "--epochs", "50").stdout.strip()
+    paused = service.run("jobs", "pause", job)
+    assert paused.stdout.startswith(f"{job}: paused"), paused.stderr
+    assert service.run("jobs", "resume", job).stdout.startswith(f"{job}: queued")
+    assert service.run("jobs", "cancel", job).stdout.startswith(f"{job}: cancelled")
+    again = service.run("jobs", "resume", job)
+    assert (again.returncode, "it was cancelled" in again.stderr) == (1, True)
 
 
 def test_a_job_is_cancelled(service: Serving) -> None:

@@ -13,18 +13,17 @@ from tests.api.serving import KEY, ROOT, service, worker
 from .client_script import CHECKS
 from .lossy import lossy_proxy
 
-OLDEST = "1.109.1"
-VERSIONS = (OLDEST, "newest")
+OLDEST, MIDDLE = "1.109.1", "2.54.0"
+VERSIONS = (OLDEST, "newest", *([MIDDLE] if os.environ.get("OLORA_TEST_PROGRAMS") == "all" else []))
 CACHE = ROOT / ".venv" / "clients"
 
 
-@pytest.fixture(scope="session")
-def oldest_client() -> Path:
-    """A folder with the oldest client and its dependencies, installed once."""
-    folder = CACHE / f"openai-{OLDEST}"
+def installed(version: str) -> Path:
+    """A folder with a version of the client and its dependencies, installed once."""
+    folder = CACHE / f"openai-{version}"
     if not (folder / "complete").exists():
         command = [sys.executable, "-m", "pip", "install", "-q", "--target", str(folder)]
-        subprocess.run([*command, "--upgrade", f"openai=={OLDEST}"], check=True)
+        subprocess.run([*command, "--upgrade", f"openai=={version}"], check=True)
         (folder / "complete").touch()
     return folder
 
@@ -42,8 +41,8 @@ def outcome(
 ) -> dict[str, str | None]:
     """The output of each check of the script with one version of the client."""
     environ = {**os.environ, "OPENAI_API_KEY": KEY, "PYTHONPATH": ""}
-    if request.param == OLDEST:
-        environ["PYTHONPATH"] = str(request.getfixturevalue("oldest_client"))
+    if request.param != "newest":
+        environ["PYTHONPATH"] = str(installed(request.param))
     files = _training_files(tmp_path_factory.mktemp("data"))
     with lossy_proxy(running) as lossy:
         script = Path(__file__).with_name("client_script.py")
@@ -57,7 +56,7 @@ def outcome(
         )
     assert done.returncode == 0, done.stderr
     version, *checks = map(json.loads, done.stdout.splitlines())
-    assert version["version"] == OLDEST if request.param == OLDEST else version["version"] > "3"
+    assert version["version"] == request.param if request.param != "newest" else version["version"] > "3"
     return {line["check"]: line["trouble"] for line in checks}
 
 
