@@ -4,6 +4,7 @@ A checkpoint's adapter is exported when it is first asked for, by a worker: the 
 table, with a job's life cycle, that no list of jobs shows.
 """
 
+import secrets
 import shutil
 import tempfile
 from collections.abc import Sequence
@@ -28,6 +29,8 @@ Status = Literal["available", "exporting", "ready", "failed"]
 NOT_OF_A_MODEL = ("optimizer.safetensors", "best.safetensors")
 """The files of a checkpoint that only resuming needs."""
 EXPORT_PRIORITY = 9
+REDUCED = "-model"
+"""How the folders of reduced checkpoints end."""
 
 
 def list_checkpoint_models(session: Session, project_id: str) -> Sequence[Checkpoint]:
@@ -152,7 +155,7 @@ def finish_checkpoint(sessions: Sessions, store: Storage, scratch: Path) -> bool
     """Reduces one checkpoint to what a model needs, or removes it if it is none.
 
     Returns whether there was one. A failed job's last checkpoint stays too. The bytes are copied first, and
-    removed last: a crash in between leaves a folder that the next call overwrites or that no row names.
+    removed last: a crash in between leaves a folder that no row names.
     """
     with sessions.begin() as session:
         checkpoint = session.scalar(select(Checkpoint).where(to_finish()).order_by(Checkpoint.seq).limit(1))
@@ -163,7 +166,7 @@ def finish_checkpoint(sessions: Sessions, store: Storage, scratch: Path) -> bool
         )
     key = checkpoint.storage_key
     assert key is not None
-    reduced = f"{key}-model"
+    reduced = f"{key}-{secrets.token_hex(4)}{REDUCED}"  # another dispatcher may be at it too
     if is_kept:
         with tempfile.TemporaryDirectory(dir=scratch, prefix="checkpoint-") as folder:
             store.fetch_folder(key, Path(folder) / "all")
@@ -173,11 +176,14 @@ def finish_checkpoint(sessions: Sessions, store: Storage, scratch: Path) -> bool
             shutil.rmtree(Path(folder) / "all")
     with sessions.begin() as session:
         row = session.get_one(Checkpoint, checkpoint.seq, with_for_update=True)
-        row.storage_key = reduced if is_kept else None
-        row.is_final = True
-        if not is_kept:
-            row.model = None
-    store.delete_folder(key)
+        is_mine = row.storage_key == key
+        if is_mine:
+            row.storage_key, row.is_final = reduced if is_kept else None, True
+            row.model = row.model if is_kept else None
+    if is_mine:
+        store.delete_folder(key)
+    elif is_kept:
+        store.delete_folder(reduced)
     return True
 
 

@@ -6,6 +6,7 @@ from sqlalchemy import ColumnElement, Text, and_, cast, or_, select
 from sqlalchemy.orm import Session
 
 from .errors import FileInUse, NotFound
+from .kinds import EXPORT
 from .models import Checkpoint, File, Job, Model, new_id
 from .pages import RowPage, read_page
 from .session import Sessions, db_now, settle
@@ -135,7 +136,8 @@ def _mark_deleted(session: Session, file: File) -> None:
 
 def _uses(file_id: Any) -> Any:
     named = (Job.training_file, Job.validation_file, Job.former_file)
-    return Job.status.in_(UNFINISHED) & or_(*(column == file_id for column in named))
+    needs = Job.status.in_(UNFINISHED) & (Job.kind != EXPORT.name)  # an export needs a checkpoint only
+    return needs & or_(*(column == file_id for column in named))
 
 
 def lock_file(session: Session, file: File) -> None:

@@ -17,6 +17,7 @@ from store.errors import FileInUse
 from store.files import file_key, get_file, new_file_id, purge_files, record_file
 from store.models import Checkpoint, File, Job
 from tests.worker.service import PROJECT, Service
+from worker.supervisor.strays import remove_strays
 from worker.supervisor.supervisor import Supervisor
 
 # PEFT looks at a property that transformers has deprecated.
@@ -86,7 +87,7 @@ def test_the_last_epochs_are_models_whose_adapters_are_made_on_request(
     assert not request_export(service, last)
     assert request_export(service, middle)
     with service.write() as session:
-        assert checkpoints.status_of(session, last)[0] == "exporting"
+        assert checkpoints.status_of(session, session.get_one(Checkpoint, last.seq))[0] == "exporting"
     supervisor.run_until_idle()
     for row in (last, middle):
         with service.write() as session:
@@ -103,6 +104,44 @@ def test_the_last_epochs_are_models_whose_adapters_are_made_on_request(
     assert (of_last / name).read_bytes() == (own / name).read_bytes()
     assert not torch.equal(served(service, of_middle), served(service, own))
     assert service.warnings(job_id) == []
+
+
+def test_two_dispatchers_that_reduce_a_checkpoint_at_once_lose_nothing(
+    service: Service, supervisor: Supervisor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    job_id = service.queue(rows=32, n_epochs=1)
+    supervisor.run_until_idle()
+    put, others = service.storage.put_folder, iter([True])
+
+    def put_while_another_does_so(key: str, folder: Path) -> None:
+        put(key, folder)
+        if next(others, False):
+            assert checkpoints.finish_checkpoint(service.write, service.storage, service.settings.home)
+
+    monkeypatch.setattr(service.storage, "put_folder", put_while_another_does_so)
+    tidy(service)
+    (row,) = kept(service, job_id)
+    stored = {key.rpartition("/")[0] for key in service.storage.list(f"jobs/{job_id}/checkpoints")}
+    assert stored == {row.storage_key}
+    remove_strays(service.write, service.storage, job_id)
+    with service.write.begin() as session:
+        assert checkpoints.request_export(session, row)
+    supervisor.run_until_idle()
+    with service.write() as session:
+        assert checkpoints.status_of(session, session.get_one(Checkpoint, row.seq))[0] == "ready"
+
+
+def test_a_folder_that_a_dispatcher_has_just_stored_is_no_stray(
+    service: Service, supervisor: Supervisor
+) -> None:
+    job_id = service.queue(rows=32, max_steps=1)
+    supervisor.run_until_idle()
+    for name in ("9-a1-0123abcd-model", "9-a1"):
+        with service.storage.writer(f"jobs/{job_id}/checkpoints/{name}/state.json") as writer:
+            writer.write(b"{}")
+    remove_strays(service.write, service.storage, job_id)
+    left = [key for key in service.storage.list(f"jobs/{job_id}/checkpoints") if "/9-a1" in key]
+    assert left == [f"jobs/{job_id}/checkpoints/9-a1-0123abcd-model/state.json"]
 
 
 def test_a_setting_makes_them_at_the_end_of_each_epoch(

@@ -18,9 +18,10 @@ from store import claims, control, endings, jobs, progress
 from store.claims import Claim
 from store.errors import LeaseLost, StorageError
 from store.kinds import COMPARISON, EXPORT, FINE_TUNING
-from store.models import Checkpoint
+from store.models import Checkpoint, Job
 from store.session import DATABASE_AWAY, Sessions
 from store.settings import Settings
+from store.statuses import ENDED
 from store.storage import Storage
 
 from ..protocol import Ended, Order, StopRequest
@@ -146,8 +147,7 @@ class Attempt:
             order = self.inputs.order(job, run=self.run_name, deadline=self.lease.trainer_deadline)
             finished = self._train(order)
             self.recorder.stage("publishing")
-            self.publisher.publish(job, finished)
-            self._remove_strays()
+            self._tidy_after(self.publisher.publish(job, finished))
         finally:
             self.recorder.flush()
 
@@ -164,12 +164,10 @@ class Attempt:
                 self._crash(error.code, error.message)
             case Stopped():
                 self._hand_back("released", "The worker was stopped.", crashed=False)
-                self._remove_strays()
             case Crashed():
                 self._crash(error.reason, error.message)
             case OloraError():
-                self.fenced.end(endings.fail, error)
-                self._remove_strays()
+                self._tidy_after(self.fenced.end(endings.fail, error))
             case OSError(errno=errno.ENOSPC):
                 self._crash("disk_full", "No space is left on the worker's disk.")
             case _:
@@ -183,9 +181,16 @@ class Attempt:
 
     def _hand_back(self, reason: str, message: str, *, crashed: bool) -> None:
         limit = self.settings.max_failures
-        self.fenced.end(
-            endings.hand_back, reason=reason, message=message, crashed=crashed, max_failures=limit
+        self._tidy_after(
+            self.fenced.end(
+                endings.hand_back, reason=reason, message=message, crashed=crashed, max_failures=limit
+            )
         )
+
+    def _tidy_after(self, job: Job) -> None:
+        """Only once the job has ended: another attempt may hold it, and store what no row names yet."""
+        if job.status in ENDED:
+            self._remove_strays()
 
     def _remove_strays(self, attempt: int | None = None) -> None:
         try:

@@ -74,15 +74,18 @@ class Publisher(ABC):
             self.storage.delete_folder(pruned)
         shutil.rmtree(folder.parent, ignore_errors=True)  # `folder` is alone in it
 
-    def publish(self, job: Job, finished: dict[str, Any]) -> None:
-        """Ends the job as succeeded, with the results of the trainer's `Finished` or `Compared`."""
+    def publish(self, job: Job, finished: dict[str, Any]) -> Job:
+        """Ends the job as succeeded, with the results of the trainer's `Finished` or `Compared`.
+
+        Returns its row, which says otherwise if it was paused or cancelled meanwhile.
+        """
         self.recorder.flush()
         results = self.folder / "results"
         results.mkdir()
-        self._publish(job, finished, results)
+        return self._publish(job, finished, results)
 
     @abstractmethod
-    def _publish(self, job: Job, finished: dict[str, Any], results: Path) -> None:
+    def _publish(self, job: Job, finished: dict[str, Any], results: Path) -> Job:
         """Makes the result files in the empty folder `results`, stores them and ends the job."""
 
     def _store(self, results: Path, *names: str) -> list[endings.ResultFile]:
@@ -94,7 +97,7 @@ class Publisher(ABC):
 class FineTuningPublisher(Publisher):
     """The metrics, the adapter or model, and TensorBoard's event file."""
 
-    def _publish(self, job: Job, finished: dict[str, Any], results: Path) -> None:
+    def _publish(self, job: Job, finished: dict[str, Any], results: Path) -> Job:
         spec = self.claim.spec
         assert isinstance(spec, TrainSpec)
         (results / METRICS_FILE).write_text(self.fenced.read(progress.metrics_csv, job.id))
@@ -102,7 +105,7 @@ class FineTuningPublisher(Publisher):
         pack(Path(finished["folder"]), results / weights_file)
         shutil.rmtree(finished["folder"])  # a whole model is large
         events_file = self._write_event_file(results)
-        self.fenced.end(
+        return self.fenced.end(
             endings.succeed,
             files=self._store(results, METRICS_FILE, weights_file, events_file),
             model=fine_tuned.name_of(job, self.settings.organization),
@@ -126,10 +129,10 @@ class FineTuningPublisher(Publisher):
 class ComparisonPublisher(Publisher):
     """The page and the report."""
 
-    def _publish(self, job: Job, finished: dict[str, Any], results: Path) -> None:
+    def _publish(self, job: Job, finished: dict[str, Any], results: Path) -> Job:
         for name in (PAGE_FILE, REPORT_FILE):
             shutil.copyfile(Path(finished["folder"]) / name, results / name)
-        self.fenced.end(
+        return self.fenced.end(
             comparisons.succeed,
             files=self._store(results, PAGE_FILE, REPORT_FILE),
             findings=comparisons.findings_of(finished["report"]),
@@ -139,13 +142,13 @@ class ComparisonPublisher(Publisher):
 class ExportPublisher(Publisher):
     """A checkpoint's adapter or model."""
 
-    def _publish(self, job: Job, finished: dict[str, Any], results: Path) -> None:
+    def _publish(self, job: Job, finished: dict[str, Any], results: Path) -> Job:
         spec = self.claim.spec
         assert isinstance(spec, TrainSpec)
         weights_file = WEIGHTS_FILES[spec.adapter.export]
         pack(Path(finished["folder"]), results / weights_file)
         shutil.rmtree(finished["folder"])  # a whole model is large
-        self.fenced.end(
+        return self.fenced.end(
             checkpoints.succeed,
             files=self._store(results, weights_file),
             certificate=finished["certificate"],

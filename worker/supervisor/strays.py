@@ -5,6 +5,7 @@ import re
 from sqlalchemy import select
 from sqlalchemy.orm import Session
 
+from store.checkpoints import REDUCED
 from store.models import Checkpoint, File, Job
 from store.session import Sessions
 from store.storage import Storage
@@ -24,9 +25,11 @@ def remove_strays(read: Sessions, storage: Storage, job_id: str, *, attempt: int
     """Removes the job's stored folders that no row names.
 
     Call it while holding the job's lease, or once the job has ended. An attempt that lost its lease gives its
-    number as `attempt`, and removes only its own folders.
+    number as `attempt`, and removes only its own folders. Those of the dispatcher, which reduces the
+    checkpoints of an ended job, are never strays.
     """
     stored = {key.rpartition("/")[0] for key in storage.list(f"jobs/{job_id}")}
+    stored = {folder for folder in stored if not folder.endswith(REDUCED)}
     if attempt is not None:
         stored = {folder for folder in stored if re.search(rf"[-/]a{attempt}(-\d+)?$", folder)}
     if stored:
