@@ -23,7 +23,7 @@ from ..devices import SINGLE, Devices
 from ..errors import ModelError
 from ..export.adapter import CONFIG, TENSORS
 from ..export.manifest import MANIFEST, NATIVE, Link
-from ..layers.adapter import AdaptedLinear, Adapter, Site, attach, detach, load_adapter_tensors
+from ..layers.adapter import AdaptedLinear, Adapter, Site, attach, detach, is_linear, load_adapter_tensors
 from ..layers.stack import Stack
 from ..methods import METHODS
 from ..methods.base import build_adapters_with_progress
@@ -173,7 +173,7 @@ def _build_link(
 
 def sites_in(tensors: Mapping[str, Tensor], model: nn.Module) -> list[str]:
     """The layers that the tensors `<site>.<tensor>` belong to. Raises ModelError for an unknown one."""
-    layers = {name for name, _ in model.named_modules()}
+    layers = {name for name, module in model.named_modules() if is_linear(module)}
     names: dict[str, None] = {}
     for tensor in tensors:
         parts = tensor.split(".")

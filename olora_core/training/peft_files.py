@@ -13,12 +13,14 @@ from safetensors.torch import load_file
 from torch import Tensor
 from torch.nn import functional as F
 
+from ..bases.sites import ends_in
 from ..errors import ModelError
 from ..export.adapter import CONFIG, TENSORS
 from ..export.manifest import Link
 from ..specs.methods.lora import LoRASpec
 
 NAME = re.compile(r"base_model\.model\.(?P<site>.+)\.lora_(?P<factor>[AB])(?:\.default)?\.weight")
+PLAIN = re.compile(r"[\w.-]+")
 MUST_BE_OFF = (
     *("use_dora", "lora_bias", "modules_to_save", "layer_replication", "trainable_token_indices"),
     *("target_parameters", "use_qalora", "alora_invocation_tokens", "arrow_config"),
@@ -38,18 +40,25 @@ def read_peft(folder: Path) -> tuple[Link, dict[str, Tensor]]:
         _check(config)
         pairs = _pairs(tensors)
         scales = {site: _scale(config, site, A.shape[0]) for site, (A, _) in pairs.items()}
+        rank, is_uniform, scale = _common(pairs, scales)
+        link = Link(LoRASpec(rank=rank, alpha=scale * rank), seed=0, total_steps=1)
     except (OSError, ValueError, KeyError, TypeError, AttributeError, SafetensorError) as error:
         raise _unusable(f"{type(error).__name__}: {error}") from None
-    ranks = {A.shape[0] for A, _ in pairs.values()}
-    rank = max(ranks)
-    is_uniform = len(ranks) == 1 and len(set(scales.values())) == 1
-    scale = next(iter(scales.values())) if is_uniform else 1.0
     made = {}
     for site, (A, B) in pairs.items():
         missing = rank - A.shape[0]
         made[f"{site}.A"] = F.pad(A, (0, 0, 0, missing))
         made[f"{site}.B"] = F.pad(B if is_uniform else scales[site] * B, (0, missing))
-    return Link(LoRASpec(rank=rank, alpha=scale * rank), seed=0, total_steps=1), made
+    return link, made
+
+
+def _common(
+    pairs: Mapping[str, tuple[Tensor, Tensor]], scales: Mapping[str, float]
+) -> tuple[int, bool, float]:
+    """The largest rank, whether all layers have it and one scale, and that scale, or else 1."""
+    ranks = {A.shape[0] for A, _ in pairs.values()}
+    is_uniform = len(ranks) == 1 and len(set(scales.values())) == 1
+    return max(ranks), is_uniform, next(iter(scales.values())) if is_uniform else 1.0
 
 
 def _check(config: Mapping[str, Any]) -> None:
@@ -81,10 +90,18 @@ def _pairs(tensors: Mapping[str, Tensor]) -> dict[str, tuple[Tensor, Tensor]]:
 
 
 def _scale(config: Mapping[str, Any], site: str, rank: int) -> float:
-    """s of a layer: PEFT's patterns match the end of its path."""
+    """s of a layer: PEFT's patterns match the end of its path.
+
+    PEFT takes them for regular expressions. Here only names are: an expression may take for ever.
+    """
     patterns = config.get("alpha_pattern") or {}
-    found = (value for key, value in patterns.items() if re.match(rf"(.*\.)?({key})$", site))
+    for key in patterns:
+        if not PLAIN.fullmatch(key):
+            raise _unusable(f"its alpha_pattern {key[:80]!r} is not a plain name of layers")
+    found = (value for key, value in patterns.items() if ends_in(site, key))
     alpha = float(next(found, config["lora_alpha"]))
+    if not 0 < alpha < math.inf:
+        raise _unusable(f"its alpha for layer {site[:120]!r} is {alpha:g}")
     return alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
 
 

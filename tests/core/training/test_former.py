@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -11,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 from peft import PeftModel
+from safetensors.torch import save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
@@ -21,6 +23,7 @@ from olora_core.methods import METHODS
 from olora_core.progress import Finished, Note, Progress, Resolved, Saved, Step
 from olora_core.specs import TrainSpec
 from olora_core.training.export_checkpoint import export_checkpoint
+from olora_core.training.peft_files import read_peft
 from olora_core.training.train import train
 from tests.core.loaded_bases import fresh_base
 from tests.core.runs import chat_rows, one, preference_rows, spec_for
@@ -342,3 +345,64 @@ def test_a_checkpoint_of_an_earlier_version_says_that_it_cannot_be_exported(
     (kept.checkpoint / "state.json").write_text(json.dumps(state))
     with pytest.raises(CheckpointError, match="earlier version"):
         list(export_checkpoint(llama, kept.checkpoint, tmp_path / "exported"))
+
+
+# --- adapters of PEFT's --------------------------------------------------------------------------------
+
+
+def peft_folder(folder: Path, tensors: dict[str, Tensor] | None = None, **changes: Any) -> Path:
+    config = {"peft_type": "LORA", "r": 2, "lora_alpha": 4, "target_modules": ["q_proj"], **changes}
+    folder.mkdir(exist_ok=True)
+    (folder / "adapter_config.json").write_text(json.dumps(config))
+    name = "base_model.model.model.layers.0.self_attn.q_proj"
+    pair = {f"{name}.lora_A.weight": torch.ones(2, 32), f"{name}.lora_B.weight": torch.ones(32, 2)}
+    save_file(pair | (tensors or {}), folder / "adapter_model.safetensors")
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("changes", "scale"),
+    [({}, 2.0), ({"use_rslora": True}, 4 / math.sqrt(2)), ({"alpha_pattern": {"self_attn.q_proj": 7}}, 3.5)],
+)
+def test_the_scale_of_a_pair_is_pefts(tmp_path: Path, changes: Any, scale: float) -> None:
+    link, tensors = read_peft(peft_folder(tmp_path / "peft", **changes))
+    assert link.spec.scale == pytest.approx(scale)
+    assert {name: tuple(tensor.shape) for name, tensor in tensors.items()} == {
+        "model.layers.0.self_attn.q_proj.A": (2, 32),
+        "model.layers.0.self_attn.q_proj.B": (32, 2),
+    }
+
+
+@pytest.mark.parametrize(
+    ("changes", "problem"),
+    [
+        ({"peft_type": "LOHA"}, "its peft_type is 'LOHA'"),
+        ({"bias": "all"}, "trains biases"),
+        ({"use_dora": True}, "uses use_dora"),
+        ({"modules_to_save": ["lm_head"]}, "uses modules_to_save"),
+        ({"lora_alpha": 0}, "alpha for layer"),
+        ({"lora_alpha": "much"}, "cannot be used"),
+        ({"alpha_pattern": {"(a+)+$": 1}}, "not a plain name"),
+        (
+            {"tensors": {"base_model.model.model.embed_tokens.lora_embedding_A": torch.ones(2, 9)}},
+            "not a factor",
+        ),
+        ({"tensors": {"base_model.model.lm_head.lora_A.weight": torch.ones(2, 32)}}, "do not make a pair"),
+        ({"tensors": {"base_model.model.lm_head.lora_A.weight": torch.full((2, 32), math.nan)}}, "finite"),
+    ],
+)
+def test_what_is_more_or_less_than_plain_lora_is_refused(tmp_path: Path, changes: Any, problem: str) -> None:
+    with pytest.raises(ModelError, match=re.escape(problem)) as caught:
+        read_peft(peft_folder(tmp_path / "peft", **changes))
+    assert caught.value.param == "model"
+
+
+def test_layers_that_the_base_lacks_or_has_in_another_shape_are_refused(trained: Run, tmp_path: Path) -> None:
+    elsewhere = {"base_model.model.model.layers.9.self_attn.q_proj.lora_A.weight": torch.ones(2, 32)}
+    elsewhere |= {"base_model.model.model.layers.9.self_attn.q_proj.lora_B.weight": torch.ones(32, 2)}
+    with pytest.raises(ModelError, match="no such layer"):
+        trained(spec("lora"), former=peft_folder(tmp_path / "one", elsewhere))
+    name = "base_model.model.model.layers.0.self_attn.q_proj"
+    larger = {f"{name}.lora_A.weight": torch.ones(2, 48), f"{name}.lora_B.weight": torch.ones(48, 2)}
+    with pytest.raises(ModelError, match="does not fit base model"):
+        trained(spec("lora"), former=peft_folder(tmp_path / "two", larger))
