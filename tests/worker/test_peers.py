@@ -70,6 +70,25 @@ def test_two_devices_give_the_losses_of_one_and_one_certified_adapter(
     wait_until(lambda: peers(service) == [], "the end of the peers")
 
 
+def test_two_devices_train_on_from_a_model_as_one_does(service: Service, supervisor: Supervisor) -> None:
+    first = service.queue(rows=18, n_epochs=1)
+    supervisor.run_until_idle()
+    made = service.job(first)
+    former = {"former_model": str(made.fine_tuned_model), "former_file": made.result_files[1]}
+    job = {"rows": 18, "micro_batch_size": 2, "former": former, "learning_rate": 1e-3}
+    for adapter in ({"method": "olora"}, {"method": "lora"}):
+        alone, together, sharded = (
+            service.queue(**job, adapter=adapter),
+            service.queue(**job, adapter=adapter, options=TWO),
+            service.queue(**job, adapter=adapter, options=TWO, sharding="full"),
+        )
+        supervisor.run_until_idle()
+        for job_id in (together, sharded):
+            made = service.job(job_id)
+            assert (made.status, made.error, made.failures) == ("succeeded", None, 0)
+            assert service.losses(job_id) == pytest.approx(service.losses(alone), rel=0, abs=1e-5)
+
+
 def test_a_killed_peer_ends_the_attempt_and_the_next_one_goes_on(
     service: Service, supervisor: Supervisor
 ) -> None:
