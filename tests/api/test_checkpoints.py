@@ -172,6 +172,7 @@ def test_an_uploaded_adapter_is_trained_on(client: TestClient) -> None:
         (peft_zip(**{"adapter_config.json": b'{"peft_type": "IA3"}'}), "peft_type LORA"),
         (peft_zip(**{"adapter_config.json": b" " * 200_000}), "larger than 100000 bytes"),
     ],
+    ids=["text", "other", "no-weights", "pickle", "two", "no-json", "ia3", "large"],
 )
 def test_what_is_no_adapter_is_refused_at_once(client: TestClient, content: bytes, problem: str) -> None:
     answer = upload(client, content, purpose="fine-tune-adapter")

@@ -56,6 +56,7 @@ def test_an_upload_may_be_gzip_too(client: TestClient) -> None:
         (b"{}", "br", "content-encoding 'br' is not supported"),
         (b"{}", "gzip, gzip", "content-encoding 'gzip, gzip' is not supported"),
     ],
+    ids=["plain", "cut off", "empty", "wrong checksum", "br", "twice"],
 )
 def test_what_cannot_be_unpacked_is_refused(
     client: TestClient, body: bytes, encoding: str, message: str

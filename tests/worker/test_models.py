@@ -295,6 +295,7 @@ def zip_of(**files: bytes) -> bytes:
             "cannot be used",
         ),
     ],
+    ids=["text", "outside", "bomb", "empty", "list"],
 )
 def test_an_adapter_that_cannot_be_used_fails_the_job_with_a_sentence(
     service: Service, supervisor: Supervisor, data: bytes, problem: str
