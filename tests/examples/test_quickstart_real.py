@@ -75,6 +75,7 @@ def test_it_walks_its_path_and_says_that_a_model_of_3_million_parameters_has_not
 ) -> None:
     monkeypatch.setattr(smollm2, "MODEL", "olora-tiny")
     monkeypatch.setattr(quickstart_real, "ASKED", 2)
+    monkeypatch.setattr(quickstart_real, "STEPS", 2)
     monkeypatch.setenv("OLORA_PORT", "0")
     get_settings.cache_clear()
     for name, count in (("TRAINING", 16), ("VALIDATION", 4)):

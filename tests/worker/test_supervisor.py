@@ -722,7 +722,7 @@ def test_a_job_is_paused_at_its_limit_and_goes_on_when_resumed(
     supervisor.run_until_idle()
     values = {"max_seconds": 6, "finish_by": int(time.time()) + 8, "max_train_tokens": 3000}
     job_id = service.queue(**LONG, options={limit: values[limit]})
-    assert supervisor.run_until_idle() == 1
+    supervisor.run_until_idle()
     job = service.job(job_id)
     assert (job.status, job.pause_reason, job.error) == ("paused", limit, None)
     assert 0 < job.step < 640
