@@ -63,7 +63,7 @@ def _pause(session: Session, job: Job, reason: str, message: str) -> None:
 
 
 def resume(session: Session, job: Job, limits: Mapping[str, Any] | None = None) -> Job:
-    """Queues a paused job; one that is not paused stays as it is. `limits` replace those of its options.
+    """Queues a paused job; one that is not paused stays as it is. `limits` replace the ones in its options.
 
     Its limits begin anew: they count what comes from now on, and a `finish_by` that has passed is dropped.
     Raises JobStateError if it has ended.

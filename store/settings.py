@@ -111,7 +111,7 @@ class Settings(BaseSettings):
         default=3,
         ge=0,
         le=1000,
-        description="A job's checkpoints at the end of so many of its last epochs are kept, as models.",
+        description="Number of a job's last epochs whose final checkpoints are kept, as models.",
     )
     export_checkpoints: Literal["on_request", "at_epoch_end"] = Field(
         default="on_request",

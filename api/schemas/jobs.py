@@ -199,7 +199,7 @@ class CheckpointObject(BaseModel):
 
     @classmethod
     def of(cls, row: Checkpoint, model: str, status: tuple[str, str | None]) -> "CheckpointObject":
-        """`model` is the name of the job's model, `status` that of `store.checkpoints.status_of`."""
+        """`model` is the name of the job's model, `status` what `store.checkpoints.status_of` returns."""
         return cls(
             id=row.id,
             created_at=int(row.created_at),

@@ -22,7 +22,7 @@ def upgrade() -> None:
     op.add_column("checkpoints", sa.Column("adapter_file", sa.String(length=64), nullable=True))
     op.add_column("checkpoints", sa.Column("certificate", sa.JSON(none_as_null=True), nullable=True))
     op.add_column("checkpoints", sa.Column("deleted_at", sa.Float(precision=53), nullable=True))
-    # Those of earlier versions cannot be exported, and stay as they are.
+    # Checkpoints of earlier versions cannot be exported, and stay as they are.
     op.add_column(
         "checkpoints", sa.Column("is_final", sa.Boolean(), nullable=False, server_default=sa.true())
     )

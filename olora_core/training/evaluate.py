@@ -78,7 +78,7 @@ def evaluate(
 
 
 def quick_interval(run: Run, rows: int) -> int:
-    """Steps from one quick evaluation of so many rows to the next."""
+    """Steps between two quick evaluations of `rows` rows."""
     affordable = math.ceil(rows / (3 * QUICK_SHARE * run.hyperparameters.batch_size))
     return max(affordable, run.total_steps // QUICK_EVALUATIONS)
 

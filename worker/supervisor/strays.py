@@ -25,8 +25,8 @@ def remove_strays(read: Sessions, storage: Storage, job_id: str, *, attempt: int
     """Removes the job's stored folders that no row names.
 
     Call it while holding the job's lease, or once the job has ended. An attempt that lost its lease gives its
-    number as `attempt`, and removes only its own folders. Those of the dispatcher, which reduces the
-    checkpoints of an ended job, are never strays.
+    number as `attempt`, and removes only its own folders. What the dispatcher stores, which reduces the
+    checkpoints of an ended job, is never a stray.
     """
     stored = {key.rpartition("/")[0] for key in storage.list(f"jobs/{job_id}")}
     stored = {folder for folder in stored if not folder.endswith(REDUCED)}
