@@ -28,7 +28,7 @@ def base_id(settings: Settings, name: str) -> str:
 
     Raises ModelError if it stands for none.
     """
-    target = _followed(settings, name)
+    target = _followed(settings, _ids(settings), name)
     try:
         return find_base(settings, target).id
     except ModelError as error:
@@ -43,13 +43,14 @@ def listed_aliases(settings: Settings) -> list[tuple[str, str]]:
     """(alias, base model) for a list of models: names as they are, patterns by the names of OpenAI's."""
     names = [pattern for pattern, _ in settings.model_aliases if not set("*?") & set(pattern)]
     names += [name for name in OPENAIS_NAMES if name not in names]
-    targets = ((name, _followed(settings, name)) for name in names)
+    bases = _ids(settings)
+    targets = ((name, _followed(settings, bases, name)) for name in names)
     return [(name, target) for name, target in targets if target != name]
 
 
 def check_aliases(settings: Settings) -> None:
     """Raises SettingsError if a name could stand for two base models, or for one that is not there."""
-    bases = {ref.id for ref in base_models(settings)}
+    bases = _ids(settings)
     for number, (pattern, target) in enumerate(settings.model_aliases):
         if pattern in bases:
             raise _refusal(f"{pattern!r} is a base model itself; remove this alias")
@@ -58,17 +59,21 @@ def check_aliases(settings: Settings) -> None:
             if common is not None:
                 raise _refusal(f"{pattern!r} and {other!r} both match {common!r}; narrow or remove one")
         try:
-            find_base(settings, _followed(settings, target))
+            find_base(settings, _followed(settings, bases, target))
         except ModelError as error:
             raise _refusal(f"{pattern!r} stands for a missing model. {error.message.rstrip('.')}") from None
 
 
-def _followed(settings: Settings, name: str) -> str:
+def _ids(settings: Settings) -> set[str]:
+    """The ids of the base models, which are no aliases. Without aliases nobody asks."""
+    return {ref.id for ref in base_models(settings)} if settings.model_aliases else set()
+
+
+def _followed(settings: Settings, bases: set[str], name: str) -> str:
     """What a name stands for in the end: an alias may stand for another one; ids of models are no aliases.
 
     Raises SettingsError for a circle.
     """
-    bases = {ref.id for ref in base_models(settings)} if settings.model_aliases else set()
     way = [name]
     while way[-1] not in bases and not name.startswith("ft:"):
         found = next((to for pattern, to in settings.model_aliases if fnmatchcase(way[-1], pattern)), None)

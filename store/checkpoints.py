@@ -5,7 +5,6 @@ table, with a job's life cycle, that no list of jobs shows.
 """
 
 import secrets
-import shutil
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -173,7 +172,6 @@ def finish_checkpoint(sessions: Sessions, store: Storage, scratch: Path) -> bool
             for name in NOT_OF_A_MODEL:
                 (Path(folder) / "all" / name).unlink(missing_ok=True)
             store.put_folder(reduced, Path(folder) / "all")
-            shutil.rmtree(Path(folder) / "all")
     with sessions.begin() as session:
         row = session.get_one(Checkpoint, checkpoint.seq, with_for_update=True)
         is_mine = row.storage_key == key

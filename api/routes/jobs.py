@@ -36,9 +36,6 @@ def create_job(body: BodyDep, call: CallDep) -> JobObject:
     """The job is committed before the answer; the dispatcher then checks its files and queues it."""
     request = read_create(body.values)
     options = request.olora or JobOptions()
-    if not request.model.startswith("ft:"):
-        # Before anything is looked up: a mistyped option is named whatever the model is.
-        spec_of(request, base=request.model, adapter=request.adapter)
     trackers = read_integrations(request.integrations or [])
     require_offered(trackers, call.settings)
     source = source_of(call, request.model, options.base)

@@ -23,7 +23,10 @@ def list_models(call: CallDep) -> ModelList:
         kept = checkpoints.list_checkpoint_models(session, call.project_id)
         own += [_checkpoint(session, row, call) for row in kept]
     listed = [_base(ref) for ref in bases.base_models(call.settings)]
-    listed += [_alias(name, call) for name, _ in aliases.listed_aliases(call.settings)]
+    listed += [
+        _named(name, bases.find_base(call.settings, base))
+        for name, base in aliases.listed_aliases(call.settings)
+    ]
     return ModelList(data=listed + own)
 
 
@@ -34,7 +37,8 @@ def retrieve_model(model: str, call: CallDep) -> ModelObject:
             "Name a model, as in GET /v1/models/olora-tiny; GET /v1/models lists them.", param="model"
         )
     try:
-        return _alias(model, call)
+        ref = bases.find_base(call.settings, aliases.base_id(call.settings, model))
+        return _named(model, ref)
     except ModelError:
         with call.reading() as session:
             if CHECKPOINT_MARK in model:
@@ -72,9 +76,8 @@ def _base(ref: bases.BaseModelRef) -> ModelObject:
     return ModelObject(id=ref.id, created=ref.created, owned_by="system")
 
 
-def _alias(name: str, call: Call) -> ModelObject:
-    """The base model with this id, or that an alias stands for, under the name that was asked for."""
-    ref = bases.find_base(call.settings, aliases.base_id(call.settings, name))
+def _named(name: str, ref: bases.BaseModelRef) -> ModelObject:
+    """A base model under the name that was asked for: its id, or an alias."""
     return _base(ref).model_copy(update={} if ref.id == name else {"id": name, "olora": {"base": ref.id}})
 
 

@@ -1,25 +1,23 @@
 """A checkpoint's adapter, exported and certified without the run's data."""
 
 import json
-import shutil
 from collections.abc import Generator
 from pathlib import Path
 from typing import Any
 
 from ..bases.loading import Base
 from ..errors import CheckpointError
-from ..export.adapter import export_adapter, record_certificate
-from ..export.certificate import certify, certify_merged
 from ..export.manifest import RunRecord
-from ..export.merged import export_merged
 from ..layers.adapter import attach, detach
-from ..progress import Finished, Phase
-from .former import STATE, build_former, read_former, whole
+from ..progress import Finished, Note, Phase
+from .certified_export import export_certified
+from .checkpoint import STATE
+from .former import build_former, read_former, whole
 
 
 def export_checkpoint(
     base: Base, checkpoint: Path, folder: Path
-) -> Generator[Phase | Finished, str | None, None]:
+) -> Generator[Note | Phase | Finished, str | None, None]:
     """Exports the adapter (or the merged model) of a checkpoint's folder, and certifies it.
 
     `base` is loaded as for the run and has no adapters; afterwards it is as before. The optimizer's moments
@@ -37,23 +35,13 @@ def export_checkpoint(
     losses = [(step, loss) for step, loss, *_ in state["history"]]
     metrics = {"steps": state["step"], "exported_step": state["step"], **_newest(state)}
     record = RunRecord.from_json(state["record"], metrics=metrics, losses=losses)
-    merges = record.resolved.adapter.export == "merged"
-    exported = folder / ("model" if merges else "adapter")
     attach(base.model, adapters)
     try:
-        yield Phase("exporting", 0, 1)
-        shutil.rmtree(exported, ignore_errors=True)
-        (export_merged if merges else export_adapter)(base, adapters, exported, record)
-        yield Phase("exporting", 1, 1)
-        yield Phase("certifying", 0, 1)
-        certificate = (certify_merged if merges else certify)(
-            base, adapters, exported, state["certificate_rows"]
+        exported, certificate = yield from export_certified(
+            base, adapters, folder, record, state["certificate_rows"], {"exported_step": state["step"]}
         )
     finally:
         detach(base.model)
-    certificate["exported_step"] = state["step"]
-    record_certificate(exported, certificate)
-    yield Phase("certifying", 1, 1)
     yield Finished(exported, certificate, metrics, state["trained_tokens"], state["step"])
 
 

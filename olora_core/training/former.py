@@ -29,12 +29,13 @@ from ..methods import METHODS
 from ..methods.base import build_adapters_with_progress
 from ..progress import Phase
 from ..specs import TrainSpec
+from .checkpoint import STATE
 from .peft_files import read_peft
 
 FREE = {"dropout", "lora_plus_ratio", "export", "export_rank", "target_modules"}
 """Options that may change while a method goes on: they leave the tensors' names, shapes and meaning."""
-STATE, SAVED = "state.json", ("adapter.safetensors", "frozen.safetensors")
-"""Of a checkpoint: its state, the tensors of its run's own adapter, and those of adapters under it."""
+SAVED = ("adapter.safetensors", "frozen.safetensors")
+"""A checkpoint's files with the tensors of its run's own adapter, and of the adapters under it."""
 _OF_A_LINK = re.compile(r"(.+)\.links\.(\d+)\.(.+)")
 
 

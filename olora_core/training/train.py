@@ -3,7 +3,6 @@
 The functions stand in the order of events: `train`, then what it calls.
 """
 
-import shutil
 from collections.abc import Callable, Generator, Iterator
 from datetime import date
 from functools import partial
@@ -13,12 +12,11 @@ from typing import Any
 from ..bases.loading import Base, check_quantization
 from ..bases.sites import target_sites
 from ..devices import SINGLE, Devices
-from ..export.adapter import export_adapter, record_certificate
-from ..export.certificate import certify, certify_merged
-from ..export.merged import Merged, check_mergeable, export_merged
+from ..export.merged import check_mergeable
 from ..layers.adapter import adapter_tensors, load_adapter_tensors
 from ..progress import Evaluated, Finished, Note, Phase, Progress, Resolved, Samples, Saved, Step
 from ..specs import TrainSpec, check_validation, resolve
+from .certified_export import export_certified
 from .checkpoint import day_of
 from .data import certificate_rows, read_data
 from .early_stopping import is_over
@@ -32,7 +30,6 @@ from .samples import sample
 from .step import fill_note, peak_memory, take_step
 
 TINY_MULTIPLIER = 0.01
-ROUNDING_WORTH_A_WARNING = 0.01
 
 Training = Generator[Progress, str | None, None]
 
@@ -183,37 +180,17 @@ def finish(run: Run, folder: Path) -> Iterator[Note | Phase | Samples | Finished
         samples = yield from sample(run.base, run.data, run.hyperparameters.samples)
     if samples:
         yield samples
-    merges = run.spec.adapter.export == "merged"
-    exported, metrics = folder / ("model" if merges else "adapter"), final_metrics(run)
-    yield Phase("exporting", 0, 1)
-    shutil.rmtree(exported, ignore_errors=True)
+    metrics = final_metrics(run)
     losses = [(step, loss) for step, loss, _, _ in run.history]
-    record = run.record(metrics=metrics, losses=losses, samples=samples)
-    whole = run.exported
-    if merges:
-        yield rounding_note(export_merged(run.base, whole, exported, record))
-    else:
-        export_adapter(run.base, whole, exported, record)
-    yield Phase("exporting", 1, 1)
-    yield Phase("certifying", 0, 1)
-    certified = certify_merged if merges else certify
-    certificate = certified(run.base, whole, exported, certificate_rows(run.data))
-    kept = ("valid_loss_before", "valid_loss_after", "exported_step")
-    certificate |= {name: metrics[name] for name in kept}
-    record_certificate(exported, certificate)
-    yield Phase("certifying", 1, 1)
-    yield Finished(exported, certificate, metrics, run.trained_tokens, run.step)
-
-
-def rounding_note(merged: Merged) -> Note:
-    """How much of the update is lost by rounding to the weights' dtype; in bf16 this can be a large share."""
-    level = "warn" if merged.rounding_loss > ROUNDING_WORTH_A_WARNING else "info"
-    sentence = (
-        f"Merged and rounded to {merged.dtype}, the weights lose {merged.rounding_loss:.2%} of the update."
+    exported, certificate = yield from export_certified(
+        run.base,
+        run.exported,
+        folder,
+        run.record(metrics=metrics, losses=losses, samples=samples),
+        certificate_rows(run.data),
+        {name: metrics[name] for name in ("valid_loss_before", "valid_loss_after", "exported_step")},
     )
-    if level == "warn":
-        sentence += " An adapter (adapter.export = 'adapter') loses nothing."
-    return Note(level, sentence, {"rounding_loss": merged.rounding_loss})
+    yield Finished(exported, certificate, metrics, run.trained_tokens, run.step)
 
 
 def take_the_best(run: Run) -> Iterator[Note]:

@@ -62,8 +62,8 @@ class Service:
     def storage(self) -> Storage:
         return storage(self.settings)
 
-    def upload(self, data: bytes, project: str = PROJECT) -> str:
-        """A training file, checked as an upload is. Returns its id."""
+    def upload(self, data: bytes, project: str = PROJECT, purpose: str = "fine-tune") -> str:
+        """A file; a training file is checked as an upload is. Returns its id."""
         file_id = new_file_id()
         with self.storage.writer(file_key(file_id)) as writer:
             writer.write(data)
@@ -76,10 +76,10 @@ class Service:
                 file_id=file_id,
                 project_id=project,
                 filename="data.jsonl",
-                purpose="fine-tune",
+                purpose=purpose,
                 bytes=writer.bytes,
                 sha256=writer.sha256,
-                report=validate(io.BytesIO(data)).model_dump(mode="json"),
+                report=validate(io.BytesIO(data)).model_dump(mode="json") if purpose == "fine-tune" else None,
             )
         return file_id
 

@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM
 
 from store import checkpoints, fine_tuned
 from store.errors import FileInUse
-from store.files import file_key, get_file, new_file_id, purge_files, record_file
+from store.files import get_file, purge_files
 from store.models import Checkpoint, File, Job
 from tests.worker.service import PROJECT, Service
 from worker.supervisor.strays import remove_strays
@@ -240,7 +240,7 @@ def test_an_adapter_of_peft_is_trained_on_as_plain_lora(
     with zipfile.ZipFile(packed, "w") as archive:
         for path in (tmp_path / "peft").iterdir():
             archive.write(path, f"my-adapter/{path.name}")
-    file_id = upload_adapter(service, packed.getvalue())
+    file_id = service.upload(packed.getvalue(), purpose="fine-tune-adapter")
     # A rate of nearly 0: what is exported is what it started from.
     job_id = service.queue(
         rows=32,
@@ -256,23 +256,6 @@ def test_an_adapter_of_peft_is_trained_on_as_plain_lora(
     torch.testing.assert_close(served(service, own), wanted, atol=1e-5, rtol=1e-5)
     assert json.loads((own / "adapter_config.json").read_text())["r"] == 8
     assert job.fine_tuned_model == f"ft:tiny:olora::{job_id[-8:]}"
-
-
-def upload_adapter(service: Service, data: bytes) -> str:
-    file_id = new_file_id()
-    with service.storage.writer(file_key(file_id)) as writer:
-        writer.write(data)
-    with service.write.begin() as session:
-        record_file(
-            session,
-            file_id=file_id,
-            project_id=PROJECT,
-            filename="adapter.zip",
-            purpose="fine-tune-adapter",
-            bytes=writer.bytes,
-            sha256=writer.sha256,
-        )
-    return file_id
 
 
 def zip_of(**files: bytes) -> bytes:
@@ -300,7 +283,7 @@ def zip_of(**files: bytes) -> bytes:
 def test_an_adapter_that_cannot_be_used_fails_the_job_with_a_sentence(
     service: Service, supervisor: Supervisor, data: bytes, problem: str
 ) -> None:
-    file_id = upload_adapter(service, data)
+    file_id = service.upload(data, purpose="fine-tune-adapter")
     job_id = service.queue(rows=32, former={"former_model": file_id, "former_file": file_id})
     supervisor.run_until_idle()
     job = service.job(job_id)

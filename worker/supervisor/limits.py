@@ -23,7 +23,7 @@ class Reached:
 
 @dataclass
 class Limits:
-    """Those of one job. What earlier attempts have used since the job was last resumed counts."""
+    """The limits of one job. What earlier attempts have used since the job was last resumed counts."""
 
     word: str = "job"
     max_seconds: float | None = None
@@ -36,7 +36,7 @@ class Limits:
 
     def count(self, kind: str, values: Mapping[str, Any]) -> None:
         """Takes one of the trainer's progress items."""
-        if kind == "Step":
+        if kind == "Step" and self.max_train_tokens is not None:
             self.tokens[values["step"]] = values["trained_tokens"]
 
     def reached(self, clock: Callable[[], float] = time.time) -> Reached | None:
@@ -63,8 +63,10 @@ def read_limits(session: Session, job: Job) -> Limits:
     spent = select(func.sum(Attempt.ended_at - Attempt.started_at)).where(
         Attempt.job_id == job.id, Attempt.attempt > job.limits_from_attempt, Attempt.attempt < job.attempt
     )
-    rows = select(Metric).where(Metric.job_id == job.id, Metric.step > job.limits_from_step)
-    trained = {row.step: row.values.get("trained_tokens") or 0 for row in session.scalars(rows)}
+    trained = {}
+    if options.get("max_train_tokens") is not None:
+        rows = select(Metric).where(Metric.job_id == job.id, Metric.step > job.limits_from_step)
+        trained = {row.step: row.values.get("trained_tokens") or 0 for row in session.scalars(rows)}
     return Limits(
         word=KINDS[job.kind].word,
         max_seconds=options.get("max_seconds"),
