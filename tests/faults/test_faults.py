@@ -126,7 +126,7 @@ def test_a_worker_that_slept_too_long_changes_nothing(embedded: Fleet, uninterru
         wait_until(lambda: not exists(trainer), "the trainer's own end", seconds=LEASE_SECONDS)
         embedded.service.wait(job_id, lambda job: job.attempt == 2, "another attempt")
         embedded.service.wait_for_end(job_id)
-        before = embedded.service.traces(job_id)
+        before = embedded.service.traces_at_rest(job_id)
         assert time.monotonic() - stopped > LEASE_SECONDS
     finally:
         sleeper.send(signal.SIGCONT)
@@ -150,7 +150,7 @@ def test_a_message_that_comes_ten_times_starts_one_attempt(
     job = assert_as_if_nothing_had_happened(embedded.service, job_id, uninterrupted)
     assert job.attempt == 1
 
-    before = embedded.service.traces(job_id)
+    before = embedded.service.traces_at_rest(job_id)
     embedded.wake(5)
     wait_until(lambda: embedded.waiting() == 0, "the taking of the messages")
     time.sleep(0.5)

@@ -17,6 +17,7 @@ from sqlalchemy.orm import Session
 from olora_core.formats import validate
 from olora_core.specs import read_comparison, read_spec
 from store import control, jobs, progress
+from store.checkpoints import REDUCED
 from store.events import events_since
 from store.files import file_key, new_file_id, record_file
 from store.models import Attempt, Checkpoint, Event, File, Job, Metric, Project
@@ -25,6 +26,7 @@ from store.settings import Settings, read_settings
 from store.statuses import ENDED
 from store.storage import Storage, storage
 from tests.rows import chat_file
+from tests.services import wait_until
 
 PROJECT = "default"
 HELD_OUT = chat_file(10, first=100)
@@ -230,6 +232,18 @@ class Service:
         row = {column.key: getattr(job, column.key) for column in Job.__mapper__.column_attrs}
         events = [event.id for event in self.events(job_id)]
         return json.dumps([row, events, self.storage.list(f"jobs/{job_id}")], default=str, sort_keys=True)
+
+    def traces_at_rest(self, job_id: str) -> str:
+        """Those of an ended job, once its worker has removed what no row names, and the dispatcher what only
+        resuming needs."""
+
+        def at_rest() -> bool:
+            kept = {str(checkpoint.storage_key) for checkpoint in self.checkpoints(job_id)}
+            stored = {key.rpartition("/")[0] for key in self.storage.list(f"jobs/{job_id}/checkpoints")}
+            return stored == kept and all(key.endswith(REDUCED) for key in kept)
+
+        wait_until(at_rest, "the tidying of the job's storage")
+        return self.traces(job_id)
 
     def wait(
         self, job_id: str, reached: Callable[[Job], object], what: str, seconds: float = WAIT_SECONDS
