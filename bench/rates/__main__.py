@@ -12,6 +12,7 @@ import argparse
 import json
 import math
 import time
+from collections.abc import Sequence
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -122,7 +123,7 @@ def key(line: dict[str, Any]) -> tuple[Any, ...]:
     return line["base"], line["task"], line["method"], line["rank"], line.get("alpha")
 
 
-def main() -> None:
+def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     commands = parser.add_subparsers(required=True)
     sweeps = commands.add_parser("sweep")
@@ -141,7 +142,7 @@ def main() -> None:
     table = commands.add_parser("table")
     table.add_argument("files", nargs="+", type=Path)
     table.set_defaults(run=print_table)
-    asked = parser.parse_args()
+    asked = parser.parse_args(arguments)
     asked.run(asked)
 
 

@@ -2,17 +2,13 @@
 
 import json
 import math
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 
 from bench.rates import tasks
+from bench.rates.__main__ import main
 from bench.rates.sweep import sweep
 from bench.rates.table import best, lost, summary
-
-ROOT = Path(__file__).parents[2]
 
 
 def line_of(rates: list[float], loss, **values) -> dict:
@@ -70,32 +66,19 @@ def test_a_tasks_files_have_rows_that_training_does_not(task, tmp_path) -> None:
     assert not set(rows["train"]) & set(rows["valid"])
 
 
-def test_a_sweep_of_one_triple_prints_and_keeps_what_it_measured(tmp_path) -> None:
+def test_a_sweep_of_one_triple_prints_and_keeps_what_it_measured(tmp_path, capsys) -> None:
     out = tmp_path / "rates.jsonl"
-    program = [sys.executable, "-m", "bench.rates"]
-    chosen = [
-        "--tasks",
-        "keys",
-        "--methods",
-        "lora",
-        "--ranks",
-        "4",
-        "--steps",
-        "2",
-        "--curvature",
-        "--seeds",
-        "1",
-    ]
+    triple = ["--tasks", "keys", "--methods", "lora", "--ranks", "4", "--steps", "2"]
     places = ["--work", str(tmp_path), "--out", str(out)]
     for _ in range(2):  # the second has nothing left to do
-        subprocess.run([*program, "sweep", *chosen, *places], cwd=ROOT, check=True, capture_output=True)
+        main(["sweep", *triple, "--curvature", "--seeds", "1", *places])
     (line,) = map(json.loads, out.read_text().splitlines())
     assert line["measured"] > 0
     assert line["curvature"] > 0
     assert len(line["others"]) == 1
     assert len(line["losses"]) >= 3
-    table = subprocess.run(
-        [*program, "table", str(out)], cwd=ROOT, check=True, capture_output=True, text=True
-    ).stdout
+    assert f"  rate {line['losses'][0][0]:.2e}: {line['losses'][0][1]:.4f}\n" in capsys.readouterr().out
+    main(["table", str(out)])
+    table = capsys.readouterr().out
     assert table.splitlines()[0].startswith("shipped  keys       lora       4  best")
     assert "within a factor 2" in table
