@@ -88,6 +88,7 @@ ARMS = {
     "ours-padded": Arm("ours", "padded instead of packed", {"packing": False}),
     "ours-512-tokens": Arm("ours", "512 tokens a pass", {"micro_batch_tokens": 512}),
     "ours-1024-tokens": Arm("ours", "1024 tokens a pass", {"micro_batch_tokens": 1024}),
+    "ours-2048-tokens": Arm("ours", "2048 tokens a pass", {"micro_batch_tokens": 2048}),
     "ours-checkpointing": Arm("ours", "gradient checkpointing", {"gradient_checkpointing": True}),
     "ours-masked": Arm("ours", "packed rows attended through one mask", switch="segments"),
     "ours-every-logit": Arm("ours", "the head on every token", switch="label-only head"),
@@ -346,9 +347,8 @@ def peer(task: Task, arm: Arm) -> dict[str, Any]:
     sums = torch.stack(losses).float().view(task.steps, per_step).sum(dim=1).tolist()
     held_out = held_out_loss(trainer.model.get_base_model(), task.folder)
     lengths = [len(row["input_ids"]) for row in trainer.train_dataset]
-    step_rows = len(lengths) // task.steps
-    if arm.options.get("packing"):  # the last step may hold fewer rows
-        step_rows = trainer.args.per_device_train_batch_size
+    # A packed row is a step's.
+    step_rows = trainer.args.per_device_train_batch_size if arm.options.get("packing") else task.batch_size
     tokens = sum(lengths[task.warm_up * step_rows : task.steps * step_rows])
     return result(sums, held_out, tokens, clock, libraries, arm.dtype)
 

@@ -84,6 +84,7 @@ def estimate(**changes: Any) -> Estimate:
         "head": 0,
         "penalty": 0,
         "slack": 1.0,
+        "whole": 20_000,
     }
     return Estimate(**known | changes)
 
@@ -125,7 +126,7 @@ def begun(base: Base, training: Path, folder: Path, **settings: Any) -> list[Pro
 
 
 def with_free(monkeypatch: pytest.MonkeyPatch, free: int) -> None:
-    monkeypatch.setattr(memory, "memory_of", lambda device: (1000, free))
+    monkeypatch.setattr(memory, "memory_of", lambda device: (1000, free, 2**40))
 
 
 def test_with_room_enough_a_pass_is_as_large_as_is_fast(llama, training, tmp_path, monkeypatch) -> None:
@@ -170,13 +171,29 @@ def test_with_little_room_passes_shrink_and_then_blocks_are_checkpointed(
     assert note.level == "warn"
 
 
-def test_a_pass_of_a_large_base_is_small_on_a_cpu() -> None:
-    """1 MB a token: 512 tokens take more than a CPU's share of bytes, but fewer would cost speed."""
-    sizes = {"passes": (0.0, 2.0**20, 0.0), "free": 2**40}
+def test_a_pass_takes_an_eighth_of_a_machines_memory_unless_that_is_slow() -> None:
+    """1 MB a token: 512 tokens take more than an eighth of 2 GB, but fewer would cost speed."""
+    sizes = {"passes": (0.0, 2.0**20, 0.0), "free": 2**40, "whole": 2**31}
     assert memory._tokens_of_a_pass(estimate(**sizes), 100, 100, "cpu", False) == 512
     assert memory._tokens_of_a_pass(estimate(**sizes), 100, 100, "cuda", False) == 16384
     sizes["passes"] = (0.0, 150 * 2.0**10, 0.0)
     assert memory._tokens_of_a_pass(estimate(**sizes), 100, 100, "cpu", False) == 1024
+    sizes["whole"] *= 2
+    assert memory._tokens_of_a_pass(estimate(**sizes), 100, 100, "cpu", False) == 2048
+
+
+def test_memory_is_read_from_the_machine_and_its_control_group(monkeypatch, tmp_path) -> None:
+    used, free, whole = memory.memory_of(torch.device("cpu"))
+    assert 0 < used < whole
+    assert 0 < free <= whole <= os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    monkeypatch.setattr(memory, "CONTROL_GROUP", tmp_path)
+    (tmp_path / "memory.max").write_text(f"{whole // 2}\n")
+    (tmp_path / "memory.current").write_text(f"{whole // 2 - 4096}\n")
+    assert memory.memory_of(torch.device("cpu"))[1:] == (4096, whole // 2)
+    (tmp_path / "memory.max").write_text("max\n")
+    assert memory.memory_of(torch.device("cpu"))[2] == os.sysconf("SC_PHYS_PAGES") * os.sysconf(
+        "SC_PAGE_SIZE"
+    )
 
 
 def test_what_was_asked_for_is_kept(llama, training, tmp_path) -> None:
