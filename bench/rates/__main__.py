@@ -13,6 +13,7 @@ import json
 import math
 import time
 from collections.abc import Sequence
+from dataclasses import asdict
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -26,7 +27,7 @@ from olora_core.training.data import Data, read_data
 from olora_core.training.measured_rate import PEAK
 
 from . import bases, tasks
-from .sweep import curvature, final_loss, measured, sweep, train_spec
+from .sweep import Kind, curvature, final_loss, measured, sweep, train_spec
 from .table import best, details, summary
 
 Adapter = dict[str, Any]
@@ -39,45 +40,68 @@ def run_sweeps(asked: argparse.Namespace) -> None:
     """Appends one line of JSON for each triple that the file does not have yet."""
     torch.set_num_threads(asked.threads)
     asked.work.mkdir(parents=True, exist_ok=True)
-    base = load_base(bases.folder(asked.base, asked.work), name=asked.base, dtype=torch.float32)
+    kind = Kind(asked.type, asked.quantization)
+    base = load_base(
+        bases.folder(asked.base, asked.work),
+        name=asked.base,
+        dtype=torch.float32,
+        quantization=kind.quantization,
+    )
     done = {key(line) for line in read(asked.out)} if asked.out.exists() else set()
     for task in asked.tasks:
-        data = data_of(task, base, asked.work)
+        data = data_of(task, kind, base, asked.work)
         for rank, method in product(asked.ranks, asked.methods):
             adapter = {"method": method, "rank": rank}
             if asked.alpha is not None:
                 adapter["alpha"] = asked.alpha
-            triple = {"base": asked.base, "task": task, **adapter}
+            triple = {"base": asked.base, "task": task, **adapter, **other_than_default(kind)}
             if key(triple) in done:
                 continue
             line = triple | swept(
-                adapter, base, data, length=asked.steps, seeds=asked.seeds, with_curvature=asked.curvature
+                *(adapter, kind, base, data),
+                length=asked.steps,
+                seeds=asked.seeds,
+                with_curvature=asked.curvature,
             )
             with asked.out.open("a") as out:
                 out.write(json.dumps(line) + "\n")
 
 
-def data_of(task: str, base: Base, work: Path) -> Data:
+def other_than_default(kind: Kind) -> dict[str, str]:
+    """What a line says of its kind."""
+    return {name: value for name, value in asdict(kind).items() if value != getattr(Kind, name)}
+
+
+def data_of(task: str, kind: Kind, base: Base, work: Path) -> Data:
     """The task's rows, tokenised for the base; its files are made in `work` where they are missing."""
-    files = {role: work / f"{base.name}-{task}-{role}.jsonl" for role in tasks.ROWS}
+    files = {role: work / f"{base.name}-{task}-{kind.type}-{role}.jsonl" for role in tasks.ROWS}
     for role, path in files.items():
         if not path.exists():
-            tasks.write(task, role, path, system=bases.SYSTEM.get(base.name))
-    return result_of(read_data(train_spec({}), base, files["train"], files["valid"], work / "tokens"))
+            system, preferences = bases.SYSTEM.get(base.name), kind.type == "dpo"
+            tasks.write(task, role, path, system=system, preferences=preferences)
+    spec = train_spec({}, kind)
+    return result_of(read_data(spec, base, files["train"], files["valid"], work / "tokens"))
 
 
 def swept(
-    adapter: Adapter, base: Base, data: Data, *, length: int, seeds: int, with_curvature: bool
+    adapter: Adapter,
+    kind: Kind,
+    base: Base,
+    data: Data,
+    *,
+    length: int,
+    seeds: int,
+    with_curvature: bool,
 ) -> dict[str, Any]:
     """The rates that are known beforehand, the losses of a sweep around the measured one, and those of other
     seeds at the best rate."""
     began = time.monotonic()
-    table = learning_rate_for(train_spec(adapter).adapter, base.width)
-    auto = measured(adapter, base, data)
+    table = learning_rate_for(train_spec(adapter, kind).adapter, base.width)
+    auto = measured(adapter, kind, base, data)
     print(f"{adapter}: table {table:.2e}, {auto.sentence}", flush=True)
 
     def loss_at(rate: float) -> float:
-        loss = final_loss(adapter, base, data, rate, length)
+        loss = final_loss(adapter, kind, base, data, rate, length)
         print(f"  rate {rate:.2e}: {loss:.4f}", flush=True)
         return loss
 
@@ -91,9 +115,9 @@ def swept(
         "losses": list(sweep(loss_at, auto.rate).items()),
     }
     rate = best(found)[0]
-    found["others"] = [final_loss(adapter, base, data, rate, length, seed + 1) for seed in range(seeds)]
+    found["others"] = [final_loss(adapter, kind, base, data, rate, length, seed + 1) for seed in range(seeds)]
     if with_curvature:
-        found["curvature"] = curvature(adapter, base, data)
+        found["curvature"] = curvature(adapter, kind, base, data)
     return found | {"seconds": round(time.monotonic() - began)}
 
 
@@ -120,7 +144,8 @@ def read(path: Path) -> list[dict[str, Any]]:
 
 
 def key(line: dict[str, Any]) -> tuple[Any, ...]:
-    return line["base"], line["task"], line["method"], line["rank"], line.get("alpha")
+    names = ("base", "task", "method", "rank", "alpha", "type", "quantization")
+    return tuple(line.get(name) for name in names)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -132,6 +157,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     sweeps.add_argument("--methods", nargs="+", default=METHODS)
     sweeps.add_argument("--ranks", nargs="+", type=int, default=RANKS)
     sweeps.add_argument("--alpha", type=float, help="instead of each method's default")
+    sweeps.add_argument("--type", choices=["supervised", "dpo"], default="supervised")
+    sweeps.add_argument("--quantization", default="none", help="of the base, as in the spec")
     sweeps.add_argument("--steps", type=int, default=60)
     sweeps.add_argument("--seeds", type=int, default=0, help="further seeds at the best rate")
     sweeps.add_argument("--curvature", action="store_true")

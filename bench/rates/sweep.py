@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -28,9 +29,21 @@ a parabola over half decades would miss the best one by far."""
 BATCH = 4
 
 
-def train_spec(adapter: dict[str, Any], seed: int = 0, **hyperparameters: Any) -> TrainSpec:
-    fixed = {"batch_size": BATCH, "samples": 0, "dtype": "float32", **hyperparameters}
-    return read_spec(model="base", adapter=adapter, hyperparameters=fixed, seed=seed)
+@dataclass(frozen=True)
+class Kind:
+    """What the runs of a sweep have in common beside their method."""
+
+    type: str = "supervised"
+    quantization: str = "none"
+
+
+def train_spec(
+    adapter: dict[str, Any], kind: Kind = Kind(), seed: int = 0, **hyperparameters: Any
+) -> TrainSpec:
+    fixed = {"batch_size": BATCH, "samples": 0, "dtype": "float32", "quantization": kind.quantization}
+    return read_spec(
+        model="base", type=kind.type, adapter=adapter, hyperparameters=fixed | hyperparameters, seed=seed
+    )
 
 
 @contextmanager
@@ -45,10 +58,10 @@ def begun(spec: TrainSpec, base: Base, data: Data) -> Iterator[Run]:
 
 
 def final_loss(
-    adapter: dict[str, Any], base: Base, data: Data, rate: float, length: int, seed: int = 0
+    adapter: dict[str, Any], kind: Kind, base: Base, data: Data, rate: float, length: int, seed: int = 0
 ) -> float:
     """Validation loss after a whole run at this peak rate, in nats; infinite if it diverged."""
-    spec = train_spec(adapter, seed, learning_rate=rate, max_steps=length)
+    spec = train_spec(adapter, kind, seed, learning_rate=rate, max_steps=length)
     with begun(spec, base, data) as run:
         nowhere = Checkpoints(save=lambda run: None, seconds=math.inf, follow_evaluations=False)
         try:
@@ -70,15 +83,15 @@ def sweep(measure: Callable[[float], float], first: float) -> dict[float, float]
     return {first * STEP**power: losses[power] for power in sorted(losses)}
 
 
-def measured(adapter: dict[str, Any], base: Base, data: Data) -> MeasuredRate:
+def measured(adapter: dict[str, Any], kind: Kind, base: Base, data: Data) -> MeasuredRate:
     """What a run with learning_rate "auto" measures."""
-    with begun(train_spec(adapter), base, data) as run:
+    with begun(train_spec(adapter, kind), base, data) as run:
         return result_of(measure_rate(run))
 
 
-def curvature(adapter: dict[str, Any], base: Base, data: Data) -> float:
+def curvature(adapter: dict[str, Any], kind: Kind, base: Base, data: Data) -> float:
     """The largest eigenvalue of the loss's Hessian in the adapter's coordinates, at the run's start."""
-    with begun(train_spec(adapter), base, data) as run:
+    with begun(train_spec(adapter, kind), base, data) as run:
         rows = np.concatenate([run.rows(step) for step in range(1, 5)])
         return largest_eigenvalue(run, rows, [p.detach().clone() for p in run.parameters])
 

@@ -55,13 +55,18 @@ def lost(line: Line, rate: float) -> tuple[float, bool]:
     return max(0.0, a * x**2 + b * x + c - lowest), False
 
 
+def group(line: Line) -> str:
+    """The base, with what makes the sweep another kind than the most."""
+    return " ".join([line["base"], *(line[name] for name in ("type", "quantization") if name in line)])
+
+
 def summary(lines: list[Line], rules: dict[str, Rule]) -> list[str]:
-    """A line for each base and rule, then one for all bases together."""
+    """A line for each group and rule, then one for all groups together."""
     groups: dict[str, list[Line]] = defaultdict(list)
     for line in lines:
-        groups[line["base"]].append(line)
+        groups[group(line)].append(line)
     rows = []
-    for base, own in [*groups.items(), ("all", lines)]:
+    for label, own in [*groups.items(), ("all", lines)]:
         for name, rule in rules.items():
             factors = [rule(line) / best(line)[0] for line in own]
             costs = [lost(line, rule(line)) for line in own]
@@ -71,7 +76,7 @@ def summary(lines: list[Line], rules: dict[str, Rule]) -> list[str]:
             high = nats[math.ceil(0.9 * len(nats)) - 1]
             beyond = sum(outside for _, outside in costs)
             rows.append(
-                f"{base:8} {name:18} {near:3} of {len(own):3} within a factor {WITHIN:g}; "
+                f"{label:12} {name:18} {near:3} of {len(own):3} within a factor {WITHIN:g}; "
                 f"rate / best: median {statistics.median(factors):.2f}, spread ×{spread:.2f}; "
                 f"nats lost: median {statistics.median(nats):.3f}, "
                 f"nine tenths {high:.3f}, most {nats[-1]:.3f}; {beyond} beyond the sweep"
@@ -93,7 +98,7 @@ def details(lines: Iterable[Line], rules: dict[str, Rule]) -> list[str]:
             f" ± {statistics.stdev(seeds):.3f}" if len(seeds) > 1 else ""
         )
         rows.append(
-            f"{line['base']:8} {line['task']:10} {line['method']:8} {line['rank']:3}  best {rate:.2e} "
+            f"{group(line):12} {line['task']:10} {line['method']:8} {line['rank']:3}  best {rate:.2e} "
             f"({mean}): {told}"
         )
     return rows

@@ -20,10 +20,11 @@ LONGEST = 280
 """Characters of a row's messages together."""
 
 
-def write(task: str, role: str, path: Path, *, system: str | None = None) -> None:
+def write(task: str, role: str, path: Path, *, system: str | None = None, preferences: bool = False) -> None:
     """Writes the task's training or validation file, `role` being "train" or "valid".
 
     `system` is for templates that put a long one of their own before conversations without such a message.
+    With `preferences` a row has its answer as the preferred one, and the next row's as the other.
     """
     rows = [row for row in CONVERSATIONS[task](role) if sum(len(m["content"]) for m in row) <= LONGEST]
     if len(rows) < ROWS[role]:
@@ -31,7 +32,18 @@ def write(task: str, role: str, path: Path, *, system: str | None = None) -> Non
     order = np.random.default_rng(0).permutation(len(rows))[: ROWS[role]]
     first = [] if system is None else [{"role": "system", "content": system}]
     chosen = [rows[i] if rows[i][0]["role"] == "system" else [*first, *rows[i]] for i in order]
-    path.write_text("".join(json.dumps({"messages": row}) + "\n" for row in chosen))
+    lines = [{"messages": row} for row in chosen]
+    if preferences:
+        lines = [
+            {
+                "input": {"messages": row[:-1]},
+                "preferred_output": row[-1:],
+                "non_preferred_output": other[-1:],
+            }
+            for row, other in zip(chosen, [*chosen[1:], chosen[0]], strict=True)
+            if row[-1] != other[-1]
+        ]
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
 
 
 def docstrings(role: str) -> list[list[dict[str, str]]]:

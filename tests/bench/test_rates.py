@@ -66,6 +66,25 @@ def test_a_tasks_files_have_rows_that_training_does_not(task, tmp_path) -> None:
     assert not set(rows["train"]) & set(rows["valid"])
 
 
+def test_of_a_preference_the_rejected_answer_is_another_rows(tmp_path) -> None:
+    tasks.write("orders", "train", tmp_path / "rows", preferences=True)
+    rows = [json.loads(line) for line in (tmp_path / "rows").read_text().splitlines()]
+    assert len(rows) > 300
+    answers = [row["preferred_output"] for row in rows]
+    for row in rows:
+        assert row["input"]["messages"][-1]["role"] == "user"
+        assert row["non_preferred_output"] in answers
+        assert row["non_preferred_output"] != row["preferred_output"]
+
+
+def test_sweeps_of_preferences_and_on_quantised_bases_are_judged_apart(tmp_path) -> None:
+    plain = line_of([5e-4, 1e-3, 2e-3], bowl, measured=1e-3)
+    rows = summary(
+        [plain, plain | {"type": "dpo"}, plain | {"quantization": "int8"}], {"r": lambda line: 1e-3}
+    )
+    assert [row.split(" r ")[0].strip() for row in rows] == ["a", "a dpo", "a int8", "all"]
+
+
 def test_a_sweep_of_one_triple_prints_and_keeps_what_it_measured(tmp_path, capsys) -> None:
     out = tmp_path / "rates.jsonl"
     triple = ["--tasks", "keys", "--methods", "lora", "--ranks", "4", "--steps", "2"]
@@ -80,5 +99,5 @@ def test_a_sweep_of_one_triple_prints_and_keeps_what_it_measured(tmp_path, capsy
     assert f"  rate {line['losses'][0][0]:.2e}: {line['losses'][0][1]:.4f}\n" in capsys.readouterr().out
     main(["table", str(out)])
     table = capsys.readouterr().out
-    assert table.splitlines()[0].startswith("shipped  keys       lora       4  best")
+    assert table.splitlines()[0].startswith("shipped      keys       lora       4  best")
     assert "within a factor 2" in table
