@@ -13,7 +13,6 @@ from olora_core.progress import Note
 from olora_core.specs import TrainSpec
 
 from .claims import Claim, write_as
-from .errors import NotFound
 from .events import add_notes, event_row, storable
 from .models import Checkpoint, Event, Job, Metric, new_id
 from .pages import RowPage, read_page
@@ -262,18 +261,9 @@ def _prune(session: Session, job_id: str, best_step: int | None, kept_epochs: in
 def list_checkpoints(
     session: Session, job_id: str, *, after: str | None = None, limit: int = 10
 ) -> RowPage[Checkpoint]:
-    """The checkpoints that are still stored, newest first."""
-    rows = select(Checkpoint).where(Checkpoint.storage_key.is_not(None))
+    """The checkpoints that are stored and not deleted, newest first."""
+    rows = select(Checkpoint).where(Checkpoint.storage_key.is_not(None), Checkpoint.deleted_at.is_(None))
     return read_page(session, rows, Checkpoint, within=Checkpoint.job_id == job_id, after=after, limit=limit)
-
-
-def get_checkpoint(session: Session, job_id: str, checkpoint_id: str) -> Checkpoint:
-    """Raises NotFound, also for a pruned checkpoint."""
-    rows = _stored(job_id).where(Checkpoint.id == checkpoint_id)
-    checkpoint = session.scalar(rows)
-    if checkpoint is None:
-        raise NotFound(f"No such checkpoint: {checkpoint_id}.", param="checkpoint_id")
-    return checkpoint
 
 
 def latest_checkpoint(session: Session, job_id: str) -> Checkpoint | None:

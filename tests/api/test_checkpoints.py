@@ -16,7 +16,6 @@ from .calls import (
     Attempt,
     create,
     created,
-    eventually,
     finished,
     job,
     settled,
@@ -106,7 +105,7 @@ def test_a_checkpoint_is_a_model_until_it_is_deleted(
     assert client.delete(f"/v1/models/{name}").json()["deleted"] is True
     assert client.get(f"/v1/models/{name}").status_code == 404
     assert client.get(f"/v1/models/{done['fine_tuned_model']}").status_code == 200
-    eventually(lambda: client.get(f"/v1/fine_tuning/jobs/{done['id']}/checkpoints").json()["data"] == [])
+    assert client.get(f"/v1/fine_tuning/jobs/{done['id']}/checkpoints").json()["data"] == []
 
 
 def test_checkpoints_go_with_their_model(client: TestClient, settings: Settings) -> None:

@@ -13,7 +13,7 @@ from sqlalchemy import select
 from olora_core.errors import DataError
 from olora_core.progress import Note
 from olora_core.specs import RunFacts, resolve
-from store import claims, control, endings, files, fine_tuned, jobs, progress
+from store import checkpoints, claims, control, endings, files, fine_tuned, jobs, progress
 from store.errors import FileUnusable, LeaseLost, NotFound, UnknownCursor
 from store.events import events_since, list_events
 from store.models import Attempt, Event, File, Job, Metric, new_id
@@ -644,16 +644,16 @@ def test_a_checkpoint_made_again_replaces_its_forerunner(sessions: Sessions) -> 
 
 
 def test_a_pruned_checkpoint_is_not_found(sessions: Sessions) -> None:
-    making.job(sessions)
+    job = making.job(sessions)
     claim = making.claimed(sessions)
     add_checkpoint(sessions, claim, 1)
     with sessions() as session:
         first = progress.list_checkpoints(session, claim.job_id).data[0]
-        assert progress.get_checkpoint(session, claim.job_id, first.id).step == 1
+        assert checkpoints.get_checkpoint(session, job.project_id, first.id).step == 1
     for step in (2, 3):
         add_checkpoint(sessions, claim, step)
     with sessions() as session, pytest.raises(NotFound):
-        progress.get_checkpoint(session, claim.job_id, first.id)
+        checkpoints.get_checkpoint(session, job.project_id, first.id)
 
 
 # --- reading -------------------------------------------------------------------------------------------
