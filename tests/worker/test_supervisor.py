@@ -721,11 +721,12 @@ def test_a_job_is_paused_at_its_limit_and_goes_on_when_resumed(
     service.queue(rows=32, max_steps=1)  # starts the trainer, unless it is there
     supervisor.run_until_idle()
     values = {"max_seconds": 6, "finish_by": int(time.time()) + 8, "max_train_tokens": 3000}
-    job_id = service.queue(**LONG, options={limit: values[limit]})
+    much_longer = LONG | {"rows": 640}  # than six seconds, on any machine
+    job_id = service.queue(**much_longer, options={limit: values[limit]})
     supervisor.run_until_idle()
     job = service.job(job_id)
     assert (job.status, job.pause_reason, job.error) == ("paused", limit, None)
-    assert 0 < job.step < 640
+    assert 0 < job.step < 6400
     assert service.checkpoints(job_id)[0].step == job.step
     [told] = [event for event in service.events(job_id) if event.data == {"reason": limit}]
     assert limit in told.message
