@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 from urllib.parse import unquote, urlsplit
 
-from pydantic import Field, SecretStr, ValidationError, ValidationInfo, field_validator
+from pydantic import BeforeValidator, Field, SecretStr, ValidationError, ValidationInfo, field_validator
 from pydantic_settings import BaseSettings, NoDecode, SettingsConfigDict
 
 from olora_core.specs.validation import requirement, shown
@@ -40,6 +40,20 @@ def _database_in_home(values: dict[str, Any]) -> str:
 
 def _lease_by_database(values: dict[str, Any]) -> float:
     return 15.0 if values["database_url"].startswith("sqlite") else 60.0
+
+
+def _aliases(value: Any) -> Any:
+    """(name or pattern, base model) of each pair in the variable."""
+    if not isinstance(value, str):
+        return value
+    pairs = [part.partition("=") for part in value.split(",") if part.strip()]
+    aliases = tuple((name.strip(), base.strip()) for name, _, base in pairs)
+    for name, base in aliases:
+        if not name or not base or len(name) > 256 or name.startswith("ft:") or set("[]*?") & set(base):
+            raise ValueError("must be comma-separated pairs such as gpt-4o-mini*=olora-tiny")
+        if "[" in name:
+            raise ValueError("may use * and ? in names, and no [")
+    return aliases
 
 
 class Settings(BaseSettings):
@@ -89,7 +103,7 @@ class Settings(BaseSettings):
         default=(),
         description="Hugging Face ids that may be trained, as comma-separated patterns: `Qwen/*,gpt2`.",
     )
-    model_aliases: Annotated[tuple[tuple[str, str], ...], NoDecode] = Field(
+    model_aliases: Annotated[tuple[tuple[str, str], ...], NoDecode, BeforeValidator(_aliases)] = Field(
         default=(),
         description="Other names for base models, comma-separated: `gpt-4o-mini*=olora-tiny`.",
     )
@@ -232,20 +246,6 @@ class Settings(BaseSettings):
         if isinstance(value, str):
             return tuple(part.strip() for part in value.split(",") if part.strip())
         return value
-
-    @field_validator("model_aliases", mode="before")
-    @classmethod
-    def _pairs(cls, value: Any) -> Any:
-        if not isinstance(value, str):
-            return value
-        pairs = [part.partition("=") for part in value.split(",") if part.strip()]
-        aliases = tuple((name.strip(), base.strip()) for name, _, base in pairs)
-        for name, base in aliases:
-            if not name or not base or len(name) > 256 or name.startswith("ft:") or set("[]*?") & set(base):
-                raise ValueError("must be comma-separated pairs such as gpt-4o-mini*=olora-tiny")
-            if "[" in name:
-                raise ValueError("may use * and ? in names, and no [")
-        return aliases
 
     @field_validator("organization")
     @classmethod

@@ -224,14 +224,7 @@ def start(
     hyperparameters = spec.hyperparameters
     total_steps = steps_of(hyperparameters, len(data.training))
     schedule = schedule_of(hyperparameters)
-    method = METHODS[spec.adapter.method](
-        spec.adapter,
-        seed=spec.seed,
-        total_steps=total_steps,
-        schedule=schedule,
-        weight_decay=hyperparameters.weight_decay,
-        devices=devices,
-    )
+    method = method_of(spec, total_steps, schedule, devices)
     packing = base.passes.packing  # before the adapters are attached, since it looks at the bare model
     adapters = yield from build_adapters_with_progress(method, base.model, sites, devices)
     chain = put_under(base.model, former, built, adapters, going_on=going_on) if former else Chain()
@@ -252,13 +245,6 @@ def start(
     plan = devices.broadcast_object(own_plan)
     passes = plan.spec.hyperparameters
     set_checkpointing(base.model, passes.gradient_checkpointing)
-    optimizer = torch.optim.AdamW(
-        method.param_groups(adapters),
-        lr=hyperparameters.learning_rate,
-        betas=(0.9, 0.999),
-        eps=1e-8,
-        fused=True,
-    )
     run = Run(
         asked=asked,
         spec=plan.spec,
@@ -268,7 +254,7 @@ def start(
         adapters=adapters,
         former=former,
         chain=chain,
-        optimizer=optimizer,
+        optimizer=optimizer_of(method.param_groups(adapters), hyperparameters.learning_rate),
         schedule=schedule,
         total_steps=total_steps,
         micro_batch_tokens=passes.micro_batch_tokens,
@@ -277,6 +263,21 @@ def start(
         devices=devices,
     )
     return run, plan
+
+
+def method_of(spec: TrainSpec, total_steps: int, schedule: Schedule, devices: Devices) -> Method:
+    return METHODS[spec.adapter.method](
+        spec.adapter,
+        seed=spec.seed,
+        total_steps=total_steps,
+        schedule=schedule,
+        weight_decay=spec.hyperparameters.weight_decay,
+        devices=devices,
+    )
+
+
+def optimizer_of(groups: list[dict[str, Any]], learning_rate: float) -> torch.optim.Optimizer:
+    return torch.optim.AdamW(groups, lr=learning_rate, betas=(0.9, 0.999), eps=1e-8, fused=True)
 
 
 def not_finite(run: Run, what: str) -> TrainingError:
