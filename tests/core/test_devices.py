@@ -153,7 +153,7 @@ def near(found: list[Any], expected: list[Any]) -> None:
 def test_two_devices_give_the_losses_of_one(one, two, name) -> None:
     lone, (main, other) = one[name], two[name]
     assert len(lone["steps"]) == STEPS.get(name, 6)
-    assert any(valid_loss is not None for *_, valid_loss in lone["steps"])
+    assert lone["evaluated"] or any(valid_loss is not None for *_, valid_loss in lone["steps"])
     for key in ("steps", "evaluated"):
         near(main[key], lone[key])
         assert other[key] == main[key]
