@@ -16,7 +16,7 @@ from .session import db_now
 REPORT_SECONDS = 15.0
 """How often a worker says that it is there."""
 MISSED_SECONDS = 60.0
-"""How long a job waits, with no worker seen, before its owner is told."""
+"""A job that has waited this long while no worker reported gets an event that says so."""
 GONE_SECONDS = 86400.0
 
 

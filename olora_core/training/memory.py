@@ -46,7 +46,7 @@ PLAIN = (Tensor, nn.Parameter)
 """Types of tensors that have their own storage."""
 MEGABYTE = 2**20
 CONTROL_GROUP = Path("/sys/fs/cgroup")
-"""That of this process, inside a container."""
+"""The folder of this process's control group, as a container sees it."""
 
 
 @dataclass(frozen=True)
@@ -348,7 +348,7 @@ def _storages(value: Any) -> Iterator[torch.UntypedStorage]:
 
 
 def memory_of(device: torch.device) -> tuple[int, int, int]:
-    """Bytes in use by this process, bytes still available to it, and those of the device as a whole."""
+    """Bytes that this process uses, bytes still available to it, and the size of the device's memory."""
     if device.type == "cuda":
         free, whole = torch.cuda.mem_get_info(device)
         allocated = torch.cuda.memory_allocated(device)

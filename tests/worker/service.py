@@ -18,7 +18,6 @@ from olora_core.formats import validate
 from olora_core.specs import read_comparison, read_spec
 from store import control, jobs, progress
 from store.checkpoints import REDUCED
-from store.events import events_since
 from store.files import file_key, new_file_id, record_file
 from store.models import Attempt, Checkpoint, Event, File, Job, Metric, Project
 from store.session import Sessions, make_engine, sessions
@@ -182,9 +181,10 @@ class Service:
             return _row(session, Job, job_id)
 
     def events(self, job_id: str) -> Sequence[Event]:
-        """Oldest first."""
+        """All of them, oldest first."""
         with self.write() as session:
-            return events_since(session, job_id)
+            rows = select(Event).where(Event.job_id == job_id).order_by(Event.seq)
+            return session.scalars(rows).all()
 
     def warnings(self, job_id: str) -> list[str]:
         return [event.message for event in self.events(job_id) if event.level == "warn"]
@@ -234,8 +234,10 @@ class Service:
         return json.dumps([row, events, self.storage.list(f"jobs/{job_id}")], default=str, sort_keys=True)
 
     def traces_at_rest(self, job_id: str) -> str:
-        """Those of an ended job, once its worker has removed what no row names, and the dispatcher what only
-        resuming needs."""
+        """The traces of an ended job, after the worker and the dispatcher have tidied its storage.
+
+        The worker removes the folders that no row names, the dispatcher the files that only resuming needs.
+        """
 
         def at_rest() -> bool:
             kept = {str(checkpoint.storage_key) for checkpoint in self.checkpoints(job_id)}

@@ -28,7 +28,7 @@ from olora_core.specs import TrainSpec
 from olora_core.training.train import train
 from store import endings, files, progress
 from store.errors import LeaseLost, StorageFull, StoreError
-from store.models import Event, Job, Metric, Worker
+from store.models import Job, Metric, Worker
 from store.statuses import ENDED
 from store.storage import Storage
 from tests.rows import chat_file
@@ -728,9 +728,7 @@ def test_a_job_is_paused_at_its_limit_and_goes_on_when_resumed(
     assert (job.status, job.pause_reason, job.error) == ("paused", limit, None)
     assert 0 < job.step < 6400
     assert service.checkpoints(job_id)[0].step == job.step
-    with service.write() as session:
-        events = session.scalars(select(Event).where(Event.job_id == job_id, Event.level == "info")).all()
-    [told] = [event for event in events if event.data == {"reason": limit}]
+    [told] = [event for event in service.events(job_id) if event.data == {"reason": limit}]
     assert limit in told.message
     if limit == "max_train_tokens":
         with service.write() as session:
